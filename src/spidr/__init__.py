@@ -1,0 +1,3 @@
+"""SpidR and DinoSR: discrete linguistic units from raw speech, learned without labels."""
+
+__version__ = "0.2.0"
