@@ -6,15 +6,35 @@ standard library only and imports nothing else of the package.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 SAMPLE_RATE = 16_000
 """Sampling rate of all audio, in Hz."""
 
 DEFAULT_CONV_LAYER_CONFIG: list[tuple[int, int, int]] = [(512, 10, 5)] + [(512, 3, 2)] * 4 + [(512, 2, 2)] * 2
 """(out_channels, kernel, stride) of each convolution of the feature extractor: one frame every 20 ms."""
+
+Length = TypeVar("Length")
+
+
+def conv_length(shapes: Iterable[tuple[int, int, int]], lengths: Length) -> Length:
+    """Number of frames the convolutions ``shapes`` make of ``lengths`` samples.
+
+    Args:
+        shapes: (out_channels, kernel, stride) of each convolution, all without padding.
+        lengths: A number of samples: an int, or an integer array or tensor of them.
+
+    Returns:
+        As many numbers of frames, 0 where the samples do not fill one kernel.
+    """
+    for _, kernel, stride in shapes:
+        frames: Any = (lengths - kernel) // stride + 1  # type: ignore[operator]
+        lengths = frames * (frames > 0)
+    return lengths
+
 
 ModelType = Literal["spidr", "dinosr"]
 MaskingStrategy = Literal["static", "uniform", "normal", "poisson"]
