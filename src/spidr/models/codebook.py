@@ -1,0 +1,119 @@
+"""Online clustering of the teacher's layers, and the statistics that one training step gathers for it.
+
+Imports nothing else of the package.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class Codebook(nn.Module):
+    """``V`` clusters of one layer, as exponential moving sums: ``codebook (V, D)`` and ``counts (V,)``, float32.
+
+    Codeword ``v`` is ``codebook[v] / counts[v]``.
+    """
+
+    codebook: Tensor
+    counts: Tensor
+
+    def __init__(self, size: int, dim: int) -> None:
+        super().__init__()
+        self.register_buffer("codebook", torch.empty(size, dim))
+        self.register_buffer("counts", torch.empty(size))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw new codewords: standard normal, standardised over the codewords for each feature. Counts become 1."""
+        size, dim = self.codebook.shape
+        draw = torch.randn(dim, size, device=self.codebook.device)
+        self.codebook.copy_(standardise(draw.T) if size > 1 else draw.T)
+        self.counts.fill_(1.0)
+
+    @property
+    def codewords(self) -> Tensor:
+        """The cluster centres, (V, D)."""
+        return self.codebook / self.counts.unsqueeze(1)
+
+    @torch.no_grad()
+    def update(self, sums: Tensor, assigned: Tensor, decay: float) -> None:
+        """Move towards the frames of a step. Codewords that got none stay as they are.
+
+        Args:
+            sums: Sum of the frames assigned to each codeword, (V, D).
+            assigned: How many they were, (V,).
+            decay: Weight of the past, in [0, 1).
+        """
+        used = assigned > 0
+        self.counts.copy_(torch.where(used, decay * self.counts + (1 - decay) * assigned, self.counts))
+        moved = decay * self.codebook + (1 - decay) * sums
+        self.codebook.copy_(torch.where(used.unsqueeze(1), moved, self.codebook))
+
+
+def standardise(x: Tensor, eps: float = 1e-5) -> Tensor:
+    """Give every feature mean 0 and population variance 1 over the last dimension but one: (..., T, D), in float32."""
+    var, mean = torch.var_mean(x.float(), dim=-2, correction=0, keepdim=True)
+    return (x - mean) * torch.rsqrt(var + eps)
+
+
+def assign(targets: Tensor, codewords: Tensor) -> Tensor:
+    """Nearest codewords, by matrix product.
+
+    Args:
+        targets: (K, N, D) float32.
+        codewords: (K, V, D) float32.
+
+    Returns:
+        Indices (K, N) of the codewords at the smallest Euclidean distance.
+    """
+    bias = -0.5 * codewords.square().sum(-1).unsqueeze(1)
+    return torch.baddbmm(bias, targets, codewords.transpose(1, 2)).argmax(-1)
+
+
+def count_perplexity(counts: Tensor) -> Tensor:
+    """Perplexity, 2 to the entropy in bits, of the distributions that ``counts (..., V)`` are proportional to."""
+    return torch.special.entr(counts / counts.sum(-1, keepdim=True)).sum(-1).exp()
+
+
+class StepStatistics(nn.Module):
+    """What the micro-batches of one optimiser step add up to, in one flat buffer so that one all-reduce carries it.
+
+    ``sums (K, V, D)`` and ``assigned (K, V)`` are the frames assigned to each codeword and their number, ``predicted
+    (K, V)`` the sum of the predicted distributions, ``loss ()`` and ``frames ()`` the loss summed over the masked frames
+    and their number. None of it is part of a checkpoint: it is zero between steps.
+    """
+
+    flat: Tensor
+
+    def __init__(self, num_codebooks: int, size: int, dim: int) -> None:
+        super().__init__()
+        self.shapes = {
+            "sums": torch.Size([num_codebooks, size, dim]),
+            "assigned": torch.Size([num_codebooks, size]),
+            "predicted": torch.Size([num_codebooks, size]),
+            "loss": torch.Size([]),
+            "frames": torch.Size([]),
+        }
+        total = sum(shape.numel() for shape in self.shapes.values())
+        self.register_buffer("flat", torch.zeros(total), persistent=False)
+
+    def view(self) -> dict[str, Tensor]:
+        """The parts by name, as views of the buffer."""
+        parts = self.flat.split([shape.numel() for shape in self.shapes.values()])
+        return {name: part.view(shape) for (name, shape), part in zip(self.shapes.items(), parts, strict=True)}
+
+    @torch.no_grad()
+    def add(self, targets: Tensor, labels: Tensor, probabilities: Tensor, loss: Tensor) -> None:
+        """Count the masked frames of a micro-batch."""
+        num_codebooks, num_frames, dim = targets.shape
+        size = self.shapes["assigned"][1]
+        views = self.view()
+        offsets = size * torch.arange(num_codebooks, device=labels.device).unsqueeze(1)
+        index = (labels + offsets).flatten()
+        views["sums"].view(-1, dim).index_add_(0, index, targets.reshape(-1, dim))
+        views["assigned"].view(-1).index_add_(0, index, torch.ones_like(index, dtype=self.flat.dtype))
+        views["predicted"].add_(probabilities)
+        views["loss"].add_(loss.sum())
+        views["frames"].add_(num_frames)

@@ -1,0 +1,385 @@
+"""DinoSR: a student predicts, for masked frames, the codewords that its EMA teacher's layers are assigned to.
+
+Source: Liu, Chang, Auli, Hsu, Glass. DinoSR: Self-Distillation and Online Clustering for Self-supervised Speech
+Representation Learning. NeurIPS 2023 (arXiv 2305.10005). Imports ``spidr.config`` and its siblings only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from spidr.config import DinoSRConfig, InputError, conv_length
+from spidr.models.codebook import Codebook, StepStatistics, assign, count_perplexity, standardise
+from spidr.models.extractor import FeatureExtractor, FeatureProjection
+from spidr.models.transformer import Transformer
+
+Reduction = Callable[[Tensor], None]
+"""Sums a tensor over all processes, in place."""
+
+
+def ema_scheduler(step: int, start_decay: float, final_decay: float, final_step: int, freeze_step: int) -> float:
+    """Teacher decay of DinoSR after optimiser step ``step`` (counted from 1).
+
+    Linear from ``start_decay`` to ``final_decay`` at ``final_step``, constant until ``freeze_step``, then 1.
+    """
+    if step < final_step:
+        return start_decay + (final_decay - start_decay) * step / final_step
+    return final_decay if step < freeze_step else 1.0
+
+
+class DinoSR(nn.Module):
+    """Feature extractor, student, teacher, heads and codebooks.
+
+    A training step is ``loss, outputs = model(waveforms, mask=mask)``, backward and optimiser step on the mean of
+    ``loss``, then ``model.update_ema(step)`` with ``step`` counted from 1, which also applies the codebook statistics
+    that the forward passes since the last call have gathered.
+
+    Waveforms are 16 kHz; they are taken as they are, so standardise each utterance first (mean 0, variance 1).
+
+    Attributes:
+        reduction: Sums the statistics of a step over processes, in place. None: over the default process group if there
+            is one. With a reduction set, the perplexities that ``forward`` returns are of this process only.
+    """
+
+    config_class: ClassVar[type[DinoSRConfig]] = DinoSRConfig
+    current_step: Tensor
+
+    def __init__(self, cfg: DinoSRConfig | None = None) -> None:
+        super().__init__()
+        cfg = self.config_class() if cfg is None else cfg
+        if not isinstance(cfg, self.config_class):
+            raise TypeError(f"{type(self).__name__} needs a {self.config_class.__name__}, not a {type(cfg).__name__}")
+        self.cfg = cfg
+        dim, shapes = cfg.encoder_embed_dim, cfg.extractor_conv_layer_config
+        self.mask_embedding = nn.Parameter(torch.empty(dim).uniform_())
+        self.register_buffer("current_step", torch.zeros(1, dtype=torch.int64))
+        self.feature_extractor = FeatureExtractor(cfg.extractor_mode, shapes, bias=cfg.extractor_conv_bias)
+        self.feature_projection = FeatureProjection(shapes[-1][0], dim)
+        self.projection_dropout = nn.Dropout(cfg.encoder_projection_dropout)
+        self.student = Transformer(cfg)
+        self.heads = nn.ModuleList(
+            nn.Sequential(nn.Linear(dim, cfg.codebook_size), nn.LogSoftmax(dim=-1)) for _ in range(cfg.num_codebooks)
+        )
+        self.codebooks = nn.ModuleList(Codebook(cfg.codebook_size, dim) for _ in range(cfg.num_codebooks))
+        self.teacher = Transformer(cfg)
+        self.teacher.pos_conv_embed.load_state_dict(self.student.pos_conv_embed.state_dict())
+        self.teacher.requires_grad_(False).eval()
+        self.statistics = StepStatistics(cfg.num_codebooks, cfg.codebook_size, dim)
+        self.reduction: Reduction | None = None
+        self.extractor_frozen = False
+        self._reduced = False
+
+    @property
+    def num_codebooks(self) -> int:
+        """Number of codebooks K; codebook ``k`` belongs to layer ``num_layers - K + k`` (from 0)."""
+        return len(self.codebooks)
+
+    def train(self, mode: bool = True) -> DinoSR:
+        """Set training mode. The teacher stays in eval mode."""
+        super().train(mode)
+        self.teacher.eval()
+        return self
+
+    # ------------------------------------------------------------------------------------------------- inputs
+
+    def project(
+        self, waveforms: Tensor, attention_mask: Tensor | None = None, lengths: Tensor | Sequence[int] | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Projected features of a batch, and the attention mask to use with them.
+
+        Args:
+            waveforms: (B, S) float.
+            attention_mask: Boolean, True where to attend, broadcastable to (B, 1, T, T).
+            lengths: Samples that count in each row, (B,). Spares the caller the mask; in group-norm mode it also keeps
+                the padding out of the first layer's statistics, which ``attention_mask`` alone does not. With both, the
+                lengths are not checked (a check would wait for the device).
+
+        Returns:
+            (B, T, D) and the mask, or None if every frame exists.
+
+        Raises:
+            InputError: If a length gives no frame or exceeds S.
+        """
+        if waveforms.ndim != 2:
+            raise InputError(f"waveforms must be (batch, samples), not of shape {tuple(waveforms.shape)}")
+        shapes, samples = self.feature_extractor.shapes, waveforms.shape[1]
+        if lengths is not None:
+            lengths = torch.as_tensor(lengths)
+            if lengths.shape != waveforms.shape[:1]:
+                raise InputError(f"lengths must be ({waveforms.shape[0]},), not of shape {tuple(lengths.shape)}")
+            if attention_mask is None:
+                for row, length in enumerate(lengths.tolist()):
+                    if length > samples:
+                        raise InputError(f"row {row}: length {length} is more than the {samples} samples there are")
+                    if conv_length(shapes, length) < 1:
+                        raise InputError(f"row {row}: {length} samples are too short, they do not fill one frame")
+            lengths = lengths.to(waveforms.device)
+            if attention_mask is None:
+                frames = torch.arange(conv_length(shapes, samples), device=waveforms.device)
+                attention_mask = (frames < conv_length(shapes, lengths).unsqueeze(1))[:, None, None]
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.extractor_frozen):
+            return self.feature_projection(self.feature_extractor(waveforms, lengths)), attention_mask
+
+    # ------------------------------------------------------------------------------------------------- training
+
+    def forward(
+        self,
+        waveforms: Tensor,
+        *,
+        mask: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        lengths: Tensor | Sequence[int] | None = None,
+        channel_mask: Tensor | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Predict the codewords of the masked frames.
+
+        Args:
+            waveforms: (B, S) float, 16 kHz.
+            mask: The masked frames: boolean (B, T), True = masked, or their indices, int64 (B, M), which costs no
+                synchronisation with the device. None: nothing is masked and the loss covers every frame.
+            attention_mask: Boolean, True where to attend, broadcastable to (B, 1, T, T).
+            lengths: See :meth:`project`.
+            channel_mask: Boolean (B, D), True where a channel of the student's input is zeroed over all frames.
+
+        Returns:
+            The loss of each masked frame, (N,), row by row: the mean over codebooks of the cross-entropy with the
+            assigned codeword. And ``target_ppl`` and ``pred_ppl``, 0-dim: 2 to the entropy of the mean assignment and
+            of the mean prediction over the masked frames, averaged over codebooks; ``target_ppls``, ``pred_ppls`` and
+            ``active_codewords`` are (K,).
+        """
+        features, attention_mask = self.project(waveforms, attention_mask, lengths)
+        batch, num_frames, dim = features.shape
+        student_input, index = self.projection_dropout(features), None
+        if mask is not None:
+            if mask.dtype == torch.bool:
+                masked, index = mask, mask.flatten().nonzero().squeeze(1)
+            else:
+                masked = torch.zeros(batch, num_frames, dtype=torch.bool, device=mask.device).scatter_(1, mask, True)
+                index = (mask + num_frames * torch.arange(batch, device=mask.device).unsqueeze(1)).flatten()
+            student_input = torch.where(
+                masked.unsqueeze(-1), self.mask_embedding.to(student_input.dtype), student_input
+            )
+        if channel_mask is not None:
+            student_input = student_input.masked_fill(channel_mask.unsqueeze(1), 0)
+
+        def select(x: Tensor) -> Tensor:
+            x = x.reshape(-1, dim)
+            return x if index is None else x.index_select(0, index)
+
+        targets, labels = self._targets(features, attention_mask, select)
+        hidden = self._hidden(student_input, attention_mask, self.num_codebooks)
+        logits = self._logits([select(h) for h in hidden], self.num_codebooks)
+        with torch.autocast(logits.device.type, enabled=False):
+            log_probs = F.log_softmax(logits.float(), dim=-1)
+            loss = -log_probs.gather(-1, labels.unsqueeze(-1)).squeeze(-1).mean(0)
+            with torch.no_grad():
+                predicted = log_probs.exp().sum(1)
+                outputs = self._perplexities(labels, predicted)
+                if self.training:
+                    self.statistics.add(targets, labels, predicted, loss)
+        return loss, outputs
+
+    @torch.no_grad()
+    def _targets(
+        self, features: Tensor, attention_mask: Tensor | None, select: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Selected teacher frames in float32, (K, N, D), and the codewords they are assigned to, (K, N)."""
+        outputs = self.teacher.get_intermediate_outputs(features, attention_mask)[-self.num_codebooks :]
+        with torch.autocast(features.device.type, enabled=False):
+            targets = torch.stack([select(standardise(output)) for output in outputs])
+            return targets, assign(targets, torch.stack([codebook.codewords for codebook in self.codebooks]))
+
+    def _hidden(self, x: Tensor, attention_mask: Tensor | None, num_heads: int) -> list[Tensor]:  # noqa: ARG002
+        """What the first ``num_heads`` heads read: one (B, T, D) for all of them, or one for each."""
+        return [self.student(x, attention_mask)]
+
+    def _logits(self, hidden: list[Tensor], num_heads: int) -> Tensor:
+        """The first ``num_heads`` heads in one product: ``num_heads`` tensors (..., D), or one for all, to (K, ..., V)."""
+        heads = [head[0] for head in self.heads[:num_heads]]
+        weight, bias = torch.stack([h.weight for h in heads]), torch.stack([h.bias for h in heads])
+        if len(hidden) == 1:
+            return F.linear(hidden[0], weight.flatten(0, 1), bias.flatten()).unflatten(-1, bias.shape).movedim(-2, 0)
+        logits = torch.baddbmm(bias.unsqueeze(1), torch.stack(hidden).flatten(1, -2), weight.transpose(1, 2))
+        return logits.unflatten(1, hidden[0].shape[:-1])
+
+    def _perplexities(self, labels: Tensor, predicted: Tensor) -> dict[str, Tensor]:
+        """Perplexities over the frames of all processes, or of this one if a reduction was handed over."""
+        assigned = torch.zeros_like(predicted).scatter_add_(1, labels, torch.ones_like(labels, dtype=predicted.dtype))
+        counts = torch.stack([assigned, predicted])
+        if self.reduction is None:
+            _reduce_over_default_group(counts)
+        assigned, predicted = counts
+        target_ppls, pred_ppls = count_perplexity(assigned), count_perplexity(predicted)
+        return {
+            "target_ppl": target_ppls.mean(),
+            "pred_ppl": pred_ppls.mean(),
+            "target_ppls": target_ppls,
+            "pred_ppls": pred_ppls,
+            "active_codewords": (assigned > 0).sum(-1),
+        }
+
+    def reduce_statistics(self) -> dict[str, Tensor]:
+        """Sum the step's statistics over all processes, once, and return them by name (see ``StepStatistics``).
+
+        The only collective of a step beside the gradients'. Without a call, :meth:`update_ema` does it.
+        """
+        if not self._reduced:
+            (self.reduction or _reduce_over_default_group)(self.statistics.flat)
+            self._reduced = True
+        return self.statistics.view()
+
+    def discard_statistics(self) -> None:
+        """Forget the statistics gathered since the last update, as after a step that was skipped."""
+        self.statistics.flat.zero_()
+        self._reduced = False
+
+    def ema_decay(self, step: int) -> float:
+        """Teacher decay after optimiser step ``step``."""
+        cfg = self.cfg
+        return ema_scheduler(step, cfg.ema_start_decay, cfg.ema_final_decay, cfg.ema_final_step, cfg.freeze_step)
+
+    @torch.no_grad()
+    def update_ema(self, step: int) -> float:
+        """End optimiser step ``step`` (counted from 1): update codebooks and teacher, freeze the extractor when due.
+
+        Returns:
+            The teacher decay that was used; outside (0, 1) the teacher has not changed.
+        """
+        if self.cfg.codebook_decay < 1:
+            totals = self.reduce_statistics()
+            for codebook, sums, assigned in zip(self.codebooks, totals["sums"], totals["assigned"], strict=True):
+                codebook.update(sums, assigned, self.cfg.codebook_decay)
+        self.discard_statistics()
+        decay = self.ema_decay(step)
+        if 0 < decay < 1:
+            copied, averaged = self._teacher_student_pairs()
+            torch._foreach_copy_(*copied)
+            torch._foreach_lerp_(*averaged, 1 - decay)
+        self.current_step.fill_(step)
+        if step >= self.cfg.freeze_step:
+            self.freeze_extractor()
+        return decay
+
+    def _teacher_student_pairs(self) -> tuple[tuple[list[Tensor], list[Tensor]], tuple[list[Tensor], list[Tensor]]]:
+        """(teacher's, student's) tensors to copy, and to average."""
+        copied: tuple[list[Tensor], list[Tensor]] = ([], [])
+        averaged: tuple[list[Tensor], list[Tensor]] = ([], [])
+        pairs = zip(self.teacher.named_parameters(), self.student.parameters(), strict=True)
+        for (name, teacher), student in pairs:
+            excluded = any(name.startswith(prefix) for prefix in self.cfg.ema_exclude_layers)
+            for group, parameter in zip(copied if excluded else averaged, (teacher, student), strict=True):
+                group.append(parameter)
+        return copied, averaged
+
+    def freeze_extractor(self) -> None:
+        """Stop training the feature extractor and the projection: no gradient, no backward pass through them."""
+        self.extractor_frozen = True
+        for module in (self.feature_extractor, self.feature_projection):
+            module.requires_grad_(False)
+            for parameter in module.parameters():
+                parameter.grad = None
+
+    @torch.no_grad()
+    def init_codebooks(
+        self, waveforms: Tensor, *, attention_mask: Tensor | None = None, generator: torch.Generator | None = None
+    ) -> None:
+        """Take the first codewords from frames of the teacher, drawn at random without replacement.
+
+        Args:
+            waveforms: (B, S) float, with at least as many frames as there are codewords.
+            attention_mask: As in :meth:`forward`; frames that do not exist are not drawn.
+            generator: On the CPU.
+
+        Raises:
+            InputError: If there are fewer frames than codewords.
+        """
+        features, attention_mask = self.project(waveforms, attention_mask)
+        batch, num_frames, dim = features.shape
+        exists = torch.ones(batch, 1, num_frames, dtype=torch.bool)
+        if attention_mask is not None:
+            exists = attention_mask[..., 0, :].expand(batch, 1, num_frames).cpu()
+        frames = exists.flatten().nonzero().squeeze(1)
+        size = self.cfg.codebook_size
+        if len(frames) < size:
+            raise InputError(f"{len(frames)} frames are too few to draw {size} codewords from: use larger batches")
+        drawn = frames[torch.randperm(len(frames), generator=generator)[:size]].to(features.device)
+        targets, _ = self._targets(features, attention_mask, lambda x: x.reshape(-1, dim)[drawn])
+        for codebook, codewords in zip(self.codebooks, targets, strict=True):
+            codebook.codebook.copy_(codewords)
+            codebook.counts.fill_(1.0)
+
+    # ------------------------------------------------------------------------------------------------- inference
+
+    def get_intermediate_outputs(
+        self,
+        waveforms: Tensor,
+        *,
+        attention_mask: Tensor | None = None,
+        lengths: Tensor | Sequence[int] | None = None,
+        num_layers: int | None = None,
+        before_residual: bool = True,
+    ) -> list[Tensor]:
+        """Outputs of the student's layers.
+
+        Args:
+            waveforms: (B, S) float, 16 kHz.
+            attention_mask: Boolean, True where to attend, broadcastable to (B, 1, T, T).
+            lengths: See :meth:`project`.
+            num_layers: Run the first layers only.
+            before_residual: Give each block's feed-forward output before the residual addition, which the heads read in
+                SpidR, instead of the block's full output.
+
+        Returns:
+            One (B, T, D) tensor a layer.
+        """
+        features, attention_mask = self.project(waveforms, attention_mask, lengths)
+        return self.student.get_intermediate_outputs(
+            features, attention_mask, num_layers, before_residual=before_residual
+        )
+
+    def get_codebooks(
+        self,
+        waveform: Tensor,
+        *,
+        attention_mask: Tensor | None = None,
+        lengths: Tensor | Sequence[int] | None = None,
+        num_layers: int | None = None,
+        onehot: bool = False,
+    ) -> list[Tensor | None]:
+        """Codeword probabilities of each layer; their argmax is the layer's unit.
+
+        Args:
+            waveform: (B, S) float, 16 kHz.
+            attention_mask: Boolean, True where to attend, broadcastable to (B, 1, T, T).
+            lengths: See :meth:`project`.
+            num_layers: Give the first layers only.
+            onehot: Give one-hot vectors of the most likely codeword, int64, instead of probabilities, float32.
+
+        Returns:
+            One entry a layer: None for the first layers, which have no codebook, then (B, T, V).
+        """
+        total = len(self.student.layers)
+        num_layers = total if num_layers is None else num_layers
+        if not 1 <= num_layers <= total:
+            raise ValueError(f"num_layers must be between 1 and {total}, not {num_layers}")
+        num_heads = num_layers - (total - self.num_codebooks)
+        if num_heads < 1:
+            return [None] * num_layers
+        features, attention_mask = self.project(waveform, attention_mask, lengths)
+        logits = self._logits(self._hidden(features, attention_mask, num_heads), num_heads)
+        if onehot:
+            per_head = F.one_hot(logits.argmax(-1), self.cfg.codebook_size)
+        else:
+            per_head = logits.float().softmax(-1)
+        return [*[None] * (num_layers - num_heads), *per_head]
+
+
+def _reduce_over_default_group(x: Tensor) -> None:
+    """Sum over the default process group, if there is one of several ranks."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(x)

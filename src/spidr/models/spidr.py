@@ -1,0 +1,48 @@
+"""SpidR: every head reads the student's layer that its codebook is built from, and the teacher slows down smoothly.
+
+Source: Poli, Luthra, Benchekroun, Higuchi, Gleize, Shen, Algayres, Chung, Assran, Pino, Dupoux. SpidR: Learning Fast and
+Stable Linguistic Units for Spoken Language Models Without Supervision. TMLR 2025 (arXiv 2512.20308). Imports
+``spidr.config`` and its siblings only.
+"""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from spidr.config import SpidRConfig
+from spidr.models.dinosr import DinoSR
+
+
+def exp_ema_scheduler(step: int, start_decay: float, timescale: float, threshold: float) -> float:
+    """Teacher decay of SpidR after optimiser step ``step`` (counted from 1).
+
+    Its distance to 1 shrinks exponentially from ``1 - start_decay``; at ``threshold`` and below, the decay is 1.
+    """
+    distance = (1 - start_decay) * math.exp(-step / timescale)
+    return 1 - distance if distance > threshold else 1.0
+
+
+class SpidR(DinoSR):
+    """:class:`~spidr.models.dinosr.DinoSR` with head ``k`` on the student's layer of codebook ``k``.
+
+    The heads read the feed-forward output before the residual addition, so the last LayerNorm of the student has no part
+    in the loss: it needs no gradient and keeps its values.
+    """
+
+    config_class = SpidRConfig
+    cfg: SpidRConfig
+
+    def __init__(self, cfg: SpidRConfig | None = None) -> None:
+        super().__init__(cfg)
+        unused = self.student.layer_norm if self.cfg.encoder_layer_norm_first else self.student.layers[-1].final_layer_norm
+        unused.requires_grad_(False)
+
+    def ema_decay(self, step: int) -> float:
+        """Teacher decay after optimiser step ``step``."""
+        return exp_ema_scheduler(step, self.cfg.ema_start_decay, self.cfg.ema_timescale, self.cfg.ema_threshold)
+
+    def _hidden(self, x: Tensor, attention_mask: Tensor | None, num_heads: int) -> list[Tensor]:
+        num_layers = len(self.student.layers) - self.num_codebooks + num_heads
+        return self.student.get_intermediate_outputs(x, attention_mask, num_layers)[-num_heads:]

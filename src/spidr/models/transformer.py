@@ -1,0 +1,191 @@
+"""The transformer of student and teacher: positional convolutions and post-norm or pre-norm blocks.
+
+Imports ``spidr.config`` only.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from spidr.config import DinoSRConfig
+
+
+class PositionalConvolution(nn.Module):
+    """Grouped convolutions over time whose output is added to the features: the model's only sense of position."""
+
+    def __init__(self, dim: int, kernel: int, groups: int, depth: int) -> None:
+        super().__init__()
+        kernel = max(3, kernel // depth)
+        self.convs = nn.ModuleList(
+            nn.Conv1d(dim, dim, kernel, padding=kernel // 2, groups=groups) for _ in range(depth)
+        )
+        self.dim = dim
+
+    def forward(self, x: Tensor, frame_mask: Tensor | None = None) -> Tensor:
+        """(B, T, D) to (B, T, D); ``frame_mask`` (B, T, 1) is True on the frames that exist."""
+        num_frames = x.shape[1]
+        for conv in self.convs:
+            if frame_mask is not None:
+                x = x * frame_mask
+            # An even kernel gives one frame too many, at the end.
+            x = conv(x.transpose(1, 2))[..., :num_frames].transpose(1, 2)
+            x = F.gelu(F.layer_norm(x, (self.dim,)))
+        return x if frame_mask is None else x * frame_mask
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with one fused projection for queries, keys and values."""
+
+    def __init__(self, dim: int, num_heads: int, dropout: float, *, qkv_bias: bool) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.dropout = dropout
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+        nn.init.xavier_uniform_(self.qkv.weight, gain=1 / math.sqrt(2))
+        nn.init.xavier_uniform_(self.proj.weight)
+        nn.init.zeros_(self.proj.bias)
+        if qkv_bias:
+            nn.init.zeros_(self.qkv.bias)
+
+    def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """(B, T, D) to (B, T, D); ``attention_mask``, broadcastable to (B, H, T, T), is True where to attend."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        dropout = self.dropout if self.training else 0.0
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=attention_mask, dropout_p=dropout)
+        return self.proj(x.transpose(1, 2).flatten(2))
+
+
+class FeedForward(nn.Module):
+    """Linear, exact GELU, dropout, linear."""
+
+    def __init__(self, dim: int, hidden: int, dropout: float) -> None:
+        super().__init__()
+        self.intermediate_dense = nn.Linear(dim, hidden)
+        self.dropout = nn.Dropout(dropout)
+        self.output_dense = nn.Linear(hidden, dim)
+        for linear in (self.intermediate_dense, self.output_dense):
+            nn.init.normal_(linear.weight, std=0.02)
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, D) to (B, T, D)."""
+        return self.output_dense(self.dropout(F.gelu(self.intermediate_dense(x))))
+
+
+class Block(nn.Module):
+    """Attention and feed-forward, each with a residual connection and a LayerNorm before or after."""
+
+    def __init__(self, cfg: DinoSRConfig) -> None:
+        super().__init__()
+        dim = cfg.encoder_embed_dim
+        self.attention = Attention(
+            dim, cfg.encoder_num_heads, cfg.encoder_attention_dropout, qkv_bias=cfg.encoder_qkv_bias
+        )
+        self.dropout = nn.Dropout(cfg.encoder_dropout)
+        self.layer_norm = nn.LayerNorm(dim)
+        self.feed_forward = FeedForward(dim, cfg.encoder_ff_interm_features, cfg.encoder_ff_interm_dropout)
+        self.final_layer_norm = nn.LayerNorm(dim)
+        self.layer_norm_first = cfg.encoder_layer_norm_first
+
+    def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Run the block.
+
+        Returns:
+            The block's output and its feed-forward output before the residual addition, both (B, T, D).
+        """
+        if self.layer_norm_first:
+            x = x + self.dropout(self.attention(self.layer_norm(x), attention_mask))
+            forwarded = self.feed_forward(self.final_layer_norm(x))
+            return x + self.dropout(forwarded), forwarded
+        x = self.layer_norm(x + self.dropout(self.attention(x, attention_mask)))
+        forwarded = self.feed_forward(x)
+        return self.final_layer_norm(x + self.dropout(forwarded)), forwarded
+
+
+class Transformer(nn.Module):
+    """Positional convolutions, then ``cfg.encoder_num_layers`` blocks.
+
+    Attention masks are boolean, True where to attend, broadcastable to (B, 1, T, T); the first query row says which
+    frames exist. None means that all do.
+    """
+
+    def __init__(self, cfg: DinoSRConfig) -> None:
+        super().__init__()
+        dim = cfg.encoder_embed_dim
+        self.pos_conv_embed = PositionalConvolution(
+            dim, cfg.encoder_pos_conv_kernel, cfg.encoder_pos_conv_groups, cfg.encoder_pos_conv_depth
+        )
+        self.layer_norm = nn.LayerNorm(dim)
+        self.dropout = nn.Dropout(cfg.encoder_dropout)
+        self.layers = nn.ModuleList(Block(cfg) for _ in range(cfg.encoder_num_layers))
+        self.layer_norm_first = cfg.encoder_layer_norm_first
+        self.layer_drop = cfg.encoder_layer_drop
+
+    def _run(
+        self, x: Tensor, attention_mask: Tensor | None, num_layers: int
+    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        """Run the first ``num_layers`` blocks: the residual stream after them, and what each block returned."""
+        frame_mask = None
+        if attention_mask is not None:
+            frame_mask = attention_mask[..., 0, :].expand(x.shape[0], 1, x.shape[1]).transpose(1, 2)
+        x = x + self.pos_conv_embed(x, frame_mask)
+        if not self.layer_norm_first:
+            x = self.layer_norm(x)
+        x = self.dropout(x)
+        results = []
+        for layer in self.layers[:num_layers]:
+            output, forwarded = layer(x, attention_mask)
+            results.append((output, forwarded))
+            if self.training and self.layer_drop > 0:
+                # Drawn on the device and computed either way: no synchronisation, and a dropped block's parameters
+                # get the zero gradient that distributed training waits for.
+                output = torch.where(torch.rand((), device=x.device) < self.layer_drop, x, output)
+            x = output
+        return x, results
+
+    def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Encode projected features.
+
+        Args:
+            x: (B, T, D).
+            attention_mask: See the class.
+
+        Returns:
+            The final output, (B, T, D): the last block's, after the final LayerNorm in the pre-norm model.
+        """
+        x, _ = self._run(x, attention_mask, len(self.layers))
+        return self.layer_norm(x) if self.layer_norm_first else x
+
+    def get_intermediate_outputs(
+        self,
+        x: Tensor,
+        attention_mask: Tensor | None = None,
+        num_layers: int | None = None,
+        *,
+        before_residual: bool = True,
+    ) -> list[Tensor]:
+        """Outputs of the first ``num_layers`` blocks (default all), without the final LayerNorm.
+
+        Args:
+            x: Projected features, (B, T, D).
+            attention_mask: See the class.
+            num_layers: How many blocks to run.
+            before_residual: Give each block's feed-forward output before the residual addition, as the heads and the
+                teacher's targets use it, instead of the block's full output.
+
+        Returns:
+            ``num_layers`` tensors (B, T, D).
+
+        Raises:
+            ValueError: If ``num_layers`` is not between 1 and the number of blocks.
+        """
+        num_layers = len(self.layers) if num_layers is None else num_layers
+        if not 1 <= num_layers <= len(self.layers):
+            raise ValueError(f"num_layers must be between 1 and {len(self.layers)}, not {num_layers}")
+        _, results = self._run(x, attention_mask, num_layers)
+        return [forwarded if before_residual else output for output, forwarded in results]
