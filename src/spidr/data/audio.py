@@ -1,0 +1,315 @@
+"""Reading recordings: exact lengths, samples and ranges of samples, from files, archives and bytes.
+
+WAV and FLAC are read by libsndfile, which needs nothing else on the machine and reads a range without decoding the
+rest. All other formats are decoded by TorchCodec, imported here only.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from functools import lru_cache
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import soundfile
+
+from spidr.config import SAMPLE_RATE, InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from numpy.typing import NDArray
+
+BLOCK = 1 << 16
+"""Samples per block when statistics are gathered: it stays in the cache, and sums over it are exact enough."""
+
+EPS = 1e-5
+"""Added to the variance when an utterance is standardised."""
+
+
+class Recording(NamedTuple):
+    """Where a recording is: a file, or ``byte_size`` bytes of an uncompressed archive.
+
+    ``mean`` and ``std`` are those of its samples, if known.
+    """
+
+    path: str
+    archive: str | None = None
+    byte_offset: int = 0
+    byte_size: int = 0
+    mean: float | None = None
+    std: float | None = None
+
+    def __str__(self) -> str:
+        return self.path if self.archive is None else f"{self.archive}:{self.path}"
+
+
+Source = str | Path | bytes | Recording
+
+
+def num_samples(source: Source, *, verify: bool = False) -> int:
+    """Exact number of samples of a recording.
+
+    Args:
+        source: A path, the bytes of an audio file, or a row of a manifest.
+        verify: Decode everything, so that a truncated or damaged recording is found. Without it, only the header of
+            WAV and FLAC is read; other formats have no exact length in their header and are always decoded.
+
+    Raises:
+        InputError: The recording is missing, damaged or empty, or not 16 kHz mono.
+    """
+    if verify or not can_seek(source):
+        return len(read_audio(source))
+    with _open(source) as file:
+        return _frames(source, file)
+
+
+def read_audio(source: Source, start: int = 0, stop: int | None = None) -> NDArray[np.float32]:
+    """Samples ``start`` to ``stop`` (default: to the end) of a recording.
+
+    Args:
+        source: A path, the bytes of an audio file, or a row of a manifest.
+        start: First sample, counted from 0.
+        stop: One past the last sample.
+
+    Returns:
+        float32 array (stop - start,), in [-1, 1] for integer formats.
+
+    Raises:
+        InputError: The recording is missing, damaged or empty, not 16 kHz mono, or holds samples that are not finite.
+    """
+    if not can_seek(source):
+        samples = _decode(source)[start:stop]
+    else:
+        with _open(source) as file:
+            stop = _frames(source, file) if stop is None else stop
+            samples = _read(source, file, start, stop)
+    _check_finite(source, samples)
+    return samples
+
+
+@lru_cache(maxsize=1 << 16)
+def statistics(source: Source) -> tuple[float, float]:
+    """Mean and (population) standard deviation of a recording, block by block, in little memory.
+
+    Remembered: a long recording that is cropped again and again is decoded whole only once per process.
+    """
+    return _moments(_blocks(source))
+
+
+def statistics_of(samples: NDArray[np.float32]) -> tuple[float, float]:
+    """Mean and (population) standard deviation of samples: bit for bit those of :func:`statistics`."""
+    return _moments(samples[i : i + BLOCK] for i in range(0, len(samples), BLOCK))
+
+
+def standardize(samples: NDArray[np.float32], mean: float, std: float, out: NDArray[np.float32]) -> None:
+    """Write ``(samples - mean) / sqrt(std ** 2 + 1e-5)`` to ``out``."""
+    np.subtract(samples, np.float32(mean), out=out)
+    np.multiply(out, np.float32(1 / np.sqrt(std * std + EPS)), out=out)
+
+
+def can_seek(source: Source) -> bool:
+    """Whether libsndfile reads the source, so that a range of it can be read without decoding the rest."""
+    if isinstance(source, bytes):
+        return source[:4] in (b"RIFF", b"RF64", b"fLaC")
+    return str(source).lower().endswith((".wav", ".flac"))
+
+
+def _moments(blocks: Iterator[NDArray[np.float32]]) -> tuple[float, float]:
+    """Mean and standard deviation of all blocks, merged in float64 (Chan, Golub and LeVeque, 1979)."""
+    count, mean, squares = 0, 0.0, 0.0
+    for block in blocks:
+        block_mean = float(block.sum()) / len(block)
+        deviations = block - np.float32(block_mean)
+        np.square(deviations, out=deviations)
+        total, delta = count + len(block), block_mean - mean
+        squares += float(deviations.sum()) + delta * delta * count * len(block) / total
+        mean += delta * len(block) / total
+        count = total
+    return mean, float(np.sqrt(squares / count))
+
+
+def _blocks(source: Source) -> Iterator[NDArray[np.float32]]:
+    if not can_seek(source):
+        samples = read_audio(source)
+        yield from (samples[i : i + BLOCK] for i in range(0, len(samples), BLOCK))
+        return
+    with _open(source) as file:
+        frames = _frames(source, file)
+        for start in range(0, frames, BLOCK):
+            block = _read(source, file, start, min(start + BLOCK, frames))
+            _check_finite(source, block)
+            yield block
+
+
+def _name(source: Source) -> str:
+    return f"<{len(source)} bytes of audio>" if isinstance(source, bytes) else str(source)
+
+
+def _open(source: Source) -> soundfile.SoundFile:
+    try:
+        file = soundfile.SoundFile(_input(source))
+    except soundfile.LibsndfileError as error:
+        if isinstance(source, (str, Path)) or (isinstance(source, Recording) and source.archive is None):
+            _check_file(str(source))
+        raise InputError(f"{_name(source)}: not a readable WAV or FLAC recording ({error.error_string}).") from None
+    try:
+        _check_format(source, file.samplerate, file.channels)
+    except InputError:
+        file.close()
+        raise
+    return file
+
+
+def _input(source: Source) -> Any:
+    """What libsndfile can open: a path or a binary file object."""
+    if isinstance(source, bytes):
+        return io.BytesIO(source)
+    if isinstance(source, Recording) and source.archive is not None:
+        return io.BufferedReader(_Member(source), BLOCK)
+    return source.path if isinstance(source, Recording) else os.fspath(source)
+
+
+def _check_file(path: str) -> None:
+    try:
+        size = os.stat(path).st_size  # noqa: PTH116
+        with open(path, "rb"):  # noqa: PTH123
+            pass
+    except FileNotFoundError:
+        raise InputError(f"{path}: the file does not exist. Was it moved since the manifest was written?") from None
+    except OSError as error:
+        raise InputError(f"{path}: the file cannot be opened ({error.strerror}).") from None
+    if size == 0:
+        raise InputError(f"{path}: the file is empty.")
+
+
+def _check_format(source: Source, sample_rate: int, channels: int) -> None:
+    if sample_rate != SAMPLE_RATE:
+        raise InputError(f"{_name(source)}: the sample rate is {sample_rate} Hz; resample it to {SAMPLE_RATE} Hz.")
+    if channels != 1:
+        raise InputError(f"{_name(source)}: the recording has {channels} channels; mix it down to one.")
+
+
+def _check_finite(source: Source, samples: NDArray[np.float32]) -> None:
+    # One sum finds NaN and infinity: both survive it.
+    if not np.isfinite(samples.sum()):
+        raise InputError(f"{_name(source)}: the recording holds samples that are not finite numbers.")
+
+
+UNKNOWN_LENGTH = 1 << 40
+"""No recording is that long (two years): libsndfile gives such numbers where a header leaves the length open."""
+
+
+def _frames(source: Source, file: soundfile.SoundFile) -> int:
+    frames = int(file.frames)
+    if frames >= UNKNOWN_LENGTH:  # A FLAC written to a pipe does not know its length.
+        frames = sum(len(block) for block in iter(lambda: file.read(BLOCK, dtype="int16"), []) if len(block))
+    if frames <= 0:
+        raise InputError(f"{_name(source)}: the recording has no samples.")
+    return frames
+
+
+def _read(source: Source, file: soundfile.SoundFile, start: int, stop: int) -> NDArray[np.float32]:
+    # libsndfile is several times as fast to int16 as to float; the product gives the same bits as its own conversion.
+    dtype = "int16" if file.subtype == "PCM_16" else "float32"
+    try:
+        if file.tell() != start:
+            file.seek(start)
+        samples: NDArray[Any] = file.read(stop - start, dtype=dtype)
+    except soundfile.LibsndfileError as error:
+        raise InputError(f"{_name(source)}: damaged or truncated near sample {start} ({error.error_string}).") from None
+    if len(samples) < stop - start:
+        found = start + len(samples)
+        raise InputError(f"{_name(source)}: truncated: the header promises {file.frames} samples, {found} can be read.")
+    return np.multiply(samples, np.float32(2**-15), dtype=np.float32) if dtype == "int16" else samples
+
+
+def _decode(source: Source) -> NDArray[np.float32]:
+    """All samples of a recording that libsndfile does not read."""
+    try:
+        decoder_class = import_module("torchcodec.decoders").AudioDecoder
+    except (ImportError, OSError, RuntimeError):
+        raise InputError(
+            f"{_name(source)}: formats other than WAV and FLAC need TorchCodec and FFmpeg: "
+            "`pip install torchcodec` and install FFmpeg with your system's package manager or conda."
+        ) from None
+    if isinstance(source, Recording) and source.archive is not None:
+        data: Any = _Member(source).readall()
+    elif isinstance(source, bytes):
+        data = source
+    else:
+        _check_file(str(source))
+        data = str(source)
+    try:
+        decoder = decoder_class(data)
+        metadata = decoder.metadata
+        if metadata.codec == "opus":  # Has no sample rate of its own: FFmpeg always decodes it to 48 kHz.
+            decoder = decoder_class(data, sample_rate=SAMPLE_RATE)
+        else:
+            _check_format(source, metadata.sample_rate, metadata.num_channels)
+        samples = decoder.get_all_samples().data
+    except InputError:
+        raise
+    except (RuntimeError, ValueError) as error:
+        raise InputError(f"{_name(source)}: cannot be decoded ({str(error).splitlines()[0]}).") from None
+    _check_format(source, SAMPLE_RATE, samples.shape[0])
+    if samples.shape[1] == 0:
+        raise InputError(f"{_name(source)}: the recording has no samples.")
+    decoded: NDArray[np.float32] = samples[0].numpy()
+    return decoded
+
+
+class _Archive:
+    """An open archive; closed when nothing refers to it any more."""
+
+    def __init__(self, path: str) -> None:
+        self.descriptor = os.open(path, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        if hasattr(self, "descriptor"):
+            os.close(self.descriptor)
+
+
+@lru_cache(maxsize=64)
+def _open_archive(path: str, inode: int, modified: int) -> _Archive:  # noqa: ARG001
+    """Open an archive, once per process unless it has changed on disk."""
+    return _Archive(path)
+
+
+class _Member(io.RawIOBase):
+    """The bytes of an archive's member as a file. Reads say where they start, so processes can share the archive."""
+
+    def __init__(self, recording: Recording) -> None:
+        path = str(recording.archive)
+        try:
+            status = os.stat(path)  # noqa: PTH116
+            self._archive = _open_archive(path, status.st_ino, status.st_mtime_ns)
+        except FileNotFoundError:
+            raise InputError(
+                f"{path}: the archive does not exist. Was it moved since the manifest was written?"
+            ) from None
+        except OSError as error:
+            raise InputError(f"{path}: the archive cannot be opened ({error.strerror}).") from None
+        self._offset, self._size, self._position = recording.byte_offset, recording.byte_size, 0
+        if self._offset + self._size > status.st_size:
+            raise InputError(f"{recording}: lies past the end of the archive; write the manifest again.")
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
+        self._position = max(0, base + offset)
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer)[: max(0, self._size - self._position)]
+        count = os.preadv(self._archive.descriptor, [view], self._offset + self._position) if len(view) else 0
+        self._position += count
+        return count

@@ -1,0 +1,223 @@
+"""A batch, and how it is made from recordings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from spidr.config import DataConfig, InputError, MaskingConfig, conv_length
+from spidr.data.audio import Recording, can_seek, num_samples, read_audio, standardize, statistics, statistics_of
+from spidr.data.masks import MaskGenerator
+from spidr.data.seeds import Draw, generator
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Waveforms and what is masked in them. Unpacks as ``waveforms, attention_mask, mask``.
+
+    Attributes:
+        waveforms: float32 (B, S), zero where padded.
+        rows: int64 (B,), rows of the manifest.
+        starts: int64 (B,), the sample of the recording at which each waveform begins.
+        num_samples: Number of samples in the batch, padding excluded.
+        num_frames: Number of frames the model makes of them, padding excluded.
+        max_frames: T, the frames of the longest row.
+        lengths: int64 (B,), samples of each waveform; None when nothing is padded.
+        frame_lengths: int64 (B,), frames of each waveform; None when nothing is padded.
+        mask: bool (B, T), True for masked frames, M in each row; None without masking.
+        mask_indices: int64 (B, M), the masked frames of each row, ascending; None without masking.
+        channel_mask: bool (B, D), True for feature channels to set to zero; None without channel masking.
+        skipped: With ``on_error = "skip"``, the files that could not be read, and why. Other rows of the batch stand
+            in for them.
+    """
+
+    waveforms: Tensor
+    rows: Tensor
+    starts: Tensor
+    num_samples: int
+    num_frames: int
+    max_frames: int
+    lengths: Tensor | None = None
+    frame_lengths: Tensor | None = None
+    mask: Tensor | None = None
+    mask_indices: Tensor | None = None
+    channel_mask: Tensor | None = None
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def attention_mask(self) -> Tensor | None:
+        """Bool (B, 1, 1, T), True for frames that exist; None when nothing is padded."""
+        if self.frame_lengths is None:
+            return None
+        frames = torch.arange(self.max_frames, device=self.frame_lengths.device)
+        return (frames < self.frame_lengths[:, None])[:, None, None, :]
+
+    def __iter__(self) -> Iterator[Tensor | None]:
+        return iter((self.waveforms, self.attention_mask, self.mask))
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Self:
+        """The batch on another device. From pinned memory, ``non_blocking`` copies while the caller goes on."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Self:
+        """The batch in page-locked memory."""
+        return self._map(lambda tensor: tensor.pin_memory())
+
+    def _map(self, function: Any) -> Self:
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        return replace(self, **{name: function(value) for name, value in values.items() if isinstance(value, Tensor)})
+
+
+class BatchRequest(NamedTuple):
+    """All that a worker process needs to make a batch, so that it holds no manifest.
+
+    Attributes:
+        rows: Rows of the manifest (B,).
+        lengths: Their lengths according to the manifest (B,).
+        recordings: Where they are.
+        seed: Seed of the data.
+        key: (epoch, number of the batch) for random draws that are the batch's, None for draws that are each row's.
+    """
+
+    rows: NDArray[np.integer[Any]]
+    lengths: NDArray[np.integer[Any]]
+    recordings: list[Recording]
+    seed: int
+    key: tuple[int, int] | None
+
+    def generators(self) -> list[np.random.Generator]:
+        """One generator for the batch or one for each row."""
+        if self.key is not None:
+            return [generator(self.seed, Draw.BATCH, *self.key)]
+        return [generator(self.seed, Draw.ROW, int(row)) for row in self.rows]
+
+
+class _Loaded(NamedTuple):
+    """A recording of which the length is known and, unless it is long, the samples."""
+
+    recording: Recording
+    length: int
+    samples: NDArray[np.float32] | None
+    moments: tuple[float, float] | None
+
+    def write(self, start: int, out: NDArray[np.float32]) -> None:
+        """Write the samples from ``start`` on to ``out``, standardised if that was asked for."""
+        stop = start + len(out)
+        samples = read_audio(self.recording, start, stop) if self.samples is None else self.samples[start:stop]
+        if self.moments is None:
+            out[:] = samples
+        else:
+            standardize(samples, *self.moments, out=out)
+
+
+class Collator:
+    """Makes batches: reads, standardises, crops, pads and masks.
+
+    Args:
+        cfg: How. ``min_sample_size`` gives one frame at least.
+        masking: Which masks to draw; None: none.
+        conv_layer_config: (out_channels, kernel, stride) of the feature extractor's convolutions.
+        channels: Number of feature channels, needed when channels are masked.
+    """
+
+    def __init__(
+        self,
+        cfg: DataConfig,
+        masking: MaskingConfig | None,
+        conv_layer_config: Sequence[tuple[int, int, int]],
+        channels: int | None,
+    ) -> None:
+        self.cfg = cfg
+        self.masks = None if masking is None else MaskGenerator(masking)
+        self.conv_layer_config = list(conv_layer_config)
+        self.channels = channels
+        if self.masks is not None and self.masks.masks_channels and channels is None:
+            raise InputError("mask_channel_prob is above 0: the number of channels is needed (`channels=`).")
+
+    def __call__(self, request: BatchRequest) -> Batch:
+        """Make a batch: a function of the request and the recordings only.
+
+        Raises:
+            InputError: A recording cannot be read or is too short; with ``on_error = "skip"``, none can be read.
+        """
+        loaded, rows, skipped = self._load_all(request)
+        rngs = request.generators()
+        available = np.array([item.length for item in loaded])
+        lengths = np.minimum(available, self.cfg.max_sample_size)
+        if not self.cfg.enable_padding:
+            lengths[:] = lengths.min()
+        starts = np.zeros_like(lengths)
+        if self.cfg.rand_crop:
+            shares = np.concatenate([rng.random(len(loaded) // len(rngs)) for rng in rngs])
+            starts = (shares * (available - lengths + 1)).astype(np.int64)
+        waveforms = torch.zeros(len(loaded), int(lengths.max()))
+        for out, item, start, length in zip(waveforms.numpy(), loaded, starts, lengths, strict=True):
+            item.write(int(start), out[:length])
+        frames = conv_length(self.conv_layer_config, lengths)
+        padded = bool((lengths != lengths[0]).any())
+        batch = Batch(
+            waveforms,
+            rows=torch.from_numpy(rows.astype(np.int64)),
+            starts=torch.from_numpy(starts),
+            num_samples=int(lengths.sum()),
+            num_frames=int(frames.sum()),
+            max_frames=int(frames.max()),
+            lengths=torch.from_numpy(lengths) if padded else None,
+            frame_lengths=torch.from_numpy(frames) if padded else None,
+            skipped=skipped,
+        )
+        return batch if self.masks is None else self._mask(batch, frames, rngs)
+
+    def _mask(self, batch: Batch, frames: NDArray[np.int64], rngs: list[np.random.Generator]) -> Batch:
+        assert self.masks is not None
+        indices = torch.from_numpy(self.masks.draw(frames, rngs))
+        mask = torch.zeros(len(frames), batch.max_frames, dtype=torch.bool).scatter_(1, indices, value=True)
+        channel_mask = None
+        if self.masks.masks_channels and self.channels is not None:
+            channel_mask = torch.from_numpy(self.masks.draw_channels(len(frames), self.channels, rngs))
+        return replace(batch, mask=mask, mask_indices=indices, channel_mask=channel_mask)
+
+    def _load_all(self, request: BatchRequest) -> tuple[list[_Loaded], NDArray[np.integer[Any]], dict[str, str]]:
+        """All recordings of a batch, their rows, and what was skipped."""
+        loaded: list[_Loaded | None] = []
+        skipped: dict[str, str] = {}
+        for recording, length in zip(request.recordings, request.lengths, strict=True):
+            try:
+                loaded.append(self._load(recording, int(length)))
+            except InputError as error:
+                if self.cfg.on_error == "raise":
+                    raise
+                loaded.append(None)
+                skipped[str(recording)] = str(error)
+        good = [i for i, item in enumerate(loaded) if item is not None]
+        if not good:
+            raise InputError(f"No recording of a batch can be read. {next(iter(skipped.values()))}")
+        # Recordings that can be read stand in, in turn, for those that cannot: the batch keeps its size.
+        chosen = [i if item is not None else good[i % len(good)] for i, item in enumerate(loaded)]
+        return [item for i in chosen if (item := loaded[i]) is not None], request.rows[chosen], skipped
+
+    def _load(self, recording: Recording, length: int) -> _Loaded:
+        cfg = self.cfg
+        moments = None if recording.mean is None or recording.std is None else (recording.mean, recording.std)
+        if length > cfg.max_sample_size and can_seek(recording):  # Only the part that is needed will be read.
+            samples, length = None, num_samples(recording)
+            moments = (moments or statistics(recording)) if cfg.normalize else None
+        else:
+            samples = read_audio(recording)
+            length = len(samples)
+            moments = (moments or statistics_of(samples)) if cfg.normalize else None
+        if length < cfg.min_sample_size:
+            raise InputError(
+                f"{recording}: {length} samples, fewer than min_sample_size ({cfg.min_sample_size}) and than the "
+                "manifest says; write the manifest again."
+            )
+        return _Loaded(recording, length, samples, moments)

@@ -1,0 +1,71 @@
+"""A manifest's recordings as waveforms."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from spidr.config import conv_length
+from spidr.data.audio import Recording, read_audio, standardize, statistics_of
+from spidr.data.manifest import read_manifest
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import polars as pl
+    from numpy.typing import NDArray
+
+__all__ = ["SpeechDataset", "conv_length", "speech_dataset"]
+
+
+class SpeechDataset(Dataset[Tensor]):
+    """Whole recordings of a manifest.
+
+    Attributes:
+        manifest: The manifest (see :func:`spidr.data.read_manifest`).
+        normalize: Whether each recording is standardised over its whole length (population variance, 1e-5 added to it).
+    """
+
+    def __init__(self, manifest: pl.DataFrame, *, normalize: bool) -> None:
+        self.manifest = manifest
+        self.normalize = normalize
+
+    def __len__(self) -> int:
+        return self.manifest.height
+
+    def __getitem__(self, row: int) -> Tensor:
+        """Samples of a row as float32 (S,).
+
+        Raises:
+            InputError: The recording cannot be read (see :func:`spidr.data.audio.read_audio`).
+        """
+        if not -len(self) <= row < len(self):
+            raise IndexError(f"row {row} of a manifest of {len(self)} rows")
+        samples = read_audio(self.recordings(np.array([row % len(self)]))[0])
+        if self.normalize:
+            standardize(samples, *statistics_of(samples), out=samples)
+        return torch.from_numpy(samples)
+
+    def recordings(self, rows: NDArray[np.integer[Any]]) -> list[Recording]:
+        """Where the recordings of some rows are."""
+        fields = [name for name in Recording._fields if name in self.manifest.columns]
+        columns = [self.manifest[name].gather(rows).to_list() for name in fields]
+        return [Recording(**dict(zip(fields, values, strict=True))) for values in zip(*columns, strict=True)]
+
+    def file(self, row: int) -> str:
+        """Name of a row's file, ``archive:member`` inside archives, for messages."""
+        return str(self.recordings(np.array([row]))[0])
+
+
+def speech_dataset(path: str | Path, *, normalize: bool) -> SpeechDataset:
+    """Recordings of the manifest at ``path``; ``[i]`` is row i's waveform, float32 (S,) at 16 kHz.
+
+    Args:
+        path: A manifest (see :func:`spidr.data.read_manifest`).
+        normalize: Standardise each recording over its whole length, as the published models expect.
+    """
+    return SpeechDataset(read_manifest(path), normalize=normalize)

@@ -1,0 +1,183 @@
+"""Reading manifests: tables that say where each recording is and how long."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import polars as pl
+
+from spidr.config import InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+REQUIRED = {"fileid": pl.String, "path": pl.String, "num_samples": pl.Int64}
+ARCHIVE = {"archive": pl.String, "byte_offset": pl.Int64, "byte_size": pl.Int64}
+STATISTICS = {"mean": pl.Float64, "std": pl.Float64}
+SCHEMA: dict[str, Any] = REQUIRED | ARCHIVE | STATISTICS
+
+EXTRA = "values without a column"
+
+
+def read_manifest(path: str | Path) -> pl.DataFrame:
+    """Read a manifest: CSV (``.csv``), JSON lines (``.jsonl``) or fairseq's ``.tsv``.
+
+    Args:
+        path: The manifest. CSV and JSON lines need the columns ``fileid`` (file name without extension), ``path``
+            (absolute) and ``num_samples``. Recordings inside uncompressed tar archives also have ``archive``,
+            ``byte_offset`` and ``byte_size``, and ``path`` is the member's name. ``mean`` and ``std`` of the samples
+            are optional. A ``.tsv`` has the root folder on its first line, then ``relative/path<TAB>num_samples``.
+
+    Returns:
+        One row per recording, in the file's order, with those of the columns above that the file has. Others are
+        ignored. ``fileid`` and ``path`` are always strings.
+
+    Raises:
+        InputError: The file is missing, has no row, lacks a column or holds a value of the wrong type.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: the manifest does not exist. Write one with `python -m spidr.data.write_manifest`.")
+    readers = {".csv": _read_csv, ".jsonl": _read_jsonl, ".tsv": _read_fairseq}
+    if path.suffix not in readers:
+        raise InputError(f"{path}: a manifest is a .csv, .jsonl or (fairseq) .tsv file, not {path.suffix or 'this'!r}.")
+    manifest = readers[path.suffix](path)
+    if manifest.is_empty():
+        raise InputError(f"{path}: the manifest has no row.")
+    _check_values(path, manifest)
+    return manifest
+
+
+def _check_columns(path: Path, found: list[str]) -> list[str]:
+    """The columns of the file to read."""
+    needed = [*REQUIRED, *(ARCHIVE if "archive" in found else ())]
+    if missing := [column for column in needed if column not in found]:
+        raise InputError(f"{path}: column {missing[0]!r} is missing. Columns found: {', '.join(found) or 'none'}.")
+    with_statistics = all(column in found for column in STATISTICS)
+    return [*needed, *(STATISTICS if with_statistics else ())]
+
+
+def _check_values(path: Path, manifest: pl.DataFrame) -> None:
+    """No value missing, no length or position below zero; statistics may be missing."""
+    for column in manifest.columns:
+        if column in STATISTICS:
+            continue
+        bad = manifest[column].is_null()
+        if not bad.any() and manifest.schema[column] == pl.Int64:
+            bad = manifest[column] < 0
+        if (row := bad.arg_max()) is not None and bad[row]:
+            value = manifest[row, column]
+            found = "nothing" if value is None else str(value)
+            raise InputError(f"{path}: row {row + 1}, column {column!r}: found {found}, expected {_expected(column)}.")
+
+
+def _expected(column: str) -> str:
+    return {pl.String: "a string", pl.Int64: "an integer of at least 0", pl.Float64: "a number"}[SCHEMA[column]]
+
+
+def _read_csv(path: Path) -> pl.DataFrame:
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            columns = _check_columns(path, next(csv.reader(file), []))
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not a UTF-8 text file ({error}).") from None
+    schema = {column: SCHEMA[column] for column in columns}
+    try:
+        return pl.read_csv(path, columns=columns, schema_overrides=schema).select(columns)
+    except pl.exceptions.PolarsError as error:
+        with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
+            raise _bad_row(path, columns, csv.DictReader(file, restkey=EXTRA), error) from None
+
+
+def _read_jsonl(path: Path) -> pl.DataFrame:
+    try:
+        with path.open(encoding="utf-8") as file:
+            first: Any = json.loads(next((line for line in file if line.strip()), "null"))
+    except ValueError as error:
+        raise InputError(f"{path}: row 1 is not a line of JSON ({error}).") from None
+    if first is None:
+        raise InputError(f"{path}: the manifest has no row.")
+    if not isinstance(first, dict):
+        raise InputError(f"{path}: row 1 is not a JSON object with the columns {', '.join(REQUIRED)}.")
+    columns = _check_columns(path, list(first))
+    try:
+        return pl.read_ndjson(path, schema={column: SCHEMA[column] for column in columns})
+    except pl.exceptions.PolarsError as error:
+        with path.open(encoding="utf-8", errors="replace") as file:
+            raise _bad_row(path, columns, (_parse(line) for line in file if line.strip()), error) from None
+
+
+def _parse(line: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return {}
+    return row if isinstance(row, dict) else {}
+
+
+def _bad_row(path: Path, columns: list[str], rows: Iterator[dict[str, Any]], error: Exception) -> InputError:
+    """Read again, slowly, to name the row that the fast reader stumbled over."""
+    convert = {pl.String: str, pl.Int64: int, pl.Float64: float}
+    try:
+        for number, row in enumerate(rows, start=1):
+            if extra := row.get(EXTRA):
+                return InputError(f"{path}: row {number} has more values than there are columns: {extra}.")
+            for column in columns:
+                value = row.get(column)
+                try:
+                    if value not in (None, "") or column in REQUIRED:
+                        if isinstance(value, (dict, list, bool, type(None))):
+                            raise TypeError
+                        if SCHEMA[column] == pl.Int64 and isinstance(value, float):
+                            raise TypeError
+                        convert[SCHEMA[column]](value)
+                except (TypeError, ValueError):
+                    found = "nothing" if value is None else repr(value)
+                    return InputError(
+                        f"{path}: row {number}, column {column!r}: found {found}, expected {_expected(column)}."
+                    )
+    except csv.Error as problem:
+        error = problem
+    return InputError(f"{path}: the manifest cannot be read: {str(error).splitlines()[0]}.")
+
+
+def _read_fairseq(path: Path) -> pl.DataFrame:
+    with path.open(encoding="utf-8") as file:
+        try:
+            root = file.readline().rstrip("\n")
+        except UnicodeDecodeError as error:
+            raise InputError(f"{path}: not a UTF-8 text file ({error}).") from None
+    if not root or "\t" in root:
+        raise InputError(f"{path}: row 1 must be the root folder of the recordings; found {root!r}.")
+    try:
+        # Read as text: names may hold quotes, and a bad number can be named with its row.
+        table = pl.read_csv(
+            path,
+            separator="\t",
+            has_header=False,
+            skip_rows=1,
+            quote_char=None,
+            schema={"path": pl.String, "num_samples": pl.String},
+            truncate_ragged_lines=False,
+        )
+    except pl.exceptions.NoDataError:
+        raise InputError(f"{path}: the manifest has no row.") from None
+    except pl.exceptions.PolarsError as error:
+        raise InputError(
+            f"{path}: rows after the first must be `relative/path<TAB>num_samples` ({str(error).splitlines()[0]})."
+        ) from None
+    lengths = table["num_samples"].str.strip_chars().cast(pl.Int64, strict=False)
+    if lengths.has_nulls():
+        row = int(lengths.is_null().arg_max() or 0)
+        found = table.row(row)
+        raise InputError(f"{path}: row {row + 2} must be `relative/path<TAB>num_samples`; found {found}.")
+    relative = pl.col("path")
+    name = relative.str.split("/").list.last()
+    return table.select(
+        fileid=pl.when(name.str.contains(r"^.+\.")).then(name.str.replace(r"\.[^.]*$", "")).otherwise(name),
+        path=pl.when(relative.str.starts_with("/")).then(relative).otherwise(pl.lit(root.rstrip("/") + "/") + relative),
+        num_samples=lengths,
+    )

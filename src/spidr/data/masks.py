@@ -1,0 +1,217 @@
+"""Which frames the student does not see, and which channels: random spans, drawn for a whole batch at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from spidr.config import MaskingConfig, MaskingStrategy
+
+    Integers = NDArray[np.integer[Any]]
+
+Generators = Sequence[np.random.Generator]
+"""One generator for a whole batch, or one for each of its rows: then a row's draws do not depend on the others."""
+
+
+class MaskGenerator:
+    """Draws masks of frames, and of channels if ``mask_channel_prob`` is above 0.
+
+    For an utterance of ``t`` frames, ``n = max(2, floor(mask_prob * t / mask_length + u))`` spans are drawn, with ``u``
+    uniform in [0, 1); then all rows of the batch keep as many masked frames as the row with the fewest. The same holds
+    for channels, without the minimum of 2. The strategies for span lengths and ``no_mask_overlap`` are those of
+    wav2vec 2.0 (https://arxiv.org/abs/2006.11477) in fairseq.
+    """
+
+    def __init__(self, cfg: MaskingConfig) -> None:
+        self._frames = Spans(
+            cfg.mask_prob,
+            cfg.mask_selection,
+            cfg.mask_other,
+            cfg.mask_length,
+            no_overlap=cfg.no_mask_overlap,
+            min_space=cfg.mask_min_space,
+            min_spans=2,
+        )
+        self._channels = Spans(
+            cfg.mask_channel_prob,
+            cfg.mask_channel_selection,
+            cfg.mask_channel_other,
+            cfg.mask_channel_length,
+            no_overlap=cfg.no_mask_channel_overlap,
+            min_space=cfg.mask_channel_min_space,
+            min_spans=0,
+        )
+
+    @property
+    def masks_channels(self) -> bool:
+        """Whether channels are masked."""
+        return self._channels.prob > 0
+
+    def __call__(
+        self, padding_mask: Tensor, *, channels: int | None = None, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Draw the masks of a batch.
+
+        Args:
+            padding_mask: bool (B, T), True for frames that are padding, which always come last in a row.
+            channels: Number of feature channels; None: no channel mask.
+            generator: Source of randomness; None: torch's default generator.
+
+        Returns:
+            The mask (B, T), True for masked frames, equally many in each row; and the channel mask (B, channels), True
+            for channels to set to zero, or None.
+        """
+        seed = int(torch.randint(2**63 - 1, (), generator=generator, device=generator.device if generator else "cpu"))
+        rng = [np.random.default_rng(seed)]
+        lengths = (~padding_mask).sum(1).cpu().numpy()
+        mask = torch.zeros(padding_mask.shape, dtype=torch.bool)
+        mask.scatter_(1, torch.from_numpy(self.draw(lengths, rng)), value=True)
+        if channels is None or not self.masks_channels:
+            return mask.to(padding_mask.device), None
+        channel_mask = torch.from_numpy(self.draw_channels(len(lengths), channels, rng))
+        return mask.to(padding_mask.device), channel_mask.to(padding_mask.device)
+
+    def draw(self, lengths: Integers, rngs: Generators) -> NDArray[np.int64]:
+        """Masked frames of each row, ascending.
+
+        Args:
+            lengths: Number of frames of each row (B,).
+            rngs: One generator, or one for each row.
+
+        Returns:
+            int64 (B, M), M the same for all rows.
+        """
+        return self._frames.draw(lengths, rngs)
+
+    def draw_channels(self, rows: int, channels: int, rngs: Generators) -> NDArray[np.bool_]:
+        """Mask of the channels of each row: bool (rows, channels)."""
+        mask = np.zeros((rows, channels), dtype=np.bool_)
+        np.put_along_axis(mask, self._channels.draw(np.full(rows, channels), rngs), values=True, axis=1)
+        return mask
+
+
+@dataclass(frozen=True)
+class Spans:
+    """Random spans; the fields are those of :class:`spidr.config.MaskingConfig`."""
+
+    prob: float
+    selection: MaskingStrategy
+    other: float
+    length: int
+    no_overlap: bool
+    min_space: int
+    min_spans: int
+
+    def draw(self, lengths: Integers, rngs: Generators) -> NDArray[np.int64]:
+        """Positions inside spans, ascending (B, M): as many in each row as in the row with the fewest."""
+        width = int(np.max(lengths))
+        masks, keys = [], []
+        for part, rng in zip(np.split(lengths, len(rngs)), rngs, strict=True):
+            masks.append(self.draw_masks(part, width, rng))
+            keys.append(rng.random((len(part), width), dtype=np.float32))
+        mask = np.concatenate(masks)
+        keep = int(np.min(mask.sum(1)))
+        if keep == 0:
+            return np.empty((len(lengths), 0), dtype=np.int64)
+        # The masked positions with the smallest of random keys are a random choice among them.
+        key = np.where(mask, np.concatenate(keys), np.float32(2))
+        return np.sort(np.argpartition(key, keep - 1, axis=1)[:, :keep], axis=1)
+
+    def draw_masks(self, lengths: Integers, width: int, rng: np.random.Generator) -> NDArray[np.bool_]:
+        """The union of the spans of each row: bool (B, width), False from the row's length on."""
+        counts = np.floor(self.prob * lengths / self.length + rng.random(len(lengths))).astype(np.int64)
+        counts = np.maximum(counts, self.min_spans)
+        if np.max(counts) == 0:
+            return np.zeros((len(lengths), width), dtype=np.bool_)
+        used = np.arange(np.max(counts)) < counts[:, None]
+        spans = np.where(used, self._span_lengths(used.shape, rng), 0)
+        empty = (counts > 0) & (spans.max(1) == 0)
+        spans[empty, 0] = np.minimum(self.length, lengths[empty] - 1)
+        if self.no_overlap:
+            starts, spans = _place_apart(lengths, spans, self.min_space, rng)
+        else:
+            shortest = np.where(used, spans, np.max(spans)).min(1)
+            starts, spans = _place_anywhere(lengths, counts, spans, shortest, rng)
+        return _union(lengths, starts, spans, width)
+
+    def _span_lengths(self, shape: tuple[int, ...], rng: np.random.Generator) -> Integers:
+        match self.selection:
+            case "static":
+                return np.full(shape, self.length)
+            case "uniform":
+                return rng.integers(int(self.other), 2 * self.length + 1, shape)
+            case "normal":
+                return np.maximum(1, np.round(rng.normal(self.length, self.other, shape))).astype(np.int64)
+            case "poisson":
+                return rng.poisson(rng.random(shape) * self.length)
+
+
+def _place_anywhere(
+    lengths: Integers, counts: Integers, spans: Integers, shortest: Integers, rng: np.random.Generator
+) -> tuple[Integers, Integers]:
+    """Distinct starts for the spans of each row, from all positions where the shortest would fit."""
+    stop = lengths - shortest
+    stop = np.where(stop > counts, stop, np.minimum(counts + 1, lengths))
+    # The positions with the smallest of random keys, in the order of the keys, are a random draw without replacement.
+    keys = rng.random((len(lengths), int(np.max(stop))))
+    keys[np.arange(keys.shape[1]) >= stop[:, None]] = 2
+    starts = np.argsort(keys, axis=1)[:, : spans.shape[1]]
+    spans = spans[:, : starts.shape[1]]
+    return starts, np.where(np.arange(starts.shape[1]) < np.minimum(counts, stop)[:, None], spans, 0)
+
+
+def _place_apart(
+    lengths: Integers, spans: Integers, min_space: int, rng: np.random.Generator
+) -> tuple[Integers, Integers]:
+    """Starts such that spans neither overlap nor come closer than ``min_space``, the longest placed first.
+
+    Each span goes into one of the free parts that can hold it, chosen with a probability proportional to its length.
+    From the first span of a row that fits nowhere, the lengths returned are 0.
+    """
+    spans = -np.sort(-spans, axis=1)
+    rows, steps = np.arange(len(lengths)), spans.shape[1]
+    where, within = rng.random((2, len(lengths), steps))
+    starts = np.zeros_like(spans)
+    begin = np.zeros((len(lengths), steps + 1), dtype=np.int64)
+    free = np.zeros_like(begin)
+    free[:, 0] = lengths
+    going = np.ones(len(lengths), dtype=np.bool_)
+    for step in range(steps):
+        span = spans[:, step]
+        parts = free[:, : step + 1]
+        cumulative = np.cumsum(np.where(parts >= span[:, None], parts, 0), axis=1)
+        total = cumulative[:, -1]
+        going &= (total > 0) & (span > 0)
+        spans[:, step] = span = np.where(going, span, 0)
+        if not going.any():
+            spans[:, step:] = 0
+            break
+        part = (cumulative > (where[:, step] * total)[:, None]).argmax(1)
+        room = free[rows, part]
+        offset = (within[:, step] * (room - span + 1)).astype(np.int64)
+        start = starts[:, step] = begin[rows, part] + offset
+        # The part before the span takes the old part's place, the part after it is new.
+        free[rows, part] = np.where(going, offset - min_space, room)
+        begin[:, step + 1] = start + span + min_space
+        free[:, step + 1] = np.where(going, room - offset - span - min_space, 0)
+    return starts, spans
+
+
+def _union(lengths: Integers, starts: Integers, spans: Integers, width: int) -> NDArray[np.bool_]:
+    """Positions that at least one span covers, cut at each row's length: bool (B, width)."""
+    first = np.arange(len(lengths))[:, None] * (width + 1)
+    stops = np.minimum(starts + spans, lengths[:, None])
+    size = len(lengths) * (width + 1)
+    # Each span raises a counter where it starts and lowers it where it stops.
+    used = spans > 0
+    changes = np.bincount((first + starts)[used], minlength=size) - np.bincount((first + stops)[used], minlength=size)
+    covered: NDArray[np.bool_] = np.cumsum(changes.reshape(len(lengths), width + 1), axis=1)[:, :width] > 0
+    return covered

@@ -1,0 +1,141 @@
+"""Which recordings form which batch: a pure function of the seed and the epoch, on arrays only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, overload
+
+import numpy as np
+
+from spidr.config import DataConfig, InputError
+from spidr.data.seeds import Draw, generator
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Integers = NDArray[np.integer[Any]]
+
+
+@dataclass(frozen=True)
+class BatchList(Sequence["Integers"]):
+    """Batches of rows. ``batches[n]`` costs the same for every n.
+
+    Attributes:
+        rows: Manifest rows, those of a batch beside each other.
+        bounds: Batch b is ``rows[bounds[b]:bounds[b + 1]]``.
+        order: Item n of the list is batch ``order[n]``.
+    """
+
+    rows: Integers
+    bounds: Integers
+    order: Integers
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    @overload
+    def __getitem__(self, n: int) -> Integers: ...
+    @overload
+    def __getitem__(self, n: slice) -> list[Integers]: ...
+    def __getitem__(self, n: int | slice) -> Integers | list[Integers]:
+        if isinstance(n, slice):
+            return [self[i] for i in range(*n.indices(len(self)))]
+        batch = self.order[n]
+        return self.rows[self.bounds[batch] : self.bounds[batch + 1]]
+
+
+class BatchSampler:
+    """The batches of every epoch.
+
+    Recordings shorter than ``min_sample_size`` are left out, longer ones than ``max_sample_size`` count as that. They
+    are sorted by length into buckets and shuffled within; batches are filled bucket after bucket, up to
+    ``max_batch_length`` samples, and shuffled. An epoch consists of whole rounds of ``round_size`` batches: what one
+    optimiser step takes over all processes. The last one is completed with the epoch's first batches or, with
+    ``drop_last``, left out. Apart from that, the list is the same for any number of processes.
+    """
+
+    def __init__(self, lengths: Integers, cfg: DataConfig, *, world_size: int = 1, accumulation: int = 1) -> None:
+        self.cfg = cfg
+        self.world_size = world_size
+        self.round_size = world_size * accumulation
+        self._rows, self._lengths = usable_rows(lengths, cfg)
+        boundaries = bucket_boundaries(self._lengths, cfg)
+        # The smallest type that fits: numpy sorts 16-bit integers in linear time.
+        dtype = np.uint16 if len(boundaries) < 2**16 else np.uint32
+        self._buckets = np.searchsorted(boundaries, self._lengths).astype(dtype)
+
+    def epoch(self, epoch: int) -> BatchList:
+        """The batches of an epoch: for process r of w, batches ``r, r + w, r + 2 w, …``.
+
+        Raises:
+            InputError: There are fewer batches than processes, or than a round has with ``drop_last``.
+        """
+        rng = generator(self.cfg.random_seed, Draw.ORDER, epoch)
+        shuffled = rng.permutation(np.arange(len(self._rows), dtype=self._rows.dtype))
+        shuffled = shuffled[np.argsort(self._buckets[shuffled], kind="stable")]
+        bounds = pack(self._lengths[shuffled], self.cfg.max_batch_length)
+        order = rng.permutation(len(bounds) - 1)
+        return BatchList(self._rows[shuffled], bounds, self._whole_rounds(order))
+
+    def _whole_rounds(self, order: Integers) -> Integers:
+        name, count = self.cfg.manifest, len(order)
+        if count < self.world_size:
+            raise InputError(
+                f"{name}: {count} batches for {self.world_size} processes. Use fewer processes, more recordings or a "
+                f"smaller max_batch_length ({self.cfg.max_batch_length})."
+            )
+        if not self.cfg.drop_last:
+            rounds = -(-count // self.round_size)
+            return np.resize(order, rounds * self.round_size)
+        if count < self.round_size:
+            raise InputError(
+                f"{name}: {count} batches do not fill one step of {self.round_size}, and drop_last drops the rest."
+            )
+        return order[: count // self.round_size * self.round_size]
+
+
+def sorted_batches(lengths: Integers, cfg: DataConfig) -> BatchList:
+    """Each recording that is long enough once, in batches of similar length, from the shortest to the longest."""
+    rows, capped = usable_rows(lengths, cfg)
+    order = np.argsort(capped, kind="stable")
+    bounds = pack(capped[order], cfg.max_batch_length)
+    return BatchList(rows[order], bounds, np.arange(len(bounds) - 1))
+
+
+def usable_rows(lengths: Integers, cfg: DataConfig) -> tuple[Integers, Integers]:
+    """Rows that are long enough, and their lengths cut to ``max_sample_size``."""
+    rows = np.flatnonzero(lengths >= max(1, cfg.min_sample_size)).astype(np.int32)
+    if len(rows) == 0:
+        raise InputError(
+            f"{cfg.manifest}: no recording has min_sample_size ({cfg.min_sample_size}) samples; the longest of "
+            f"{len(lengths)} has {np.max(lengths, initial=0)}."
+        )
+    return rows, np.minimum(lengths[rows], cfg.max_sample_size).astype(np.int32)
+
+
+def bucket_boundaries(lengths: Integers, cfg: DataConfig) -> NDArray[np.float64]:
+    """The ``num_buckets + 1`` boundaries between buckets, in samples."""
+    if cfg.bucket_method == "uniform":
+        return np.linspace(cfg.min_sample_size - 1, cfg.max_sample_size + 1, cfg.num_buckets + 1)
+    ranks = np.linspace(0, len(lengths) - 1, cfg.num_buckets + 1)
+    return np.interp(ranks, np.arange(len(lengths)), np.sort(lengths))
+
+
+def pack(lengths: Integers, max_batch_length: int) -> Integers:
+    """Fill batches in the order given, as many as fit into each.
+
+    Args:
+        lengths: Lengths (N,), none above ``max_batch_length``.
+        max_batch_length: The most that the lengths of a batch may add up to.
+
+    Returns:
+        Where batches begin, and N.
+    """
+    ends = np.cumsum(lengths, dtype=np.int64)
+    # following[i]: where the next batch begins if one begins at i. Found for all i at once, then followed from 0.
+    following = np.searchsorted(ends, ends - lengths + max_batch_length, side="right")
+    bounds = [0]
+    while bounds[-1] < len(lengths):
+        bounds.append(int(following[bounds[-1]]))
+    return np.array(bounds)

@@ -1,0 +1,247 @@
+"""Writing manifests: one row for each recording of a folder or of an uncompressed tar archive.
+
+``python -m spidr.data.write_manifest DATASET OUTPUT [--ext .wav] [--fairseq] [--stats]``
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tarfile
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import polars as pl
+from tqdm import tqdm
+
+from spidr.config import InputError
+from spidr.data.audio import Recording, num_samples, statistics
+from spidr.data.manifest import ARCHIVE, REQUIRED, STATISTICS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+CHUNK = 256
+"""Recordings per task of a thread."""
+
+
+def write_manifest(
+    dataset: str | Path, output: str | Path, file_extension: str = ".wav", *, stats: bool = False
+) -> None:
+    """Write the manifest of all recordings in a folder and the folders in it.
+
+    Rows are sorted by path. The file appears when it is complete, or not at all.
+
+    Args:
+        dataset: The folder.
+        output: The manifest: ``.csv`` or ``.jsonl``.
+        file_extension: Which files are recordings; upper and lower case are the same.
+        stats: Decode everything and add ``mean`` and ``std`` of the samples: with them, training standardises a part
+            of a recording like the whole without decoding the whole.
+
+    Raises:
+        InputError: No file matches, or a recording is empty, unreadable or not 16 kHz mono.
+    """
+    output = _check_output(output, (".csv", ".jsonl"))
+    recordings = [Recording(path) for path in _find(dataset, file_extension)]
+    _write_table(output, _describe(recordings, len(recordings), stats=stats))
+
+
+def write_manifest_fairseq(dataset: str | Path, output: str | Path, file_extension: str = ".wav") -> None:
+    """Write fairseq's manifest of a folder: the root folder, then ``relative/path<TAB>num_samples``.
+
+    Arguments and errors are those of :func:`write_manifest`; names with tabs or line breaks cannot be written.
+    """
+    output = _check_output(output, (".tsv",))
+    root = os.path.abspath(dataset)  # noqa: PTH100
+    paths = _find(dataset, file_extension)
+    for path in [root, *paths]:
+        if any(character in path for character in "\t\n\r"):
+            raise InputError(f"{path!r}: fairseq's manifests cannot hold tabs and line breaks; write a .csv.")
+    rows = _describe([Recording(path) for path in paths], len(paths), stats=False)
+    with _replacing(output) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+        file.write(f"{root}\n")
+        file.writelines(f"{os.path.relpath(row['path'], root)}\t{row['num_samples']}\n" for row in rows)
+
+
+def write_manifest_tar(
+    dataset: str | Path, output: str | Path, file_extension: str = ".wav", *, stats: bool = False
+) -> None:
+    """Write the manifest of all recordings in an uncompressed tar archive, reading it once.
+
+    Rows are sorted by member name and say where in the archive the recording is. Arguments and errors are those of
+    :func:`write_manifest`.
+    """
+    output = _check_output(output, (".csv", ".jsonl"))
+    archive = os.path.abspath(dataset)  # noqa: PTH100
+    rows = list(_describe(_members(archive, _suffix(file_extension)), None, stats=stats))
+    if not rows:
+        raise InputError(f"{archive}: no member's name ends in {_suffix(file_extension)}.")
+    rows.sort(key=lambda row: (row["path"], row["byte_offset"]))
+    _write_table(output, rows)
+
+
+def _suffix(file_extension: str) -> str:
+    return "." + file_extension.lower().removeprefix(".")
+
+
+def _find(dataset: str | Path, file_extension: str) -> list[str]:
+    """Absolute paths of a folder's recordings, sorted."""
+    root, suffix = os.path.abspath(dataset), _suffix(file_extension)  # noqa: PTH100
+    if not os.path.isdir(root):  # noqa: PTH112
+        raise InputError(f"{root}: not a folder.")
+
+    def fail(error: OSError) -> None:
+        raise InputError(f"{error.filename}: the folder cannot be read ({error.strerror}).")
+
+    found = [
+        os.path.join(folder, name)  # noqa: PTH118
+        for folder, _, names in os.walk(root, onerror=fail)
+        for name in names
+        if name.lower().endswith(suffix)
+    ]
+    if not found:
+        raise InputError(f"{root}: no file's name ends in {suffix}. Choose another extension with --ext.")
+    return sorted(found)
+
+
+def _members(archive: str, suffix: str) -> Iterator[Recording]:
+    """Recordings of an archive, in its order."""
+    try:
+        with tarfile.open(archive, "r:") as tar:
+            for member in tar:
+                if member.isreg() and member.name.lower().endswith(suffix):
+                    if member.issparse():
+                        raise InputError(
+                            f"{archive}:{member.name}: a sparse member; pack the archive without --sparse."
+                        )
+                    yield Recording(member.name, archive, member.offset_data, member.size)
+                tar.members = []  # type: ignore[attr-defined]  # Else the archive's whole table of contents is kept.
+    except FileNotFoundError:
+        raise InputError(f"{archive}: the archive does not exist.") from None
+    except tarfile.TarError as error:
+        if tarfile.is_tarfile(archive) and _is_compressed(archive):
+            reason = "a compressed archive; decompress it first, recordings are read from where they lie in it"
+        else:
+            reason = f"not a complete tar archive ({error})"
+        raise InputError(f"{archive}: {reason}.") from None
+    except OSError as error:
+        raise InputError(f"{archive}: the archive cannot be read ({error.strerror}).") from None
+
+
+def _is_compressed(path: str) -> bool:
+    with Path(path).open("rb") as file:
+        return file.read(6).startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd"))
+
+
+def _describe(recordings: Iterable[Recording], total: int | None, *, stats: bool) -> Iterator[dict[str, Any]]:
+    """A manifest's rows, several recordings at once, in the given order."""
+
+    def describe(chunk: list[Recording]) -> list[dict[str, Any]]:
+        return [_row(recording, stats=stats) for recording in chunk]
+
+    threads = min(32, (os.cpu_count() or 1) + 4)
+    iterator = iter(recordings)
+    chunks = iter(lambda: list(islice(iterator, CHUNK)), [])
+    with (
+        ThreadPoolExecutor(threads) as pool,
+        tqdm(total=total, desc="Manifest", unit="file", disable=None) as progress,
+    ):
+        # A window of chunks at a time: `map` alone would read an archive's whole table of contents first, and go on
+        # through everything after an error.
+        while window := list(islice(chunks, 4 * threads)):
+            for rows in pool.map(describe, window):
+                progress.update(len(rows))
+                yield from rows
+
+
+def _row(recording: Recording, *, stats: bool) -> dict[str, Any]:
+    try:
+        str(recording).encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{str(recording)!r}: the name is not valid UTF-8; rename the file.") from None
+    row: dict[str, Any] = {
+        "fileid": os.path.splitext(os.path.basename(recording.path))[0],  # noqa: PTH119, PTH122
+        "path": recording.path,
+        "num_samples": num_samples(recording),
+    }
+    if recording.archive is not None:
+        row |= {name: getattr(recording, name) for name in ARCHIVE}
+    if stats:
+        row |= dict(zip(STATISTICS, statistics(recording), strict=True))
+    return row
+
+
+def _check_output(output: str | Path, suffixes: tuple[str, ...]) -> Path:
+    output = Path(output)
+    if output.suffix not in suffixes:
+        raise InputError(f"{output}: the manifest's name must end in {' or '.join(suffixes)}.")
+    if output.is_dir():
+        raise InputError(f"{output}: is a folder.")
+    return output
+
+
+def _write_table(output: Path, rows: Iterable[dict[str, Any]]) -> None:
+    schema: dict[str, Any] = REQUIRED | ARCHIVE | STATISTICS
+    rows = list(rows)
+    table = pl.DataFrame(rows, schema={name: schema[name] for name in rows[0]})
+    with _replacing(output) as temporary:
+        if output.suffix == ".csv":
+            table.write_csv(temporary)
+        else:
+            table.write_ndjson(temporary)
+
+
+@contextmanager
+def _replacing(output: Path) -> Iterator[Path]:
+    """A file that takes the place of ``output`` when everything went well, and is gone otherwise."""
+    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(output)
+    except OSError as error:
+        raise InputError(f"{output}: cannot be written ({error.strerror or error}).") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m spidr.data.write_manifest",
+        description="Write the manifest of a folder of recordings, or of an uncompressed tar archive of them.",
+    )
+    parser.add_argument("dataset", help="folder or .tar")
+    parser.add_argument("output", help="manifest to write: .csv, .jsonl or, with --fairseq, .tsv")
+    parser.add_argument("--ext", default=".wav", help="extension of the recordings (default: %(default)s)")
+    parser.add_argument("--fairseq", action="store_true", help="write fairseq's format")
+    parser.add_argument(
+        "--stats",
+        action="store_true",
+        help="also write mean and standard deviation of each recording, so that training on parts of hour-long "
+        "recordings need not decode the whole (slower: decodes everything now)",
+    )
+    args = parser.parse_args(argv)
+    is_folder = os.path.isdir(args.dataset)  # noqa: PTH112
+    if args.fairseq and (args.stats or not is_folder):
+        parser.error("--fairseq is for folders and has no --stats")
+    write: Callable[..., None] = write_manifest if is_folder else write_manifest_tar
+    try:
+        if args.fairseq:
+            write_manifest_fairseq(args.dataset, args.output, args.ext)
+        else:
+            write(args.dataset, args.output, args.ext, stats=args.stats)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
