@@ -1,0 +1,257 @@
+"""Checkpoints that cannot be lost: written aside, flushed and renamed; read back from the newest valid one.
+
+May import ``spidr.config`` only.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from spidr.config import InputError
+
+logger = logging.getLogger(__name__)
+
+REQUIRED_KEYS = ("model", "optimizer", "scheduler", "scaler", "epoch", "step")
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[IO[bytes]]:
+    """A file that appears under ``path`` complete and on disk, or not at all.
+
+    Raises:
+        InputError: If it cannot be written; whatever was at ``path`` is as it was.
+    """
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with aside.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    # torch.save reports a full disk as a RuntimeError, caused by the OSError of the file.
+    except (OSError, RuntimeError) as error:
+        aside.unlink(missing_ok=True)
+        raise InputError(
+            f"{path}: cannot be written ({_root_cause(error)}); make room or choose another run.workdir. "
+            "What was saved before is intact."
+        ) from error
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+
+
+def _root_cause(error: BaseException) -> BaseException:
+    while (cause := error.__cause__ or error.__context__) is not None:
+        error = cause
+    return error
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a training checkpoint on the CPU, without running code from it.
+
+    Raises:
+        InputError: If it is missing, truncated, damaged (its checksums are verified) or something else.
+    """
+    path = Path(path)
+    try:
+        with zipfile.ZipFile(path) as archive:  # torch does not verify the checksums it writes
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise InputError(f"{path}: damaged, the checksum of {damaged} is wrong")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except InputError:
+        raise
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except Exception as error:  # a damaged archive or pickle can fail in any way
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise InputError(f"{path}: not a valid checkpoint ({reason})") from error
+    missing = [key for key in REQUIRED_KEYS if not isinstance(checkpoint, dict) or key not in checkpoint]
+    if missing:
+        raise InputError(f"{path}: not a training checkpoint, it lacks {', '.join(missing)}")
+    return checkpoint
+
+
+class Checkpointer:
+    """The checkpoints ``step_N.pt`` and ``final.pt`` of a run folder.
+
+    Args:
+        folder: The run folder.
+        interval: Save when the step is a multiple of it; 0 or less: only when forced.
+        keep_latest: How many ``step_N.pt`` to keep, besides those that :attr:`needed` names; 0 or less: all.
+        disable: Do not write (processes other than the main one).
+        start: The first step that counts for the interval.
+
+    Attributes:
+        step: Optimiser steps done by the loaded or last saved checkpoint.
+        epoch: Its epoch.
+        last: Its path, None at first.
+        extra: What is saved beside model, optimizer, scheduler, scaler, epoch and step: set it before saving, find it after
+            loading.
+        needed: Gives the steps whose checkpoints must stay because something still reads them.
+        metrics: The run's ``metrics.jsonl``.
+    """
+
+    def __init__(
+        self, folder: str | Path, interval: int, keep_latest: int = -1, *, disable: bool = False, start: int = 0
+    ) -> None:
+        self.folder = Path(folder)
+        self.interval = interval
+        self.keep_latest = keep_latest
+        self.disable = disable
+        self.step = start
+        self.epoch = 0
+        self.last: Path | None = None
+        self.extra: dict[str, Any] = {}
+        self.needed: Callable[[], set[int]] = set
+        self.metrics = self.folder / "metrics.jsonl"
+        self._seen_metrics = 0
+
+    def init_state(
+        self, model: nn.Module, optimizer: Optimizer, scheduler: LambdaLR, scaler: torch.amp.GradScaler
+    ) -> None:
+        """Hand over what :meth:`save` saves and :meth:`load` restores."""
+        self.model, self.optimizer, self.scheduler, self.scaler = model, optimizer, scheduler, scaler
+
+    # ------------------------------------------------------------------------------------------------- saving
+
+    def is_due(self, step: int) -> bool:
+        """Whether a checkpoint is to be saved after ``step``."""
+        return self.interval > 0 and step % self.interval == 0
+
+    def save(self, step: int, epoch: int, *, force: bool = False) -> bool:
+        """Save ``step_N.pt`` if it is due, then remove the oldest ones beyond ``keep_latest``.
+
+        Returns:
+            Whether a checkpoint was due.
+        """
+        if not (force or self.is_due(step)):
+            return False
+        self._write(self.folder / f"step_{step}.pt", step, epoch)
+        if self.keep_latest > 0 and not self.disable:
+            needed = self.needed()
+            for path in self._saved()[: -self.keep_latest]:
+                if _step_of(path) not in needed:
+                    path.unlink(missing_ok=True)
+        return True
+
+    def save_final(self, step: int, epoch: int) -> None:
+        """Save ``final.pt``."""
+        self._write(self.folder / "final.pt", step, epoch)
+
+    def _write(self, path: Path, step: int, epoch: int) -> None:
+        self.step, self.epoch, self.last = step, epoch, path
+        if self.disable:
+            return
+        state = {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "epoch": epoch,
+            "step": step,
+            **self.extra,
+        }
+        with atomic_write(path) as file:
+            torch.save(state, file)
+        logger.info("saved %s", path)
+
+    # ------------------------------------------------------------------------------------------------- loading
+
+    def _saved(self) -> list[Path]:
+        """The files ``step_N.pt``, oldest step first."""
+        paths = (path for path in self.folder.glob("step_*.pt") if re.fullmatch(r"step_\d+\.pt", path.name))
+        return sorted(paths, key=_step_of)
+
+    def find_latest(self) -> tuple[Path, dict[str, Any]] | None:
+        """The newest valid checkpoint of the run, and what it holds; damaged and foreign files are passed over."""
+        final = self.folder / "final.pt"
+        found = self._read_or_warn(final) if final.exists() else None
+        for path in reversed(self._saved()):
+            if found is not None and found["step"] >= _step_of(path):
+                break
+            if (checkpoint := self._read_or_warn(path)) is not None:
+                return path, checkpoint
+        return None if found is None else (final, found)
+
+    def _read_or_warn(self, path: Path) -> dict[str, Any] | None:
+        try:
+            checkpoint = read_checkpoint(path)
+            if path.name != "final.pt" and checkpoint["step"] != _step_of(path):
+                raise InputError(f"{path}: holds step {checkpoint['step']}, which is not what its name says")
+        except InputError as error:
+            logger.warning("passed over a checkpoint. %s", error)
+            return None
+        return checkpoint
+
+    def load_existing_run(self) -> bool:
+        """Go on from the newest valid checkpoint of the folder. Returns whether there was one."""
+        found = self.find_latest()
+        if found is None:
+            return False
+        self.restore(*found)
+        return True
+
+    def load(self, step: int) -> None:
+        """Go on from ``step_N.pt``.
+
+        Raises:
+            InputError: If it is missing or damaged, or does not fit the model.
+        """
+        path = self.folder / f"step_{step}.pt"
+        self.restore(path, read_checkpoint(path))
+
+    def restore(self, path: Path, checkpoint: dict[str, Any]) -> None:
+        """Put the state of a checkpoint that was read from ``path`` into model, optimizer, scheduler and scaler."""
+        configured = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
+        try:
+            self.model.load_state_dict(checkpoint["model"])
+            self.optimizer.load_state_dict(checkpoint["optimizer"])
+        except (RuntimeError, ValueError) as error:
+            raise InputError(
+                f"{path}: does not fit the configured model ({' '.join(str(error).split())[:500]}); use the configuration that "
+                "the run began with, or another run.wandb_name for a new run"
+            ) from error
+        self.scaler.load_state_dict(checkpoint["scaler"])
+        self.step, self.epoch, self.last = checkpoint["step"], checkpoint["epoch"], path
+        # The rate is a function of the number of updates, whatever kind of scheduler wrote the file.
+        self.scheduler.last_epoch = self.step
+        schedules = zip(self.scheduler.base_lrs, self.scheduler.lr_lambdas, strict=True)
+        for group, settings, (base, factor) in zip(self.optimizer.param_groups, configured, schedules, strict=True):
+            group.update(settings)  # the file's state, the configuration's settings
+            group["lr"] = base * factor(self.step)
+        self.scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+        self.extra = {key: value for key, value in checkpoint.items() if key not in REQUIRED_KEYS}
+
+    # ------------------------------------------------------------------------------------------------- metrics
+
+    def find_new_metrics(self) -> list[dict[str, Any]]:
+        """The lines of ``metrics.jsonl`` that have been written since the last call."""
+        if not self.metrics.exists():
+            return []
+        lines = self.metrics.read_text().splitlines()
+        new = [json.loads(line) for line in lines[self._seen_metrics :]]
+        self._seen_metrics = len(lines)
+        return new
+
+
+def _step_of(path: Path) -> int:
+    return int(path.stem.removeprefix("step_"))

@@ -1,0 +1,179 @@
+"""Processes and devices: who this process is, what it computes on, and how it hears that it must stop.
+
+May import ``spidr.config`` only.
+"""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import os
+import signal
+import socket
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from spidr.config import InputError, RunConfig
+
+logger = logging.getLogger(__name__)
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+PREEMPTED_EXIT_CODE = 75
+COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=10)
+
+
+class Preempted(SystemExit):
+    """A signal asked the run to stop; its state is saved and the same command goes on from there. Exit status 75."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(PREEMPTED_EXIT_CODE)
+        self.signum = signum
+
+
+class StopFlag:
+    """Remembers the first stop signal. The training loop looks at it at step boundaries."""
+
+    def __init__(self) -> None:
+        self.signum = 0
+
+    def set(self, signum: int, frame: FrameType | None = None) -> None:  # noqa: ARG002
+        """Handle a signal: only remember it, so that nothing is interrupted half-way."""
+        self.signum = self.signum or signum
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Handle the stop signals inside the block."""
+        previous = {signum: signal.signal(signum, self.set) for signum in STOP_SIGNALS}
+        try:
+            yield
+        finally:
+            for signum, handler in previous.items():
+                signal.signal(signum, handler)
+
+
+@dataclass(frozen=True)
+class Environment:
+    """This process among all of the run."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that logs, saves and talks to others."""
+        return self.rank == 0
+
+    def all_reduce(self, x: Tensor) -> None:
+        """Sum over all processes, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(x)
+
+    def broadcast_object(self, value: Any) -> Any:
+        """What the main process holds as ``value``."""
+        if self.world_size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """The ``value`` of every process, in order of rank."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def barrier(self) -> None:
+        """Wait for all processes."""
+        if self.world_size > 1:
+            dist.barrier()
+
+
+def _ranks() -> tuple[int, int, int]:
+    """(rank, local rank, number of processes) from torchrun, else from a SLURM job step, else alone.
+
+    A SLURM job step without torchrun's variables gets them set here, for ``init_process_group``.
+    """
+    environ = os.environ
+    if "RANK" in environ and "WORLD_SIZE" in environ:
+        return int(environ["RANK"]), int(environ.get("LOCAL_RANK", 0)), int(environ["WORLD_SIZE"])
+    if "SLURM_STEP_ID" in environ and "SLURM_PROCID" in environ and environ.get("SLURM_STEP_ID", "").isdigit():
+        world_size = int(environ["SLURM_NTASKS"])
+        if world_size > 1:
+            environ.setdefault("MASTER_ADDR", _first_host(environ["SLURM_JOB_NODELIST"]))
+            # The same on every node, and rarely the same for two jobs that share one.
+            environ.setdefault("MASTER_PORT", str(20_000 + int(environ["SLURM_JOB_ID"]) % 20_000))
+        return int(environ["SLURM_PROCID"]), int(environ["SLURM_LOCALID"]), world_size
+    return 0, 0, 1
+
+
+def _first_host(nodelist: str) -> str:
+    """Name of the first host of a SLURM node list such as ``node[01-04,07]``."""
+    shown = subprocess.run(["scontrol", "show", "hostnames", nodelist], capture_output=True, text=True, check=True)
+    return shown.stdout.split()[0]
+
+
+def choose_device(name: str, local_rank: int = 0) -> torch.device:
+    """The device to compute on.
+
+    Args:
+        name: "auto" (CUDA, else MPS, else the CPU), "cuda", "mps" or "cpu".
+        local_rank: Which GPU of this machine, modulo their number.
+
+    Raises:
+        InputError: If there is no such device here.
+    """
+    if name == "cuda" or (name == "auto" and torch.cuda.is_available()):
+        if not torch.cuda.is_available():
+            raise InputError('run.device is "cuda", but no CUDA device is available here: use "auto" or "cpu"')
+        return torch.device("cuda", local_rank % torch.cuda.device_count())
+    if name == "mps" or (name == "auto" and torch.backends.mps.is_available()):
+        if not torch.backends.mps.is_available():
+            raise InputError('run.device is "mps", but MPS is not available here: use "auto" or "cpu"')
+        return torch.device("mps")
+    return torch.device("cpu")
+
+
+@contextmanager
+def environment(run: RunConfig) -> Iterator[Environment]:
+    """Join the other processes of the run, if any, and choose the device; leave them at the end of the block."""
+    rank, local_rank, world_size = _ranks()
+    device = choose_device(run.device, local_rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.allow_tf32 = False
+        torch.backends.cudnn.allow_tf32 = False
+    torch.use_deterministic_algorithms(run.use_deterministic)
+    if run.use_deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses
+    if world_size == 1:
+        yield Environment(rank, local_rank, world_size, device)
+        return
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        rank=rank,
+        world_size=world_size,
+        timeout=COLLECTIVE_TIMEOUT,
+        device_id=device if device.type == "cuda" else None,
+    )
+    try:
+        logger.info("rank %d of %d on %s (%s)", rank, world_size, socket.gethostname(), device)
+        yield Environment(rank, local_rank, world_size, device)
+    finally:
+        dist.destroy_process_group()
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Seed what a training step draws (dropout, layer drop): a function of its arguments, so nothing has to be saved."""
+    torch.manual_seed((seed * 1_000_003 + step) * 65_537 + rank)

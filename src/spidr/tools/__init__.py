@@ -1,0 +1,1 @@
+"""What surrounds training: logging, meters, metrics sinks and the profiler."""

@@ -1,0 +1,152 @@
+"""Metrics of a run: ``metrics.jsonl``, the source of truth, and wandb, which follows it.
+
+A line is a flat JSON object with ``step``, ``group`` ("train" or the name of a validation set) and values. Imports
+nothing else of the package.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+Line = dict[str, Any]
+
+
+def read_metrics(path: Path) -> list[Line]:
+    """The complete lines of a metrics file; the beginning of a line that was cut off is left out."""
+    if not path.exists():
+        return []
+    lines = []
+    for text in path.read_text().splitlines():
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        if isinstance(line, dict) and {"step", "group"} <= line.keys():
+            lines.append(line)
+    return lines
+
+
+class MetricsFile:
+    """Appends lines to ``metrics.jsonl``, each once.
+
+    Args:
+        path: The file.
+        step: The step that the run goes on from. What a killed run wrote of later training steps is removed: it will be
+            written again.
+    """
+
+    def __init__(self, path: Path, step: int) -> None:
+        self.path = path
+        kept = [line for line in read_metrics(path) if line["step"] <= step]
+        self._written = {(line["step"], line["group"]) for line in kept}
+        if path.exists():
+            aside = path.with_suffix(".tmp")
+            aside.write_text("".join(map(_to_text, kept)))
+            aside.replace(path)
+
+    def __contains__(self, key: tuple[int, str]) -> bool:
+        return key in self._written
+
+    def write(self, line: Line) -> bool:
+        """Append a line. Returns False, without writing, if its step and group are there already."""
+        key = (line["step"], line["group"])
+        if key in self._written:
+            return False
+        with self.path.open("a") as file:
+            file.write(_to_text(line))
+            file.flush()
+            os.fsync(file.fileno())
+        self._written.add(key)
+        return True
+
+
+def _to_text(line: Line) -> str:
+    # NaN is no JSON; a value that does not exist (perplexity of nothing, say) is null.
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
+    return json.dumps(finite) + "\n"
+
+
+class WandbSink:
+    """The run's page on wandb. It keeps one id over all restarts, kept in ``wandb.json``, and gets each line once.
+
+    Training never stops because of wandb: what fails is logged, and ``python -m spidr.tools.metrics_queue`` can push the
+    missing lines later.
+
+    Args:
+        folder: The run folder.
+        project: wandb project.
+        name: Name of the run.
+        mode: "online", "offline" or "disabled".
+        config: The configuration to show.
+    """
+
+    def __init__(self, folder: Path, project: str, name: str, mode: str, config: dict[str, Any]) -> None:
+        self.state_path = folder / "wandb.json"
+        self.run: Any = None
+        self.pushed: dict[str, int] = {}
+        if mode == "disabled":
+            return
+        try:
+            import wandb
+
+            state = json.loads(self.state_path.read_text()) if self.state_path.exists() else {}
+            self.pushed = state.get("pushed", {})
+            self.id = state.get("id") or wandb.util.generate_id()
+            self.run = wandb.init(
+                project=project, name=name, id=self.id, resume="allow", mode=mode, dir=folder, config=config,
+                settings=wandb.Settings(console="off", silent=True),
+            )  # fmt: skip
+            self._save()
+        except Exception:
+            logger.warning("wandb is not available; training goes on without it", exc_info=True)
+            self.run = None
+
+    def push(self, line: Line) -> None:
+        """Log a line as ``GROUP/NAME`` against ``GROUP/step``, unless it or a later one of its group has been."""
+        group, step = line["group"], line["step"]
+        if self.run is None or step <= self.pushed.get(group, -1):
+            return
+        try:
+            self.run.define_metric(f"{group}/*", step_metric=f"{group}/step")
+            self.run.log({f"{group}/{key}": value for key, value in line.items() if key != "group"})
+            self.pushed[group] = step
+            self._save()
+        except Exception:
+            logger.warning("wandb refused the metrics of step %d (%s)", step, group, exc_info=True)
+
+    def _save(self) -> None:
+        aside = self.state_path.with_suffix(".tmp")
+        aside.write_text(json.dumps({"id": self.id, "pushed": self.pushed}))
+        aside.replace(self.state_path)
+
+    def close(self) -> None:
+        """End the session."""
+        if self.run is not None:
+            self.run.finish()
+
+
+class Means:
+    """Means over an interval, of values that come once a step, as sums that a checkpoint can hold."""
+
+    def __init__(self, state: dict[str, list[float]] | None = None) -> None:
+        self.sums: dict[str, list[float]] = state or {}
+
+    def add(self, values: dict[str, float]) -> None:
+        """Count a step's values."""
+        for name, value in values.items():
+            entry = self.sums.setdefault(name, [0.0, 0])
+            entry[0] += value
+            entry[1] += 1
+
+    def pop(self) -> dict[str, float]:
+        """The means, and start again."""
+        means = {name: total / count for name, (total, count) in self.sums.items()}
+        self.sums = {}
+        return means
