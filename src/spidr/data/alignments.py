@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePath
+from typing import TYPE_CHECKING, Any
 
 from spidr.config import InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 FRAME_STEP = 10
 """Milliseconds per frame of an alignment."""
@@ -50,6 +53,28 @@ def read_alignments(path: str | Path) -> dict[str, list[str]]:
     if not alignments:
         raise InputError(f"{path}: no alignment in the file.")
     return alignments
+
+
+def match_alignments(alignments: dict[str, list[str]], fileids: Iterable[str]) -> dict[str, list[str]]:
+    """The alignment of each recording that has one.
+
+    A recording's alignment is the one of the same name, else the one whose name without folders and extension is the
+    recording's.
+
+    Raises:
+        InputError: Several alignments could be meant.
+    """
+    by_stem: dict[str, list[str]] = {}
+    for name in alignments:
+        by_stem.setdefault(PurePath(name).stem, []).append(name)
+    matched = {}
+    for fileid in fileids:
+        names = [fileid] if fileid in alignments else by_stem.get(PurePath(fileid).stem, [])
+        if len(names) > 1:
+            raise InputError(f"{fileid}: several alignments could be meant: {', '.join(sorted(names)[:3])}.")
+        if names:
+            matched[fileid] = alignments[names[0]]
+    return matched
 
 
 def _parse(row: dict[str, Any]) -> tuple[str, list[str]]:

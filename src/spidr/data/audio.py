@@ -30,6 +30,10 @@ EPS = 1e-5
 """Added to the variance when an utterance is standardised."""
 
 
+UNKNOWN_LENGTH = 1 << 40
+"""No recording is that long (two years): libsndfile gives such numbers where a header leaves the length open."""
+
+
 class Recording(NamedTuple):
     """Where a recording is: a file, or ``byte_size`` bytes of an uncompressed archive.
 
@@ -91,12 +95,8 @@ def read_audio(source: Source, start: int = 0, stop: int | None = None) -> NDArr
     return samples
 
 
-@lru_cache(maxsize=1 << 16)
 def statistics(source: Source) -> tuple[float, float]:
-    """Mean and (population) standard deviation of a recording, block by block, in little memory.
-
-    Remembered: a long recording that is cropped again and again is decoded whole only once per process.
-    """
+    """Mean and (population) standard deviation of a recording, decoded block by block, in little memory."""
     return _moments(_blocks(source))
 
 
@@ -145,6 +145,10 @@ def _blocks(source: Source) -> Iterator[NDArray[np.float32]]:
             yield block
 
 
+def _is_file(source: Source) -> bool:
+    return isinstance(source, (str, Path)) or (isinstance(source, Recording) and source.archive is None)
+
+
 def _name(source: Source) -> str:
     return f"<{len(source)} bytes of audio>" if isinstance(source, bytes) else str(source)
 
@@ -153,7 +157,7 @@ def _open(source: Source) -> soundfile.SoundFile:
     try:
         file = soundfile.SoundFile(_input(source))
     except soundfile.LibsndfileError as error:
-        if isinstance(source, (str, Path)) or (isinstance(source, Recording) and source.archive is None):
+        if _is_file(source):
             _check_file(str(source))
         raise InputError(f"{_name(source)}: not a readable WAV or FLAC recording ({error.error_string}).") from None
     try:
@@ -199,16 +203,15 @@ def _check_finite(source: Source, samples: NDArray[np.float32]) -> None:
         raise InputError(f"{_name(source)}: the recording holds samples that are not finite numbers.")
 
 
-UNKNOWN_LENGTH = 1 << 40
-"""No recording is that long (two years): libsndfile gives such numbers where a header leaves the length open."""
-
-
 def _frames(source: Source, file: soundfile.SoundFile) -> int:
     frames = int(file.frames)
-    if frames >= UNKNOWN_LENGTH:  # A FLAC written to a pipe does not know its length.
-        frames = sum(len(block) for block in iter(lambda: file.read(BLOCK, dtype="int16"), []) if len(block))
     if frames <= 0:
         raise InputError(f"{_name(source)}: the recording has no samples.")
+    if frames >= UNKNOWN_LENGTH:
+        raise InputError(
+            f"{_name(source)}: the header does not say how long the recording is (it was written to a pipe); convert "
+            "it once more, from file to file."
+        )
     return frames
 
 
@@ -229,21 +232,15 @@ def _read(source: Source, file: soundfile.SoundFile, start: int, stop: int) -> N
 
 def _decode(source: Source) -> NDArray[np.float32]:
     """All samples of a recording that libsndfile does not read."""
-    try:
-        decoder_class = import_module("torchcodec.decoders").AudioDecoder
-    except (ImportError, OSError, RuntimeError):
-        raise InputError(
-            f"{_name(source)}: formats other than WAV and FLAC need TorchCodec and FFmpeg: "
-            "`pip install torchcodec` and install FFmpeg with your system's package manager or conda."
-        ) from None
     if isinstance(source, Recording) and source.archive is not None:
         data: Any = _Member(source).readall()
     elif isinstance(source, bytes):
         data = source
     else:
-        _check_file(str(source))
         data = str(source)
+        _check_file(data)
     try:
+        decoder_class = import_module("torchcodec.decoders").AudioDecoder
         decoder = decoder_class(data)
         metadata = decoder.metadata
         if metadata.codec == "opus":  # Has no sample rate of its own: FFmpeg always decodes it to 48 kHz.
@@ -253,7 +250,12 @@ def _decode(source: Source) -> NDArray[np.float32]:
         samples = decoder.get_all_samples().data
     except InputError:
         raise
-    except (RuntimeError, ValueError) as error:
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
+        if isinstance(error, (ImportError, OSError)) or "libtorchcodec" in str(error):
+            raise InputError(
+                f"{_name(source)}: formats other than WAV and FLAC need TorchCodec and FFmpeg: "
+                "`pip install torchcodec`, and install FFmpeg with conda or your system's package manager."
+            ) from None
         raise InputError(f"{_name(source)}: cannot be decoded ({str(error).splitlines()[0]}).") from None
     _check_format(source, SAMPLE_RATE, samples.shape[0])
     if samples.shape[1] == 0:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
@@ -101,6 +103,10 @@ class BatchRequest(NamedTuple):
         return [generator(self.seed, Draw.ROW, int(row)) for row in self.rows]
 
 
+# A long recording is decoded whole for its statistics only once per process, however often it is cropped.
+_remembered_statistics = lru_cache(maxsize=1 << 16)(statistics)
+
+
 class _Loaded(NamedTuple):
     """A recording of which the length is known and, unless it is long, the samples."""
 
@@ -149,24 +155,44 @@ class Collator:
         Raises:
             InputError: A recording cannot be read or is too short; with ``on_error = "skip"``, none can be read.
         """
-        loaded, rows, skipped = self._load_all(request)
+        rows = request.rows.astype(np.int64)
+        skipped: dict[str, str] = {}
+        loaded: list[_Loaded | None] = [None] * len(rows)
+        for i, (recording, length) in enumerate(zip(request.recordings, request.lengths, strict=True)):
+            with self._skipping(recording, skipped):
+                loaded[i] = self._load(recording, int(length))
+
         rngs = request.generators()
-        available = np.array([item.length for item in loaded])
+        known = [item.length for item in loaded if item is not None]
+        available = np.array([min(known, default=1) if item is None else item.length for item in loaded])
         lengths = np.minimum(available, self.cfg.max_sample_size)
         if not self.cfg.enable_padding:
             lengths[:] = lengths.min()
         starts = np.zeros_like(lengths)
         if self.cfg.rand_crop:
-            shares = np.concatenate([rng.random(len(loaded) // len(rngs)) for rng in rngs])
+            shares = np.concatenate([rng.random(len(rows) // len(rngs)) for rng in rngs])
             starts = (shares * (available - lengths + 1)).astype(np.int64)
-        waveforms = torch.zeros(len(loaded), int(lengths.max()))
-        for out, item, start, length in zip(waveforms.numpy(), loaded, starts, lengths, strict=True):
-            item.write(int(start), out[:length])
+
+        waveforms = np.empty((len(rows), lengths.max()), dtype=np.float32)
+        good = []
+        for i, item in enumerate(loaded):
+            if item is not None:
+                with self._skipping(item.recording, skipped):
+                    item.write(int(starts[i]), waveforms[i, : lengths[i]])
+                    waveforms[i, lengths[i] :] = 0
+                    good.append(i)
+        if not good:
+            raise InputError(f"No recording of a batch can be read. {next(iter(skipped.values()))}")
+        if skipped:
+            # Recordings that can be read stand in, in turn, for those that cannot: the batch keeps its size.
+            chosen = [i if i in good else good[i % len(good)] for i in range(len(rows))]
+            waveforms, rows, starts, lengths = (array[chosen] for array in (waveforms, rows, starts, lengths))
+
         frames = conv_length(self.conv_layer_config, lengths)
         padded = bool((lengths != lengths[0]).any())
         batch = Batch(
-            waveforms,
-            rows=torch.from_numpy(rows.astype(np.int64)),
+            torch.from_numpy(waveforms),
+            rows=torch.from_numpy(rows),
             starts=torch.from_numpy(starts),
             num_samples=int(lengths.sum()),
             num_frames=int(frames.sum()),
@@ -177,6 +203,16 @@ class Collator:
         )
         return batch if self.masks is None else self._mask(batch, frames, rngs)
 
+    @contextmanager
+    def _skipping(self, recording: Recording, skipped: dict[str, str]) -> Iterator[None]:
+        """Note a recording that cannot be read and go on, if that was asked for."""
+        try:
+            yield
+        except InputError as error:
+            if self.cfg.on_error == "raise":
+                raise
+            skipped[str(recording)] = str(error)
+
     def _mask(self, batch: Batch, frames: NDArray[np.int64], rngs: list[np.random.Generator]) -> Batch:
         assert self.masks is not None
         indices = torch.from_numpy(self.masks.draw(frames, rngs))
@@ -186,31 +222,12 @@ class Collator:
             channel_mask = torch.from_numpy(self.masks.draw_channels(len(frames), self.channels, rngs))
         return replace(batch, mask=mask, mask_indices=indices, channel_mask=channel_mask)
 
-    def _load_all(self, request: BatchRequest) -> tuple[list[_Loaded], NDArray[np.integer[Any]], dict[str, str]]:
-        """All recordings of a batch, their rows, and what was skipped."""
-        loaded: list[_Loaded | None] = []
-        skipped: dict[str, str] = {}
-        for recording, length in zip(request.recordings, request.lengths, strict=True):
-            try:
-                loaded.append(self._load(recording, int(length)))
-            except InputError as error:
-                if self.cfg.on_error == "raise":
-                    raise
-                loaded.append(None)
-                skipped[str(recording)] = str(error)
-        good = [i for i, item in enumerate(loaded) if item is not None]
-        if not good:
-            raise InputError(f"No recording of a batch can be read. {next(iter(skipped.values()))}")
-        # Recordings that can be read stand in, in turn, for those that cannot: the batch keeps its size.
-        chosen = [i if item is not None else good[i % len(good)] for i, item in enumerate(loaded)]
-        return [item for i in chosen if (item := loaded[i]) is not None], request.rows[chosen], skipped
-
     def _load(self, recording: Recording, length: int) -> _Loaded:
         cfg = self.cfg
         moments = None if recording.mean is None or recording.std is None else (recording.mean, recording.std)
         if length > cfg.max_sample_size and can_seek(recording):  # Only the part that is needed will be read.
             samples, length = None, num_samples(recording)
-            moments = (moments or statistics(recording)) if cfg.normalize else None
+            moments = (moments or _remembered_statistics(recording)) if cfg.normalize else None
         else:
             samples = read_audio(recording)
             length = len(samples)

@@ -61,16 +61,19 @@ def _check_columns(path: Path, found: list[str]) -> list[str]:
 
 
 def _check_values(path: Path, manifest: pl.DataFrame) -> None:
-    """No value missing, no length or position below zero; statistics may be missing."""
+    """No value missing that is needed, no length or position below zero, no statistics that are not numbers."""
+    in_file = manifest["archive"].is_null() if "archive" in manifest.columns else None
     for column in manifest.columns:
-        if column in STATISTICS:
-            continue
-        bad = manifest[column].is_null()
-        if not bad.any() and manifest.schema[column] == pl.Int64:
-            bad = manifest[column] < 0
-        if (row := bad.arg_max()) is not None and bad[row]:
-            value = manifest[row, column]
-            found = "nothing" if value is None else str(value)
+        values = manifest[column]
+        if column in STATISTICS:  # Missing ones are computed when needed.
+            bad = ~values.fill_null(0.0).is_finite() | (values.fill_null(0.0) < 0 if column == "std" else False)
+        else:
+            bad = values.is_null() if in_file is None or column in REQUIRED else values.is_null() & ~in_file
+            if values.dtype == pl.Int64:
+                bad |= values.fill_null(0) < 0
+        if bad.any():
+            row = int(bad.arg_max() or 0)
+            found = "nothing" if values[row] is None else str(values[row])
             raise InputError(f"{path}: row {row + 1}, column {column!r}: found {found}, expected {_expected(column)}.")
 
 

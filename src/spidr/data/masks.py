@@ -176,33 +176,36 @@ def _place_apart(
     Each span goes into one of the free parts that can hold it, chosen with a probability proportional to its length.
     From the first span of a row that fits nowhere, the lengths returned are 0.
     """
-    spans = -np.sort(-spans, axis=1)
-    rows, steps = np.arange(len(lengths)), spans.shape[1]
-    where, within = rng.random((2, len(lengths), steps))
+    # One line of these arrays per span, or per free part: numpy is fastest along the last axis.
+    spans = np.ascontiguousarray(-np.sort(-spans, axis=1).T)
+    steps, rows = spans.shape
+    where, within = rng.random((rows, 2, steps)).transpose(1, 2, 0)
+    impossible = int(np.max(lengths)) + 1
+    spans[spans == 0] = impossible
     starts = np.zeros_like(spans)
-    begin = np.zeros((len(lengths), steps + 1), dtype=np.int64)
+    begin = np.zeros((steps + 1, rows), dtype=np.int64)
     free = np.zeros_like(begin)
-    free[:, 0] = lengths
-    going = np.ones(len(lengths), dtype=np.bool_)
-    for step in range(steps):
-        span = spans[:, step]
-        parts = free[:, : step + 1]
-        cumulative = np.cumsum(np.where(parts >= span[:, None], parts, 0), axis=1)
-        total = cumulative[:, -1]
-        going &= (total > 0) & (span > 0)
-        spans[:, step] = span = np.where(going, span, 0)
-        if not going.any():
-            spans[:, step:] = 0
-            break
-        part = (cumulative > (where[:, step] * total)[:, None]).argmax(1)
-        room = free[rows, part]
-        offset = (within[:, step] * (room - span + 1)).astype(np.int64)
-        start = starts[:, step] = begin[rows, part] + offset
+    free[0] = lengths
+    columns = np.arange(rows)
+    for step, span in enumerate(spans):
+        parts = free[: step + 1]
+        cumulative = (parts * (parts >= span)).cumsum(axis=0)
+        total = cumulative[-1]
+        if not total.all():
+            spans[step:, total == 0] = impossible
+            if not total.any():
+                break
+        chosen = (cumulative <= where[step] * total).sum(axis=0) * rows + columns
+        room = free.take(chosen)
+        offset = (within[step] * (room - span + 1)).astype(np.int64)
+        start = starts[step] = begin.take(chosen) + offset
+        after = span + min_space
         # The part before the span takes the old part's place, the part after it is new.
-        free[rows, part] = np.where(going, offset - min_space, room)
-        begin[:, step + 1] = start + span + min_space
-        free[:, step + 1] = np.where(going, room - offset - span - min_space, 0)
-    return starts, spans
+        free.put(chosen, offset - min_space)
+        begin[step + 1] = start + after
+        free[step + 1] = room - offset - after
+    spans[spans == impossible] = 0
+    return starts.T, spans.T
 
 
 def _union(lengths: Integers, starts: Integers, spans: Integers, width: int) -> NDArray[np.bool_]:

@@ -9,7 +9,8 @@ import argparse
 import os
 import sys
 import tarfile
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -25,7 +26,7 @@ from spidr.data.manifest import ARCHIVE, REQUIRED, STATISTICS
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-CHUNK = 256
+CHUNK = 64
 """Recordings per task of a thread."""
 
 
@@ -146,17 +147,25 @@ def _describe(recordings: Iterable[Recording], total: int | None, *, stats: bool
 
     threads = min(32, (os.cpu_count() or 1) + 4)
     iterator = iter(recordings)
-    chunks = iter(lambda: list(islice(iterator, CHUNK)), [])
-    with (
-        ThreadPoolExecutor(threads) as pool,
-        tqdm(total=total, desc="Manifest", unit="file", disable=None) as progress,
-    ):
-        # A window of chunks at a time: `map` alone would read an archive's whole table of contents first, and go on
-        # through everything after an error.
-        while window := list(islice(chunks, 4 * threads)):
-            for rows in pool.map(describe, window):
-                progress.update(len(rows))
-                yield from rows
+    pending: deque[Future[list[dict[str, Any]]]] = deque()
+    pool = ThreadPoolExecutor(threads)
+    with tqdm(total=total, desc="Manifest", unit="file", disable=None) as progress:
+
+        def finished() -> list[dict[str, Any]]:
+            rows = pending.popleft().result()
+            progress.update(len(rows))
+            return rows
+
+        try:
+            # Never far ahead of the results: after an error, little remains to be waited for.
+            while chunk := list(islice(iterator, CHUNK)):
+                pending.append(pool.submit(describe, chunk))
+                if len(pending) > 2 * threads:
+                    yield from finished()
+            while pending:
+                yield from finished()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def _row(recording: Recording, *, stats: bool) -> dict[str, Any]:
