@@ -104,8 +104,8 @@ class Checkpointer:
         step: Optimiser steps done by the loaded or last saved checkpoint.
         epoch: Its epoch.
         last: Its path, None at first.
-        extra: What is saved beside model, optimizer, scheduler, scaler, epoch and step: set it before saving, find it after
-            loading.
+        extra: What is saved beside model, optimizer, scheduler, scaler, epoch and step: set it before saving, find it
+            after loading.
         needed: Gives the steps whose checkpoints must stay because something still reads them.
         metrics: The run's ``metrics.jsonl``.
     """
@@ -227,8 +227,8 @@ class Checkpointer:
             self.optimizer.load_state_dict(checkpoint["optimizer"])
         except (RuntimeError, ValueError) as error:
             raise InputError(
-                f"{path}: does not fit the configured model ({' '.join(str(error).split())[:500]}); use the configuration that "
-                "the run began with, or another run.wandb_name for a new run"
+                f"{path}: does not fit the configured model ({' '.join(str(error).split())[:500]}); use the "
+                "configuration that the run began with, or another run.wandb_name for a new run"
             ) from error
         self.scaler.load_state_dict(checkpoint["scaler"])
         self.step, self.epoch, self.last = checkpoint["step"], checkpoint["epoch"], path

@@ -5,7 +5,6 @@ May import ``spidr.config`` only.
 
 from __future__ import annotations
 
-import datetime
 import logging
 import os
 import signal
@@ -14,6 +13,7 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from types import FrameType
 from typing import Any
 
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 PREEMPTED_EXIT_CODE = 75
-COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=10)
+COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 
 
 class Preempted(SystemExit):
@@ -175,5 +175,5 @@ def environment(run: RunConfig) -> Iterator[Environment]:
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
-    """Seed what a training step draws (dropout, layer drop): a function of its arguments, so nothing has to be saved."""
+    """Seed what a training step draws (dropout, layer drop) from its arguments, so that no state has to be saved."""
     torch.manual_seed((seed * 1_000_003 + step) * 65_537 + rank)

@@ -6,6 +6,7 @@ May import ``spidr.config`` only.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -16,7 +17,7 @@ from spidr.config import OptimizerConfig
 
 
 def lr_factor(step: int, cfg: OptimizerConfig) -> float:
-    """What the learning rate is multiplied by at the 0-based update ``step``: linear warm-up, then ``cfg.scheduler``."""
+    """Factor of the learning rate at the 0-based update ``step``: linear warm-up, then ``cfg.scheduler``."""
     warmup, floor = cfg.warmup_steps, cfg.final_lr_scale
     peak = 1.0
     if cfg.scheduler == "rsqrt":
@@ -36,7 +37,7 @@ def lr_factor(step: int, cfg: OptimizerConfig) -> float:
             return 1.0
 
 
-def _starts_with(name: str, prefixes: tuple[str, ...]) -> bool:
+def _starts_with(name: str, prefixes: Sequence[str]) -> bool:
     return name.startswith(tuple(prefixes))
 
 
@@ -48,8 +49,8 @@ def build_optimizer(model: nn.Module, cfg: OptimizerConfig) -> tuple[AdamW, torc
         cfg: The settings.
 
     Returns:
-        AdamW with the parameters under ``cfg.to_freeze`` in group 1 and the rest in group 0, a gradient scaler, which is
-        enabled for float16 only, and the schedule: ``scheduler.get_last_lr()`` is the rate in use.
+        AdamW with the parameters under ``cfg.to_freeze`` in group 1 and the rest in group 0, a gradient scaler, enabled
+        for float16 only, and the schedule: ``scheduler.get_last_lr()`` is the rate in use.
     """
     named = [(n, p) for n, p in model.named_parameters() if not _starts_with(n, cfg.exclude_from_optimizer)]
     to_freeze = [p for n, p in named if _starts_with(n, cfg.to_freeze)]

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+NUM_EXTRA = 4
+
 
 class Codebook(nn.Module):
     """``V`` clusters of one layer, as exponential moving sums: ``codebook (V, D)`` and ``counts (V,)``, float32.
@@ -81,8 +83,9 @@ class StepStatistics(nn.Module):
     """What the micro-batches of one optimiser step add up to, in one flat buffer so that one all-reduce carries it.
 
     ``sums (K, V, D)`` and ``assigned (K, V)`` are the frames assigned to each codeword and their number, ``predicted
-    (K, V)`` the sum of the predicted distributions, ``loss ()`` and ``frames ()`` the loss summed over the masked frames
-    and their number. None of it is part of a checkpoint: it is zero between steps.
+    (K, V)`` the sum of the predicted distributions, ``loss ()`` and ``frames ()`` the loss summed over the masked
+    frames and their number. ``extra (4,)`` is for whatever the caller wants summed along. None of it is part of a
+    checkpoint: it is zero between steps.
     """
 
     flat: Tensor
@@ -95,6 +98,7 @@ class StepStatistics(nn.Module):
             "predicted": torch.Size([num_codebooks, size]),
             "loss": torch.Size([]),
             "frames": torch.Size([]),
+            "extra": torch.Size([NUM_EXTRA]),
         }
         total = sum(shape.numel() for shape in self.shapes.values())
         self.register_buffer("flat", torch.zeros(total), persistent=False)

@@ -7,7 +7,7 @@ Representation Learning. NeurIPS 2023 (arXiv 2305.10005). Imports ``spidr.config
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -78,6 +78,9 @@ class DinoSR(nn.Module):
     def num_codebooks(self) -> int:
         """Number of codebooks K; codebook ``k`` belongs to layer ``num_layers - K + k`` (from 0)."""
         return len(self.codebooks)
+
+    def _codebooks(self) -> list[Codebook]:
+        return [cast("Codebook", codebook) for codebook in self.codebooks]
 
     def train(self, mode: bool = True) -> DinoSR:
         """Set training mode. The teacher stays in eval mode."""
@@ -192,15 +195,15 @@ class DinoSR(nn.Module):
         outputs = self.teacher.get_intermediate_outputs(features, attention_mask)[-self.num_codebooks :]
         with torch.autocast(features.device.type, enabled=False):
             targets = torch.stack([select(standardise(output)) for output in outputs])
-            return targets, assign(targets, torch.stack([codebook.codewords for codebook in self.codebooks]))
+            return targets, assign(targets, torch.stack([codebook.codewords for codebook in self._codebooks()]))
 
     def _hidden(self, x: Tensor, attention_mask: Tensor | None, num_heads: int) -> list[Tensor]:  # noqa: ARG002
         """What the first ``num_heads`` heads read: one (B, T, D) for all of them, or one for each."""
         return [self.student(x, attention_mask)]
 
     def _logits(self, hidden: list[Tensor], num_heads: int) -> Tensor:
-        """The first ``num_heads`` heads in one product: ``num_heads`` tensors (..., D), or one for all, to (K, ..., V)."""
-        heads = [head[0] for head in self.heads[:num_heads]]
+        """The first K = ``num_heads`` heads in one product: K tensors (..., D), or one for all, to (K, ..., V)."""
+        heads = [cast("nn.Linear", cast("nn.Sequential", head)[0]) for head in self.heads[:num_heads]]
         weight, bias = torch.stack([h.weight for h in heads]), torch.stack([h.bias for h in heads])
         if len(hidden) == 1:
             return F.linear(hidden[0], weight.flatten(0, 1), bias.flatten()).unflatten(-1, bias.shape).movedim(-2, 0)
@@ -252,7 +255,7 @@ class DinoSR(nn.Module):
         """
         if self.cfg.codebook_decay < 1:
             totals = self.reduce_statistics()
-            for codebook, sums, assigned in zip(self.codebooks, totals["sums"], totals["assigned"], strict=True):
+            for codebook, sums, assigned in zip(self._codebooks(), totals["sums"], totals["assigned"], strict=True):
                 codebook.update(sums, assigned, self.cfg.codebook_decay)
         self.discard_statistics()
         decay = self.ema_decay(step)
@@ -309,7 +312,7 @@ class DinoSR(nn.Module):
             raise InputError(f"{len(frames)} frames are too few to draw {size} codewords from: use larger batches")
         drawn = frames[torch.randperm(len(frames), generator=generator)[:size]].to(features.device)
         targets, _ = self._targets(features, attention_mask, lambda x: x.reshape(-1, dim)[drawn])
-        for codebook, codewords in zip(self.codebooks, targets, strict=True):
+        for codebook, codewords in zip(self._codebooks(), targets, strict=True):
             codebook.codebook.copy_(codewords)
             codebook.counts.fill_(1.0)
 
@@ -372,10 +375,8 @@ class DinoSR(nn.Module):
             return [None] * num_layers
         features, attention_mask = self.project(waveform, attention_mask, lengths)
         logits = self._logits(self._hidden(features, attention_mask, num_heads), num_heads)
-        if onehot:
-            per_head = F.one_hot(logits.argmax(-1), self.cfg.codebook_size)
-        else:
-            per_head = logits.float().softmax(-1)
+        one_hot = F.one_hot(logits.argmax(-1), self.cfg.codebook_size) if onehot else None
+        per_head = logits.float().softmax(-1) if one_hot is None else one_hot
         return [*[None] * (num_layers - num_heads), *per_head]
 
 

@@ -30,7 +30,7 @@ class _StridedConv(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, frames: Tensor, taps: Tensor, stride: int) -> Tensor:  # noqa: D102
+    def forward(ctx: Any, frames: Tensor, taps: Tensor, stride: int) -> Tensor:
         groups = frames.view(-1, stride * frames.shape[1])
         first, *rest = taps.split(groups.shape[1])
         out = groups[:, : first.shape[0]] @ first
@@ -41,7 +41,7 @@ class _StridedConv(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # noqa: D102
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         (grad,) = grads
         frames, taps = ctx.saved_tensors
         groups = frames.view(-1, ctx.stride * frames.shape[1])
@@ -102,7 +102,7 @@ class ConvLayer(nn.Module):
 
 
 def _channel_norm(frames: Tensor, valid: Tensor, norm: nn.GroupNorm) -> Tensor:
-    """Group norm with one group per channel, (B, R, C), with the statistics of the ``valid`` frames (B, R), in float32."""
+    """Group norm with one group per channel, (B, R, C), over the ``valid`` frames (B, R), in float32."""
     dtype, frames, weight = frames.dtype, frames.float(), valid.unsqueeze(-1).float()
     count = weight.sum(1, keepdim=True)
     mean = (frames * weight).sum(1, keepdim=True) / count
@@ -123,7 +123,7 @@ class FeatureExtractor(nn.Module):
 
     def __init__(self, mode: str, shapes: ConvShapes, *, bias: bool) -> None:
         super().__init__()
-        self.shapes = [tuple(shape) for shape in shapes]
+        self.shapes = [(channels, kernel, stride) for channels, kernel, stride in shapes]
         self.mode = mode
         channels = [1, *(shape[0] for shape in self.shapes)]
         norms: list[nn.Module | None] = [nn.LayerNorm(channel) for channel in channels[1:]]

@@ -1,7 +1,7 @@
 """SpidR: every head reads the student's layer that its codebook is built from, and the teacher slows down smoothly.
 
-Source: Poli, Luthra, Benchekroun, Higuchi, Gleize, Shen, Algayres, Chung, Assran, Pino, Dupoux. SpidR: Learning Fast and
-Stable Linguistic Units for Spoken Language Models Without Supervision. TMLR 2025 (arXiv 2512.20308). Imports
+Source: Poli, Luthra, Benchekroun, Higuchi, Gleize, Shen, Algayres, Chung, Assran, Pino, Dupoux. SpidR: Learning Fast
+and Stable Linguistic Units for Spoken Language Models Without Supervision. TMLR 2025 (arXiv 2512.20308). Imports
 ``spidr.config`` and its siblings only.
 """
 
@@ -27,8 +27,8 @@ def exp_ema_scheduler(step: int, start_decay: float, timescale: float, threshold
 class SpidR(DinoSR):
     """:class:`~spidr.models.dinosr.DinoSR` with head ``k`` on the student's layer of codebook ``k``.
 
-    The heads read the feed-forward output before the residual addition, so the last LayerNorm of the student has no part
-    in the loss: it needs no gradient and keeps its values.
+    The heads read the feed-forward output before the residual addition, so the last LayerNorm of the student has no
+    part in the loss: it needs no gradient and keeps its values.
     """
 
     config_class = SpidRConfig
@@ -36,7 +36,9 @@ class SpidR(DinoSR):
 
     def __init__(self, cfg: SpidRConfig | None = None) -> None:
         super().__init__(cfg)
-        unused = self.student.layer_norm if self.cfg.encoder_layer_norm_first else self.student.layers[-1].final_layer_norm
+        unused = (
+            self.student.layer_norm if self.cfg.encoder_layer_norm_first else self.student.layers[-1].final_layer_norm
+        )
         unused.requires_grad_(False)
 
     def ema_decay(self, step: int) -> float:

@@ -10,12 +10,14 @@ import json
 import logging
 import math
 import os
+import secrets
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 logger = logging.getLogger(__name__)
 
 Line = dict[str, Any]
+WandbMode = Literal["online", "offline", "disabled"]
 
 
 def read_metrics(path: Path) -> list[Line]:
@@ -76,8 +78,8 @@ def _to_text(line: Line) -> str:
 class WandbSink:
     """The run's page on wandb. It keeps one id over all restarts, kept in ``wandb.json``, and gets each line once.
 
-    Training never stops because of wandb: what fails is logged, and ``python -m spidr.tools.metrics_queue`` can push the
-    missing lines later.
+    Training never stops because of wandb: what fails is logged, and ``python -m spidr.tools.metrics_queue`` can push
+    the missing lines later.
 
     Args:
         folder: The run folder.
@@ -87,7 +89,7 @@ class WandbSink:
         config: The configuration to show.
     """
 
-    def __init__(self, folder: Path, project: str, name: str, mode: str, config: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, project: str, name: str, mode: WandbMode, config: dict[str, Any]) -> None:
         self.state_path = folder / "wandb.json"
         self.run: Any = None
         self.pushed: dict[str, int] = {}
@@ -98,7 +100,7 @@ class WandbSink:
 
             state = json.loads(self.state_path.read_text()) if self.state_path.exists() else {}
             self.pushed = state.get("pushed", {})
-            self.id = state.get("id") or wandb.util.generate_id()
+            self.id = state.get("id") or secrets.token_hex(4)
             self.run = wandb.init(
                 project=project, name=name, id=self.id, resume="allow", mode=mode, dir=folder, config=config,
                 settings=wandb.Settings(console="off", silent=True),

@@ -1,0 +1,331 @@
+"""Training: the loop, and the step it repeats.
+
+``python -m spidr CONFIG`` is the way in; ``torchrun … -m spidr.train CONFIG`` works too. May import every module of the
+package but the launcher.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, field, fields, replace
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
+
+from spidr.config import SAMPLE_RATE, Config, DinoSRConfig, InputError, conv_length, read_config
+from spidr.data import Batch, build_dataloader
+from spidr.environment import Environment, Preempted, StopFlag, environment, seed_step
+from spidr.models import DinoSR
+from spidr.models.codebook import count_perplexity
+from spidr.models.hub import build_model, load_into, load_weights, recorded_config
+from spidr.optimizer import build_optimizer, drop_frozen
+from spidr.run import Run
+
+if TYPE_CHECKING:
+    from spidr.data.loader import SpeechLoader
+
+logger = logging.getLogger(__name__)
+
+MAX_SKIPPED_STEPS = 10
+"""Steps in a row that float16 may skip for want of range before the run stops."""
+
+MAY_DIFFER = ("dropout", "encoder_layer_drop", "ema_", "codebook_decay", "codebook_init", "freeze_step")
+"""How the names of model settings begin or end that need not be those of ``init_ckpt``."""
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What a research fork adds to training without touching the package.
+
+    Attributes:
+        on_model: Called with the model before anything is built on it: add modules, reset codebooks or heads.
+        extra_loss: Called with (model, batch) after each forward pass. Its result, 0-dim and summed over the masked
+            frames of the micro-batch like the loss itself, is added to the loss.
+        after_step: Called with the state after every optimiser step.
+    """
+
+    on_model: Callable[[DinoSR], None] | None = None
+    extra_loss: Callable[[DinoSR, Batch], Tensor] | None = None
+    after_step: Callable[[State], None] | None = None
+
+
+@dataclass
+class State:
+    """All that a step reads and changes. ``position`` counts the optimiser steps' batches taken from this epoch."""
+
+    cfg: Config
+    env: Environment
+    model: DinoSR
+    network: nn.Module
+    optimizer: AdamW
+    scaler: torch.amp.GradScaler
+    scheduler: LambdaLR
+    loader: SpeechLoader
+    hooks: Hooks
+    stop: StopFlag = field(default_factory=StopFlag)
+    step: int = 0
+    epoch: int = 0
+    position: int = 0
+    skipped_steps: int = 0
+
+    def rounds(self) -> Iterator[list[Batch]]:
+        """This process's micro-batches of one optimiser step after the other, without end."""
+        while True:
+            batches = self.loader.epoch(self.epoch, self.position)
+            while micro_batches := list(islice(batches, self.loader.accumulation)):
+                self.position += 1
+                yield micro_batches
+            self.epoch, self.position = self.epoch + 1, 0
+
+
+def train(cfg: Config, hooks: Hooks | None = None) -> None:
+    """Train, or go on training, the run that ``cfg`` describes, as one of the processes that share it.
+
+    Args:
+        cfg: See :func:`spidr.config.read_config`.
+        hooks: What to add.
+
+    Raises:
+        InputError: Something the user gave is wrong, or the run cannot go on; the message says what to do.
+        Preempted: A signal asked to stop; the state is saved.
+    """
+    with ExitStack() as stack:
+        env = stack.enter_context(environment(cfg.run))
+        cfg = replace(cfg, model=model_settings(cfg))
+        run = stack.enter_context(Run(cfg, env))
+        state = build_state(cfg, env, hooks or Hooks())
+        stack.callback(state.loader.close)
+        stack.enter_context(state.stop.listening())
+        if not run.restore(state):
+            initialise(state)
+        state.network = wrap(state.model, cfg, env)
+        run.begin(state)
+        batches = run.timed(state.rounds())
+        while state.step < cfg.optimizer.max_steps:
+            micro_batches = next(batches)
+            measured = train_step(state, micro_batches)
+            run.record(state, micro_batches, measured)
+            if run.must_stop:
+                run.save(state, force=True)
+                raise Preempted(state.stop.signum)
+            run.log(state)
+            if run.save(state):
+                run.validate(state)
+        run.finish(state)
+
+
+# --------------------------------------------------------------------------------------------------------- one step
+
+
+def train_step(state: State, micro_batches: list[Batch]) -> dict[str, Tensor] | None:
+    """One optimiser step.
+
+    The loss is summed over micro-batches and processes and divided by all their masked frames, so how a global batch is
+    cut makes no difference. Beside the gradients' there is one reduction over processes, of the statistics.
+
+    Args:
+        state: Changed in place.
+        micro_batches: Of this process.
+
+    Returns:
+        What the step measured, over all processes, still on the device; None if float16 overflowed and the step was
+        skipped.
+
+    Raises:
+        InputError: If float16 overflowed too many times in a row.
+    """
+    model, env, optimizer, scaler = state.model, state.env, state.optimizer, state.scaler
+    seed_step(state.cfg.run.random_seed, state.step, env.rank)
+    scale = _loss_scale(state.cfg)
+    for i, micro_batch in enumerate(micro_batches):
+        with _sync_gradients(state.network, when=i == len(micro_batches) - 1):
+            objective = _forward(state, micro_batch.to(env.device, non_blocking=True))
+            scaler.scale(objective * scale).backward()
+    measured = _reduce_statistics(state, micro_batches)
+    scaler.unscale_(optimizer)
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    # DistributedDataParallel has averaged over processes; the loss is a mean over the frames of all of them.
+    torch._foreach_mul_([p.grad for p in parameters], env.world_size / scale / measured["frames"])
+    measured["grad_norm"] = nn.utils.clip_grad_norm_(parameters, state.cfg.optimizer.max_norm)
+    measured["lr"] = torch.tensor(state.scheduler.get_last_lr()[0])
+    before = scaler.get_scale()
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad()
+    if scaler.get_scale() < before:  # constant unless float16, where the scaler has already waited for the device
+        _skip(state)
+        return None
+    state.skipped_steps = 0
+    state.scheduler.step()
+    state.step += 1
+    measured["ema_decay"] = torch.tensor(model.update_ema(state.step))
+    if state.step == model.cfg.freeze_step:
+        drop_frozen(optimizer, state.scheduler)
+        state.network = wrap(model, state.cfg, env)  # DistributedDataParallel would wait for the frozen gradients
+    if state.hooks.after_step is not None:
+        state.hooks.after_step(state)
+    return measured
+
+
+def _forward(state: State, batch: Batch) -> Tensor:
+    """The objective of a micro-batch: its losses, summed."""
+    dtype = getattr(torch, state.cfg.optimizer.dtype)
+    with torch.autocast(state.env.device.type, dtype, enabled=state.cfg.optimizer.mixed_precision):
+        loss, _ = state.network(
+            batch.waveforms,
+            mask=batch.mask_indices,
+            attention_mask=batch.attention_mask,
+            lengths=batch.lengths,
+            channel_mask=batch.channel_mask,
+        )
+        objective = loss.sum()
+        if state.hooks.extra_loss is not None:
+            objective = objective + state.hooks.extra_loss(state.model, batch)
+    return objective
+
+
+def _reduce_statistics(state: State, micro_batches: list[Batch]) -> dict[str, Tensor]:
+    """Sum the step's statistics over processes, with what else is to be known of all of them."""
+    views = state.model.statistics.view()
+    finite = torch.isfinite(views["loss"]).clone()
+    extra = (
+        sum(len(batch.rows) for batch in micro_batches),
+        sum(batch.num_samples for batch in micro_batches) / SAMPLE_RATE,
+        sum(len(batch.skipped) for batch in micro_batches),
+        state.stop.signum > 0,
+    )
+    for slot, value in zip(views["extra"], extra, strict=True):
+        slot.fill_(value)
+    totals = state.model.reduce_statistics()
+    utterances, seconds, skipped, stop = totals["extra"].clone()
+    return {
+        "loss": totals["loss"] / totals["frames"],
+        "frames": totals["frames"].clone(),
+        "batch_size": utterances,
+        "seconds": seconds,
+        "skipped_files": skipped,
+        "stop": stop,
+        "finite_here": finite,
+        "target_ppls": count_perplexity(totals["assigned"]),
+        "pred_ppls": count_perplexity(totals["predicted"]),
+        "active_codewords": (totals["assigned"] > 0).sum(-1),
+    }
+
+
+def _skip(state: State) -> None:
+    """Forget a step that overflowed: neither schedule nor teacher nor codebooks advance."""
+    state.model.discard_statistics()
+    state.skipped_steps += 1
+    if state.skipped_steps == MAX_SKIPPED_STEPS:
+        raise InputError(
+            f"step {state.step + 1}: float16 overflowed {MAX_SKIPPED_STEPS} times in a row; "
+            'lower optimizer.lr or use optimizer.dtype = "bfloat16"'
+        )
+
+
+def _loss_scale(cfg: Config) -> float:
+    """Keeps gradients near their final size until the number of masked frames is known, as float16 needs."""
+    return 1 / max(1, conv_length(cfg.model.extractor_conv_layer_config, cfg.data.max_batch_length))
+
+
+def _sync_gradients(network: nn.Module, *, when: bool) -> Any:
+    """Reduce gradients over processes in the backward pass, or leave it to a later one."""
+    return network.no_sync() if isinstance(network, DistributedDataParallel) and not when else nullcontext()
+
+
+# --------------------------------------------------------------------------------------------------------- set-up
+
+
+def wrap(model: DinoSR, cfg: Config, env: Environment) -> nn.Module:
+    """The model as the loop calls it: compiled if configured, with gradients averaged over processes if several."""
+    network: nn.Module = torch.compile(model) if cfg.run.compile else model  # type: ignore[assignment]
+    if env.world_size == 1:
+        return network
+    # Buffers change in the same way everywhere: no broadcast.
+    return DistributedDataParallel(network, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def model_settings(cfg: Config) -> DinoSRConfig:
+    """The model's configuration: with ``init_ckpt`` and no [model] table, the checkpoint's own.
+
+    Raises:
+        InputError: If the [model] table asks for another architecture than the checkpoint's.
+    """
+    if cfg.run.init_ckpt is None:
+        return cfg.model
+    recorded = recorded_config(Path(cfg.run.init_ckpt), cfg.run.model_type)
+    if recorded is None or cfg.model_given is None:
+        return recorded or cfg.model
+    differing = [
+        f"{item.name} = {getattr(cfg.model, item.name)} here, {getattr(recorded, item.name)} there"
+        for item in fields(recorded)
+        if not item.name.startswith(MAY_DIFFER) and not item.name.endswith(MAY_DIFFER)
+        and getattr(cfg.model, item.name) != getattr(recorded, item.name)
+    ]  # fmt: skip
+    if differing:
+        raise InputError(f"[model] asks for another model than {cfg.run.init_ckpt} holds: {'; '.join(differing)}")
+    return cfg.model
+
+
+def initialise(state: State) -> None:
+    """Begin a new run: weights from ``init_ckpt``, codewords from the first batch, if configured."""
+    cfg, model = state.cfg, state.model
+    if cfg.run.init_ckpt is not None:
+        load_into(model, load_weights(cfg.run.init_ckpt), cfg.run.init_ckpt)
+        model.current_step.zero_()
+    if model.cfg.codebook_init == "data" and cfg.run.init_ckpt is None:
+        batch = next(iter(state.loader.epoch(0))).to(state.env.device)
+        generator = torch.Generator().manual_seed(cfg.run.random_seed)
+        model.init_codebooks(batch.waveforms, attention_mask=batch.attention_mask, generator=generator)
+        if state.env.world_size > 1:  # every process has drawn from a batch of its own
+            for buffer in model.codebooks.buffers():
+                torch.distributed.broadcast(buffer, src=0)
+
+
+def build_state(cfg: Config, env: Environment, hooks: Hooks) -> State:
+    """Build the run at its beginning, on every process the same."""
+    torch.manual_seed(cfg.run.random_seed)
+    model = build_model(cfg=cfg.model, model_type=cfg.run.model_type)
+    if hooks.on_model is not None:
+        hooks.on_model(model)
+    model.to(env.device).train()
+    model.reduction = env.all_reduce
+    loader = build_dataloader(
+        cfg.data,
+        cfg.masking,
+        conv_layer_config=model.cfg.extractor_conv_layer_config,
+        channels=model.cfg.encoder_embed_dim,
+        rank=env.rank,
+        world_size=env.world_size,
+    )
+    optimizer, scaler, scheduler = build_optimizer(model, cfg.optimizer)
+    return State(cfg, env, model, model, optimizer, scaler, scheduler, loader, hooks)
+
+
+def main() -> None:
+    """Command line of ``python -m spidr.train``."""
+    parser = argparse.ArgumentParser("python -m spidr.train", description="Train, as one of torchrun's processes.")
+    parser.add_argument("config", help="configuration file, TOML or JSON")
+    try:
+        train(read_config(parser.parse_args().config))
+    except InputError as error:
+        sys.exit(_print_error(error))
+
+
+def _print_error(error: InputError) -> int:
+    print(f"error: {error}", file=sys.stderr)  # noqa: T201
+    return 2
+
+
+if __name__ == "__main__":
+    main()

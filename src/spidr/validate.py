@@ -1,0 +1,233 @@
+"""How good a model is on held-out recordings: loss, perplexities and, with phone alignments, the quality of its units.
+
+Deterministic: float32, fixed batches, crops and masks seeded by the manifest's rows, and sums that do not depend on the
+order of the batches, so the same checkpoint and data give the same numbers on any number of processes. May import
+``spidr.config``, ``spidr.data``, ``spidr.models`` and ``spidr.environment``.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from spidr.checkpoint import atomic_write
+from spidr.config import Config, DataConfig, InputError, MaskingConfig, ResumeConfig, conv_length
+from spidr.data import Batch, build_validation_dataloader, speech_dataset
+from spidr.data.alignments import read_alignments
+from spidr.environment import Environment, environment
+from spidr.models import DinoSR
+from spidr.models.hub import build_model, load_into, load_weights
+from spidr.models.metrics import units_quality
+
+Metrics = dict[str, float]
+
+
+def validate(model: DinoSR, loader: Iterable[Batch], device: torch.device | str) -> Metrics:
+    """Validate on the batches of a loader, in float32.
+
+    Args:
+        model: On ``device``; its mode is as before afterwards.
+        loader: See :func:`spidr.data.build_validation_dataloader`.
+        device: Where to compute.
+
+    Returns:
+        ``loss`` per masked frame, and ``target_ppl`` and ``pred_ppl``: the batches' perplexities, weighted by their
+        masked frames.
+
+    Raises:
+        InputError: If there is no batch.
+    """
+    means = _weighted_means(_measure(model, loader, device))
+    return {name: means[name][0] for name in ("loss", "target_ppl", "pred_ppl")}
+
+
+Measured = tuple[float, dict[str, list[float]]]
+"""Masked frames of a batch, and its values."""
+
+
+@contextmanager
+def _inference(model: DinoSR, device: torch.device | str) -> Iterator[None]:
+    """Eval mode, no gradient, no autocast, and no reduction over processes: each has batches of its own."""
+    training, reduction = model.training, model.reduction
+    model.eval()
+    model.reduction = lambda _: None
+    try:
+        with torch.no_grad(), torch.autocast(torch.device(device).type, enabled=False):
+            yield
+    finally:
+        model.train(training)
+        model.reduction = reduction
+
+
+def _measure(model: DinoSR, loader: Iterable[Batch], device: torch.device | str) -> list[Measured]:
+    measured = []
+    with _inference(model, device):
+        for cpu_batch in loader:
+            batch = cpu_batch.to(device, non_blocking=True)
+            loss, outputs = model(
+                batch.waveforms,
+                mask=batch.mask_indices,
+                attention_mask=batch.attention_mask,
+                lengths=batch.lengths,
+                channel_mask=batch.channel_mask,
+            )
+            values = {name: value.double().reshape(-1).tolist() for name, value in outputs.items()}
+            values["loss"] = [loss.double().mean().item()]
+            measured.append((float(loss.numel()), values))
+    return measured
+
+
+def _weighted_means(measured: list[Measured]) -> dict[str, list[float]]:
+    """Means weighted by frames. ``fsum`` rounds once, so the order does not matter."""
+    if not measured:
+        raise InputError("there is no batch to validate on")
+    total = math.fsum(weight for weight, _ in measured)
+    return {
+        name: [math.fsum(weight * values[name][k] for weight, values in measured) / total for k in range(len(first))]
+        for name, first in measured[0][1].items()
+    }
+
+
+def layer_names(model: DinoSR) -> list[str]:
+    """Suffixes ``l1``, ``l2``, … of the layers that have a codebook, for the names of metrics."""
+    first = len(model.student.layers) - model.num_codebooks + 1
+    return [f"l{first + k}" for k in range(model.num_codebooks)]
+
+
+def validate_set(model: DinoSR, data: DataConfig, masking: MaskingConfig, env: Environment) -> Metrics:
+    """Validate on one ``[validation.NAME]`` set, shared among all processes.
+
+    Returns:
+        The values of :func:`validate`, ``target_ppl_lN`` and ``pred_ppl_lN`` for each layer N that has a codebook and,
+        with ``alignments_path``, ``pnmi_lN``, ``phone_purity_lN``, ``cluster_purity_lN``, ``unit_ppl_lN`` and
+        ``active_codewords_lN`` of the units. The same on every process.
+    """
+    cfg = model.cfg
+    loader = build_validation_dataloader(
+        data,
+        masking,
+        conv_layer_config=cfg.extractor_conv_layer_config,
+        channels=cfg.encoder_embed_dim,
+        rank=env.rank,
+        world_size=env.world_size,
+    )
+    try:
+        measured = _measure(model, loader, env.device)
+    finally:
+        loader.close()
+    means = _weighted_means([item for part in env.gather_objects(measured) for item in part])
+    names = layer_names(model)
+    metrics = {name: means[name][0] for name in ("loss", "target_ppl", "pred_ppl")}
+    for name in ("target_ppl", "pred_ppl"):
+        metrics |= {f"{name}_{layer}": value for layer, value in zip(names, means[f"{name}s"], strict=True)}
+    if data.alignments_path is not None:
+        metrics |= _units_metrics(model, data, data.alignments_path, env)
+    return metrics
+
+
+def _units_metrics(model: DinoSR, data: DataConfig, alignments_path: str, env: Environment) -> Metrics:
+    alignments = read_alignments(alignments_path)
+    units = {
+        name: u for part in env.gather_objects(predict_units(model, data, alignments, env)) for name, u in part.items()
+    }
+    num_phones = len({phone for name in units for phone in alignments[name]})
+    metrics = {}
+    for k, layer in enumerate(layer_names(model)):
+        aligned = {name: (alignments[name], codebooks[k].tolist()) for name, codebooks in sorted(units.items())}
+        quality = units_quality(aligned, num_units=model.cfg.codebook_size, num_phones=num_phones)
+        metrics[f"pnmi_{layer}"] = float(quality.pnmi)
+        metrics[f"phone_purity_{layer}"] = float(quality.phone_purity)
+        metrics[f"cluster_purity_{layer}"] = float(quality.cluster_purity)
+        metrics[f"unit_ppl_{layer}"] = float(quality.codebook_perplexity)
+        metrics[f"active_codewords_{layer}"] = float(quality.active_codewords)
+    return metrics
+
+
+def predict_units(
+    model: DinoSR, data: DataConfig, alignments: Iterable[str], env: Environment
+) -> dict[str, np.ndarray[tuple[int, int], np.dtype[np.int64]]]:
+    """Units of this process's share of the aligned recordings of a manifest, whole, padded in batches of like length.
+
+    Args:
+        model: The model.
+        data: The manifest; ``max_batch_length`` limits a batch, padding included, and ``normalize`` holds.
+        alignments: Names of the recordings that are aligned: their ``fileid`` or, failing that, the stem of their path.
+        env: The processes to share with.
+
+    Returns:
+        For each name, the units of every codebook, (K, T).
+
+    Raises:
+        InputError: If no recording of the manifest is aligned.
+    """
+    dataset = speech_dataset(data.manifest, normalize=data.normalize)
+    names, known = _aligned_names(dataset.manifest["fileid"].to_list(), dataset.manifest["path"].to_list(), alignments)
+    lengths = dataset.manifest["num_samples"].to_numpy()
+    rows = [row for row in np.argsort(lengths, kind="stable").tolist() if names[row] is not None]
+    rows = [row for row in rows if conv_length(model.cfg.extractor_conv_layer_config, int(lengths[row])) > 0]
+    if not rows:
+        raise InputError(
+            f"{data.alignments_path}: aligns no recording of {data.manifest} (it knows {known} others); "
+            "the fileid or the file's stem must be the same in both"
+        )
+    units = {}
+    batches = _pack(rows, lengths, data.max_batch_length)
+    with _inference(model, env.device):
+        for batch in batches[env.rank :: env.world_size]:
+            waveforms = [dataset[row] for row in batch]
+            samples = torch.tensor([len(waveform) for waveform in waveforms])
+            padded = pad_sequence(waveforms, batch_first=True).to(env.device)
+            given = samples if len(samples.unique()) > 1 else None
+            codebooks = [p for p in model.get_codebooks(padded, lengths=given) if p is not None]
+            predicted = torch.stack([p.argmax(-1) for p in codebooks], dim=1).cpu()
+            frames: list[int] = conv_length(model.cfg.extractor_conv_layer_config, samples).tolist()
+            for row, prediction, count in zip(batch, predicted, frames, strict=True):
+                units[str(names[row])] = prediction[:, :count].numpy()
+    return units
+
+
+def _aligned_names(fileids: list[str], paths: list[str], alignments: Iterable[str]) -> tuple[list[str | None], int]:
+    known = set(alignments)
+    names: list[str | None] = []
+    for fileid, path in zip(fileids, paths, strict=True):
+        stem = Path(path).stem
+        names.append(fileid if fileid in known else stem if stem in known else None)
+    return names, len(known)
+
+
+def _pack(rows: list[int], lengths: np.ndarray, limit: int) -> list[list[int]]:
+    """Consecutive rows, from short to long, as many in a batch as fit into ``limit`` with their padding."""
+    batches: list[list[int]] = []
+    for row in rows:
+        if batches and (len(batches[-1]) + 1) * lengths[row] <= limit:
+            batches[-1].append(row)
+        else:
+            batches.append([row])
+    return batches
+
+
+def run_validation(cfg: Config, resume: ResumeConfig) -> None:
+    """Validate a checkpoint on all validation sets and write the results as JSON lines, complete or not at all.
+
+    Args:
+        cfg: The run's configuration.
+        resume: The checkpoint, its step and where the results go.
+    """
+    with environment(cfg.run) as env:
+        model = build_model(cfg=cfg.model)
+        load_into(model, load_weights(resume.checkpoint), resume.checkpoint)
+        model.to(env.device)
+        lines = [
+            {"step": resume.step, "group": group, **validate_set(model, data, cfg.masking, env)}
+            for group, data in cfg.validation.items()
+        ]
+        if env.is_main:
+            with atomic_write(Path(resume.results)) as file:
+                file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
