@@ -7,6 +7,7 @@ package but the launcher.
 from __future__ import annotations
 
 import argparse
+import inspect
 import logging
 import sys
 from collections.abc import Callable, Iterator
@@ -251,8 +252,10 @@ def wrap(model: DinoSR, cfg: Config, env: Environment) -> nn.Module:
     network: nn.Module = torch.compile(model) if cfg.run.compile else model  # type: ignore[assignment]
     if env.world_size == 1:
         return network
-    # Buffers change in the same way everywhere: no broadcast.
-    return DistributedDataParallel(network, broadcast_buffers=False, gradient_as_bucket_view=True)
+    # Buffers change in the same way everywhere: no broadcast. The option was renamed in torch 2.15.
+    known = inspect.signature(DistributedDataParallel).parameters
+    option = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    return DistributedDataParallel(network, gradient_as_bucket_view=True, **{option: False})  # type: ignore[arg-type]
 
 
 def model_settings(cfg: Config) -> DinoSRConfig:
