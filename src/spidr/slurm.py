@@ -1,0 +1,440 @@
+"""Jobs on SLURM: training launched from the command line, validation submitted from inside a training run.
+
+submitit runs a job: each of its tasks loads a pickled call from the job folder and logs there. The submission itself is
+ours, because submitit writes names and options into ``#SBATCH`` lines, where a line break in one of them would hand the
+rest to the shell. Here they are arguments of ``sbatch``, no shell in between, and everything in the script is quoted.
+
+May import ``spidr.config`` and, inside a job, ``spidr.environment`` and ``spidr.validate``. submitit is imported when
+something is submitted, torch only inside a job.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from spidr.config import Config, InputError, ResumeConfig, SlurmConfig, read_table
+
+logger = logging.getLogger(__name__)
+
+Call = tuple[Callable[..., object], Sequence[Any]]
+"""A function and its positional arguments."""
+
+RUN = """\
+import sys
+from submitit.core.submission import submitit_main
+sys.path.insert(0, sys.argv.pop(1))
+submitit_main()
+"""
+PACKAGE = Path(__file__).resolve().parent
+PRESET_KEYS = ("time", "cpus_per_task", "mem_per_gpu", "constraint", "partition", "qos")
+
+
+def launch_with_submitit(
+    job_name: str, jobs: Sequence[Call], dump: str | Path, slurm: SlurmConfig, *, copy_code: bool
+) -> bool:
+    """Submit calls to SLURM, several as one job array. Never raises for what SLURM or the user's settings refuse.
+
+    Args:
+        job_name: Name of the job and of its folder in ``dump``.
+        jobs: What each job of the array runs, in every task: ``function(*args)``, pickled. There is one task per GPU.
+        dump: Folder on a file system that the nodes share.
+        slurm: What to ask for.
+        copy_code: Whether the jobs, requeued ones too, run a copy of the package made now.
+
+    Returns:
+        Whether everything was submitted. Otherwise the reason is logged as an error, and no job folder is left.
+    """
+    try:
+        submit(job_name, jobs, dump, slurm, copy_code=copy_code)
+    except InputError as error:
+        logger.error("%s", error)
+        return False
+    return True
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Submitting
+
+
+@dataclass(frozen=True)
+class Submission:
+    """A job, or an array of them, as SLURM gets it.
+
+    Attributes:
+        folder: The job folder.
+        command: The ``sbatch`` command line; it reads the script from its standard input.
+        script: What runs on the first node of each job.
+    """
+
+    folder: Path
+    command: list[str]
+    script: str
+
+
+def submit(
+    job_name: str,
+    jobs: Sequence[Call],
+    dump: str | Path,
+    slurm: SlurmConfig,
+    *,
+    copy_code: bool,
+    max_timeouts: int = sys.maxsize,
+) -> tuple[str, Path]:
+    """As :func:`launch_with_submitit`, but says what came of it.
+
+    Args:
+        job_name: See there, as for the other arguments.
+        jobs: See there.
+        dump: See there.
+        slurm: See there.
+        copy_code: See there.
+        max_timeouts: How often a job that does not handle its time limit itself starts again after it.
+
+    Returns:
+        The job id and the job folder.
+
+    Raises:
+        InputError: If the job folder cannot be written or sbatch refuses. Nothing is left behind then.
+    """
+    try:
+        from submitit.core.utils import DelayedSubmission, JobPaths
+    except ImportError:
+        raise InputError('submitting to SLURM needs submitit: pip install "spidr[train]"') from None
+    launch_time = datetime.now(UTC)
+    folder = _make_job_folder(dump, job_name, launch_time)
+    try:
+        if copy_code:
+            shutil.copytree(PACKAGE, folder / "code" / PACKAGE.name, ignore=shutil.ignore_patterns("__pycache__"))
+        info = {"job_name": job_name, "launch_time": launch_time.isoformat(timespec="seconds")}
+        (folder / "job-info.json").write_text(json.dumps(info | dataclasses.asdict(slurm), indent=2) + "\n")
+        for name, text in describe_checkout(PACKAGE).items():
+            (folder / name).write_bytes(text)
+        pickles = [folder / f".{index}.pkl" for index in range(len(jobs))]
+        for (function, args), pickle in zip(jobs, pickles, strict=True):
+            call = DelayedSubmission(Job(function, tuple(args)))
+            call.set_timeout(slurm.time or sys.maxsize, max_timeouts)
+            call.dump(pickle)
+        submission = prepare(job_name, len(jobs), folder, slurm, copy_code=copy_code)
+        job_id = _sbatch(submission)
+    except BaseException as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise InputError(f"{folder}: cannot write the job folder: {error.strerror}") from error
+        raise
+    # A job that starts before its pickle is there waits for it.
+    ids = [job_id] if len(jobs) == 1 else [f"{job_id}_{index}" for index in range(len(jobs))]
+    for name, pickle in zip(ids, pickles, strict=True):
+        JobPaths(folder / "%j", name).move_temporary_file(pickle, "submitted_pickle")
+    JobPaths(folder / "%j", ids[0]).submission_file.write_text(submission.script)
+    logger.info("submitted job %s (%s)", job_id, folder)
+    return job_id, folder
+
+
+def prepare(job_name: str, count: int, folder: Path, slurm: SlurmConfig, *, copy_code: bool) -> Submission:
+    """Write down a submission of ``count`` jobs; nothing is run or written."""
+    job = "%j" if count == 1 else "%A_%a"
+
+    def log(task: str) -> list[str]:
+        name = f"{folder}/{job}/{job}_{task}_log"
+        return [f"--output={name}.out", f"--error={name}.err", "--open-mode=append"]
+
+    options = {
+        "job-name": re.sub(r"[^\w.,:=+@-]+", "_", job_name)[:128],
+        "account": slurm.account or None,
+        "nodes": slurm.nodes,
+        "ntasks-per-node": slurm.gpus_per_node,
+        "gpus-per-node": slurm.gpus_per_node,
+        "cpus-per-task": slurm.cpus_per_task,
+        "mem-per-gpu": slurm.mem_per_gpu,
+        "time": slurm.time,
+        "constraint": slurm.constraint,
+        "partition": slurm.partition,
+        "qos": slurm.qos,
+        "array": f"0-{count - 1}" if count > 1 else None,
+        # So long before the time limit; SLURM may be up to a minute early. Enough for a step and a checkpoint.
+        "signal": f"USR2@{min(120, 15 * slurm.time) if slurm.time else 120}",
+    }
+    command = ["sbatch", "--parsable", "--requeue", *log("0")]
+    command += [f"--{name}={value}" for name, value in options.items() if value is not None]
+    srun = ["srun", "--unbuffered", "--kill-on-bad-exit=1", *log("%t")]
+    if slurm.cpus_per_task:  # srun has not taken it from sbatch since SLURM 22.05
+        srun.append(f"--cpus-per-task={slurm.cpus_per_task}")
+    # The package that runs is the one given here, whatever lies in the current folder (-P) or is installed.
+    code = folder / "code" if copy_code else PACKAGE.parent
+    python = [sys.executable, "-P", "-u", "-c", RUN, str(code), f"{folder}/%j"]
+    script = f"#!/bin/bash\nexport SUBMITIT_EXECUTOR=slurm\n{shlex.join(srun + python)}\n"
+    return Submission(folder, command, script)
+
+
+def _sbatch(submission: Submission) -> str:
+    """Hand a submission to SLURM. Returns the job id."""
+    command = submission.command
+    try:
+        done = subprocess.run(
+            command, input=submission.script, env=clean_environment(), capture_output=True, text=True, check=False
+        )
+    except OSError as error:
+        raise InputError(f"sbatch cannot be run: {error.strerror}. Is this a machine of a SLURM cluster?") from None
+    if done.returncode:
+        raise InputError(f"sbatch refused the job: {done.stderr.strip() or f'exit status {done.returncode}'}")
+    return done.stdout.strip().split(";")[0]
+
+
+def clean_environment() -> dict[str, str]:
+    """This process's environment without what an enclosing job or torchrun has put there about itself.
+
+    SLURM would otherwise take the enclosing job's memory, GPUs and tasks for the new one's.
+    """
+    prefixes = ("SLURM_", "SLURMD_", "SRUN_", "SUBMITIT_", "TORCHELASTIC_")
+    ranks = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT"}
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name == "SLURM_CONF" or not (name.startswith(prefixes) or name in ranks)
+    }
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The job folder
+
+
+def job_folders(dump: str | Path, job_name: str, launch_time: datetime) -> Iterator[Path]:
+    """Names for the job folder, the best first. Endless.
+
+    Raises:
+        InputError: If SLURM could not write logs there.
+    """
+    dump = Path(dump).absolute()
+    if re.search(r"[%\\]", str(dump)):
+        raise InputError(f"--dump {dump}: SLURM gives % and \\ in paths a meaning of their own; choose another folder")
+    name = re.sub(r"[/\\%\0]", "_", job_name)
+    name = "_" if name in ("", ".", "..") else name
+    yield dump / name
+    while True:
+        yield dump / f"{name}_{launch_time:%Y%m%d-%H%M%S}"
+        launch_time = datetime.now(UTC)
+
+
+def _make_job_folder(dump: str | Path, job_name: str, launch_time: datetime) -> Path:
+    for folder in job_folders(dump, job_name, launch_time):
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            if not folder.parent.is_dir():
+                raise InputError(f"--dump {folder.parent}: not a folder") from None
+            time.sleep(0.1)
+        except OSError as error:
+            raise InputError(f"{folder}: cannot make the job folder: {error.strerror}; choose another --dump") from None
+        else:
+            return folder
+    raise AssertionError
+
+
+def describe_checkout(folder: Path) -> dict[str, bytes]:
+    """What is needed to find the code in ``folder`` again: files for the job folder.
+
+    Returns:
+        ``git-info.txt`` with branch and commit and ``git-diff.patch`` with all changes since, if git tracks the code;
+        nothing for an installed package, even one whose environment lies inside some checkout.
+    """
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+
+    def git(*args: str) -> bytes:
+        return subprocess.run(
+            ["git", "-C", str(folder), *args], env=environment, capture_output=True, check=True
+        ).stdout
+
+    try:
+        git("ls-files", "--error-unmatch", "__init__.py")
+        branch, commit = git("rev-parse", "--abbrev-ref", "HEAD"), git("rev-parse", "HEAD")
+        return {"git-info.txt": b"branch: %scommit: %s" % (branch, commit), "git-diff.patch": git("diff", "HEAD")}
+    except (OSError, subprocess.CalledProcessError):
+        return {}
+
+
+def is_installed() -> bool:
+    """Whether the package that runs is an installed copy, which stays as it is, rather than someone's working tree."""
+    return not {"site-packages", "dist-packages"}.isdisjoint(PACKAGE.parts)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Inside a job
+
+
+@dataclass(frozen=True)
+class Job:
+    """What submitit runs in every task of a job: a call that goes back into the queue when it is told to stop."""
+
+    function: Callable[..., object]
+    args: tuple[Any, ...]
+
+    def __call__(self) -> None:
+        """Run the call.
+
+        Raises:
+            SystemExit: With status 0 once this job is queued again, 2 after wrong input, else as the call itself.
+        """
+        from spidr.environment import Preempted
+
+        try:
+            self.function(*self.args)
+        except Preempted:
+            # Only after a status of 0 does srun leave the first process the time to requeue.
+            if int(os.environ["SLURM_PROCID"]) == 0 and not requeue(os.environ["SLURM_JOB_ID"]):
+                raise
+            raise SystemExit(0) from None
+        except InputError as error:
+            sys.stderr.write(f"error: {error}\n")
+            raise SystemExit(2) from None
+
+    def checkpoint(self) -> Any:
+        """What submitit runs after it has requeued the job on a signal that came before the call could handle it."""
+        from submitit.core.utils import DelayedSubmission
+
+        return DelayedSubmission(self)
+
+
+def requeue(job_id: str, *, attempts: int = 10) -> bool:
+    """Put a running job back into the queue; it keeps its id and starts again with the same command.
+
+    A job that its user has cancelled or that has run out of time also gets SIGTERM, but is no longer running: it stays
+    ended.
+
+    Args:
+        job_id: The job, which is this process's own.
+        attempts: How often to ask a controller that does not answer.
+
+    Returns:
+        Whether it was requeued.
+    """
+    state = error = ""
+    for attempt in range(attempts):
+        if attempt:
+            time.sleep(5)
+        asked = subprocess.run(
+            ["squeue", "--noheader", f"--jobs={job_id}", "--format=%T"], capture_output=True, text=True, check=False
+        )
+        state, error = asked.stdout.strip(), asked.stderr.strip()
+        if state not in ("", "RUNNING"):
+            break
+        if state:
+            done = subprocess.run(["scontrol", "requeue", job_id], capture_output=True, text=True, check=False)
+            if done.returncode == 0:
+                logger.info("job %s goes back into the queue", job_id)
+                return True
+            error = done.stderr.strip()
+    logger.warning("job %s is not requeued: it is %s. %s", job_id, state or "unknown to SLURM", error)
+    return False
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Validation jobs
+
+
+def validates_in_jobs(cfg: Config) -> bool:
+    """Whether validation runs in jobs of its own: if training is a SLURM job, or ``run.slurm_validation`` says so."""
+    return cfg.run.slurm_validation is not None or "SLURM_STEP_ID" in os.environ
+
+
+def validation_slurm(cfg: Config) -> SlurmConfig:
+    """What a validation job asks for: ``run.slurm_validation``, else an hour of a GPU on the training job's account."""
+    cpus = os.environ.get("SLURM_CPUS_PER_TASK")
+    return cfg.run.slurm_validation or SlurmConfig(
+        account=os.environ.get("SLURM_JOB_ACCOUNT", ""),
+        nodes=1,
+        gpus_per_node=1,
+        time=60,
+        cpus_per_task=int(cpus) if cpus else None,
+    )
+
+
+def submit_validation(cfg: Config, resume: ResumeConfig) -> threading.Thread:
+    """Submit the validation of a checkpoint from inside training, without making it wait.
+
+    The job calls ``spidr.validate.run_validation(cfg, resume)``, which writes ``resume.results``. If it cannot be
+    submitted, that is logged and nothing else. The environment and current folder of this process stay as they are.
+
+    Args:
+        cfg: The run's configuration.
+        resume: The checkpoint and where its results go.
+
+    Returns:
+        The thread that submits; the interpreter waits for it when it ends.
+    """
+    # Settled now: the environment of a later moment is not this one's.
+    slurm = validation_slurm(cfg)
+    thread = threading.Thread(target=_submit_validation, args=(cfg, resume, slurm), name=f"validate-{resume.step}")
+    thread.start()
+    return thread
+
+
+def _submit_validation(cfg: Config, resume: ResumeConfig, slurm: SlurmConfig) -> None:
+    try:
+        submit(
+            f"{cfg.run.wandb_name}-step{resume.step}",
+            [(_validate, (cfg, resume))],
+            cfg.run.dir / "validation",
+            slurm,
+            copy_code=False,
+            max_timeouts=3,
+        )
+    except InputError as error:
+        logger.error("step %d is not validated: %s", resume.step, error)
+    except Exception:
+        logger.exception("step %d is not validated", resume.step)
+
+
+def _validate(cfg: Config, resume: ResumeConfig) -> None:
+    from spidr.validate import run_validation
+
+    run_validation(cfg, resume)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Cluster presets
+
+
+def cluster_preset() -> dict[str, Any]:
+    """The SLURM settings that ``$SPIDR_CLUSTER`` names, empty if it is not set.
+
+    They come from ``$SPIDR_CLUSTERS_FILE`` (default ``~/.config/spidr/clusters.toml``) over ``clusters.toml`` of the
+    package.
+
+    Raises:
+        InputError: If no file has that cluster, or it has a wrong setting.
+    """
+    name = os.environ.get("SPIDR_CLUSTER")
+    if not name:
+        return {}
+    given = os.environ.get("SPIDR_CLUSTERS_FILE")
+    own = Path(given) if given else Path.home() / ".config" / "spidr" / "clusters.toml"
+    tables = read_table(PACKAGE / "clusters.toml")
+    for cluster, table in (read_table(own) if given or own.exists() else {}).items():
+        if not isinstance(table, dict):
+            raise InputError(f"{own}: {cluster}: found {table!r}, accepted: a table [{cluster}] of SLURM settings")
+        tables[cluster] = tables.get(cluster, {}) | table
+    if name not in tables:
+        raise InputError(f"SPIDR_CLUSTER: no cluster {name!r} in {own}; known: {', '.join(sorted(tables))}")
+    preset: dict[str, Any] = tables[name]
+    if unknown := preset.keys() - set(PRESET_KEYS):
+        raise InputError(f"{own}: {name}.{min(unknown)}: unknown key, accepted: {', '.join(PRESET_KEYS)}")
+    try:
+        SlurmConfig(account="", nodes=1, gpus_per_node=1, **preset)
+    except InputError as error:
+        raise InputError(f"{own}: [{name}]: {error}") from None
+    return preset
