@@ -20,11 +20,11 @@ def read_alignments(path: str | Path) -> dict[str, list[str]]:
 
     Args:
         path: JSON lines. Each has the recording's ``fileid`` (or ``name``) and ``phones``: either one phone per frame
-            of 10 ms, or ``[phone, start, end]`` in seconds, in order.
+            of 10 ms, or ``[phone, start, end]`` in seconds, in order, and then perhaps the ``duration``.
 
     Returns:
         For each recording, the phone in the middle of each frame of 10 ms: frame i is at ``(i + 0.5) * 10`` ms, and
-        there are as many as fit into the alignment. "SIL" where there is none.
+        there are as many as fit into the duration. "SIL" where there is none.
 
     Raises:
         InputError: The file is missing, a line is not of this form, or a recording occurs twice.
@@ -84,13 +84,14 @@ def _parse(row: dict[str, Any]) -> tuple[str, list[str]]:
         raise TypeError
     if all(isinstance(phone, str) for phone in phones):
         return name, phones
-    return name, _frames([(str(phone), float(start), float(end)) for phone, start, end in phones])
+    intervals = [(str(phone), float(start), float(end)) for phone, start, end in phones]
+    return name, _frames(intervals, float(row.get("duration", intervals[-1][2])))
 
 
-def _frames(intervals: list[tuple[str, float, float]]) -> list[str]:
+def _frames(intervals: list[tuple[str, float, float]], duration: float) -> list[str]:
     """Phone at the middle of each frame."""
-    # Times are multiples of a millisecond at best: rounding undoes what 100 * 0.29 = 28.999… would lose.
-    frames = ["SIL"] * int(round(intervals[-1][2] * 1000 / FRAME_STEP, 6))
+    # Rounded a little first, or 0.29 s would be 28.999… frames.
+    frames = ["SIL"] * int(round(duration * 1000 / FRAME_STEP, 6))
     before = 0.0
     for phone, start, end in intervals:
         if not before <= start <= end:

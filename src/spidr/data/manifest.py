@@ -92,7 +92,19 @@ def _read_csv(path: Path) -> pl.DataFrame:
         return pl.read_csv(path, columns=columns, schema_overrides=schema).select(columns)
     except pl.exceptions.PolarsError as error:
         with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
-            raise _bad_row(path, columns, csv.DictReader(file, restkey=EXTRA), error) from None
+            rows = (
+                {name: _number(value) for name, value in row.items()} for row in csv.DictReader(file, restkey=EXTRA)
+            )
+            raise _bad_row(path, columns, rows, error) from None
+
+
+def _number(value: Any) -> Any:
+    for kind in (int, float):
+        try:
+            return kind(value)
+        except (TypeError, ValueError):
+            continue
+    return value
 
 
 def _read_jsonl(path: Path) -> pl.DataFrame:
@@ -123,21 +135,14 @@ def _parse(line: str) -> dict[str, Any]:
 
 def _bad_row(path: Path, columns: list[str], rows: Iterator[dict[str, Any]], error: Exception) -> InputError:
     """Read again, slowly, to name the row that the fast reader stumbled over."""
-    convert = {pl.String: str, pl.Int64: int, pl.Float64: float}
+    types = {pl.String: str | int | float, pl.Int64: int, pl.Float64: int | float}
     try:
         for number, row in enumerate(rows, start=1):
             if extra := row.get(EXTRA):
                 return InputError(f"{path}: row {number} has more values than there are columns: {extra}.")
             for column in columns:
                 value = row.get(column)
-                try:
-                    if value not in (None, "") or column in REQUIRED:
-                        if isinstance(value, (dict, list, bool, type(None))):
-                            raise TypeError
-                        if SCHEMA[column] == pl.Int64 and isinstance(value, float):
-                            raise TypeError
-                        convert[SCHEMA[column]](value)
-                except (TypeError, ValueError):
+                if not (isinstance(value, types[SCHEMA[column]]) or (value in (None, "") and column not in REQUIRED)):
                     found = "nothing" if value is None else repr(value)
                     return InputError(
                         f"{path}: row {number}, column {column!r}: found {found}, expected {_expected(column)}."
@@ -155,32 +160,28 @@ def _read_fairseq(path: Path) -> pl.DataFrame:
             raise InputError(f"{path}: not a UTF-8 text file ({error}).") from None
     if not root or "\t" in root:
         raise InputError(f"{path}: row 1 must be the root folder of the recordings; found {root!r}.")
-    try:
-        # Read as text: names may hold quotes, and a bad number can be named with its row.
-        table = pl.read_csv(
-            path,
-            separator="\t",
-            has_header=False,
-            skip_rows=1,
-            quote_char=None,
-            schema={"path": pl.String, "num_samples": pl.String},
-            truncate_ragged_lines=False,
-        )
-    except pl.exceptions.NoDataError:
-        raise InputError(f"{path}: the manifest has no row.") from None
-    except pl.exceptions.PolarsError as error:
-        raise InputError(
-            f"{path}: rows after the first must be `relative/path<TAB>num_samples` ({str(error).splitlines()[0]})."
-        ) from None
-    lengths = table["num_samples"].str.strip_chars().cast(pl.Int64, strict=False)
-    if lengths.has_nulls():
-        row = int(lengths.is_null().arg_max() or 0)
-        found = table.row(row)
-        raise InputError(f"{path}: row {row + 2} must be `relative/path<TAB>num_samples`; found {found}.")
+    # Cut at the tab by us: names may hold quotes, and a bad line can be named.
+    lines = pl.read_csv(
+        path,
+        separator="\n",
+        has_header=False,
+        skip_rows=1,
+        quote_char=None,
+        schema={"line": pl.String},
+        raise_if_empty=False,
+    )
+    table = lines.select(
+        path=pl.col("line").str.extract(r"^([^\t]+)\t"),
+        num_samples=pl.col("line").str.extract(r"^[^\t]+\t(\d+)\s*$").cast(pl.Int64, strict=False),
+    )
+    bad = table["num_samples"].is_null()
+    if bad.any():
+        row = int(bad.arg_max() or 0)
+        raise InputError(f"{path}: row {row + 2} must be `relative/path<TAB>num_samples`; found {lines[row, 0]!r}.")
     relative = pl.col("path")
     name = relative.str.split("/").list.last()
     return table.select(
         fileid=pl.when(name.str.contains(r"^.+\.")).then(name.str.replace(r"\.[^.]*$", "")).otherwise(name),
         path=pl.when(relative.str.starts_with("/")).then(relative).otherwise(pl.lit(root.rstrip("/") + "/") + relative),
-        num_samples=lengths,
+        num_samples="num_samples",
     )

@@ -17,4 +17,4 @@ class Draw(IntEnum):
 
 def generator(seed: int, purpose: Draw, *key: int) -> np.random.Generator:
     """A generator that depends on its arguments only; different arguments give independent streams."""
-    return np.random.default_rng((seed % 2**64, purpose, *key))
+    return np.random.default_rng((seed, purpose, *key))

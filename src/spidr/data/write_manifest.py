@@ -11,7 +11,7 @@ import sys
 import tarfile
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -218,7 +218,8 @@ def _replacing(output: Path) -> Iterator[Path]:
     except OSError as error:
         raise InputError(f"{output}: cannot be written ({error.strerror or error}).") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,0 +1,274 @@
+"""Loaders: the same batches for any number of workers and processes, and errors that arrive."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from spidr.config import DataConfig, InputError, MaskingConfig
+from spidr.data import Batch, build_dataloader, build_validation_dataloader
+
+LENGTHS = [1000 + 137 * i for i in range(40)]
+
+
+@pytest.fixture
+def cfg(recordings: Callable[..., Path]) -> DataConfig:
+    return DataConfig(
+        str(recordings(LENGTHS)),
+        num_workers=0,
+        num_buckets=4,
+        min_sample_size=1200,
+        max_sample_size=5000,
+        max_batch_length=20_000,
+    )
+
+
+def identical(left: list[Batch], right: list[Batch]) -> bool:
+    return len(left) == len(right) > 0 and all(
+        torch.equal(a.waveforms, b.waveforms)
+        and torch.equal(a.rows, b.rows)
+        and torch.equal(a.mask_indices, b.mask_indices)
+        for a, b in zip(left, right, strict=True)
+    )
+
+
+@pytest.mark.parametrize(("workers", "start_method"), [(1, "fork"), (8, "fork"), (1, "spawn"), (1, "forkserver")])
+@pytest.mark.parametrize("persistent", [True, False])
+def test_same_batches_for_any_number_of_workers(
+    cfg: DataConfig, workers: int, start_method: str, persistent: bool
+) -> None:
+    if start_method != "fork" and not persistent:
+        return  # Nothing else happens, slowly.
+    alone = build_dataloader(cfg, MaskingConfig())
+    other = build_dataloader(
+        replace(cfg, num_workers=workers, persistent_workers=persistent), MaskingConfig(), start_method=start_method
+    )
+    for epoch in (0, 1, 0):
+        assert identical(list(alone.epoch(epoch)), list(other.epoch(epoch)))
+    other.close()
+    assert not identical(list(alone.epoch(0)), list(alone.epoch(1)))
+
+
+def test_every_recording_once(cfg: DataConfig) -> None:
+    loader = build_dataloader(cfg, MaskingConfig())
+    rows = sorted(row for batch in loader for row in batch.rows.tolist())
+    assert rows == [row for row, length in enumerate(LENGTHS) if length >= 1200]
+    assert loader.dataset.file(3).endswith("00003.wav")
+
+
+def test_published_usage(cfg: DataConfig) -> None:
+    loader = build_dataloader(cfg, MaskingConfig())
+    for epoch in range(2):
+        loader.set_epoch(epoch)
+        batches = list(loader)
+        assert len(loader) == len(batches) == loader.steps_in_epoch(epoch)
+        assert identical(batches, list(loader.epoch(epoch)))
+    waveforms, attention_mask, mask = next(iter(loader))
+    assert attention_mask is None
+    assert mask.shape[0] == waveforms.shape[0]
+
+
+@pytest.mark.parametrize("accumulation", [1, 2, 3])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_processes_interleave_to_one(cfg: DataConfig, world_size: int, accumulation: int) -> None:
+    one = build_dataloader(cfg, MaskingConfig(), accumulation=world_size * accumulation)
+    ranks = [
+        build_dataloader(cfg, MaskingConfig(), rank=rank, world_size=world_size, accumulation=accumulation)
+        for rank in range(world_size)
+    ]
+    assert {loader.accumulation for loader in ranks} == {accumulation}
+    assert {loader.steps_in_epoch(0) for loader in ranks} == {one.steps_in_epoch(0)}
+    assert {len(loader) for loader in ranks} == {one.steps_in_epoch(0) * accumulation}
+    dealt = zip(*(loader.epoch(0) for loader in ranks), strict=True)
+    assert identical(list(one.epoch(0)), [batch for turn in dealt for batch in turn])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_epochs_can_begin_anywhere(cfg: DataConfig, workers: int) -> None:
+    loader = build_dataloader(replace(cfg, num_workers=workers), MaskingConfig(), rank=1, world_size=2, accumulation=2)
+    batches = list(loader.epoch(3))
+    steps = loader.steps_in_epoch(3)
+    assert len(batches) == 2 * steps
+    for start in range(steps):
+        assert identical(list(loader.epoch(3, start)), batches[2 * start :])
+    assert list(loader.epoch(3, steps)) == []
+    # Left in the middle, and begun anew with the same workers.
+    for _ in range(3):
+        iterator = loader.epoch(3)
+        next(iterator)
+    assert identical(list(loader.epoch(3)), batches)
+    loader.close()
+
+
+def test_global_batch_length(cfg: DataConfig) -> None:
+    whole = replace(cfg, global_batch_length=120_000)
+    assert build_dataloader(cfg, None).accumulation == 1
+    for world_size, accumulation in ((1, 6), (2, 3), (6, 1)):
+        loader = build_dataloader(whole, None, world_size=world_size)
+        assert loader.accumulation == accumulation
+    for length, world_size, nearest in ((120_000, 4, "80000 or 160000"), (30_000, 2, "40000")):
+        with pytest.raises(InputError, match=f"Nearest valid: {nearest}"):
+            build_dataloader(replace(cfg, global_batch_length=length), None, world_size=world_size)
+
+
+def test_recordings_of_less_than_a_frame_are_left_out(recordings: Callable[..., Path]) -> None:
+    cfg = DataConfig(str(recordings([399, 400, 401])), min_sample_size=0, num_workers=0)
+    assert sorted(row for batch in build_dataloader(cfg, None) for row in batch.rows.tolist()) == [1, 2]
+    small = build_dataloader(cfg, None, conv_layer_config=[(8, 2, 2)])
+    assert sorted(row for batch in small for row in batch.rows.tolist()) == [0, 1, 2]
+    with pytest.raises(InputError, match="one frame of the model needs 400 samples"):
+        build_dataloader(replace(cfg, max_sample_size=300), None)
+
+
+def test_dropout_does_not_notice_the_loader(cfg: DataConfig) -> None:
+    """Iterating draws nothing from torch's generator, or a resumed run would go on with other dropout masks."""
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    loader = build_dataloader(replace(cfg, num_workers=1), MaskingConfig())
+    list(loader)
+    loader.close()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# Validation
+
+
+@pytest.mark.parametrize("padding", [False, True])
+def test_validation_is_the_same_for_any_number_of_processes(cfg: DataConfig, padding: bool) -> None:
+    cfg = replace(cfg, enable_padding=padding)
+    alone = list(build_validation_dataloader(cfg, MaskingConfig()))
+    rows = [row for batch in alone for row in batch.rows.tolist()]
+    assert rows == [row for row, length in enumerate(LENGTHS) if length >= 1200]  # by length, each once
+    assert identical(alone, list(build_validation_dataloader(cfg, MaskingConfig()).epoch(7)))
+    for world_size in (2, 3, len(alone) + 1):
+        for rank in range(world_size):
+            loader = build_validation_dataloader(cfg, MaskingConfig(), rank=rank, world_size=world_size)
+            part = list(loader)
+            assert len(loader) == len(part)
+            assert identical([*part, alone[0]], [*alone[rank::world_size], alone[0]])
+
+
+def test_validation_draws_follow_the_recording(cfg: DataConfig) -> None:
+    """With padding, a crop is the recording's own, whatever it is batched with."""
+    cfg = replace(cfg, enable_padding=True)
+    starts = {}
+    for size in (10_000, 20_000):
+        loader = build_validation_dataloader(replace(cfg, max_batch_length=size), MaskingConfig())
+        starts[size] = {
+            row: start for b in loader for row, start in zip(b.rows.tolist(), b.starts.tolist(), strict=True)
+        }
+    assert starts[10_000] == starts[20_000]
+    assert any(starts[10_000].values())
+
+
+# What can go wrong
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_errors_arrive_with_their_message(cfg: DataConfig, workers: int) -> None:
+    (Path(cfg.manifest).parent / "audio" / "00020.wav").unlink()
+    loader = build_dataloader(replace(cfg, num_workers=workers), MaskingConfig())
+    with pytest.raises(InputError) as error:
+        list(loader)
+    assert str(error.value).endswith(
+        "audio/00020.wav: the file does not exist. Was it moved since the manifest was written?"
+    )
+    loader.close()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_skipped_files_are_logged_once_and_counted(
+    cfg: DataConfig, workers: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = Path(cfg.manifest).parent / "audio" / "00020.wav"
+    file.unlink()
+    loader = build_dataloader(replace(cfg, num_workers=workers, on_error="skip"), MaskingConfig())
+    with caplog.at_level(logging.WARNING, logger="spidr.data.loader"):
+        for epoch in range(3):
+            list(loader.epoch(epoch))
+    loader.close()
+    assert loader.skipped == {str(file): 3}
+    assert [record.getMessage() for record in caplog.records] == [
+        f"Skipped: {file}: the file does not exist. Was it moved since the manifest was written?"
+    ]
+
+
+def test_fewer_batches_than_processes(cfg: DataConfig) -> None:
+    loader = build_dataloader(cfg, MaskingConfig(), world_size=50)
+    with pytest.raises(InputError, match="batches for 50 processes"):
+        loader.steps_in_epoch(0)
+
+
+def children() -> set[int]:
+    return {process.pid for process in multiprocessing.active_children() if process.pid is not None}
+
+
+def test_close_ends_the_workers(cfg: DataConfig) -> None:
+    before = children()
+    loader = build_dataloader(replace(cfg, num_workers=2), MaskingConfig())
+    iterator = iter(loader)
+    next(iterator)
+    assert len(children() - before) == 2
+    loader.close()
+    assert children() == before
+    assert list(iterator) == []
+    assert len(list(loader)) == len(loader)
+    del loader, iterator
+    assert children() == before
+
+
+def test_many_epochs_leave_nothing_behind(cfg: DataConfig) -> None:
+    loader = build_dataloader(replace(cfg, num_workers=1), MaskingConfig())
+    for epoch in range(3):
+        list(loader.epoch(epoch))
+    descriptors, processes = len(list(Path("/proc/self/fd").iterdir())), children()
+    for epoch in range(20):
+        list(loader.epoch(epoch))
+    assert children() == processes
+    assert len(list(Path("/proc/self/fd").iterdir())) <= descriptors + 2
+    loader.close()
+
+
+def test_workers_outlive_signals_meant_for_the_main_process(cfg: DataConfig) -> None:
+    loader = build_dataloader(replace(cfg, num_workers=2), MaskingConfig())
+    expected = list(loader)
+    iterator = iter(loader)
+    batches = [next(iterator)]
+    for pid in children():
+        for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM):
+            os.kill(pid, number)
+    assert identical([*batches, *iterator], expected)
+    loader.close()
+
+
+@pytest.mark.parametrize("start_method", ["fork", "spawn"])
+def test_a_failing_program_ends(cfg: DataConfig, tmp_path: Path, start_method: str) -> None:
+    """Workers do not keep a program alive that ends without closing its loader."""
+    script = tmp_path / "program.py"
+    script.write_text(
+        textwrap.dedent(f"""
+        from spidr.config import DataConfig, MaskingConfig
+        from spidr.data import build_dataloader
+
+        if __name__ == "__main__":
+            cfg = DataConfig({cfg.manifest!r}, num_workers=2, max_batch_length=20_000, max_sample_size=5000)
+            iterator = iter(build_dataloader(cfg, MaskingConfig(), start_method={start_method!r}))
+            next(iterator)
+            raise SystemExit(7)
+        """)
+    )
+    # Less than the time after which a worker gives up by itself.
+    done = subprocess.run([sys.executable, str(script)], timeout=25, check=False, capture_output=True, text=True)
+    assert done.returncode == 7
+    assert done.stderr == ""
