@@ -1,28 +1,14 @@
-"""Recordings on disk for the tests of the data."""
+"""A manifest with its recordings, for the tests of the data."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
-import soundfile
+from synthetic import noise, write_audio
 
 from spidr.data.write_manifest import write_manifest
-
-
-def noise(samples: int, seed: int = 0) -> np.ndarray:
-    """Noise with a mean of its own, int16-valued."""
-    rng = np.random.default_rng((seed, samples))
-    values = rng.normal(2000 * rng.random(), 3000 * (0.1 + rng.random()), samples)
-    return np.clip(values, -32768, 32767).astype(np.int16)
-
-
-def write_audio(path: Path, samples: np.ndarray, sample_rate: int = 16_000, **options: str) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    soundfile.write(path, samples, sample_rate, **options)
-    return path
 
 
 @pytest.fixture

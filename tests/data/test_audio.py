@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import noise, write_audio
+from synthetic import noise, write_audio
 
 from spidr.config import InputError
 from spidr.data import num_samples

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import noise, write_audio
+from synthetic import noise, write_audio
 
 from spidr.config import DEFAULT_CONV_LAYER_CONFIG, DataConfig, InputError, MaskingConfig, conv_length
 from spidr.data import Batch, audio, speech_dataset
@@ -43,7 +43,7 @@ def whole(manifest: Path, *, normalize: bool = True) -> list[torch.Tensor]:
 def test_cropped_to_the_shortest(
     recordings: Callable[..., Path], normalize: bool, rand_crop: bool, suffix: str, stats: bool
 ) -> None:
-    """Each waveform is a part of the whole recording, standardised as a whole, also of those that are never read whole."""
+    """Each waveform is a part of the recording as standardised whole, also where only that part is read."""
     manifest = recordings([5000, 9000, 70_000, 20_001], suffix, stats=stats)
     batch = collate(manifest, replace(CFG, normalize=normalize, rand_crop=rand_crop))
     assert batch.waveforms.shape == (4, 5000)
@@ -222,5 +222,5 @@ def test_skip(partly_bad: Path, normalize: bool, padding: bool) -> None:
 
 
 def test_nothing_left_to_stand_in(partly_bad: Path) -> None:
-    with pytest.raises(InputError, match="No recording of a batch can be read. .*00001.flac"):
+    with pytest.raises(InputError, match=r"No recording of a batch can be read. .*00001.flac"):
         collate(partly_bad, replace(CFG, on_error="skip"), rows=[1, 4])

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import noise
 from hypothesis import given
 from hypothesis import strategies as st
+from synthetic import noise
 
 from spidr.config import DEFAULT_CONV_LAYER_CONFIG
 from spidr.data import speech_dataset

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import noise, write_audio
+from synthetic import noise, write_audio
 
 from spidr.config import InputError
 from spidr.data import read_manifest, speech_dataset
