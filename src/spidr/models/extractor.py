@@ -102,8 +102,10 @@ class ConvLayer(nn.Module):
 
 
 def _channel_norm(frames: Tensor, valid: Tensor, norm: nn.GroupNorm) -> Tensor:
-    """Group norm with one group per channel, (B, R, C), over the ``valid`` frames (B, R), in float32."""
-    dtype, frames, weight = frames.dtype, frames.float(), valid.unsqueeze(-1).float()
+    """Group norm with one group per channel, (B, R, C), over the ``valid`` frames (B, R), in float32 at least."""
+    dtype = frames.dtype
+    frames = frames.to(torch.promote_types(dtype, torch.float32))
+    weight = valid.unsqueeze(-1).to(frames.dtype)
     count = weight.sum(1, keepdim=True)
     mean = (frames * weight).sum(1, keepdim=True) / count
     centred = frames - mean

@@ -1,0 +1,86 @@
+"""Online clustering against loops written from its definition."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from spidr.models.codebook import Codebook, StepStatistics, assign, count_perplexity, standardise
+
+
+def test_initial_codewords() -> None:
+    """Standard normal, standardised over the codewords for each feature; counts 1."""
+    codebook = Codebook(256, 48)
+    assert torch.equal(codebook.counts, torch.ones(256))
+    torch.testing.assert_close(codebook.codebook.mean(0), torch.zeros(48), atol=1e-5, rtol=0)
+    torch.testing.assert_close(codebook.codebook.std(0, correction=0), torch.ones(48), atol=1e-4, rtol=0)
+    assert torch.equal(codebook.codewords, codebook.codebook)
+
+
+def test_reset_gives_new_codewords() -> None:
+    codebook = Codebook(16, 4)
+    before = codebook.codebook.clone()
+    codebook.counts.fill_(7)
+    codebook.reset_parameters()
+    assert torch.equal(codebook.counts, torch.ones(16))
+    assert not torch.equal(codebook.codebook, before)
+
+
+def test_standardise_over_time_within_each_utterance() -> None:
+    x = torch.randn(3, 50, 4) * 5 + 2
+    torch.testing.assert_close(standardise(x), torch.nn.functional.instance_norm(x.transpose(1, 2)).transpose(1, 2))
+    assert standardise(x.bfloat16()).dtype == torch.float32
+
+
+@given(st.integers(1, 3), st.integers(1, 20), st.integers(1, 9), st.integers(0, 1000))
+def test_assignment_is_the_nearest_codeword(books: int, frames: int, size: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    targets = torch.randn(books, frames, 5, generator=generator)
+    codewords = torch.randn(books, size, 5, generator=generator)
+    labels = assign(targets, codewords)
+    distances = torch.cdist(targets.double(), codewords.double())
+    chosen = distances.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+    torch.testing.assert_close(chosen, distances.amin(-1), rtol=1e-4, atol=1e-4)
+
+
+def test_update_moves_used_codewords_only() -> None:
+    torch.manual_seed(0)
+    codebook = Codebook(6, 3)
+    before, counts = codebook.codebook.clone(), torch.arange(1.0, 7.0)
+    codebook.counts.copy_(counts)
+    targets, labels = torch.randn(20, 3), torch.randint(0, 4, (20,))  # codewords 4 and 5 get nothing
+    sums = torch.zeros(6, 3).index_add_(0, labels, targets)
+    assigned = labels.bincount(minlength=6).float()
+    codebook.update(sums, assigned, 0.9)
+    for v in range(6):
+        frames = targets[labels == v]
+        if len(frames):
+            torch.testing.assert_close(codebook.codebook[v], 0.9 * before[v] + 0.1 * frames.sum(0))
+            torch.testing.assert_close(codebook.counts[v], 0.9 * counts[v] + 0.1 * len(frames))
+        else:
+            assert torch.equal(codebook.codebook[v], before[v])
+            assert codebook.counts[v] == counts[v]
+
+
+def test_statistics_add_up() -> None:
+    torch.manual_seed(0)
+    whole, parts = StepStatistics(2, 5, 3), StepStatistics(2, 5, 3)
+    targets, labels = torch.randn(2, 12, 3), torch.randint(0, 5, (2, 12))
+    probabilities, loss = torch.randn(2, 12, 5).softmax(-1), torch.rand(12)
+    whole.add(targets, labels, probabilities.sum(1), loss)
+    for part in (slice(0, 7), slice(7, 12)):
+        parts.add(targets[:, part], labels[:, part], probabilities[:, part].sum(1), loss[part])
+    torch.testing.assert_close(parts.flat, whole.flat)
+    views = whole.view()
+    assert views["frames"] == 12
+    torch.testing.assert_close(views["loss"], loss.sum())
+    for k in range(2):
+        assert torch.equal(views["assigned"][k], labels[k].bincount(minlength=5).float())
+        for v in range(5):
+            torch.testing.assert_close(views["sums"][k, v], targets[k, labels[k] == v].sum(0))
+    assert not whole.state_dict()  # zero between steps, so no part of a checkpoint
+
+
+@pytest.mark.parametrize(("counts", "expected"), [([1, 1, 1, 1], 4.0), ([5, 0, 0, 0], 1.0), ([3, 3, 0, 0], 2.0)])
+def test_perplexity_of_counts(counts: list[int], expected: float) -> None:
+    assert count_perplexity(torch.tensor(counts, dtype=torch.float32)).item() == pytest.approx(expected)

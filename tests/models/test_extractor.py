@@ -1,0 +1,118 @@
+"""The extractor's matrix products against PyTorch's convolutions."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from spidr.config import DEFAULT_CONV_LAYER_CONFIG, InputError, conv_length
+from spidr.models.extractor import FeatureExtractor
+
+SHAPES = [(8, 10, 5), (6, 3, 2), (6, 3, 2), (4, 2, 2)]
+
+
+def oracle(extractor: FeatureExtractor, waveforms: Tensor) -> Tensor:
+    """Channels-first convolutions, as the papers write them."""
+    x = waveforms.unsqueeze(1)
+    for layer in extractor.conv_layers:
+        x = F.conv1d(x, layer.conv.weight, layer.conv.bias, stride=layer.conv.stride)
+        norm = layer.layer_norm
+        if isinstance(norm, torch.nn.LayerNorm):
+            x = F.layer_norm(x.transpose(1, 2), norm.normalized_shape, norm.weight, norm.bias, norm.eps).transpose(1, 2)
+        elif norm is not None:  # not F.group_norm, which refuses a single frame
+            x = torch.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
+        x = F.gelu(x)
+    return x.transpose(1, 2)
+
+
+def build(mode: str, shapes: list[tuple[int, int, int]], *, bias: bool) -> FeatureExtractor:
+    torch.manual_seed(0)
+    extractor = FeatureExtractor(mode, shapes, bias=bias)
+    for parameter in extractor.parameters():  # biases and norms too, which start at 0 and 1
+        torch.nn.init.normal_(parameter, std=0.5)
+    return extractor.double()
+
+
+def assert_same(extractor: FeatureExtractor, waveforms: Tensor) -> None:
+    results = []
+    for function in (extractor, lambda w: oracle(extractor, w)):
+        x = waveforms.clone().requires_grad_()
+        out = function(x)
+        inputs = [x, *extractor.parameters()]
+        weights = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
+        results.append((out, torch.autograd.grad((out * weights).sum(), inputs)))
+    (out, grads), (expected, expected_grads) = results
+    torch.testing.assert_close(out, expected)
+    for grad, expected_grad in zip(grads, expected_grads, strict=True):
+        torch.testing.assert_close(grad, expected_grad)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("mode", ["layer_norm", "group_norm"])
+def test_equals_convolutions_forward_and_backward(mode: str, bias: bool) -> None:
+    torch.manual_seed(1)
+    assert_same(build(mode, SHAPES, bias=bias), torch.randn(3, 1234, dtype=torch.float64))
+
+
+@given(
+    shapes=st.lists(st.tuples(st.integers(1, 4), st.integers(1, 7), st.integers(1, 4)), min_size=1, max_size=4),
+    extra=st.integers(0, 40),
+    batch=st.integers(1, 3),
+    mode=st.sampled_from(["layer_norm", "group_norm"]),
+)
+def test_any_kernels_and_strides(shapes: list[tuple[int, int, int]], extra: int, batch: int, mode: str) -> None:
+    """Kernels below, at and above the stride, down to the shortest waveform."""
+    shortest = 1
+    for _, kernel, stride in reversed(shapes):
+        shortest = (shortest - 1) * stride + kernel
+    waveforms = torch.randn(batch, shortest + extra, dtype=torch.float64)
+    extractor = build(mode, shapes, bias=True)
+    out = extractor(waveforms)
+    assert out.shape == (batch, conv_length(shapes, shortest + extra), shapes[-1][0])
+    torch.testing.assert_close(out, oracle(extractor, waveforms))
+
+
+def test_number_of_frames() -> None:
+    assert conv_length(DEFAULT_CONV_LAYER_CONFIG, 16_000) == 49
+    assert [conv_length(DEFAULT_CONV_LAYER_CONFIG, n) for n in (0, 399, 400, 719, 720)] == [0, 0, 1, 1, 2]
+
+
+@given(st.integers(0, 5000))
+def test_one_number_of_frames_for_ints_and_tensors(samples: int) -> None:
+    assert conv_length(SHAPES, torch.tensor([samples])).item() == conv_length(SHAPES, samples) >= 0
+
+
+def test_too_short() -> None:
+    with pytest.raises(InputError, match="20 samples are too short"):
+        FeatureExtractor("layer_norm", SHAPES, bias=False)(torch.randn(1, 20))
+
+
+def test_group_norm_with_lengths_sees_only_the_utterance() -> None:
+    extractor = build("group_norm", SHAPES, bias=False)
+    long, short = torch.randn(900, dtype=torch.float64), torch.randn(500, dtype=torch.float64)
+    batch = torch.stack([long, F.pad(short, (0, 400))])
+    together = extractor(batch, torch.tensor([900, 500]))
+    alone = extractor(short.unsqueeze(0))
+    torch.testing.assert_close(together[1, : alone.shape[1]], alone[0])
+    assert not torch.allclose(extractor(batch)[1, : alone.shape[1]], alone[0])
+
+
+def test_bfloat16_autocast_stays_close() -> None:
+    extractor = build("layer_norm", SHAPES, bias=False).float()
+    waveforms = torch.randn(2, 4000)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = extractor(waveforms)
+        out.float().sum().backward()
+    assert out.dtype == torch.bfloat16
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in extractor.parameters())
+    torch.testing.assert_close(out.float(), extractor(waveforms), rtol=0.1, atol=0.1)
+
+
+def test_initial_kernels() -> None:
+    """Kaiming normal: fan-in, gain sqrt(2)."""
+    torch.manual_seed(0)
+    extractor = FeatureExtractor("layer_norm", [(512, 10, 5), (512, 3, 2)], bias=False)
+    for layer, fan_in in zip(extractor.conv_layers, (10, 1536), strict=True):
+        assert layer.conv.weight.std().item() == pytest.approx((2 / fan_in) ** 0.5, rel=0.05)
