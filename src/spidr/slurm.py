@@ -147,12 +147,7 @@ def submit(
 
 def prepare(job_name: str, count: int, folder: Path, slurm: SlurmConfig, *, copy_code: bool) -> Submission:
     """Write down a submission of ``count`` jobs; nothing is run or written."""
-    job = "%j" if count == 1 else "%A_%a"
-
-    def log(task: str) -> list[str]:
-        name = f"{folder}/{job}/{job}_{task}_log"
-        return [f"--output={name}.out", f"--error={name}.err", "--open-mode=append"]
-
+    job, variable = ("%j", "$SLURM_JOB_ID") if count == 1 else ("%A_%a", "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID")
     options = {
         "job-name": re.sub(r"[^\w.,:=+@-]+", "_", job_name)[:128],
         "account": slurm.account or None,
@@ -169,15 +164,23 @@ def prepare(job_name: str, count: int, folder: Path, slurm: SlurmConfig, *, copy
         # So long before the time limit; SLURM may be up to a minute early. Enough for a step and a checkpoint.
         "signal": f"USR2@{min(120, 15 * slurm.time) if slurm.time else 120}",
     }
-    command = ["sbatch", "--parsable", "--requeue", *log("0")]
+    # SLURM's own messages; a job whose log is in a folder that is yet to be made would fail to start.
+    command = ["sbatch", "--parsable", "--requeue", "--open-mode=append", f"--output={folder}/{job}_slurm.log"]
     command += [f"--{name}={value}" for name, value in options.items() if value is not None]
-    srun = ["srun", "--unbuffered", "--kill-on-bad-exit=1", *log("%t")]
+    log = f"{folder}/{job}/{job}_%t_log"
+    srun = ["srun", "--unbuffered", "--kill-on-bad-exit=1", "--open-mode=append"]
+    srun += [f"--output={log}.out", f"--error={log}.err"]
     if slurm.cpus_per_task:  # srun has not taken it from sbatch since SLURM 22.05
         srun.append(f"--cpus-per-task={slurm.cpus_per_task}")
     # The package that runs is the one given here, whatever lies in the current folder (-P) or is installed.
     code = folder / "code" if copy_code else PACKAGE.parent
     python = [sys.executable, "-P", "-u", "-c", RUN, str(code), f"{folder}/%j"]
-    script = f"#!/bin/bash\nexport SUBMITIT_EXECUTOR=slurm\n{shlex.join(srun + python)}\n"
+    script = f"""\
+#!/bin/bash
+export SUBMITIT_EXECUTOR=slurm
+mkdir -p {shlex.quote(str(folder))}/"{variable}"
+{shlex.join(srun + python)}
+"""
     return Submission(folder, command, script)
 
 
@@ -363,46 +366,114 @@ def validation_slurm(cfg: Config) -> SlurmConfig:
     )
 
 
-def submit_validation(cfg: Config, resume: ResumeConfig) -> threading.Thread:
-    """Submit the validation of a checkpoint from inside training, without making it wait.
+class ValidationJobs:
+    """The validations of a run that are done in jobs of their own, as files of the folder ``RUN/validation``.
 
-    The job calls ``spidr.validate.run_validation(cfg, resume)``, which writes ``resume.results``. If it cannot be
-    submitted, that is logged and nothing else. The environment and current folder of this process stay as they are.
+    ``step_N.pending`` stands for a job that is being submitted, waits or runs (it holds the job id), ``step_N.jsonl`` for
+    results that have not been collected. So a restarted run, or ``python -m spidr.tools.metrics_queue`` after its end,
+    knows as much as the one that submitted. Submitting happens in a thread; the environment and the current folder of
+    this process stay as they are.
 
     Args:
-        cfg: The run's configuration.
-        resume: The checkpoint and where its results go.
-
-    Returns:
-        The thread that submits; the interpreter waits for it when it ends.
+        run_dir: The run folder.
     """
-    # Settled now: the environment of a later moment is not this one's.
-    slurm = validation_slurm(cfg)
-    thread = threading.Thread(target=_submit_validation, args=(cfg, resume, slurm), name=f"validate-{resume.step}")
-    thread.start()
-    return thread
+
+    def __init__(self, run_dir: Path) -> None:
+        self.folder = run_dir / "validation"
+
+    def submit(self, cfg: Config, step: int, checkpoint: Path) -> threading.Thread:
+        """Submit the validation of a checkpoint on every validation set, without making the caller wait.
+
+        The job calls :func:`spidr.validate.run_validation`. If it cannot be submitted, an error is logged.
+
+        Args:
+            cfg: The run's configuration, with the model's settings as they are trained.
+            step: The checkpoint's step.
+            checkpoint: Its file, which must stay while the step is in :meth:`pending`.
+
+        Returns:
+            The thread that submits. The interpreter waits for it before it ends.
+        """
+        self.folder.mkdir(exist_ok=True)
+        self._pending(step).touch()
+        resume = ResumeConfig(step, str(checkpoint), str(self._results(step)))
+        # Read now: the environment may be another one when the thread gets to it.
+        thread = threading.Thread(target=self._submit, args=(cfg, resume, validation_slurm(cfg)), name=f"step {step}")
+        thread.start()
+        return thread
+
+    def pending(self) -> set[int]:
+        """Steps whose job has been submitted and has neither given results nor failed."""
+        return self._steps(".pending") - self._steps(".jsonl")
+
+    def collect(self) -> Iterator[dict[str, Any]]:
+        """The lines for ``metrics.jsonl`` that have come in, in the order of their steps.
+
+        Results of a later step wait until the earlier ones are there or their jobs are known to have failed. A results
+        file is removed when the caller comes back for more after its last line, so that none is lost in between.
+        """
+        waiting = min(self.pending(), default=sys.maxsize)
+        for step in sorted(self._steps(".jsonl")):
+            if step > waiting:
+                return
+            yield from map(json.loads, self._results(step).read_text().splitlines())
+            self._pending(step).unlink(missing_ok=True)
+            self._results(step).unlink()
+
+    def forget_lost(self) -> None:
+        """Stop waiting for jobs that ended without results: cancelled, out of memory, on a machine that died."""
+        for step in self.pending():
+            job_id = self._pending(step).read_text()
+            if not job_id:  # being submitted
+                continue
+            asked = subprocess.run(
+                ["squeue", "--noheader", f"--jobs={job_id}", "--format=%T"], capture_output=True, text=True, check=False
+            )
+            gone = not asked.stdout.strip() if asked.returncode == 0 else "Invalid job id" in asked.stderr
+            if gone and not self._results(step).exists():
+                logger.error(
+                    "step %d is not validated: job %s ended without results, see %s", step, job_id, self.folder
+                )
+                self._pending(step).unlink(missing_ok=True)
+
+    def _submit(self, cfg: Config, resume: ResumeConfig, slurm: SlurmConfig) -> None:
+        marker = self._pending(resume.step)
+        try:
+            self.forget_lost()
+            job_id, _ = submit(
+                f"{cfg.run.wandb_name}-step{resume.step}",
+                [(_validate, (cfg, resume, marker))],
+                self.folder,
+                slurm,
+                copy_code=False,
+                max_timeouts=3,
+            )
+            if marker.exists():  # not if the job is done already
+                marker.write_text(job_id)
+        except Exception as error:
+            marker.unlink(missing_ok=True)
+            reason = error if isinstance(error, InputError) else repr(error)
+            logger.error("step %d is not validated: %s", resume.step, reason)
+
+    def _pending(self, step: int) -> Path:
+        return self.folder / f"step_{step}.pending"
+
+    def _results(self, step: int) -> Path:
+        return self.folder / f"step_{step}.jsonl"
+
+    def _steps(self, suffix: str) -> set[int]:
+        return {int(path.stem.removeprefix("step_")) for path in self.folder.glob(f"step_*{suffix}")}
 
 
-def _submit_validation(cfg: Config, resume: ResumeConfig, slurm: SlurmConfig) -> None:
-    try:
-        submit(
-            f"{cfg.run.wandb_name}-step{resume.step}",
-            [(_validate, (cfg, resume))],
-            cfg.run.dir / "validation",
-            slurm,
-            copy_code=False,
-            max_timeouts=3,
-        )
-    except InputError as error:
-        logger.error("step %d is not validated: %s", resume.step, error)
-    except Exception:
-        logger.exception("step %d is not validated", resume.step)
-
-
-def _validate(cfg: Config, resume: ResumeConfig) -> None:
+def _validate(cfg: Config, resume: ResumeConfig, marker: Path) -> None:
+    """What a validation job runs."""
     from spidr.validate import run_validation
 
-    run_validation(cfg, resume)
+    try:
+        run_validation(cfg, resume)
+    except Exception:
+        marker.unlink(missing_ok=True)
+        raise
 
 
 # --------------------------------------------------------------------------------------------------------------------

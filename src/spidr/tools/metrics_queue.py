@@ -1,0 +1,121 @@
+"""``python -m spidr.tools.metrics_queue PATH --entity E [--runid ID]``: bring a finished run on wandb up to date.
+
+Validation jobs may end after training has. This collects their results into ``metrics.jsonl`` and pushes to wandb, in the
+order of the steps, every line that wandb does not have.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from spidr.config import Config, InputError, read_config, to_dict
+from spidr.slurm import ValidationJobs
+from spidr.tools.metrics import MetricsFile, WandbSink, read_metrics
+
+
+def push_metrics(folder: Path, entity: str, run_id: str | None = None) -> int:
+    """Collect what has come in and push what wandb does not have.
+
+    Args:
+        folder: The folder of a run that is not training.
+        entity: The wandb user or team.
+        run_id: wandb's id of the run. None: the one that the folder knows, else the one finished run that has the
+            configuration's project and name.
+
+    Returns:
+        How many lines were pushed.
+
+    Raises:
+        InputError: If the folder is not a run's, the run cannot be told, or wandb does not take the lines.
+    """
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{folder}: not a run folder, it has no config.json")
+    cfg = read_config(folder / "config.json")
+    metrics = MetricsFile(folder / "metrics.jsonl", sys.maxsize)
+    jobs = ValidationJobs(folder)
+    jobs.forget_lost()
+    for line in jobs.collect():
+        metrics.write(line)
+    if waiting := jobs.pending():
+        sys.stderr.write(f"not validated yet: steps {', '.join(map(str, sorted(waiting)))}; run this again later\n")
+    lines = sorted(read_metrics(metrics.path), key=lambda line: line["step"])
+    if not lines:
+        raise InputError(f"{metrics.path}: there is nothing to push")
+    _choose_run(folder, cfg, entity, run_id)
+    # Nobody asks to push to a run whose mode is "disabled" without wanting it online.
+    mode = os.environ.get("WANDB_MODE") or {"disabled": "online"}.get(cfg.run.wandb_mode, cfg.run.wandb_mode)
+    os.environ["WANDB_ENTITY"] = entity
+    sink = WandbSink(folder, cfg.run.wandb_project, cfg.run.wandb_name, mode, to_dict(cfg))
+    if sink.run is None:
+        raise InputError(f"wandb cannot be reached as {entity}/{cfg.run.wandb_project}; the reason is above")
+    missing = [line for line in lines if line["step"] > sink.pushed.get(line["group"], -1)]
+    for line in missing:
+        sink.push(line)
+    sink.close()
+    if refused := [line for line in missing if line["step"] > sink.pushed.get(line["group"], -1)]:
+        raise InputError(f"wandb did not take {len(refused)} of {len(missing)} lines; the reason is above")
+    return len(missing)
+
+
+def _choose_run(folder: Path, cfg: Config, entity: str, run_id: str | None) -> None:
+    """Write down, where the run's sink looks for it, which wandb run it is and how far it has got."""
+    state_path = folder / "wandb.json"
+    known = json.loads(state_path.read_text()) if state_path.exists() else {}
+    if known and run_id in (None, known["id"]):
+        return
+    state: dict[str, Any] = {"id": run_id, "pushed": {}}
+    if os.environ.get("WANDB_MODE", cfg.run.wandb_mode) != "offline":
+        run = _find_run(f"{entity}/{cfg.run.wandb_project}", cfg.run.wandb_name, run_id)
+        state["id"] = run.id
+        for name, value in run.summary.items():
+            group, _, key = name.rpartition("/")
+            if key == "step":
+                state["pushed"][group] = value
+    elif run_id is None:
+        raise InputError(f"{folder}: no wandb run is known here; give --runid")
+    state_path.write_text(json.dumps(state))
+
+
+def _find_run(project: str, name: str, run_id: str | None) -> Any:
+    import wandb
+
+    api = wandb.Api()
+    try:
+        if run_id is not None:
+            return api.run(f"{project}/{run_id}")
+        runs = list(api.runs(project, filters={"display_name": name, "state": "finished"}))
+    except Exception as error:  # network, permissions, no such project
+        raise InputError(f"wandb, {project}: {error}") from error
+    if len(runs) != 1:
+        found = ", ".join(run.id for run in runs) or "none"
+        raise InputError(f"wandb, {project}: expected one finished run {name!r}, found {found}; give --runid")
+    return runs[0]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line. Returns the exit status."""
+    parser = argparse.ArgumentParser("python -m spidr.tools.metrics_queue", description=__doc__.split("\n\n")[1])
+    parser.add_argument("path", type=Path, help="a run's folder, or its metrics.jsonl")
+    parser.add_argument("--entity", required=True, help="wandb user or team")
+    parser.add_argument(
+        "--runid", help="wandb's id of the run (default: the one finished run of that project and name)"
+    )
+    args = parser.parse_args(argv)
+    try:
+        folder = args.path.parent if args.path.name == "metrics.jsonl" else args.path
+        count = push_metrics(folder, args.entity, args.runid)
+    except InputError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    sys.stdout.write(f"{count} lines pushed\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

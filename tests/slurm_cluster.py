@@ -1,0 +1,207 @@
+"""A real SLURM on this machine for the tests: slurmctld, munged and one slurmd per node, all below one folder.
+
+Needs Debian's packages slurm-wlm and munge and nothing of the system's configuration: no systemd, cgroups, database or
+GPU. Nodes are called 127.0.0.1, 127.0.0.2, …, so that their names resolve; their GPUs are device files that exist
+everywhere. A job of partition "high" preempts those of "main", the default one, after GRACE seconds.
+"""
+
+from __future__ import annotations
+
+import os
+import pwd
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "sinfo", "scancel")
+SEARCH_PATH = os.environ["PATH"] + os.pathsep + "/usr/sbin"
+GPU_FILES = ("/dev/null", "/dev/zero")
+GRACE = 20
+
+SLURM_CONF = """\
+ClusterName=spidr
+SlurmctldHost={host}(127.0.0.1)
+SlurmUser={user}
+SlurmdUser={user}
+SlurmctldPort={ports[0]}
+AuthType=auth/munge
+CredType=cred/munge
+# The credential's life is also how long a requeued job waits, and 5 is the least.
+AuthInfo=socket={root}/munge.socket,cred_expire=5
+StateSaveLocation={root}/state
+SlurmdSpoolDir={root}/%n
+SlurmctldPidFile={root}/slurmctld.pid
+SlurmdPidFile={root}/slurmd-%n.pid
+SlurmctldLogFile={root}/slurmctld.log
+SlurmdLogFile={root}/slurmd-%n.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+MpiDefault=none
+SwitchType=switch/none
+MailProg=/bin/true
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core_Memory
+GresTypes=gpu
+# Job ids must not repeat: submitit finds results by them.
+FirstJobId={first_job}
+MinJobAge=86400
+SchedulerParameters=batch_sched_delay=0,sched_interval=1,sched_min_interval=0,bf_interval=1
+CompleteWait=0
+KillWait=5
+ReturnToService=2
+SlurmdParameters=config_overrides
+PropagateResourceLimits=NONE
+JobRequeue=1
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+SlurmctldParameters=preempt_send_user_signal
+PartitionName=DEFAULT Nodes=ALL MaxTime=INFINITE DefaultTime=60 DefMemPerCPU=100 State=UP
+PartitionName=main Default=YES PriorityTier=1 GraceTime={grace}
+PartitionName=high PriorityTier=10 PreemptMode=OFF
+"""
+
+
+def missing_programs() -> list[str]:
+    """What has to be installed before a cluster can start."""
+    return [name for name in PROGRAMS if shutil.which(name, path=SEARCH_PATH) is None]
+
+
+class Cluster:
+    """The cluster, from ``with`` to the end of its block, when its jobs end too."""
+
+    def __init__(self, root: Path, *, nodes: int = 2, cpus: int = 8) -> None:
+        self.root = root
+        self.nodes = [f"127.0.0.{index + 1}" for index in range(nodes)]
+        self.cpus = cpus
+        self.conf = root / "slurm.conf"
+        # Without what a test run inside another SLURM's job would bring along.
+        self.env = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "SBATCH", "SUBMITIT"))}
+        self.env |= {"SLURM_CONF": str(self.conf), "PATH": SEARCH_PATH}
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Cluster:
+        self._configure()
+        munged = ["munged", "--foreground", "--force", f"--key-file={self.root}/munge.key"]
+        munged += [
+            f"--{name}={self.root}/munge.{name.split('-')[0]}"
+            for name in ("socket", "pid-file", "log-file", "seed-file")
+        ]
+        with self._stack:  # ends what has started if something does not
+            self._start(munged)
+            self._until("munge", (self.root / "munge.socket").exists)
+            self.start_controller()
+            for node in self.nodes:
+                self._start(["slurmd", "-D", "-N", node])
+            self._until(
+                "idle nodes",
+                lambda: self.run("sinfo", "-hN", "-o", "%T").stdout.split() == ["idle"] * len(self.nodes) * 2,
+            )
+            self._stack.callback(self._end_jobs)
+            self._stack = self._stack.pop_all()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def _configure(self) -> None:
+        (self.root / "state").mkdir(parents=True)
+        key = self.root / "munge.key"
+        key.touch(mode=0o600)
+        key.write_bytes(os.urandom(128))
+        ports = _free_ports(1 + len(self.nodes))
+        host = socket.gethostname().split(".")[0]
+        text = SLURM_CONF.format(
+            root=self.root,
+            host=host,
+            user=pwd.getpwuid(os.geteuid()).pw_name,
+            ports=ports,
+            first_job=1 + int(time.time()) % 60_000_000,
+            grace=GRACE,
+        )
+        for node, port in zip(self.nodes, ports[1:], strict=True):
+            (self.root / node).mkdir()
+            text += f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs={self.cpus} "
+            text += f"RealMemory=64000 Gres=gpu:{len(GPU_FILES)} State=UNKNOWN Features=a100\n"
+        self.conf.write_text(text)
+        gpus = [f"NodeName={node} Name=gpu File={file}\n" for node in self.nodes for file in GPU_FILES]
+        (self.root / "gres.conf").write_text("AutoDetect=off\n" + "".join(gpus))
+        (self.root / "cgroup.conf").write_text("CgroupPlugin=autodetect\n")
+
+    def _start(self, command: list[str]) -> subprocess.Popen[bytes]:
+        with (self.root / "daemons.out").open("ab") as log:
+            process = subprocess.Popen(
+                command, env=self.env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            )
+        self._stack.callback(_end, process)
+        return process
+
+    def start_controller(self) -> None:
+        """Start slurmctld, for the first time or again."""
+        self._controller = self._start(["slurmctld", "-D"])
+        self._until("slurmctld", lambda: "UP" in self.run("scontrol", "ping").stdout)
+
+    def stop_controller(self) -> None:
+        """End slurmctld: nothing can be submitted, what runs runs on."""
+        _end(self._controller)
+
+    def _until(self, what: str, ready: Callable[[], bool], seconds: float = 30) -> None:
+        if not wait_for(ready, seconds):
+            logs = "\n".join(f"--- {path}\n{path.read_text()[-2000:]}" for path in self.root.glob("*.[lo][ou][gt]"))
+            raise RuntimeError(f"no {what} after {seconds} s\n{logs}")
+
+    def _end_jobs(self) -> None:
+        self.run("scancel", "--user", pwd.getpwuid(os.geteuid()).pw_name)
+        self._until("end of all jobs", lambda: not self.run("squeue", "-h").stdout)
+
+    def run(self, *command: str, **options: Any) -> subprocess.CompletedProcess[str]:
+        """Run a command that talks to this cluster."""
+        options = {"env": self.env, "capture_output": True, "text": True, "timeout": 60} | options
+        return subprocess.run(command, **options)
+
+    def job(self, job_id: str) -> dict[str, str]:
+        """What SLURM knows of a job, an array's task included (``12_0``): JobState, Restarts, NodeList, ExitCode, …"""
+        shown = self.run("scontrol", "--oneliner", "show", "job", job_id).stdout
+        return dict(word.split("=", 1) for word in shown.split() if "=" in word)
+
+    def wait(self, job_id: str, *states: str, seconds: float = 60) -> dict[str, str]:
+        """Wait until a job is in one of ``states``, by default until it has ended."""
+        ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
+        if not wait_for(lambda: self.job(job_id).get("JobState") in (states or ended), seconds):
+            raise RuntimeError(f"job {job_id} is not {states or ended} after {seconds} s: {self.job(job_id)}")
+        return self.job(job_id)
+
+
+def wait_for(condition: Callable[[], bool], seconds: float) -> bool:
+    """Whether a condition became true in time."""
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.1)
+    return True
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    if process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _free_ports(count: int) -> list[int]:
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
