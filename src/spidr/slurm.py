@@ -325,15 +325,12 @@ def requeue(job_id: str, *, attempts: int = 10) -> bool:
     Returns:
         Whether it was requeued.
     """
-    state = error = ""
+    state, error = None, ""
     for attempt in range(attempts):
         if attempt:
             time.sleep(5)
-        asked = subprocess.run(
-            ["squeue", "--noheader", f"--jobs={job_id}", "--format=%T"], capture_output=True, text=True, check=False
-        )
-        state, error = asked.stdout.strip(), asked.stderr.strip()
-        if state not in ("", "RUNNING"):
+        state = _job_state(job_id)
+        if state not in (None, "RUNNING"):
             break
         if state:
             done = subprocess.run(["scontrol", "requeue", job_id], capture_output=True, text=True, check=False)
@@ -341,8 +338,20 @@ def requeue(job_id: str, *, attempts: int = 10) -> bool:
                 logger.info("job %s goes back into the queue", job_id)
                 return True
             error = done.stderr.strip()
-    logger.warning("job %s is not requeued: it is %s. %s", job_id, state or "unknown to SLURM", error)
+    logger.warning("job %s is not requeued, its state is %s. %s", job_id, state or "unknown", error)
     return False
+
+
+def _job_state(job_id: str) -> str | None:
+    """A job's state if it waits or runs, "" once it has ended, None if SLURM does not answer."""
+    command = ["squeue", "--noheader", f"--jobs={job_id}", "--format=%T"]
+    try:
+        asked = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    if asked.returncode == 0:
+        return asked.stdout.strip()
+    return "" if "Invalid job id" in asked.stderr else None
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -369,10 +378,10 @@ def validation_slurm(cfg: Config) -> SlurmConfig:
 class ValidationJobs:
     """The validations of a run that are done in jobs of their own, as files of the folder ``RUN/validation``.
 
-    ``step_N.pending`` stands for a job that is being submitted, waits or runs (it holds the job id), ``step_N.jsonl`` for
+    ``step_N.pending`` stands for a job that is being submitted (empty), waits or runs (its id), ``step_N.jsonl`` for
     results that have not been collected. So a restarted run, or ``python -m spidr.tools.metrics_queue`` after its end,
-    knows as much as the one that submitted. Submitting happens in a thread; the environment and the current folder of
-    this process stay as they are.
+    knows as much as the process that submitted. One process at a time may use a run's. Submitting happens in a thread
+    and leaves the environment and the current folder of this process as they are.
 
     Args:
         run_dir: The run folder.
@@ -380,6 +389,9 @@ class ValidationJobs:
 
     def __init__(self, run_dir: Path) -> None:
         self.folder = run_dir / "validation"
+        for marker in self.folder.glob("step_*.pending"):
+            if not marker.stat().st_size:  # a process died while it submitted
+                marker.unlink()
 
     def submit(self, cfg: Config, step: int, checkpoint: Path) -> threading.Thread:
         """Submit the validation of a checkpoint on every validation set, without making the caller wait.
@@ -424,13 +436,7 @@ class ValidationJobs:
         """Stop waiting for jobs that ended without results: cancelled, out of memory, on a machine that died."""
         for step in self.pending():
             job_id = self._pending(step).read_text()
-            if not job_id:  # being submitted
-                continue
-            asked = subprocess.run(
-                ["squeue", "--noheader", f"--jobs={job_id}", "--format=%T"], capture_output=True, text=True, check=False
-            )
-            gone = not asked.stdout.strip() if asked.returncode == 0 else "Invalid job id" in asked.stderr
-            if gone and not self._results(step).exists():
+            if job_id and _job_state(job_id) == "" and not self._results(step).exists():
                 logger.error(
                     "step %d is not validated: job %s ended without results, see %s", step, job_id, self.folder
                 )

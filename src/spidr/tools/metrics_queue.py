@@ -1,7 +1,7 @@
 """``python -m spidr.tools.metrics_queue PATH --entity E [--runid ID]``: bring a finished run on wandb up to date.
 
-Validation jobs may end after training has. This collects their results into ``metrics.jsonl`` and pushes to wandb, in the
-order of the steps, every line that wandb does not have.
+Validation jobs may end after training has. This collects their results into ``metrics.jsonl`` and pushes to wandb every
+line that it does not have, in the order of the steps.
 """
 
 from __future__ import annotations
