@@ -414,3 +414,31 @@ def test_a_users_own_ddp_loop_keeps_codebooks_equal(model_type: str, tmp_path: P
         assert torch.equal(ranks[0]["model"][name], ranks[1]["model"][name]), name
         torch.testing.assert_close(ranks[0]["model"][name], value, rtol=1e-4, atol=1e-5, msg=name)
     torch.testing.assert_close(ranks[0]["ppl"], outputs["target_ppl"])
+
+
+@BOTH
+@torch.no_grad()
+def test_encode_and_units_standardise_each_utterance_over_its_own_samples(model_type: str) -> None:
+    model = tiny_model(model_type).eval()
+    scaled = [7 * waveform + 3 for waveform in utterances()]
+    batch = torch.nn.utils.rnn.pad_sequence(scaled, batch_first=True)
+    features, frame_lengths = model.encode(batch, LENGTHS, layer=3)
+    units, unit_lengths = model.units(batch, LENGTHS, layer=3)
+    assert frame_lengths.tolist() == unit_lengths.tolist() == [num_frames(model, n) for n in LENGTHS]
+    for row, waveform in enumerate(scaled):
+        normed = (waveform - waveform.mean()) / torch.sqrt(waveform.var(correction=0) + 1e-5)
+        expected = model.get_intermediate_outputs(normed.unsqueeze(0), num_layers=3)[-1][0]
+        torch.testing.assert_close(features[row, : len(expected)], expected, rtol=0, atol=1e-5)
+        expected_units = model.get_codebooks(normed.unsqueeze(0))[2][0].argmax(-1)
+        assert torch.equal(units[row, : len(expected_units)], expected_units)
+        assert (units[row, len(expected_units) :] == -1).all()
+    plain, _ = model.encode(batch[:1], layer=3, normalize=False)
+    torch.testing.assert_close(plain, model.get_intermediate_outputs(batch[:1])[2])
+
+
+def test_layers_without_units() -> None:
+    model = tiny_model().eval()
+    with pytest.raises(InputError, match="layer 1 has no codebook; layers 2 to 4 have one"):
+        model.units(padded(), LENGTHS, layer=1)
+    with pytest.raises(InputError, match="between 1 and 4, not 6"):
+        model.encode(padded(), LENGTHS)  # the best layer of the base model

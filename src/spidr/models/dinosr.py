@@ -47,6 +47,8 @@ class DinoSR(nn.Module):
     """
 
     config_class: ClassVar[type[DinoSRConfig]] = DinoSRConfig
+    best_layer: ClassVar[int] = 5
+    """The layer, counted from 1, whose units are the most phonetic in the base model."""
     current_step: Tensor
 
     def __init__(self, cfg: DinoSRConfig | None = None) -> None:
@@ -378,6 +380,89 @@ class DinoSR(nn.Module):
         one_hot = F.one_hot(logits.argmax(-1), self.cfg.codebook_size) if onehot else None
         per_head = logits.float().softmax(-1) if one_hot is None else one_hot
         return [*[None] * (num_layers - num_heads), *per_head]
+
+    @torch.no_grad()
+    def encode(
+        self,
+        waveforms: Tensor,
+        lengths: Tensor | Sequence[int] | None = None,
+        *,
+        layer: int | None = None,
+        normalize: bool = True,
+    ) -> tuple[Tensor, Tensor]:
+        """Features of a batch of utterances, one every 20 ms with the default convolutions.
+
+        Args:
+            waveforms: (B, S) float, 16 kHz, shorter rows padded at the end.
+            lengths: Samples of each row, (B,); None: all of them.
+            layer: Counted from 1; None: :attr:`best_layer`.
+            normalize: Standardise each utterance over its own samples, as in training. ``forward`` and the ``get_*``
+                methods never do.
+
+        Returns:
+            The layer's output before the residual addition, (B, T, D), and the frames of each row, (B,). Frame ``t`` is
+            about the 25 ms from ``t * 20`` ms on.
+
+        Raises:
+            InputError: If there is no such layer, or a length gives no frame or exceeds S.
+        """
+        layer = self._layer(layer)
+        waveforms, frame_lengths = self._utterances(waveforms, lengths, normalize=normalize)
+        return self.get_intermediate_outputs(waveforms, lengths=lengths, num_layers=layer)[-1], frame_lengths
+
+    @torch.no_grad()
+    def units(
+        self,
+        waveforms: Tensor,
+        lengths: Tensor | Sequence[int] | None = None,
+        *,
+        layer: int | None = None,
+        normalize: bool = True,
+    ) -> tuple[Tensor, Tensor]:
+        """Discrete units of a batch of utterances: the most likely codewords of a layer.
+
+        Args:
+            waveforms: See :meth:`encode`, as for the other arguments.
+            lengths: Samples of each row.
+            layer: One that has a codebook.
+            normalize: Standardise each utterance.
+
+        Returns:
+            (B, T) int64, -1 in the padding, and the frames of each row, (B,).
+
+        Raises:
+            InputError: If the layer has no codebook, or a length gives no frame or exceeds S.
+        """
+        layer = self._layer(layer)
+        first = len(self.student.layers) - self.num_codebooks + 1
+        if layer < first:
+            raise InputError(f"layer {layer} has no codebook; layers {first} to {len(self.student.layers)} have one")
+        waveforms, frame_lengths = self._utterances(waveforms, lengths, normalize=normalize)
+        probabilities = self.get_codebooks(waveforms, lengths=lengths, num_layers=layer)[-1]
+        units = cast("Tensor", probabilities).argmax(-1)
+        padding = torch.arange(units.shape[1], device=units.device) >= frame_lengths.unsqueeze(1)
+        return units.masked_fill(padding, -1), frame_lengths
+
+    def _layer(self, layer: int | None) -> int:
+        layer, total = self.best_layer if layer is None else layer, len(self.student.layers)
+        if not 1 <= layer <= total:
+            raise InputError(f"layer must be between 1 and {total}, not {layer}")
+        return layer
+
+    def _utterances(
+        self, waveforms: Tensor, lengths: Tensor | Sequence[int] | None, *, normalize: bool
+    ) -> tuple[Tensor, Tensor]:
+        """The waveforms, standardised if asked for, and the number of frames of each."""
+        batch, samples = waveforms.shape
+        given = torch.full((batch,), samples) if lengths is None else torch.as_tensor(lengths)
+        given = given.to(waveforms.device)
+        if normalize:
+            exists = torch.arange(samples, device=waveforms.device) < given.unsqueeze(1)
+            count = given.unsqueeze(1)
+            mean = (waveforms * exists).sum(1, keepdim=True) / count
+            centred = (waveforms - mean) * exists
+            waveforms = centred * torch.rsqrt(centred.square().sum(1, keepdim=True) / count + 1e-5)
+        return waveforms, conv_length(self.feature_extractor.shapes, given)
 
 
 def _reduce_over_default_group(x: Tensor) -> None:

@@ -32,6 +32,7 @@ class SpidR(DinoSR):
     """
 
     config_class = SpidRConfig
+    best_layer = 6
     cfg: SpidRConfig
 
     def __init__(self, cfg: SpidRConfig | None = None) -> None:
