@@ -1,6 +1,7 @@
 """Fixtures shared by all tests."""
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,3 +64,25 @@ def tiny_config(model_type: str = "spidr", **changes: Any) -> DinoSRConfig:
 def tiny_model(model_type: str = "spidr", seed: int = 0, **changes: Any) -> DinoSR:
     torch.manual_seed(seed)
     return build_model(cfg=tiny_config(model_type, **changes))
+
+
+ALLOWED_SKIPS = ("SLURM is not installed", "FFmpeg is not installed", "needs a GPU", "slow test")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """In CI, a test that is skipped for a reason that nobody has thought of is a failure."""
+    reasons = {str(report.longrepr[2]) for report in terminalreporter.stats.get("skipped", [])}
+    unexpected = [reason for reason in reasons if not any(allowed in reason for allowed in ALLOWED_SKIPS)]
+    if unexpected and os.environ.get("CI"):
+        terminalreporter.write_line(f"skipped for reasons that are not allowed: {unexpected}", red=True)
+        raise pytest.exit.Exception("unexpected skips", 1)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Long versions of tests run when they are asked for by name or marker."""
+    if config.option.markexpr or config.option.keyword:
+        return
+    for marker in ("slow", "versions"):
+        deselected = [item for item in items if item.get_closest_marker(marker)]
+        config.hook.pytest_deselected(items=deselected)
+        items[:] = [item for item in items if item not in deselected]
