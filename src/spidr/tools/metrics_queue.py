@@ -49,7 +49,7 @@ def push_metrics(folder: Path, entity: str, run_id: str | None = None) -> int:
         raise InputError(f"{metrics.path}: there is nothing to push")
     _choose_run(folder, cfg, entity, run_id)
     # Nobody asks to push to a run whose mode is "disabled" without wanting it online.
-    mode = os.environ.get("WANDB_MODE") or {"disabled": "online"}.get(cfg.run.wandb_mode, cfg.run.wandb_mode)
+    mode: Any = os.environ.get("WANDB_MODE") or {"disabled": "online"}.get(cfg.run.wandb_mode, cfg.run.wandb_mode)
     os.environ["WANDB_ENTITY"] = entity
     sink = WandbSink(folder, cfg.run.wandb_project, cfg.run.wandb_name, mode, to_dict(cfg))
     if sink.run is None:

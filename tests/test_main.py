@@ -1,0 +1,221 @@
+"""The command line: what it refuses, what it would submit, and training here."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from spidr import __main__ as command_line
+from spidr.__main__ import main
+from tiny_run import assert_same_outcome, write_config, write_recordings
+
+ON_SLURM = ["-A", "me", "-N", "2", "-G", "4"]
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name in ("SPIDR_CLUSTER", "SPIDR_CLUSTERS_FILE", "SPIDR_SUBMITIT_FOLDER"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    return write_config(tmp_path, write_recordings(tmp_path / "data", count=6))
+
+
+def spidr(*args: str, **options: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "spidr", *args], capture_output=True, text=True, timeout=250, check=False, **options
+    )
+
+
+def test_help_needs_no_torch() -> None:
+    code = "import runpy, sys; sys.argv = ['spidr', '--help']; import atexit\n"
+    code += "atexit.register(lambda: print([m for m in ('torch', 'submitit', 'polars') if m in sys.modules]))\n"
+    code += "runpy.run_module('spidr', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0
+    assert "usage: python -m spidr [-h] [-A ACCOUNT] [-N NODES] [-G GPUS_PER_NODE]" in done.stdout
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "the following arguments are required: configs"),
+        (["CONFIG", "-A", "me"], "SLURM needs -A, -N and -G together"),
+        (["CONFIG", "-A", "me", "-G", "4"], "SLURM needs -A, -N and -G together"),
+        (["CONFIG", "-t", "60"], "SLURM needs -A, -N and -G together"),
+        (["CONFIG", "--dump", "x"], "SLURM needs -A, -N and -G together"),
+        (["CONFIG", *ON_SLURM, "-t", "soon"], "argument -t/--time: invalid int value: 'soon'"),
+    ],
+)
+def test_wrong_usage(config: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main([str(config) if option == "CONFIG" else option for option in options])
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["CONFIG", "missing.toml"], "error: missing.toml: cannot read the file: No such file or directory"),
+        (["CONFIG", "CONFIG2"], "both train in"),
+        (["CONFIG", *ON_SLURM], "error: no folder for the job: give --dump or set SPIDR_SUBMITIT_FOLDER"),
+        (["CONFIG", *ON_SLURM, "--dump", "DUMP", "-t", "0"], "time: found 0, accepted: an integer of at least 1"),
+        (
+            ["CONFIG", *ON_SLURM, "--dump", "DUMP", "-C", ""],
+            "constraint: found '', accepted: a string that is not empty",
+        ),
+        (["CONFIG", *ON_SLURM, "--dump", "DUMP/100%"], "SLURM gives % and \\ in paths a meaning of their own"),
+    ],
+)
+def test_wrong_input(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    same_run = tmp_path / "same_run.json"
+    same_run.write_text(config.read_text())
+    named = {"CONFIG": config, "CONFIG2": same_run, "DUMP": tmp_path / "dump"}
+    before = sorted(tmp_path.rglob("*"))
+    options = [next((o.replace(k, str(v)) for k, v in named.items() if o.split("/")[0] == k), o) for o in options]
+    assert main(options) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: ")
+    assert message in captured.err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_dry_run_shows_the_exact_submission(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    other = write_config(tmp_path, tmp_path / "data/manifest.csv", "other")
+    options = ["-c", "3", "--mem-per-gpu", "80g", "-t", "90", "-C", "a&b", "-p", "p1", "-q", "q1"]
+    assert main([str(config), str(other), *ON_SLURM, *options, "--dump", str(tmp_path / "my dump"), "--dry-run"]) == 0
+    first, *script = capsys.readouterr().out.splitlines()
+    folder = tmp_path / "my dump" / "run"
+    assert first == (
+        f"sbatch --parsable --requeue --open-mode=append '--output={folder}/%A_%a_slurm.log' --job-name=run "
+        "--account=me --nodes=2 --ntasks-per-node=4 --gpus-per-node=4 --cpus-per-task=3 --mem-per-gpu=80g --time=90 "
+        "'--constraint=a&b' --partition=p1 --qos=q1 --array=0-1 --signal=USR2@120 <<'EOF'"
+    )
+    assert script[0] == "#!/bin/bash"
+    assert script[-1] == "EOF"
+    assert sorted(tmp_path.rglob("*")) == sorted([*before, other])
+
+
+def test_dry_run_checks_manifests(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    missing = {"dev": {"manifest": str(tmp_path / "no.csv")}}
+    other = write_config(tmp_path, tmp_path / "data/manifest.csv", "other", validation=missing)
+    for options in ([], [*ON_SLURM, "--dump", str(tmp_path / "dump")]):
+        assert main([str(config), "--dry-run", *options]) == 0
+        assert main([str(config), str(other), "--dry-run", *options]) == 2
+        assert f"error: {tmp_path}/no.csv: the manifest does not exist" in capsys.readouterr().err
+    assert not (tmp_path / "dump").exists()
+    assert not (tmp_path / "p").exists()
+
+
+def dry_run(config: Path, capsys: pytest.CaptureFixture[str], *options: str) -> str:
+    """The sbatch command line, or the error."""
+    main([str(config), *ON_SLURM, "--dump", str(config.parent / "dump"), "--dry-run", *options])
+    captured = capsys.readouterr()
+    return captured.out.partition("<<")[0] or captured.err
+
+
+def test_presets(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "--time" not in dry_run(config, capsys)
+    for name, options in {
+        "JZ_V100": "--cpus-per-task=10 --time=1200 --signal",
+        "JZ_A100": "--cpus-per-task=8 --time=1200 --constraint=a100 --signal",
+        "JZ_H100": "--cpus-per-task=24 --time=1200 --constraint=h100 --signal",
+        "FAIR_AWS_A100": "--cpus-per-task=12 --mem-per-gpu=80g --time=4320 --signal",
+    }.items():
+        monkeypatch.setenv("SPIDR_CLUSTER", name)
+        assert options in dry_run(config, capsys)
+    assert "--cpus-per-task=2 --mem-per-gpu=80g --time=4320" in dry_run(config, capsys, "-c", "2")
+    # A preset is no SLURM option: without -A, -N and -G training is here.
+    assert main([str(config), "--dry-run"]) == 0
+    assert f"{config}: trains here, in {tmp_path}/p/run" in capsys.readouterr().out
+
+
+def test_own_presets(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = tmp_path / "home/.config/spidr/clusters.toml"
+    own.parent.mkdir(parents=True)
+    own.write_text('[HERE]\npartition = "big"\n[JZ_A100]\ntime = 60\n')
+    monkeypatch.setenv("SPIDR_CLUSTER", "HERE")
+    assert "--partition=big" in dry_run(config, capsys)
+    monkeypatch.setenv("SPIDR_CLUSTER", "JZ_A100")
+    assert "--cpus-per-task=8 --time=60 --constraint=a100" in dry_run(config, capsys)
+    monkeypatch.setenv("SPIDR_CLUSTER", "NOWHERE")
+    known = "FAIR_AWS_A100, HERE, JZ_A100, JZ_H100, JZ_V100"
+    assert f"error: SPIDR_CLUSTER: no cluster 'NOWHERE' in {own}; known: {known}" in dry_run(config, capsys)
+
+    given = tmp_path / "given.toml"
+    given.write_text("NOTHING = 1\n")
+    monkeypatch.setenv("SPIDR_CLUSTERS_FILE", str(given))
+    assert f"error: {given}: NOTHING: found 1, accepted: a table" in dry_run(config, capsys)
+    given.write_text("[NOWHERE]\nnodes = 3\n")
+    assert f"error: {given}: NOWHERE.nodes: unknown key, accepted: time, cpus_per_task" in dry_run(config, capsys)
+    given.write_text('[NOWHERE]\ntime = "long"\n')
+    assert "time: found 'long', accepted: an integer" in dry_run(config, capsys)
+    monkeypatch.setenv("SPIDR_CLUSTERS_FILE", str(tmp_path / "no.toml"))
+    assert "no.toml: cannot read the file" in dry_run(config, capsys)
+
+
+def test_dump_folder_from_the_environment(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SPIDR_SUBMITIT_FOLDER", str(tmp_path / "jobs"))
+    assert main([str(config), *ON_SLURM, "--dry-run"]) == 0
+    assert f"--output={tmp_path}/jobs/run/%j_slurm.log" in capsys.readouterr().out
+
+
+def test_trains_one_configuration_after_the_other(config: Path, tmp_path: Path) -> None:
+    short = {"max_steps": 3}
+    paths = [write_config(tmp_path, tmp_path / "data/manifest.csv", name, optimizer=short) for name in ("a", "b")]
+    done = spidr(*map(str, paths))
+    assert done.returncode == 0, done.stderr
+    assert_same_outcome(tmp_path / "p/a", tmp_path / "p/b")
+
+
+def test_one_process_per_gpu(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[str, int]] = []
+    monkeypatch.setattr(command_line, "_train_on_gpus", lambda path, count: calls.append((path, count)))
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    auto = write_config(tmp_path, tmp_path / "data/manifest.csv", "auto", run={"device": "auto"})
+    assert main([str(auto)]) == 0
+    assert calls == [(str(auto), 4)]
+    # One of several processes already, or told to use the CPU: trains in this one.
+    monkeypatch.setattr("spidr.train.train", lambda cfg: calls.append((cfg.run.wandb_name, 1)))
+    assert main([str(config)]) == 0
+    monkeypatch.setenv("RANK", "0")
+    assert main([str(auto)]) == 0
+    monkeypatch.delenv("RANK")
+    monkeypatch.setenv("SLURM_STEP_ID", "0")
+    monkeypatch.setenv("SLURM_NTASKS", "4")
+    assert main([str(auto)]) == 0
+    assert calls[1:] == [("run", 1), ("auto", 1), ("auto", 1)]
+
+
+def test_status_of_several_processes_is_the_command_s(config: Path) -> None:
+    document = json.loads(config.read_text())
+    document["data"]["manifest"] = "gone.csv"
+    config.write_text(json.dumps(document))
+    code = f"from spidr.__main__ import _train_on_gpus; _train_on_gpus({str(config)!r}, 2)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2
+    assert "error: gone.csv: the manifest does not exist" in done.stderr
+
+
+def test_one_line_for_a_wrong_manifest(config: Path, tmp_path: Path) -> None:
+    (tmp_path / "data/manifest.csv").write_text("fileid,path\na,b\n")
+    done = spidr(str(config))
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith(
+        f"error: {tmp_path}/data/manifest.csv: column 'num_samples' is missing"
+    )
+    assert "Traceback" not in done.stderr

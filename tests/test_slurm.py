@@ -1,0 +1,412 @@
+"""Submitting to SLURM: first what needs none, then jobs on a real one that the tests start themselves."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from slurm_cluster import Cluster, missing_programs, wait_for
+from spidr import slurm
+from spidr.__main__ import main
+from spidr.config import InputError, SlurmConfig, read_config
+from spidr.slurm import ValidationJobs, launch_with_submitit, submit
+from spidr.tools.metrics import read_metrics
+from tiny_run import assert_same_outcome, write_config, write_recordings
+
+ONE_TASK = SlurmConfig(account="a", nodes=1, gpus_per_node=1, time=60)
+TWO_TASKS = replace(ONE_TASK, gpus_per_node=2)
+HOSTILE = "a 'b\n$(touch pwned)\n\"; touch pwned #{}"
+
+# --------------------------------------------------------------------------------------------------------------------
+# The script and its arguments
+
+
+def run_script(script: str, folder: Path) -> list[str]:
+    """What bash makes of a script's srun line."""
+    stubs = "srun() { printf '%s\\0' \"$@\"; }\nmkdir() { :; }\n"
+    environment = {"SLURM_JOB_ID": "7", "PATH": os.environ["PATH"]}
+    done = subprocess.run(
+        ["bash"], input=(stubs + script).encode(), env=environment, cwd=folder, capture_output=True, check=True
+    )
+    assert done.stderr == b""
+    return [word.decode() for word in done.stdout.split(b"\0")[:-1]]
+
+
+names = st.text(st.characters(exclude_characters="\0/", exclude_categories=["Cs"]), min_size=1, max_size=20)
+
+
+@given(folder=names, options=st.tuples(names, names, names, names, names))
+def test_nothing_reaches_a_shell_unquoted(folder: str, options: tuple[str, ...]) -> None:
+    account, partition, constraint, qos, memory = options
+    config = SlurmConfig(account, 2, 4, qos, 60, 3, memory, constraint, partition)
+    path = Path("/dump") / folder
+    submission = slurm.prepare(folder, 1, path, config, copy_code=True)
+    assert {f"--account={account}", f"--partition={partition}", f"--constraint={constraint}"} < {*submission.command}
+    assert {f"--qos={qos}", f"--mem-per-gpu={memory}", f"--output={path}/%j_slurm.log"} < {*submission.command}
+    arguments = run_script(submission.script, Path("/"))
+    assert f"--output={path}/%j/%j_%t_log.out" in arguments
+    assert arguments[-7:] == [sys.executable, "-P", "-u", "-c", slurm.RUN, f"{path}/code", f"{path}/%j"]
+
+
+@given(name=st.text(max_size=300))
+def test_job_names_that_slurm_gets_are_plain(name: str) -> None:
+    submission = slurm.prepare(name, 1, Path("/dump/x"), ONE_TASK, copy_code=False)
+    [given_name] = [word.removeprefix("--job-name=") for word in submission.command if word.startswith("--job-name=")]
+    assert shlex.quote(given_name) in (given_name, f"'{given_name}'")
+    assert not set(given_name) & set(" \n\t'\"$;&|<>()`\\*?{}[]!#~%/")
+
+
+def test_cpus_and_arrays() -> None:
+    submission = slurm.prepare("x", 3, Path("/d/x"), replace(TWO_TASKS, cpus_per_task=5), copy_code=False)
+    assert "--array=0-2" in submission.command
+    assert "--cpus-per-task=5" in submission.command
+    # srun does not take it from sbatch.
+    assert "--cpus-per-task=5" in run_script(submission.script, Path("/"))
+    assert "--array" not in " ".join(slurm.prepare("x", 1, Path("/d/x"), TWO_TASKS, copy_code=False).command)
+
+
+@pytest.mark.parametrize(("minutes", "seconds"), [(None, 120), (1, 15), (4, 60), (60, 120)])
+def test_signal_comes_before_the_time_limit(minutes: int | None, seconds: int) -> None:
+    submission = slurm.prepare("x", 1, Path("/d/x"), replace(ONE_TASK, time=minutes), copy_code=False)
+    assert f"--signal=USR2@{seconds}" in submission.command
+
+
+def test_environment_of_an_enclosing_job_is_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (
+        "SLURM_JOB_ID",
+        "SLURM_MEM_PER_CPU",
+        "SUBMITIT_EXECUTOR",
+        "RANK",
+        "MASTER_ADDR",
+        "TORCHELASTIC_RUN_ID",
+    ):
+        monkeypatch.setenv(name, "1")
+    for name in ("SLURM_CONF", "SBATCH_PARTITION", "SPIDR_CLUSTER"):
+        monkeypatch.setenv(name, "kept")
+    before = dict(os.environ)
+    cleaned = slurm.clean_environment()
+    assert os.environ == before
+    assert {"SLURM_CONF", "SBATCH_PARTITION", "SPIDR_CLUSTER", "PATH"} <= cleaned.keys()
+    assert not {"SLURM_JOB_ID", "SLURM_MEM_PER_CPU", "SUBMITIT_EXECUTOR", "RANK", "MASTER_ADDR"} & cleaned.keys()
+    assert "TORCHELASTIC_RUN_ID" not in cleaned
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The job folder
+
+
+@given(name=st.text(max_size=40))
+def test_job_folder_is_in_the_dump_folder(name: str) -> None:
+    launch = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
+    folders = slurm.job_folders("/dump", name, launch)
+    first, second = next(folders), next(folders)
+    assert first.parent == second.parent == Path("/dump")
+    assert second.name == f"{first.name}_20260102-030405"
+    assert ".." not in first.parts
+
+
+@pytest.fixture
+def fake_sbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """An sbatch that accepts everything, for tests of what lies around it."""
+    program = tmp_path / "bin" / "sbatch"
+    program.parent.mkdir()
+    program.write_text("#!/bin/sh\ncat > /dev/null\necho 12\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+    return
+
+
+@pytest.mark.usefixtures("fake_sbatch")
+def test_job_folder_holds_what_is_needed_to_do_it_again(tmp_path: Path) -> None:
+    before = datetime.now(UTC).replace(microsecond=0)
+    job_id, folder = submit("name", [(print, ("x",))], tmp_path / "dump", TWO_TASKS, copy_code=True)
+    assert (job_id, folder) == ("12", tmp_path / "dump" / "name")
+    info = json.loads((folder / "job-info.json").read_text())
+    launched = datetime.fromisoformat(info.pop("launch_time"))
+    assert before <= launched <= datetime.now(UTC)
+    assert launched.utcoffset() is not None
+    settings = {"account": "a", "nodes": 1, "gpus_per_node": 2, "qos": None, "time": 60, "cpus_per_task": None}
+    assert info == {"job_name": "name", **settings, "mem_per_gpu": None, "constraint": None, "partition": None}
+    assert {path.name for path in (folder / "12").iterdir()} == {"12_submitted.pkl", "12_submission.sh"}
+    assert (folder / "code/spidr/slurm.py").read_text() == Path(slurm.__file__).read_text()
+    assert not list(folder.rglob("__pycache__"))
+
+    _, second = submit("name", [(print, ("x",))] * 2, tmp_path / "dump", TWO_TASKS, copy_code=False)
+    _, third = submit("name", [(print, ("x",))], tmp_path / "dump", TWO_TASKS, copy_code=False)
+    assert len({folder, second, third}) == 3
+    assert second.name.startswith("name_20")
+    assert not (second / "code").exists()
+    assert {path.name for path in second.glob("12_*")} == {"12_0", "12_1"}
+
+
+@pytest.mark.usefixtures("fake_sbatch")
+@pytest.mark.parametrize("dump", ["file", "file/below", "/proc/dump", "/sys"])
+def test_dump_folder_that_cannot_be_written(tmp_path: Path, dump: str, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"file|/proc/dump|/sys"):
+        submit("name", [(print, ())], tmp_path / dump, ONE_TASK, copy_code=False)
+    assert launch_with_submitit("name", [(print, ())], tmp_path / dump, ONE_TASK, copy_code=False) is False
+    assert caplog.records[-1].levelno == logging.ERROR
+
+
+def test_no_slurm_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert launch_with_submitit("name", [(print, ())], tmp_path / "dump", ONE_TASK, copy_code=True) is False
+    assert "sbatch cannot be run: No such file or directory" in caplog.text
+    assert not list((tmp_path / "dump").iterdir())
+
+
+def git(folder: Path, *args: str) -> None:
+    identity = ["-c", "user.name=x", "-c", "user.email=x@x"]
+    subprocess.run(["git", "-C", str(folder), *identity, *args], check=True, capture_output=True)
+
+
+def test_checkout_is_that_of_the_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not that of the current folder, nor one that an environment with the installed package happens to lie in."""
+    tracked, installed = tmp_path / "repo/src/spidr", tmp_path / "repo/.venv/site-packages/spidr"
+    for folder in (tracked, installed, tmp_path / "elsewhere/spidr"):
+        folder.mkdir(parents=True)
+        (folder / "__init__.py").write_text("1\n")
+    git(tmp_path, "init", "--initial-branch=topic", "repo")
+    git(tmp_path / "repo", "add", "src")
+    git(tmp_path / "repo", "commit", "-m", "x")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    commit = (tmp_path / "repo/.git/refs/heads/topic").read_text().strip()
+    found = slurm.describe_checkout(tracked)
+    assert found == {"git-info.txt": f"branch: topic\ncommit: {commit}\n".encode(), "git-diff.patch": b""}
+    (tracked / "__init__.py").write_text("2\n")
+    assert b"-1\n+2\n" in slurm.describe_checkout(tracked)["git-diff.patch"]
+    monkeypatch.chdir(tmp_path / "repo")
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / "repo/.git"))
+    assert slurm.describe_checkout(installed) == {}
+    assert slurm.describe_checkout(tmp_path / "elsewhere/spidr") == {}
+
+
+def test_only_a_working_tree_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slurm, "PACKAGE", Path("/env/lib/python3.12/site-packages/spidr"))
+    assert slurm.is_installed()
+    monkeypatch.setattr(slurm, "PACKAGE", Path("/home/me/spidr/src/spidr"))
+    assert not slurm.is_installed()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Validation jobs, as files
+
+
+def test_settings_of_validation_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SLURM_STEP_ID", "SLURM_JOB_ACCOUNT", "SLURM_CPUS_PER_TASK"):
+        monkeypatch.delenv(name, raising=False)
+    cfg = read_config(write_config(tmp_path, tmp_path / "m.csv"))
+    own = read_config(write_config(tmp_path, tmp_path / "m.csv", run={"slurm_validation": vars(TWO_TASKS)}))
+    assert not slurm.validates_in_jobs(cfg)
+    assert slurm.validates_in_jobs(own)
+    assert slurm.validation_slurm(own) == TWO_TASKS
+    assert slurm.validation_slurm(cfg) == SlurmConfig("", 1, 1, time=60)
+    monkeypatch.setenv("SLURM_STEP_ID", "0")
+    monkeypatch.setenv("SLURM_JOB_ACCOUNT", "abc@h100")
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "24")
+    assert slurm.validates_in_jobs(cfg)
+    assert slurm.validation_slurm(cfg) == SlurmConfig("abc@h100", 1, 1, time=60, cpus_per_task=24)
+
+
+def test_results_are_collected_in_the_order_of_steps(tmp_path: Path) -> None:
+    folder = tmp_path / "validation"
+    folder.mkdir()
+
+    def put(step: int) -> None:
+        (folder / f"step_{step}.jsonl").write_text("".join(f'{{"step": {step}, "group": "{g}"}}\n' for g in "ab"))
+
+    for step in (100, 200, 1000):
+        (folder / f"step_{step}.pending").write_text("1")
+    jobs = ValidationJobs(tmp_path)
+    put(0)
+    put(200)
+    assert jobs.pending() == {100, 1000}
+    assert list(jobs.collect()) == [{"step": 0, "group": "a"}, {"step": 0, "group": "b"}]
+    assert list(jobs.collect()) == []
+    put(100)
+    lines = jobs.collect()
+    assert [next(lines) for _ in range(3)][-1] == {"step": 200, "group": "a"}
+    lines.close()  # a process that dies here
+    assert [line["step"] for line in ValidationJobs(tmp_path).collect()] == [200, 200]
+    assert [path.name for path in folder.iterdir()] == ["step_1000.pending"]
+
+
+def test_a_submission_that_was_cut_off_is_no_job(tmp_path: Path) -> None:
+    (tmp_path / "validation").mkdir()
+    (tmp_path / "validation/step_5.pending").touch()
+    assert ValidationJobs(tmp_path).pending() == set()
+    assert ValidationJobs(tmp_path / "new").pending() == set()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# On a cluster
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    if missing := missing_programs():
+        pytest.skip(f"SLURM is not installed: no {', '.join(missing)} (Debian: slurm-wlm and munge)")
+    with Cluster(tmp_path_factory.mktemp("slurm")) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def cluster(started: Cluster, monkeypatch: pytest.MonkeyPatch) -> Cluster:
+    """The cluster, as seen from the environment of this process."""
+    for name in os.environ:
+        if name.startswith(("SLURM", "SBATCH", "SPIDR")):
+            monkeypatch.delenv(name)
+    for name, value in started.env.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    return started
+
+
+def logs(folder: Path) -> str:
+    """All that the tasks and SLURM wrote."""
+    return "\n".join(path.read_text() for path in sorted(folder.rglob("*.err")) + sorted(folder.glob("*.log")))
+
+
+def test_array_with_hostile_names_from_inside_a_job(cluster: Cluster, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    dump = tmp_path / HOSTILE.replace("/", "") / "dump"
+
+    def report(number: int) -> None:
+        import spidr
+
+        names = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_ARRAY_TASK_ID", "CUDA_VISIBLE_DEVICES")
+        seen = [number, os.getcwd(), spidr.__file__, *(os.environ[name] for name in names)]  # noqa: PTH109
+        Path(f"{number}.{os.environ['SLURM_PROCID']}").write_text(json.dumps(seen))
+
+    def launch() -> None:
+        before = dict(os.environ), os.getcwd(), logging.getLogger().handlers[:]  # noqa: PTH109
+        job_id, folder = submit(HOSTILE, [(report, (0,)), (report, (1,))], dump, TWO_TASKS, copy_code=True)
+        assert before == (dict(os.environ), os.getcwd(), logging.getLogger().handlers)  # noqa: PTH109
+        Path("inner").write_text(json.dumps([job_id, str(folder)]))
+
+    outer, outer_folder = submit("outer", [(launch, ())], tmp_path / "outer", ONE_TASK, copy_code=False)
+    assert cluster.wait(outer)["JobState"] == "COMPLETED", logs(outer_folder)
+    job_id, folder = json.loads((tmp_path / "inner").read_text())
+    for number in (0, 1):
+        assert cluster.wait(f"{job_id}_{number}")["JobState"] == "COMPLETED", logs(Path(folder))
+        for rank in (0, 1):
+            seen = json.loads((tmp_path / f"{number}.{rank}").read_text())
+            code = str(Path(folder) / "code/spidr/__init__.py")
+            assert seen == [number, str(tmp_path), code, str(rank), "2", str(number), "0,1"]
+        assert (Path(folder) / f"{job_id}_{number}/{job_id}_{number}_1_log.out").exists()
+    assert folder == str(dump / HOSTILE)
+    assert not list(tmp_path.rglob("pwned"))
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["-G", "1", "-p", "nowhere"], "invalid partition specified: nowhere"),
+        (["-G", "9"], "Requested node configuration is not available"),
+        (["-G", "1", "-C", "tpu"], "Invalid feature specification"),
+    ],
+)
+def test_refused(
+    cluster: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], reason: str
+) -> None:
+    config = write_config(tmp_path, write_recordings(tmp_path / "data", count=2))
+    dump = tmp_path / "dump"
+    assert main([str(config), "-A", "a", "-N", "1", *options, "--dump", str(dump)]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: sbatch refused the job: ")
+    assert reason in captured.err
+    assert not list(dump.iterdir())
+    assert cluster.run("squeue", "-h").stdout == ""
+
+
+def test_wrong_input_ends_the_job_with_one_line(cluster: Cluster, tmp_path: Path) -> None:
+    def fail() -> None:
+        from spidr.config import InputError
+
+        raise InputError("x.csv: no such manifest")
+
+    job_id, folder = submit("fails", [(fail, ())], tmp_path, ONE_TASK, copy_code=False)
+    job = cluster.wait(job_id)
+    assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("FAILED", "2:0", "0")
+    assert (folder / job_id / f"{job_id}_0_log.err").read_text() == "error: x.csv: no such manifest\n"
+
+
+def test_cancelled_job_stays_cancelled(cluster: Cluster, tmp_path: Path) -> None:
+    """SLURM tells a job that its user cancels it by the same signal as one that it preempts."""
+    running = tmp_path / "running"
+
+    def train() -> None:
+        import signal
+
+        from spidr.environment import Preempted
+
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        running.touch()
+        try:
+            time.sleep(100)
+        except KeyboardInterrupt:
+            raise Preempted(signal.SIGTERM) from None
+
+    job_id, folder = submit("cancelled", [(train, ())], tmp_path, ONE_TASK, copy_code=False)
+    assert wait_for(running.exists, 60)
+    cluster.run("scancel", job_id)
+    job = cluster.wait(job_id)
+    assert job["JobState"] == "CANCELLED"
+    assert wait_for(lambda: "is not requeued" in logs(folder), 10), logs(folder)
+    assert (cluster.job(job_id)["JobState"], job["Restarts"]) == ("CANCELLED", "0")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Real training
+
+
+def start_training(cluster: Cluster, dump: Path, *configs: Path, options: str = "-N 1 -G 2") -> tuple[str, Path]:
+    """Launch from the command line. Returns the job id and the job folder."""
+    command = [sys.executable, "-m", "spidr", *map(str, configs), "-A", "a", *options.split(), "--dump", str(dump)]
+    done = cluster.run(*command)
+    assert done.returncode == 0, done.stderr
+    job_id, folder = done.stdout.removeprefix("Submitted job ").strip().split(": ", 1)
+    return job_id, Path(folder)
+
+
+def torchrun(processes: int, config: Path) -> None:
+    command = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m", "spidr.train"]
+    done = subprocess.run([sys.executable, *command, str(config)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def steps_done(run_dir: Path) -> int:
+    return max((line["step"] for line in read_metrics(run_dir / "metrics.jsonl")), default=0)
+
+
+@pytest.fixture
+def manifest(tmp_path: Path) -> Path:
+    return write_recordings(tmp_path / "data")
+
+
+@pytest.mark.timeout(600)
+def test_preempted_training_ends_as_an_undisturbed_one(cluster: Cluster, tmp_path: Path, manifest: Path) -> None:
+    config = write_config(tmp_path, manifest, "on slurm")
+    job_id, folder = start_training(cluster, tmp_path / "dump", config)
+    torchrun(2, write_config(tmp_path, manifest, "here"))
+    assert wait_for(lambda: steps_done(tmp_path / "p/on slurm") >= 5, 120), logs(folder)
+    cluster.run("scancel", "--signal=USR2", job_id)
+    job = cluster.wait(job_id, seconds=200)
+    assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), logs(folder)
+    assert_same_outcome(tmp_path / "p/on slurm", tmp_path / "p/here")
