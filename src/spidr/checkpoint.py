@@ -1,19 +1,15 @@
 """Checkpoints that cannot be lost: written aside, flushed and renamed; read back from the newest valid one.
 
-May import ``spidr.config`` only.
+May import ``spidr.config``, ``spidr.tools`` and how :mod:`spidr.models.hub` reads a file.
 """
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 import re
-import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,47 +17,16 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from spidr.config import InputError
+from spidr.models.hub import load_verified
+from spidr.tools.files import atomic_write
+from spidr.tools.metrics import read_metrics
 
 logger = logging.getLogger(__name__)
 
-REQUIRED_KEYS = ("model", "optimizer", "scheduler", "scaler", "epoch", "step")
-
-
-@contextmanager
-def atomic_write(path: Path) -> Iterator[IO[bytes]]:
-    """A file that appears under ``path`` complete and on disk, or not at all.
-
-    Raises:
-        InputError: If it cannot be written; whatever was at ``path`` is as it was.
-    """
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with aside.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    # torch.save reports a full disk as a RuntimeError, caused by the OSError of the file.
-    except (OSError, RuntimeError) as error:
-        aside.unlink(missing_ok=True)
-        raise InputError(
-            f"{path}: cannot be written ({_root_cause(error)}); make room or choose another run.workdir. "
-            "What was saved before is intact."
-        ) from error
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise
-
-
-def _root_cause(error: BaseException) -> BaseException:
-    while (cause := error.__cause__ or error.__context__) is not None:
-        error = cause
-    return error
+CONTENTS: dict[str, type] = {
+    "model": dict, "optimizer": dict, "scheduler": dict, "scaler": dict, "epoch": int, "step": int
+}  # fmt: skip
+"""What every training checkpoint holds."""
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -70,23 +35,16 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     Raises:
         InputError: If it is missing, truncated, damaged (its checksums are verified) or something else.
     """
-    path = Path(path)
     try:
-        with zipfile.ZipFile(path) as archive:  # torch does not verify the checksums it writes
-            damaged = archive.testzip()
-        if damaged is not None:
-            raise InputError(f"{path}: damaged, the checksum of {damaged} is wrong")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except InputError:
-        raise
+        checkpoint = load_verified(path)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
     except Exception as error:  # a damaged archive or pickle can fail in any way
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise InputError(f"{path}: not a valid checkpoint ({reason})") from error
-    missing = [key for key in REQUIRED_KEYS if not isinstance(checkpoint, dict) or key not in checkpoint]
-    if missing:
-        raise InputError(f"{path}: not a training checkpoint, it lacks {', '.join(missing)}")
+    for key, kind in CONTENTS.items():
+        if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(key), kind):
+            raise InputError(f"{path}: not a training checkpoint, it has no {key!r} or a wrong one")
     return checkpoint
 
 
@@ -98,7 +56,7 @@ class Checkpointer:
         interval: Save when the step is a multiple of it; 0 or less: only when forced.
         keep_latest: How many ``step_N.pt`` to keep, besides those that :attr:`needed` names; 0 or less: all.
         disable: Do not write (processes other than the main one).
-        start: The first step that counts for the interval.
+        start: What :attr:`step` is at first.
 
     Attributes:
         step: Optimiser steps done by the loaded or last saved checkpoint.
@@ -131,6 +89,10 @@ class Checkpointer:
         """Hand over what :meth:`save` saves and :meth:`load` restores."""
         self.model, self.optimizer, self.scheduler, self.scaler = model, optimizer, scheduler, scaler
 
+    def path(self, step: int) -> Path:
+        """Where the checkpoint of a step is, or would be."""
+        return self.folder / f"step_{step}.pt"
+
     # ------------------------------------------------------------------------------------------------- saving
 
     def is_due(self, step: int) -> bool:
@@ -145,10 +107,12 @@ class Checkpointer:
         """
         if not (force or self.is_due(step)):
             return False
-        self._write(self.folder / f"step_{step}.pt", step, epoch)
+        self._write(self.path(step), step, epoch)
         if self.keep_latest > 0 and not self.disable:
             needed = self.needed()
-            for path in self._saved()[: -self.keep_latest]:
+            # A file of a later step is one that was passed over as damaged: it does not count.
+            until_now = [path for path in self._saved() if _step_of(path) <= step]
+            for path in until_now[: -self.keep_latest]:
                 if _step_of(path) not in needed:
                     path.unlink(missing_ok=True)
         return True
@@ -181,34 +145,34 @@ class Checkpointer:
         paths = (path for path in self.folder.glob("step_*.pt") if re.fullmatch(r"step_\d+\.pt", path.name))
         return sorted(paths, key=_step_of)
 
-    def find_latest(self) -> tuple[Path, dict[str, Any]] | None:
-        """The newest valid checkpoint of the run, and what it holds; damaged and foreign files are passed over."""
+    def find_latest(self) -> Path | None:
+        """The newest valid checkpoint of the run; damaged and foreign files are passed over with a warning."""
         final = self.folder / "final.pt"
-        found = self._read_or_warn(final) if final.exists() else None
+        final_step = self._valid_step(final) if final.exists() else None
         for path in reversed(self._saved()):
-            if found is not None and found["step"] >= _step_of(path):
+            if final_step is not None and _step_of(path) <= final_step:
                 break
-            if (checkpoint := self._read_or_warn(path)) is not None:
-                return path, checkpoint
-        return None if found is None else (final, found)
+            if self._valid_step(path) is not None:
+                return path
+        return None if final_step is None else final
 
-    def _read_or_warn(self, path: Path) -> dict[str, Any] | None:
+    def _valid_step(self, path: Path) -> int | None:
+        """The step of a checkpoint, None if it is damaged or foreign."""
         try:
-            checkpoint = read_checkpoint(path)
-            if path.name != "final.pt" and checkpoint["step"] != _step_of(path):
-                raise InputError(f"{path}: holds step {checkpoint['step']}, which is not what its name says")
+            step: int = read_checkpoint(path)["step"]
+            if path.name != "final.pt" and step != _step_of(path):
+                raise InputError(f"{path}: holds step {step}, which is not what its name says")
         except InputError as error:
-            logger.warning("passed over a checkpoint. %s", error)
+            logger.warning("passed over a checkpoint: %s", error)
             return None
-        return checkpoint
+        return step
 
     def load_existing_run(self) -> bool:
         """Go on from the newest valid checkpoint of the folder. Returns whether there was one."""
-        found = self.find_latest()
-        if found is None:
-            return False
-        self.restore(*found)
-        return True
+        path = self.find_latest()
+        if path is not None:
+            self.restore(path, read_checkpoint(path))
+        return path is not None
 
     def load(self, step: int) -> None:
         """Go on from ``step_N.pt``.
@@ -216,21 +180,26 @@ class Checkpointer:
         Raises:
             InputError: If it is missing or damaged, or does not fit the model.
         """
-        path = self.folder / f"step_{step}.pt"
-        self.restore(path, read_checkpoint(path))
+        self.restore(self.path(step), read_checkpoint(self.path(step)))
 
     def restore(self, path: Path, checkpoint: dict[str, Any]) -> None:
-        """Put the state of a checkpoint that was read from ``path`` into model, optimizer, scheduler and scaler."""
+        """Put the state of a checkpoint that was read from ``path`` into model, optimizer, scheduler and scaler.
+
+        Raises:
+            InputError: If it does not fit them.
+        """
         configured = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         try:
-            self.model.load_state_dict(checkpoint["model"])
+            weights = {name.removeprefix("module."): value for name, value in checkpoint["model"].items()}
+            self.model.load_state_dict(weights)
             self.optimizer.load_state_dict(checkpoint["optimizer"])
-        except (RuntimeError, ValueError) as error:
+            if checkpoint["scaler"]:  # empty unless float16
+                self.scaler.load_state_dict(checkpoint["scaler"])
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise InputError(
                 f"{path}: does not fit the configured model ({' '.join(str(error).split())[:500]}); use the "
                 "configuration that the run began with, or another run.wandb_name for a new run"
             ) from error
-        self.scaler.load_state_dict(checkpoint["scaler"])
         self.step, self.epoch, self.last = checkpoint["step"], checkpoint["epoch"], path
         # The rate is a function of the number of updates, whatever kind of scheduler wrote the file.
         self.scheduler.last_epoch = self.step
@@ -239,16 +208,14 @@ class Checkpointer:
             group.update(settings)  # the file's state, the configuration's settings
             group["lr"] = base * factor(self.step)
         self.scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
-        self.extra = {key: value for key, value in checkpoint.items() if key not in REQUIRED_KEYS}
+        self.extra = {key: value for key, value in checkpoint.items() if key not in CONTENTS}
 
     # ------------------------------------------------------------------------------------------------- metrics
 
     def find_new_metrics(self) -> list[dict[str, Any]]:
         """The lines of ``metrics.jsonl`` that have been written since the last call."""
-        if not self.metrics.exists():
-            return []
-        lines = self.metrics.read_text().splitlines()
-        new = [json.loads(line) for line in lines[self._seen_metrics :]]
+        lines = read_metrics(self.metrics)
+        new = lines[self._seen_metrics :]
         self._seen_metrics = len(lines)
         return new
 

@@ -1,6 +1,6 @@
 """Processes and devices: who this process is, what it computes on, and how it hears that it must stop.
 
-May import ``spidr.config`` only.
+May import ``spidr.config`` and ``spidr.tools``.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import signal
 import socket
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from types import FrameType
@@ -22,12 +22,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from spidr.config import InputError, RunConfig
+from spidr.tools.peers import Peers
 
 logger = logging.getLogger(__name__)
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 PREEMPTED_EXIT_CODE = 75
-COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+COLLECTIVE_TIMEOUT = timedelta(hours=1)
+"""Long: slow data or a slow disk of one process is no reason to end the run, and dead ones are found in other ways."""
 
 
 class Preempted(SystemExit):
@@ -49,11 +51,11 @@ class StopFlag:
         self.signum = self.signum or signum
 
     @contextmanager
-    def listening(self) -> Iterator[None]:
+    def listening(self) -> Iterator[StopFlag]:
         """Handle the stop signals inside the block."""
         previous = {signum: signal.signal(signum, self.set) for signum in STOP_SIGNALS}
         try:
-            yield
+            yield self
         finally:
             for signum, handler in previous.items():
                 signal.signal(signum, handler)
@@ -78,6 +80,11 @@ class Environment:
         if self.world_size > 1:
             dist.all_reduce(x)
 
+    def broadcast(self, x: Tensor) -> None:
+        """Take the main process's values, in place."""
+        if self.world_size > 1:
+            dist.broadcast(x, src=0)
+
     def broadcast_object(self, value: Any) -> Any:
         """What the main process holds as ``value``."""
         if self.world_size == 1:
@@ -93,11 +100,6 @@ class Environment:
         values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value)
         return values
-
-    def barrier(self) -> None:
-        """Wait for all processes."""
-        if self.world_size > 1:
-            dist.barrier()
 
 
 def _ranks() -> tuple[int, int, int]:
@@ -147,7 +149,12 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
 
 @contextmanager
 def environment(run: RunConfig) -> Iterator[Environment]:
-    """Join the other processes of the run, if any, and choose the device; leave them at the end of the block."""
+    """Join the other processes of the run, if any, and choose the device; leave them at the end of the block.
+
+    If something goes wrong, every process ends soon, and one of them says what it was: an error that several have comes
+    out of the block on one of them only, and a process that has died is named by one of the others. The rest exits with
+    the same status without a word.
+    """
     rank, local_rank, world_size = _ranks()
     device = choose_device(run.device, local_rank)
     if device.type == "cuda":
@@ -167,13 +174,26 @@ def environment(run: RunConfig) -> Iterator[Environment]:
         timeout=COLLECTIVE_TIMEOUT,
         device_id=device if device.type == "cuda" else None,
     )
-    try:
-        logger.info("rank %d of %d on %s (%s)", rank, world_size, socket.gethostname(), device)
-        yield Environment(rank, local_rank, world_size, device)
-    finally:
-        dist.destroy_process_group()
+    with closing(Peers(rank, world_size)) as peers:
+        try:
+            logger.info("rank %d of %d on %s (%s)", rank, world_size, socket.gethostname(), device)
+            yield Environment(rank, local_rank, world_size, device)
+        except Exception as error:
+            cause = peers.explain(error, status=2 if isinstance(error, InputError) else 1)
+            if cause.told_by != rank:
+                raise SystemExit(cause.status) from error
+            if cause.about != rank:
+                raise SystemExit(f"error: {cause.text}") from error
+            raise
+        except Preempted:
+            peers.leave()
+            raise
+        else:
+            peers.leave()
+        finally:
+            dist.destroy_process_group()
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
     """Seed what a training step draws (dropout, layer drop) from its arguments, so that no state has to be saved."""
-    torch.manual_seed((seed * 1_000_003 + step) * 65_537 + rank)
+    torch.manual_seed(((seed * 1_000_003 + step) * 65_537 + rank) % 2**63)

@@ -55,7 +55,7 @@ def build_optimizer(model: nn.Module, cfg: OptimizerConfig) -> tuple[AdamW, torc
     named = [(n, p) for n, p in model.named_parameters() if not _starts_with(n, cfg.exclude_from_optimizer)]
     to_freeze = [p for n, p in named if _starts_with(n, cfg.to_freeze)]
     rest = [p for n, p in named if not _starts_with(n, cfg.to_freeze)]
-    groups = [{"params": params} for params in (rest, to_freeze) if params]
+    groups = [{"params": params} for params in (rest, to_freeze) if params or params is rest]
     device = next(model.parameters()).device.type
     optimizer = AdamW(groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, weight_decay=cfg.weight_decay, fused=True)
     scaler = torch.amp.GradScaler(device, enabled=cfg.dtype == "float16")
@@ -63,14 +63,12 @@ def build_optimizer(model: nn.Module, cfg: OptimizerConfig) -> tuple[AdamW, torc
 
 
 def drop_frozen(optimizer: Optimizer, scheduler: LambdaLR) -> None:
-    """Forget the groups whose parameters are all frozen, with their state: later checkpoints do not hold them."""
-    keep = [i for i, group in enumerate(optimizer.param_groups) if any(p.requires_grad for p in group["params"])]
-    for i, group in enumerate(optimizer.param_groups):
-        if i not in keep:
-            for parameter in group["params"]:
-                optimizer.state.pop(parameter, None)
-    optimizer.param_groups[:] = [optimizer.param_groups[i] for i in keep]
+    """Stop training group 1, the parameters to freeze, and forget its state: later checkpoints do not hold it."""
+    for group in optimizer.param_groups[1:]:
+        for parameter in group["params"]:
+            parameter.requires_grad_(False)
+            parameter.grad = None
+            optimizer.state.pop(parameter, None)
     # The schedule keeps one entry a group and refuses to step with more of them than there are groups.
-    scheduler.base_lrs = [scheduler.base_lrs[i] for i in keep]
-    scheduler.lr_lambdas = [scheduler.lr_lambdas[i] for i in keep]
-    scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
+    for entries in (optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, scheduler._last_lr):
+        del entries[1:]

@@ -1,6 +1,6 @@
 """A run's folder and record: checkpoints, metrics, validation, progress, and going on from where it stopped.
 
-May import every module of the package but ``spidr.train`` and the launcher.
+May import every module of the package but ``spidr.train``.
 """
 
 from __future__ import annotations
@@ -11,18 +11,20 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from spidr.checkpoint import Checkpointer, atomic_write, read_checkpoint
+from spidr.checkpoint import Checkpointer, read_checkpoint
 from spidr.config import Config, InputError, to_dict
 from spidr.environment import Environment
-from spidr.optimizer import drop_frozen
+from spidr.slurm import ValidationJobs, validates_in_jobs
+from spidr.tools.files import atomic_write, remove_unfinished
 from spidr.tools.logging import run_log
 from spidr.tools.metrics import Means, MetricsFile, WandbSink, read_metrics
 from spidr.tools.profiler import StepProfiler
@@ -30,8 +32,6 @@ from spidr.tools.readback import Readback
 from spidr.validate import layer_names, validate_set
 
 if TYPE_CHECKING:
-    from types import TracebackType
-
     from spidr.data import Batch
     from spidr.train import State
 
@@ -43,9 +43,10 @@ PER_CODEBOOK = {"target_ppls": "target_ppl", "pred_ppls": "pred_ppl", "active_co
 
 
 class Run:
-    """What surrounds the training loop. Used as a context, it opens the run folder and closes everything at the end.
+    """What surrounds the training loop.
 
-    Every method is called by all processes at the same steps; the main one writes.
+    Every method is called by all processes at the same steps; the main one writes. Nothing is written before
+    :meth:`begin`.
 
     Attributes:
         must_stop: Whether a stop signal has reached any process; the same on all of them.
@@ -54,38 +55,22 @@ class Run:
     def __init__(self, cfg: Config, env: Environment) -> None:
         self.cfg, self.env, self.folder = cfg, env, cfg.run.dir
         self.must_stop = False
-        self.means = Means()
-        self.latest: dict[str, float] = {}
-        self.readback = Readback(env.device)
-        self._batches_in_flight: dict[int, list[Batch]] = {}
-        self._clock = _Clock()
-        self._stack = ExitStack()
-
-    def __enter__(self) -> Run:
-        cfg, env = self.cfg, self.env
-        self._on_main(self._make_folder)
-        self._stack.enter_context(run_log(self.folder, env.rank))
         self.checkpointer = Checkpointer(
             self.folder, cfg.run.save_interval, cfg.run.keep_latest, disable=not env.is_main
         )
         self.profiler = StepProfiler(self.folder, enabled=cfg.run.profile and env.is_main)
+        self._means = Means()
+        self._latest: dict[str, float] = {}
+        self._readback = Readback(env.device)
+        self._rows_in_flight: dict[int, Tensor] = {}
+        self._clock = _Clock()
+        self._stack = ExitStack()
+        self._open_log = self._stack.enter_context(run_log(env.rank))
         self._stack.callback(self.profiler.stop)
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._stack.__exit__(kind, error, traceback)
-
-    def _make_folder(self) -> None:
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(
-                f"run.workdir: the run folder {self.folder} cannot be made ({error.strerror}); choose another one"
-            ) from error
-        with atomic_write(self.folder / "config.json") as file:
-            file.write(json.dumps(to_dict(self.cfg), indent=2).encode())
+    def close(self) -> None:
+        """Close everything, whatever has happened."""
+        self._stack.close()
 
     def _on_main(self, function: Callable[[], T]) -> T:
         """Do something on the main process and tell all what came of it, so that no one waits for one that failed."""
@@ -102,33 +87,35 @@ class Run:
 
     # ------------------------------------------------------------------------------------------------- beginning
 
-    def restore(self, state: State) -> bool:
-        """Go on from the newest valid checkpoint of the folder. Returns whether there is one."""
-        self.checkpointer.init_state(state.model, state.optimizer, state.scheduler, state.scaler)
-        path = self._on_main(lambda: found[0] if (found := self.checkpointer.find_latest()) else None)
-        if path is None:
-            logger.info("a new %s run in %s", self.cfg.run.model_type, self.folder)
-            return False
+    def find_checkpoint(self) -> Path | None:
+        """The newest valid checkpoint of the folder, None for a new run."""
+        return self._on_main(self.checkpointer.find_latest)
+
+    def restore(self, state: State, path: Path) -> None:
+        """Go on from a checkpoint."""
         checkpoint = read_checkpoint(path)
-        if checkpoint["step"] >= state.model.cfg.freeze_step:
-            state.model.freeze_extractor()
-            drop_frozen(state.optimizer, state.scheduler)
+        state.step = checkpoint["step"]
+        state.freeze_if_due()
+        self._hand_over(state)
         self.checkpointer.restore(path, checkpoint)
-        state.step, state.epoch = self.checkpointer.step, self.checkpointer.epoch
-        extra = self.checkpointer.extra
-        if "position" not in extra:
-            logger.warning("%s does not say which data it had seen: going on with the next epoch", path)
-            state.epoch += 1
-        else:
+        state.epoch, extra = self.checkpointer.epoch, self.checkpointer.extra
+        if "position" in extra:
             # In batches, so that other numbers of processes go on from the same place.
             state.position = extra["position"] // self._batches_per_step(state)
-            self.means = Means(extra["means"])
-        logger.info("going on with the %s run from %s", self.cfg.run.model_type, path)
-        return True
+            self._means = Means(extra["means"])
+        else:
+            logger.warning("%s does not say which data it had seen: going on with the next epoch", path)
+            state.epoch += 1
+
+    def _hand_over(self, state: State) -> None:
+        self.checkpointer.init_state(state.model, state.optimizer, state.scheduler, state.scaler)
 
     def begin(self, state: State) -> None:
-        """Open the metrics, save and validate the untrained model, and validate what a killed run left unvalidated."""
-        cfg = self.cfg
+        """Open the run folder, save and validate the untrained model, validate what a killed run did not get to."""
+        cfg, last = self.cfg, self.checkpointer.last
+        self._on_main(self._make_folder)
+        self._open_log(self.folder / f"log_{self.env.rank}.txt")
+        logger.info("training %s: %s", cfg.run.model_type, f"going on from {last}" if last else f"new in {self.folder}")
         if self.env.is_main:
             self.metrics = MetricsFile(self.folder / "metrics.jsonl", state.step)
             self.wandb = WandbSink(
@@ -137,6 +124,9 @@ class Run:
             self._stack.callback(self.wandb.close)
             for line in read_metrics(self.metrics.path):
                 self.wandb.push(line)
+            self.jobs = ValidationJobs(self.folder) if cfg.validation and validates_in_jobs(cfg) else None
+            if self.jobs is not None:
+                self.checkpointer.needed = self.jobs.pending
         self.bar = tqdm(
             total=cfg.optimizer.max_steps,
             initial=state.step,
@@ -146,59 +136,64 @@ class Run:
             mininterval=0.5 if sys.stderr.isatty() else 60,
         )
         self._stack.callback(self.bar.close)
-        if state.step == 0:
+        self._hand_over(state)
+        if last is None:
             self.save(state)
         self.validate(state)
+
+    def _make_folder(self) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(
+                f"run.workdir: the run folder {self.folder} cannot be made ({error.strerror}); choose another one"
+            ) from error
+        remove_unfinished(self.folder)
+        with atomic_write(self.folder / "config.json") as file:
+            file.write(json.dumps(to_dict(self.cfg), indent=2).encode())
 
     def timed(self, rounds: Iterator[list[Batch]]) -> Iterator[list[Batch]]:
         """Measure how long the loop waits for its data."""
         while True:
             start = time.perf_counter()
-            try:
-                micro_batches = next(rounds)
-            except StopIteration:
-                return
+            micro_batches = next(rounds)
             self._clock.waited += time.perf_counter() - start
             yield micro_batches
 
     # ------------------------------------------------------------------------------------------------- every step
 
-    def record(self, state: State, micro_batches: list[Batch], measured: dict[str, Tensor] | None) -> None:
+    def record(self, state: State, micro_batches: list[Batch], measured: Mapping[str, Tensor | float]) -> None:
         """Take note of a step: its measurements come in when the device has them.
 
         Raises:
             InputError: If a loss or gradient was not finite.
         """
-        if measured is not None:
-            self._batches_in_flight[state.step] = micro_batches
-            self.readback.put(state.step, measured)
-            self.bar.update()
+        self._rows_in_flight[state.step] = torch.cat([batch.rows for batch in micro_batches])
+        self._readback.put(state.step, measured)
+        self.bar.update()
         self.profiler(state.step)
         self._absorb(state, wait=False)
 
     def _absorb(self, state: State, *, wait: bool) -> None:
-        for step, values in self.readback.take(wait=wait):
-            micro_batches = self._batches_in_flight.pop(step)
+        for step, values in self._readback.take(wait=wait):
+            rows = self._rows_in_flight.pop(step)
             if not (math.isfinite(values["loss"][0]) and math.isfinite(values["grad_norm"][0])):
-                self._stop_not_finite(state, step, values, micro_batches)
+                self._stop_not_finite(state, step, values, rows)
             self.must_stop |= values.pop("stop")[0] > 0
             self._clock.audio_seconds += values.pop("seconds")[0]
             del values["finite_here"], values["frames"]
             named = _by_layer(values, layer_names(state.model))
-            self.latest = {name: named.pop(name) for name in NOT_AVERAGED}
-            self.means.add(named)
+            self._latest = {name: named.pop(name) for name in NOT_AVERAGED}
+            self._means.add(named)
 
-    def _stop_not_finite(
-        self, state: State, step: int, values: dict[str, list[float]], micro_batches: list[Batch]
-    ) -> None:
+    def _stop_not_finite(self, state: State, step: int, values: dict[str, list[float]], rows: Tensor) -> None:
         """Say which files the step was about, on the processes whose own loss was not finite, else on all."""
-        rows = torch.cat([batch.rows for batch in micro_batches])
         files = [str(recording) for recording in state.loader.dataset.recordings(rows.numpy())]
         everywhere = self.env.gather_objects((bool(values["finite_here"][0]), files))
         guilty = [rank for rank, (finite, _) in enumerate(everywhere) if not finite] or range(len(everywhere))
         raise InputError(
-            f"step {step}: loss {values['loss'][0]} and gradient norm {values['grad_norm'][0]} are not finite, nothing "
-            "was saved. Lower optimizer.lr or look at the recordings: "
+            f"step {step}: loss {values['loss'][0]} and gradient norm {values['grad_norm'][0]} are not finite; nothing "
+            "was saved since the step before. Lower optimizer.lr or look at the recordings: "
             + "; ".join(f"rank {rank}: {', '.join(everywhere[rank][1])}" for rank in guilty)
         )
 
@@ -209,61 +204,83 @@ class Run:
         if state.step % self.cfg.run.log_interval:
             return
         self._absorb(state, wait=True)
-        means = self.means.pop()
-        if not means:  # the step was skipped
-            return
-        line = {"step": state.step, "group": "train", "epoch": state.epoch, **means, **self.latest}
+        means = self._means.pop()
+        line = {"step": state.step, "group": "train", "epoch": state.epoch, **means, **self._latest}
         self._write(line | self._clock.lap(self.env.device))
         self.bar.set_postfix(loss=f"{means['loss']:.3f}", target_ppl=f"{means['target_ppl']:.1f}")
+        self._on_main(self._collect_validation)
 
     def _write(self, line: dict[str, Any]) -> None:
         if self.env.is_main and self.metrics.write(line):
             self.wandb.push(line)
 
-    def save(self, state: State, *, force: bool = False) -> bool:
-        """Save a checkpoint if it is due. Waits for the device, to be sure that the step went well."""
-        if not (force or self.checkpointer.is_due(state.step)):
+    def save(self, state: State) -> bool:
+        """Save a checkpoint if it is due or the run must stop. Waits for the device, to be sure that all went well."""
+        interval = self.checkpointer.interval
+        if interval <= 0 or not (self.must_stop or self.checkpointer.is_due(state.step)):
             return False
         self._absorb(state, wait=True)
         self._set_extra(state)
-        self._on_main(lambda: self.checkpointer.save(state.step, state.epoch, force=force))
+        self._on_main(lambda: self.checkpointer.save(state.step, state.epoch, force=True))
         return True
 
     def _set_extra(self, state: State) -> None:
         position = state.position * self._batches_per_step(state)
-        self.checkpointer.extra = {"position": position, "means": self.means.sums}
+        self.checkpointer.extra = {"position": position, "means": self._means.sums}
 
     def _batches_per_step(self, state: State) -> int:
         return self.env.world_size * state.loader.accumulation
 
-    def validate(self, state: State) -> None:
-        """Validate the model on every set that has not been, if its step is one whose checkpoint is validated."""
-        last = self.cfg.optimizer.max_steps
-        if not (state.step in (0, last) or self.checkpointer.is_due(state.step)):
-            return
-        groups = self._on_main(lambda: [g for g in self.cfg.validation if (state.step, g) not in self.metrics])
-        for group in groups:
-            start = time.perf_counter()
-            values = validate_set(state.model, self.cfg.validation[group], self.cfg.masking, self.env)
-            self._write({"step": state.step, "group": group, **values})
-            logger.info(
-                "step %d, %s: loss %.4f (%.0f s)", state.step, group, values["loss"], time.perf_counter() - start
-            )
-            self._clock.paused += time.perf_counter() - start
-
     def finish(self, state: State) -> None:
         """Save and validate the trained model, and say what its units are worth."""
         self._absorb(state, wait=True)
+        saved = self.checkpointer.last
         if self.checkpointer.interval > 0 and not (
-            self.checkpointer.last and self.checkpointer.last.name == "final.pt"
+            saved is not None and saved.name == "final.pt" and self.checkpointer.step == state.step
         ):
             self._set_extra(state)
             self._on_main(lambda: self.checkpointer.save_final(state.step, state.epoch))
         self.validate(state)
+        self._on_main(self._collect_validation)
         logger.info("finished %d steps of %s", state.step, self.folder)
         if self.env.is_main:
             for group in self.cfg.validation:
                 self._print_units(state, group)
+
+    # ------------------------------------------------------------------------------------------------- validation
+
+    def validate(self, state: State) -> None:
+        """Validate the model on every set on which it has not been, if its step is one whose checkpoint is validated.
+
+        In this process, or in jobs whose results come back later.
+
+        Raises:
+            Preempted: A signal asked to stop; the validation is done after the restart.
+        """
+        due = state.step in (0, self.cfg.optimizer.max_steps) or self.checkpointer.is_due(state.step)
+        for group in self._on_main(lambda: self._unvalidated(state.step)) if due else ():
+            start = time.perf_counter()
+            values = validate_set(state.model, self.cfg.validation[group], self.cfg.masking, self.env, stop=state.stop)
+            self._write({"step": state.step, "group": group, **values})
+            seconds = time.perf_counter() - start
+            logger.info("step %d, %s: loss %.4f (%.0f s)", state.step, group, values["loss"], seconds)
+            self._clock.paused += seconds
+
+    def _unvalidated(self, step: int) -> list[str]:
+        """The sets to validate here and now; what is to be done in a job is submitted."""
+        self._collect_validation()
+        groups = [group for group in self.cfg.validation if (step, group) not in self.metrics]
+        if self.jobs is None or self.checkpointer.last is None:
+            return groups
+        if groups and step not in self.jobs.pending():
+            self.jobs.submit(self.cfg, step, self.checkpointer.last)
+        return []
+
+    def _collect_validation(self) -> None:
+        """Take the results of validation jobs that have come in."""
+        if self.jobs is not None:
+            for line in self.jobs.collect():
+                self._write(line)
 
     def _print_units(self, state: State, group: str) -> None:
         lines = {line["step"]: line for line in read_metrics(self.metrics.path) if line["group"] == group}

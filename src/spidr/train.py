@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import argparse
 import inspect
-import logging
+import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, field, fields, replace
+from contextlib import ExitStack, closing, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from spidr.config import SAMPLE_RATE, Config, DinoSRConfig, InputError, conv_length, read_config
 from spidr.data import Batch, build_dataloader
+from spidr.data.loader import SpeechLoader
 from spidr.environment import Environment, Preempted, StopFlag, environment, seed_step
 from spidr.models import DinoSR
 from spidr.models.codebook import count_perplexity
@@ -32,10 +34,7 @@ from spidr.models.hub import build_model, load_into, load_weights, recorded_conf
 from spidr.optimizer import build_optimizer, drop_frozen
 from spidr.run import Run
 
-if TYPE_CHECKING:
-    from spidr.data.loader import SpeechLoader
-
-logger = logging.getLogger(__name__)
+Measured = dict[str, Tensor | float]
 
 MAX_SKIPPED_STEPS = 10
 """Steps in a row that float16 may skip for want of range before the run stops."""
@@ -49,15 +48,19 @@ class Hooks:
     """What a research fork adds to training without touching the package.
 
     Attributes:
-        on_model: Called with the model before anything is built on it: add modules, reset codebooks or heads.
+        on_model: Called with the model before anything is built on it, with the weights of ``init_ckpt`` if there are
+            any: add modules, which are then trained and saved along, reset codebooks or heads, register forward hooks.
         extra_loss: Called with (model, batch) after each forward pass. Its result, 0-dim and summed over the masked
-            frames of the micro-batch like the loss itself, is added to the loss.
+            frames of the micro-batch like the loss itself, is added to the loss. What a layer has put out during the
+            forward pass is at hand through a forward hook on it.
         after_step: Called with the state after every optimiser step.
+        loader: Builds the batches, with the arguments of :func:`spidr.data.build_dataloader`.
     """
 
     on_model: Callable[[DinoSR], None] | None = None
     extra_loss: Callable[[DinoSR, Batch], Tensor] | None = None
     after_step: Callable[[State], None] | None = None
+    loader: Callable[..., SpeechLoader] = build_dataloader
 
 
 @dataclass
@@ -66,6 +69,7 @@ class State:
 
     cfg: Config
     env: Environment
+    stop: StopFlag
     model: DinoSR
     network: nn.Module
     optimizer: AdamW
@@ -73,7 +77,6 @@ class State:
     scheduler: LambdaLR
     loader: SpeechLoader
     hooks: Hooks
-    stop: StopFlag = field(default_factory=StopFlag)
     step: int = 0
     epoch: int = 0
     position: int = 0
@@ -88,6 +91,14 @@ class State:
                 yield micro_batches
             self.epoch, self.position = self.epoch + 1, 0
 
+    def freeze_if_due(self) -> bool:
+        """Stop training extractor and projection if ``freeze_step`` is over. Returns whether it is."""
+        if self.step < self.model.cfg.freeze_step:
+            return False
+        self.model.freeze_extractor()
+        drop_frozen(self.optimizer, self.scheduler)
+        return True
+
 
 def train(cfg: Config, hooks: Hooks | None = None) -> None:
     """Train, or go on training, the run that ``cfg`` describes, as one of the processes that share it.
@@ -97,30 +108,34 @@ def train(cfg: Config, hooks: Hooks | None = None) -> None:
         hooks: What to add.
 
     Raises:
-        InputError: Something the user gave is wrong, or the run cannot go on; the message says what to do.
+        InputError: Something the user gave is wrong, or the run cannot go on; the message says what to do. With several
+            processes, on one of them; see :func:`spidr.environment.environment`.
         Preempted: A signal asked to stop; the state is saved.
     """
     with ExitStack() as stack:
         env = stack.enter_context(environment(cfg.run))
+        stop = stack.enter_context(StopFlag().listening())
         cfg = replace(cfg, model=model_settings(cfg))
-        run = stack.enter_context(Run(cfg, env))
-        state = build_state(cfg, env, hooks or Hooks())
+        run = stack.enter_context(closing(Run(cfg, env)))
+        latest = run.find_checkpoint()
+        state = build_state(cfg, env, stop, hooks or Hooks(), new=latest is None)
         stack.callback(state.loader.close)
-        stack.enter_context(state.stop.listening())
-        if not run.restore(state):
-            initialise(state)
+        if latest is not None:
+            run.restore(state, latest)
         state.network = wrap(state.model, cfg, env)
         run.begin(state)
         batches = run.timed(state.rounds())
         while state.step < cfg.optimizer.max_steps:
             micro_batches = next(batches)
             measured = train_step(state, micro_batches)
+            if measured is None:
+                continue
             run.record(state, micro_batches, measured)
-            if run.must_stop:
-                run.save(state, force=True)
-                raise Preempted(state.stop.signum)
             run.log(state)
-            if run.save(state):
+            saved = run.save(state)
+            if run.must_stop:
+                raise Preempted(stop.signum)
+            if saved:
                 run.validate(state)
         run.finish(state)
 
@@ -128,7 +143,7 @@ def train(cfg: Config, hooks: Hooks | None = None) -> None:
 # --------------------------------------------------------------------------------------------------------- one step
 
 
-def train_step(state: State, micro_batches: list[Batch]) -> dict[str, Tensor] | None:
+def train_step(state: State, micro_batches: list[Batch]) -> Measured | None:
     """One optimiser step.
 
     The loss is summed over micro-batches and processes and divided by all their masked frames, so how a global batch is
@@ -139,8 +154,8 @@ def train_step(state: State, micro_batches: list[Batch]) -> dict[str, Tensor] | 
         micro_batches: Of this process.
 
     Returns:
-        What the step measured, over all processes, still on the device; None if float16 overflowed and the step was
-        skipped.
+        What the step measured, over all processes, tensors still on the device; None if float16 overflowed and the
+        step was skipped.
 
     Raises:
         InputError: If float16 overflowed too many times in a row.
@@ -158,7 +173,7 @@ def train_step(state: State, micro_batches: list[Batch]) -> dict[str, Tensor] | 
     # DistributedDataParallel has averaged over processes; the loss is a mean over the frames of all of them.
     torch._foreach_mul_([p.grad for p in parameters], env.world_size / scale / measured["frames"])
     measured["grad_norm"] = nn.utils.clip_grad_norm_(parameters, state.cfg.optimizer.max_norm)
-    measured["lr"] = torch.tensor(state.scheduler.get_last_lr()[0])
+    measured["lr"] = state.scheduler.get_last_lr()[0]
     before = scaler.get_scale()
     scaler.step(optimizer)
     scaler.update()
@@ -169,9 +184,8 @@ def train_step(state: State, micro_batches: list[Batch]) -> dict[str, Tensor] | 
     state.skipped_steps = 0
     state.scheduler.step()
     state.step += 1
-    measured["ema_decay"] = torch.tensor(model.update_ema(state.step))
-    if state.step == model.cfg.freeze_step:
-        drop_frozen(optimizer, state.scheduler)
+    measured["ema_decay"] = model.update_ema(state.step)
+    if state.step == model.cfg.freeze_step and state.freeze_if_due():
         state.network = wrap(model, state.cfg, env)  # DistributedDataParallel would wait for the frozen gradients
     if state.hooks.after_step is not None:
         state.hooks.after_step(state)
@@ -195,7 +209,7 @@ def _forward(state: State, batch: Batch) -> Tensor:
     return objective
 
 
-def _reduce_statistics(state: State, micro_batches: list[Batch]) -> dict[str, Tensor]:
+def _reduce_statistics(state: State, micro_batches: list[Batch]) -> Measured:
     """Sum the step's statistics over processes, with what else is to be known of all of them."""
     views = state.model.statistics.view()
     finite = torch.isfinite(views["loss"]).clone()
@@ -247,63 +261,26 @@ def _sync_gradients(network: nn.Module, *, when: bool) -> Any:
 # --------------------------------------------------------------------------------------------------------- set-up
 
 
-def wrap(model: DinoSR, cfg: Config, env: Environment) -> nn.Module:
-    """The model as the loop calls it: compiled if configured, with gradients averaged over processes if several."""
-    network: nn.Module = torch.compile(model) if cfg.run.compile else model  # type: ignore[assignment]
-    if env.world_size == 1:
-        return network
-    # Buffers change in the same way everywhere: no broadcast. The option was renamed in torch 2.15.
-    known = inspect.signature(DistributedDataParallel).parameters
-    option = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-    return DistributedDataParallel(network, gradient_as_bucket_view=True, **{option: False})  # type: ignore[arg-type]
+def build_state(cfg: Config, env: Environment, stop: StopFlag, hooks: Hooks, *, new: bool) -> State:
+    """Build the run at its beginning, on every process the same.
 
-
-def model_settings(cfg: Config) -> DinoSRConfig:
-    """The model's configuration: with ``init_ckpt`` and no [model] table, the checkpoint's own.
-
-    Raises:
-        InputError: If the [model] table asks for another architecture than the checkpoint's.
+    Args:
+        cfg: The configuration.
+        env: The processes.
+        stop: The flag to look at.
+        hooks: What to add.
+        new: Whether the run begins here. Otherwise a checkpoint is going to be loaded, so no weights are needed.
     """
-    if cfg.run.init_ckpt is None:
-        return cfg.model
-    recorded = recorded_config(Path(cfg.run.init_ckpt), cfg.run.model_type)
-    if recorded is None or cfg.model_given is None:
-        return recorded or cfg.model
-    differing = [
-        f"{item.name} = {getattr(cfg.model, item.name)} here, {getattr(recorded, item.name)} there"
-        for item in fields(recorded)
-        if not item.name.startswith(MAY_DIFFER) and not item.name.endswith(MAY_DIFFER)
-        and getattr(cfg.model, item.name) != getattr(recorded, item.name)
-    ]  # fmt: skip
-    if differing:
-        raise InputError(f"[model] asks for another model than {cfg.run.init_ckpt} holds: {'; '.join(differing)}")
-    return cfg.model
-
-
-def initialise(state: State) -> None:
-    """Begin a new run: weights from ``init_ckpt``, codewords from the first batch, if configured."""
-    cfg, model = state.cfg, state.model
-    if cfg.run.init_ckpt is not None:
-        load_into(model, load_weights(cfg.run.init_ckpt), cfg.run.init_ckpt)
-        model.current_step.zero_()
-    if model.cfg.codebook_init == "data" and cfg.run.init_ckpt is None:
-        batch = next(iter(state.loader.epoch(0))).to(state.env.device)
-        generator = torch.Generator().manual_seed(cfg.run.random_seed)
-        model.init_codebooks(batch.waveforms, attention_mask=batch.attention_mask, generator=generator)
-        if state.env.world_size > 1:  # every process has drawn from a batch of its own
-            for buffer in model.codebooks.buffers():
-                torch.distributed.broadcast(buffer, src=0)
-
-
-def build_state(cfg: Config, env: Environment, hooks: Hooks) -> State:
-    """Build the run at its beginning, on every process the same."""
     torch.manual_seed(cfg.run.random_seed)
     model = build_model(cfg=cfg.model, model_type=cfg.run.model_type)
+    if new and cfg.run.init_ckpt is not None:
+        load_into(model, load_weights(cfg.run.init_ckpt), cfg.run.init_ckpt)
+        model.current_step.zero_()
     if hooks.on_model is not None:
         hooks.on_model(model)
     model.to(env.device).train()
     model.reduction = env.all_reduce
-    loader = build_dataloader(
+    loader = hooks.loader(
         cfg.data,
         cfg.masking,
         conv_layer_config=model.cfg.extractor_conv_layer_config,
@@ -312,23 +289,97 @@ def build_state(cfg: Config, env: Environment, hooks: Hooks) -> State:
         world_size=env.world_size,
     )
     optimizer, scaler, scheduler = build_optimizer(model, cfg.optimizer)
-    return State(cfg, env, model, model, optimizer, scaler, scheduler, loader, hooks)
+    state = State(cfg, env, stop, model, model, optimizer, scaler, scheduler, loader, hooks)
+    if new and cfg.run.init_ckpt is None and model.cfg.codebook_init == "data":
+        init_codebooks(state)
+    state.freeze_if_due()
+    return state
 
 
-def main() -> None:
-    """Command line of ``python -m spidr.train``."""
+def init_codebooks(state: State) -> None:
+    """Take the first codewords from the first batch of the main process."""
+    batch = next(state.loader.epoch(0)).to(state.env.device)
+    generator = torch.Generator().manual_seed(state.cfg.run.random_seed)
+    state.model.init_codebooks(batch.waveforms, attention_mask=batch.attention_mask, generator=generator)
+    for buffer in state.model.codebooks.buffers():
+        state.env.broadcast(buffer)
+
+
+def model_settings(cfg: Config) -> DinoSRConfig:
+    """The model's configuration: with ``init_ckpt``, what the [model] table does not set is the checkpoint's own.
+
+    Raises:
+        InputError: If the [model] table asks for another architecture than the checkpoint's.
+    """
+    if cfg.run.init_ckpt is None:
+        return cfg.model
+    # A run that has begun has it in its own folder: the other one may be gone by now.
+    begun = cfg.run.dir / "config.json"
+    recorded = recorded_config(begun if begun.exists() else Path(cfg.run.init_ckpt), cfg.run.model_type)
+    if recorded is None:
+        return cfg.model
+    given = {name: getattr(cfg.model, name) for name in cfg.model_given or () if hasattr(recorded, name)}
+    differing = [
+        f"{name} = {value} here, {getattr(recorded, name)} there"
+        for name, value in sorted(given.items())
+        if value != getattr(recorded, name) and not (name.startswith(MAY_DIFFER) or name.endswith(MAY_DIFFER))
+    ]
+    if differing:
+        raise InputError(f"[model] asks for another model than {cfg.run.init_ckpt} holds: {'; '.join(differing)}")
+    return replace(recorded, **given)
+
+
+class _Replica(nn.Module):
+    """The model as DistributedDataParallel sees it."""
+
+    def __init__(self, model: DinoSR, call: Callable[..., Any]) -> None:
+        super().__init__()
+        self.model = model
+        self._call = partial(call)  # bare, it would be registered as a second module
+
+    def forward(self, *inputs: Tensor, **options: Tensor | None) -> Any:
+        """Call the model; without input, give something of which every trained parameter has a gradient."""
+        if inputs:
+            return self._call(*inputs, **options)
+        return sum(parameter.sum() for parameter in self.model.parameters() if parameter.requires_grad)
+
+
+def wrap(model: DinoSR, cfg: Config, env: Environment) -> nn.Module:
+    """The model as the loop calls it: compiled if configured, with gradients averaged over processes if several."""
+    call: nn.Module = torch.compile(model) if cfg.run.compile else model  # type: ignore[assignment]
+    if env.world_size == 1:
+        return call
+    # Buffers change in the same way everywhere: no broadcast. The option was renamed in torch 2.15.
+    known = inspect.signature(DistributedDataParallel).parameters
+    option = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    network = DistributedDataParallel(_Replica(model, call), gradient_as_bucket_view=True, **{option: False})  # type: ignore[arg-type]
+    # After its first backward pass it lays out its buckets anew, and where a gradient lies in a bucket decides about
+    # the last bit of its sum over processes. So that comes here, or the first step after a restart would differ.
+    network().backward()
+    model.zero_grad()
+    return network
+
+
+def main() -> int:
+    """Command line of ``python -m spidr.train``. Returns the exit status."""
     parser = argparse.ArgumentParser("python -m spidr.train", description="Train, as one of torchrun's processes.")
     parser.add_argument("config", help="configuration file, TOML or JSON")
     try:
-        train(read_config(parser.parse_args().config))
+        cfg = read_config(parser.parse_args().config)
     except InputError as error:
-        sys.exit(_print_error(error))
+        # All processes of a machine find the same: one of them says so.
+        return _fail(error) if os.environ.get("LOCAL_RANK", "0") == "0" else 2
+    try:
+        train(cfg)
+    except InputError as error:
+        return _fail(error)
+    return 0
 
 
-def _print_error(error: InputError) -> int:
-    print(f"error: {error}", file=sys.stderr)  # noqa: T201
+def _fail(error: InputError) -> int:
+    sys.stderr.write(f"error: {error}\n")
     return 2
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -12,20 +12,28 @@ import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from spidr.checkpoint import atomic_write
 from spidr.config import Config, DataConfig, InputError, MaskingConfig, ResumeConfig, conv_length
 from spidr.data import Batch, build_validation_dataloader, speech_dataset
-from spidr.data.alignments import read_alignments
-from spidr.environment import Environment, environment
+from spidr.data.alignments import match_alignments, read_alignments
+from spidr.environment import Environment, Preempted, StopFlag, environment
 from spidr.models import DinoSR
 from spidr.models.hub import build_model, load_into, load_weights
 from spidr.models.metrics import units_quality
+from spidr.tools.files import atomic_write
 
+if TYPE_CHECKING:
+    import polars as pl
+
+    from spidr.data.dataset import SpeechDataset
+
+T = TypeVar("T")
 Metrics = dict[str, float]
 
 
@@ -66,10 +74,14 @@ def _inference(model: DinoSR, device: torch.device | str) -> Iterator[None]:
         model.reduction = reduction
 
 
-def _measure(model: DinoSR, loader: Iterable[Batch], device: torch.device | str) -> list[Measured]:
+def _measure(
+    model: DinoSR, loader: Iterable[Batch], device: torch.device | str, stop: StopFlag | None = None
+) -> list[Measured]:
     measured = []
     with _inference(model, device):
         for cpu_batch in loader:
+            if stop is not None and stop.signum:
+                break
             batch = cpu_batch.to(device, non_blocking=True)
             loss, outputs = model(
                 batch.waveforms,
@@ -101,15 +113,27 @@ def layer_names(model: DinoSR) -> list[str]:
     return [f"l{first + k}" for k in range(model.num_codebooks)]
 
 
-def validate_set(model: DinoSR, data: DataConfig, masking: MaskingConfig, env: Environment) -> Metrics:
+def validate_set(
+    model: DinoSR, data: DataConfig, masking: MaskingConfig, env: Environment, stop: StopFlag | None = None
+) -> Metrics:
     """Validate on one ``[validation.NAME]`` set, shared among all processes.
+
+    Args:
+        model: On the device of ``env``.
+        data: The set.
+        masking: Which frames to mask.
+        env: The processes to share with.
+        stop: Set if there is no time any more.
 
     Returns:
         The values of :func:`validate`, ``target_ppl_lN`` and ``pred_ppl_lN`` for each layer N that has a codebook and,
         with ``alignments_path``, ``pnmi_lN``, ``phone_purity_lN``, ``cluster_purity_lN``, ``unit_ppl_lN`` and
         ``active_codewords_lN`` of the units. The same on every process.
+
+    Raises:
+        Preempted: On every process, if ``stop`` was set on any.
     """
-    cfg = model.cfg
+    cfg, stop = model.cfg, stop or StopFlag()
     loader = build_validation_dataloader(
         data,
         masking,
@@ -119,28 +143,41 @@ def validate_set(model: DinoSR, data: DataConfig, masking: MaskingConfig, env: E
         world_size=env.world_size,
     )
     try:
-        measured = _measure(model, loader, env.device)
+        measured = _measure(model, loader, env.device, stop)
     finally:
         loader.close()
-    means = _weighted_means([item for part in env.gather_objects(measured) for item in part])
+    means = _weighted_means([item for part in _gather(env, measured, stop) for item in part])
     names = layer_names(model)
     metrics = {name: means[name][0] for name in ("loss", "target_ppl", "pred_ppl")}
     for name in ("target_ppl", "pred_ppl"):
         metrics |= {f"{name}_{layer}": value for layer, value in zip(names, means[f"{name}s"], strict=True)}
     if data.alignments_path is not None:
-        metrics |= _units_metrics(model, data, data.alignments_path, env)
+        metrics |= _units_metrics(model, data, data.alignments_path, env, stop)
     return metrics
 
 
-def _units_metrics(model: DinoSR, data: DataConfig, alignments_path: str, env: Environment) -> Metrics:
-    alignments = read_alignments(alignments_path)
-    units = {
-        name: u for part in env.gather_objects(predict_units(model, data, alignments, env)) for name, u in part.items()
-    }
-    num_phones = len({phone for name in units for phone in alignments[name]})
+def _gather(env: Environment, part: T, stop: StopFlag) -> list[T]:
+    """What each process has measured."""
+    signums, parts = zip(*env.gather_objects((stop.signum, part)), strict=True)
+    if any(signums):
+        raise Preempted(max(signums))
+    return list(parts)
+
+
+def _units_metrics(model: DinoSR, data: DataConfig, alignments_path: str, env: Environment, stop: StopFlag) -> Metrics:
+    dataset = speech_dataset(data.manifest, normalize=data.normalize)
+    phones = _phones_of_rows(dataset.manifest, alignments_path)
+    if not phones:
+        raise InputError(
+            f"{alignments_path}: aligns no recording of {data.manifest}; the fileid or the file's stem must be the "
+            "same in both"
+        )
+    parts = _gather(env, _predict_units(model, dataset, sorted(phones), data.max_batch_length, env, stop), stop)
+    units = {row: codebooks for part in parts for row, codebooks in part.items()}
+    num_phones = len({phone for row in units for phone in phones[row]})
     metrics = {}
     for k, layer in enumerate(layer_names(model)):
-        aligned = {name: (alignments[name], codebooks[k].tolist()) for name, codebooks in sorted(units.items())}
+        aligned = {f"row {row}": (phones[row], codebooks[k].tolist()) for row, codebooks in sorted(units.items())}
         quality = units_quality(aligned, num_units=model.cfg.codebook_size, num_phones=num_phones)
         metrics[f"pnmi_{layer}"] = float(quality.pnmi)
         metrics[f"phone_purity_{layer}"] = float(quality.phone_purity)
@@ -150,56 +187,40 @@ def _units_metrics(model: DinoSR, data: DataConfig, alignments_path: str, env: E
     return metrics
 
 
-def predict_units(
-    model: DinoSR, data: DataConfig, alignments: Iterable[str], env: Environment
-) -> dict[str, np.ndarray[tuple[int, int], np.dtype[np.int64]]]:
-    """Units of this process's share of the aligned recordings of a manifest, whole, padded in batches of like length.
+def _phones_of_rows(manifest: pl.DataFrame, alignments_path: str) -> dict[int, list[str]]:
+    """The phones of those rows of a manifest that are aligned, by their fileid or else the stem of their path."""
+    fileids = manifest["fileid"].to_list()
+    stems = [Path(path).stem for path in manifest["path"]]
+    phones = match_alignments(read_alignments(alignments_path), [*fileids, *stems])
+    names = (fileid if fileid in phones else stem for fileid, stem in zip(fileids, stems, strict=True))
+    return {row: phones[name] for row, name in enumerate(names) if name in phones}
 
-    Args:
-        model: The model.
-        data: The manifest; ``max_batch_length`` limits a batch, padding included, and ``normalize`` holds.
-        alignments: Names of the recordings that are aligned: their ``fileid`` or, failing that, the stem of their path.
-        env: The processes to share with.
+
+def _predict_units(
+    model: DinoSR, dataset: SpeechDataset, rows: list[int], max_batch_length: int, env: Environment, stop: StopFlag
+) -> dict[int, Tensor]:
+    """Units of this process's share of some recordings, whole, padded in batches of like length.
 
     Returns:
-        For each name, the units of every codebook, (K, T).
-
-    Raises:
-        InputError: If no recording of the manifest is aligned.
+        For each row, the units of every codebook, (K, T).
     """
-    dataset = speech_dataset(data.manifest, normalize=data.normalize)
-    names, known = _aligned_names(dataset.manifest["fileid"].to_list(), dataset.manifest["path"].to_list(), alignments)
+    shapes = model.cfg.extractor_conv_layer_config
     lengths = dataset.manifest["num_samples"].to_numpy()
-    rows = [row for row in np.argsort(lengths, kind="stable").tolist() if names[row] is not None]
-    rows = [row for row in rows if conv_length(model.cfg.extractor_conv_layer_config, int(lengths[row])) > 0]
-    if not rows:
-        raise InputError(
-            f"{data.alignments_path}: aligns no recording of {data.manifest} (it knows {known} others); "
-            "the fileid or the file's stem must be the same in both"
-        )
+    rows = sorted((row for row in rows if conv_length(shapes, int(lengths[row])) > 0), key=lengths.__getitem__)
     units = {}
-    batches = _pack(rows, lengths, data.max_batch_length)
     with _inference(model, env.device):
-        for batch in batches[env.rank :: env.world_size]:
+        for batch in _pack(rows, lengths, max_batch_length)[env.rank :: env.world_size]:
+            if stop.signum:
+                break
             waveforms = [dataset[row] for row in batch]
             samples = torch.tensor([len(waveform) for waveform in waveforms])
             padded = pad_sequence(waveforms, batch_first=True).to(env.device)
             given = samples if len(samples.unique()) > 1 else None
             codebooks = [p for p in model.get_codebooks(padded, lengths=given) if p is not None]
             predicted = torch.stack([p.argmax(-1) for p in codebooks], dim=1).cpu()
-            frames: list[int] = conv_length(model.cfg.extractor_conv_layer_config, samples).tolist()
-            for row, prediction, count in zip(batch, predicted, frames, strict=True):
-                units[str(names[row])] = prediction[:, :count].numpy()
+            for row, prediction, count in zip(batch, predicted, conv_length(shapes, samples).tolist(), strict=True):
+                units[row] = prediction[:, :count]
     return units
-
-
-def _aligned_names(fileids: list[str], paths: list[str], alignments: Iterable[str]) -> tuple[list[str | None], int]:
-    known = set(alignments)
-    names: list[str | None] = []
-    for fileid, path in zip(fileids, paths, strict=True):
-        stem = Path(path).stem
-        names.append(fileid if fileid in known else stem if stem in known else None)
-    return names, len(known)
 
 
 def _pack(rows: list[int], lengths: np.ndarray, limit: int) -> list[list[int]]:
@@ -222,7 +243,9 @@ def run_validation(cfg: Config, resume: ResumeConfig) -> None:
     """
     with environment(cfg.run) as env:
         model = build_model(cfg=cfg.model)
-        load_into(model, load_weights(resume.checkpoint), resume.checkpoint)
+        known = model.state_dict().keys()  # hooks may have added modules to the trained model
+        weights = {name: value for name, value in load_weights(resume.checkpoint).items() if name in known}
+        load_into(model, weights, resume.checkpoint)
         model.to(env.device)
         lines = [
             {"step": resume.step, "group": group, **validate_set(model, data, cfg.masking, env)}
@@ -230,4 +253,4 @@ def run_validation(cfg: Config, resume: ResumeConfig) -> None:
         ]
         if env.is_main:
             with atomic_write(Path(resume.results)) as file:
-                file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
+                file.writelines(json.dumps(line).encode() + b"\n" for line in lines)

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from logging.handlers import MemoryHandler
 from pathlib import Path
 
 from tqdm import tqdm
@@ -23,27 +24,46 @@ class _AboveProgressBar(logging.Handler):
         tqdm.write(self.format(record), file=sys.stderr)
 
 
+class _LogFile(logging.FileHandler):
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        """Stay silent: on a full disk every line would fail, each with a traceback on standard error."""
+
+
 @contextmanager
-def run_log(folder: Path, rank: int) -> Iterator[None]:
-    """Log what the package says inside the block: everything on rank 0, warnings elsewhere; all of it to a file.
+def run_log(rank: int) -> Iterator[Callable[[Path], None]]:
+    """Log what the package says inside the block, on standard error: all on rank 0, only warnings elsewhere.
 
     The root logger is not touched, and the package's logger is as before at the end.
 
     Args:
-        folder: The run folder; the file is ``log_RANK.txt`` there.
         rank: This process.
+
+    Returns:
+        A function that opens a log file, which then gets everything, also what was said before.
     """
     package = logging.getLogger("spidr")
-    handlers: list[logging.Handler] = [logging.FileHandler(folder / f"log_{rank}.txt"), _AboveProgressBar()]
-    handlers[1].setLevel(logging.INFO if rank == 0 else logging.WARNING)
-    for handler in handlers:
-        handler.setFormatter(logging.Formatter(FORMAT.format(rank=rank)))
-        package.addHandler(handler)
+    formatter = logging.Formatter(FORMAT.format(rank=rank))
+    stderr, buffer = _AboveProgressBar(), MemoryHandler(1_000_000, flushLevel=logging.CRITICAL + 1, flushOnClose=False)
+    stderr.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    stderr.setFormatter(formatter)
+    handlers: list[logging.Handler] = [stderr, buffer]
+
+    def open_file(path: Path) -> None:
+        file = _LogFile(path)
+        file.setFormatter(formatter)
+        buffer.setTarget(file)
+        buffer.flush()
+        handlers.append(file)
+        package.addHandler(file)
+        package.removeHandler(buffer)
+
     level, propagate = package.level, package.propagate
+    for handler in handlers:
+        package.addHandler(handler)
     package.setLevel(logging.INFO)
     package.propagate = False
     try:
-        yield
+        yield open_file
     finally:
         package.setLevel(level)
         package.propagate = propagate

@@ -1,7 +1,7 @@
 """Metrics of a run: ``metrics.jsonl``, the source of truth, and wandb, which follows it.
 
-A line is a flat JSON object with ``step``, ``group`` ("train" or the name of a validation set) and values. Imports
-nothing else of the package.
+A line is a flat JSON object with ``step``, ``group`` ("train" or the name of a validation set) and values. May import
+``spidr.config`` and ``spidr.tools.files``.
 """
 
 from __future__ import annotations
@@ -11,8 +11,12 @@ import logging
 import math
 import os
 import secrets
+import threading
 from pathlib import Path
 from typing import Any, Literal
+
+from spidr.config import InputError
+from spidr.tools.files import atomic_write
 
 logger = logging.getLogger(__name__)
 
@@ -49,22 +53,28 @@ class MetricsFile:
         kept = [line for line in read_metrics(path) if line["step"] <= step]
         self._written = {(line["step"], line["group"]) for line in kept}
         if path.exists():
-            aside = path.with_suffix(".tmp")
-            aside.write_text("".join(map(_to_text, kept)))
-            aside.replace(path)
+            with atomic_write(path) as file:
+                file.writelines(_to_text(line).encode() for line in kept)
 
     def __contains__(self, key: tuple[int, str]) -> bool:
         return key in self._written
 
     def write(self, line: Line) -> bool:
-        """Append a line. Returns False, without writing, if its step and group are there already."""
+        """Append a line. Returns False, without writing, if its step and group are there already.
+
+        Raises:
+            InputError: If the disk is full or gone.
+        """
         key = (line["step"], line["group"])
         if key in self._written:
             return False
-        with self.path.open("a") as file:
-            file.write(_to_text(line))
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with self.path.open("a") as file:
+                file.write(_to_text(line))
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise InputError(f"{self.path}: cannot be written ({error.strerror}); make room and start again") from error
         self._written.add(key)
         return True
 
@@ -124,14 +134,15 @@ class WandbSink:
             logger.warning("wandb refused the metrics of step %d (%s)", step, group, exc_info=True)
 
     def _save(self) -> None:
-        aside = self.state_path.with_suffix(".tmp")
-        aside.write_text(json.dumps({"id": self.id, "pushed": self.pushed}))
-        aside.replace(self.state_path)
+        with atomic_write(self.state_path) as file:
+            file.write(json.dumps({"id": self.id, "pushed": self.pushed}).encode())
 
     def close(self) -> None:
-        """End the session."""
+        """End the session, or leave it to itself if wandb cannot be reached for half a minute."""
         if self.run is not None:
-            self.run.finish()
+            finish = threading.Thread(target=self.run.finish, name="wandb", daemon=True)
+            finish.start()
+            finish.join(30)
 
 
 class Means:

@@ -1,0 +1,58 @@
+"""Files that are complete or absent. May import ``spidr.config`` only."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO
+
+from spidr.config import InputError
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[IO[bytes]]:
+    """A file that appears under ``path`` complete and on disk, or not at all.
+
+    Raises:
+        InputError: If it cannot be written; whatever was at ``path`` is as it was.
+    """
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with aside.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+        _sync_folder(path.parent)  # or the rename may be lost when the machine stops
+    except BaseException as error:
+        with suppress(OSError):
+            aside.unlink(missing_ok=True)
+        if (cause := _disk_error(error)) is not None:
+            raise InputError(
+                f"{path}: cannot be written ({cause.strerror}). What was saved before is intact: make room or choose "
+                "another folder, then run the same command again."
+            ) from error
+        raise
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what killed processes have left of :func:`atomic_write` in a folder that nobody else writes to."""
+    for path in folder.glob(".*.tmp"):
+        path.unlink(missing_ok=True)
+
+
+def _sync_folder(path: Path) -> None:
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _disk_error(error: BaseException | None) -> OSError | None:
+    """The error of the file system behind an error: torch.save raises another one, about its archive."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__ or error.__context__
+    return error

@@ -1,0 +1,146 @@
+"""Processes of a run that look after each other: none waits for one that is gone, and one of them says why.
+
+Needs ``torch.distributed`` initialised. Imports nothing else of the package.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from contextlib import suppress
+from dataclasses import astuple, dataclass
+from datetime import timedelta
+
+from torch import distributed as dist
+
+BEAT = 1.0
+"""Seconds between two signs of life."""
+
+SILENCE = 30.0
+"""Seconds without a sign of life after which a process counts as dead; ``5 * BEAT`` once something has gone wrong."""
+
+GRACE = 10.0
+"""Seconds that a process has to end by itself once it is known that the run cannot go on."""
+
+
+@dataclass(frozen=True)
+class Cause:
+    """Why the run ends: the rank that found out first and says so, the rank it is about, exit status and message."""
+
+    told_by: int
+    about: int
+    status: int
+    text: str
+
+
+class Peers:
+    """Exchanges signs of life, and the cause if the run cannot go on, through the store where the processes have met.
+
+    A collective operation with a process that is dead, or that has stopped after an error, fails late or never, and
+    does not tell which. So a thread of each process watches all others. It ends this process if it is stuck.
+
+    Args:
+        rank: This process.
+        world_size: Number of processes.
+    """
+
+    def __init__(self, rank: int, world_size: int) -> None:
+        self.rank = rank
+        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        # A connection of its own: the other one is blocked while a collective operation is being set up.
+        store = dist.TCPStore(*address, is_master=False, timeout=timedelta(minutes=5))  # type: ignore[attr-defined]
+        prefix = f"spidr/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+        self._store = dist.PrefixStore(prefix, store)  # type: ignore[attr-defined]
+        self._keys = [f"rank {r}" for r in range(world_size)]
+        self._status = socket.gethostname()
+        self._beats = 0
+        self._beat()
+        self._store.wait(self._keys)
+        self._seen = {r: (b"", time.monotonic()) for r in range(world_size)}
+        self._silence = SILENCE
+        self._cause: Cause | None = None
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="peers", daemon=True)
+        self._thread.start()
+
+    def explain(self, error: Exception, status: int) -> Cause:
+        """The cause of the run's end, given an error of this process, which may itself be the cause.
+
+        Args:
+            error: If it is a RuntimeError, as of a failed collective operation, another process may be behind it.
+            status: Exit status if it is this error.
+        """
+        if isinstance(error, RuntimeError):
+            self._silence = 5 * BEAT
+            deadline = time.monotonic() + 8 * BEAT
+            while self._cause is None and time.monotonic() < deadline:
+                time.sleep(BEAT / 10)
+        cause = self._cause or self._tell(self.rank, status, str(error))
+        if self.rank == 0:
+            time.sleep(2 * BEAT)  # the store may end with this process: the others must have read why
+        return cause
+
+    def leave(self) -> None:
+        """Say goodbye, once all are about to: the silence from now on means nothing."""
+        self._status = "left"
+        with suppress(RuntimeError):
+            dist.barrier()
+            self._beat()  # unless the store has ended first
+
+    def close(self) -> None:
+        """Stop watching."""
+        self._closed.set()
+        self._thread.join(BEAT)
+
+    # ------------------------------------------------------------------------------------------------- internals
+
+    def _beat(self) -> None:
+        self._beats += 1
+        self._store.set(self._keys[self.rank], f"{self._beats} {self._status}")
+
+    def _tell(self, about: int, status: int, text: str) -> Cause:
+        """Say why the run ends, unless another process has been faster. Returns what has been said."""
+        mine = json.dumps(astuple(Cause(self.rank, about, status, text)))
+        try:
+            said = self._store.compare_set("cause", "", mine).decode()
+        except RuntimeError:  # nobody is there to be told
+            said = mine
+        self._cause = Cause(*json.loads(said))
+        return self._cause
+
+    def _watch(self) -> None:
+        while self._cause is None:
+            if self._closed.wait(BEAT):
+                return
+            try:
+                self._beat()
+                self._look()
+            except RuntimeError:
+                text = "lost contact with the process at which all meet: rank 0 or the launcher has ended"
+                self._cause = Cause(self.rank, 0, 1, text)
+        if self._closed.wait(GRACE):
+            return
+        if self._cause.told_by == self.rank:
+            sys.stderr.write(f"error: {self._cause.text}\n")
+            sys.stderr.flush()
+        os._exit(self._cause.status)  # the main thread waits for something that will never come
+
+    def _look(self) -> None:
+        """See whether someone has said why the run ends, or is silent for too long."""
+        if self._store.check(["cause"]):
+            self._cause = Cause(*json.loads(self._store.get("cause")))
+            return
+        now = time.monotonic()
+        for rank, value in enumerate(self._store.multi_get(self._keys)):
+            last, since = self._seen[rank]
+            host = value.decode().partition(" ")[2]
+            if value != last:
+                self._seen[rank] = (value, now)
+            elif now - since > self._silence and host != "left":
+                text = f"rank {rank} on {host} gives no sign of life any more: it was killed or lost its machine"
+                self._tell(rank, 1, f"{text}. The same command goes on from the last checkpoint.")
+                return
