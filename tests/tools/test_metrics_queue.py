@@ -1,0 +1,155 @@
+"""Bringing a finished run on wandb up to date, with wandb's own offline files as the witness."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from wandb.proto.wandb_internal_pb2 import Record
+
+from spidr.config import read_config, to_dict
+from spidr.tools import metrics_queue
+from spidr.tools.metrics import read_metrics
+from spidr.tools.metrics_queue import main
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A finished run: training lines of steps 5 and 10, validation of step 0; those of 5 and 10 have just come in."""
+    for name in ("WANDB_MODE", "WANDB_ENTITY", "WANDB_PROJECT", "WANDB_RUN_ID", "WANDB_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    settings = {"workdir": str(tmp_path), "wandb_project": "p", "wandb_name": "n", "model_type": "spidr"}
+    (tmp_path / "c.json").write_text(json.dumps({"run": settings, "data": {"manifest": "m.csv"}}))
+    config = read_config(tmp_path / "c.json")
+    folder = config.run.dir
+    (folder / "validation").mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(to_dict(config)))
+    lines = [("dev", 0), ("train", 5), ("train", 10)]
+    text = "".join(f'{{"step": {step}, "group": "{group}", "loss": {step / 10}}}\n' for group, step in lines)
+    (folder / "metrics.jsonl").write_text(text)
+    for step in (10, 5):
+        (folder / f"validation/step_{step}.jsonl").write_text(
+            f'{{"step": {step}, "group": "dev", "loss": {step / 10}}}\n'
+        )
+    return folder
+
+
+def records(path: Path) -> Iterator[Record]:
+    """The records of a .wandb file: a LevelDB log behind a header of 7 bytes."""
+    raw, position, data = path.read_bytes(), 7, b""
+    while position + 7 <= len(raw):
+        if (room := 32768 - position % 32768) < 7:  # padding at the end of a block
+            position += room
+            continue
+        length, kind = int.from_bytes(raw[position + 4 : position + 6], "little"), raw[position + 6]
+        data += raw[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # a whole record, or its last part
+            yield Record.FromString(data)
+            data = b""
+
+
+def logged(run_dir: Path) -> list[dict[str, Any]]:
+    """What wandb's offline files hold, in the order of logging."""
+    rows = []
+    for path in sorted(run_dir.glob("wandb/offline-run-*/*.wandb")):
+        for record in records(path):
+            items = {item.key or "/".join(item.nested_key): item.value_json for item in record.history.item}
+            if items:
+                rows.append({key: json.loads(value) for key, value in items.items() if not key.startswith("_")})
+    return rows
+
+
+def row(group: str, step: int) -> dict[str, float]:
+    return {f"{group}/step": step, f"{group}/loss": step / 10}
+
+
+def test_pushes_in_step_order_and_only_once(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(run_dir), "--entity", "team", "--runid", "abc"]) == 0
+    assert capsys.readouterr().out == "5 lines pushed\n"
+    assert logged(run_dir) == [row("dev", 0), row("train", 5), row("dev", 5), row("train", 10), row("dev", 10)]
+    assert len(list(run_dir.glob("wandb/offline-run-*-abc"))) == 1
+    assert [line["step"] for line in read_metrics(run_dir / "metrics.jsonl") if line["group"] == "dev"] == [0, 5, 10]
+
+    # The folder knows the run from now on. Nothing is left to push, until another result comes in.
+    assert main([str(run_dir / "metrics.jsonl"), "--entity", "team"]) == 0
+    assert capsys.readouterr().out == "0 lines pushed\n"
+    (run_dir / "validation/step_15.jsonl").write_text('{"step": 15, "group": "dev", "loss": 1.5}\n')
+    assert main([str(run_dir), "--entity", "team"]) == 0
+    assert logged(run_dir)[5:] == [row("dev", 15)]
+
+
+def test_says_what_is_still_to_come(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (run_dir / "validation/step_7.pending").write_text("12")
+    assert main([str(run_dir), "--entity", "team", "--runid", "abc"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == "4 lines pushed\n"
+    assert captured.err == "not validated yet: steps 7; run this again later\n"
+
+
+class Api:
+    """wandb's API, for a project with runs ``found``: the network is not there."""
+
+    def __init__(self, *found: SimpleNamespace) -> None:
+        self.found = found
+
+    def run(self, path: str) -> SimpleNamespace:
+        [found] = [run for run in self.found if path == f"team/p/{run.id}"]
+        return found
+
+    def runs(self, path: str, filters: dict[str, str]) -> list[SimpleNamespace]:
+        assert (path, filters) == ("team/p", {"display_name": "n", "state": "finished"})
+        return list(self.found)
+
+
+@pytest.mark.parametrize("options", [[], ["--runid", "old"]])
+def test_folder_that_knows_no_run_asks_wandb(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, options: list[str]
+) -> None:
+    online = json.loads((run_dir / "config.json").read_text())
+    online["run"]["wandb_mode"] = "online"
+    (run_dir / "config.json").write_text(json.dumps(online))
+    run = SimpleNamespace(id="old", summary={"train/step": 10, "train/loss": 1.0, "dev/step": 0})
+    monkeypatch.setattr("wandb.Api", lambda: Api(run))
+
+    class OfflineSink(metrics_queue.WandbSink):
+        def __init__(self, folder: Path, project: str, name: str, mode: str, config: dict[str, Any]) -> None:
+            assert mode == "online"
+            super().__init__(folder, project, name, "offline", config)
+
+    monkeypatch.setattr(metrics_queue, "WandbSink", OfflineSink)
+    assert main([str(run_dir), "--entity", "team", *options]) == 0
+    assert logged(run_dir) == [row("dev", 5), row("dev", 10)]
+
+
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [
+        ([], "error: wandb, team/p: expected one finished run 'n', found none; give --runid"),
+        ([SimpleNamespace(id="a"), SimpleNamespace(id="b")], "found a, b; give --runid"),
+    ],
+)
+def test_run_that_cannot_be_told(
+    run_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    found: list[SimpleNamespace],
+    message: str,
+) -> None:
+    monkeypatch.setattr("wandb.Api", lambda: Api(*found))
+    monkeypatch.setenv("WANDB_MODE", "online")
+    assert main([str(run_dir), "--entity", "team"]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_wrong_input(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(tmp_path), "--entity", "team"]) == 2
+    assert f"error: {tmp_path}: not a run folder" in capsys.readouterr().err
+    assert main([str(run_dir), "--entity", "team"]) == 2
+    assert "no wandb run is known here; give --runid" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main([str(run_dir)])
