@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import os
+import struct
 from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
@@ -29,6 +30,12 @@ BLOCK = 1 << 16
 EPS = 1e-5
 """Added to the variance when an utterance is standardised."""
 
+
+HEADER = 4096
+"""Bytes at the beginning of a file in which the header of a WAV is looked for."""
+
+PLAIN_FORMAT = struct.pack("<HHIIHH", 1, 1, SAMPLE_RATE, 2 * SAMPLE_RATE, 2, 16)
+"""Format chunk of a WAV of 16-bit integers, one channel, at the one rate there is."""
 
 UNKNOWN_LENGTH = 1 << 40
 """No recording is that long (two years): libsndfile gives such numbers where a header leaves the length open."""
@@ -67,6 +74,8 @@ def num_samples(source: Source, *, verify: bool = False) -> int:
     """
     if verify or not can_seek(source):
         return len(read_audio(source))
+    if samples := _plain_wav(source):
+        return samples
     with _open(source) as file:
         return _frames(source, file)
 
@@ -86,13 +95,9 @@ def read_audio(source: Source, start: int = 0, stop: int | None = None) -> NDArr
         InputError: The recording is missing, damaged or empty, not 16 kHz mono, or holds samples that are not finite.
     """
     if not can_seek(source):
-        samples = _decode(source)[start:stop]
-    else:
-        with _open(source) as file:
-            stop = _frames(source, file) if stop is None else stop
-            samples = _read(source, file, start, stop)
-    _check_finite(source, samples)
-    return samples
+        return _decode(source)[start:stop]
+    with _open(source) as file:
+        return _read(source, file, start, _frames(source, file) if stop is None else stop)
 
 
 def statistics(source: Source) -> tuple[float, float]:
@@ -118,6 +123,42 @@ def can_seek(source: Source) -> bool:
     return str(source).lower().endswith((".wav", ".flac"))
 
 
+def _plain_wav(source: Source) -> int:
+    """Number of samples by the header of a WAV of 16 kHz, mono, 16 bits; 0 for all else, that libsndfile has to judge.
+
+    Takes a quarter of the time: with millions of recordings, minutes.
+    """
+    if isinstance(source, bytes):
+        header, size = source[:HEADER], len(source)
+    elif isinstance(source, Recording) and source.archive is not None:
+        header, size = _Member(source).read(HEADER), source.byte_size
+    else:
+        try:
+            descriptor = os.open(source.path if isinstance(source, Recording) else source, os.O_RDONLY)
+        except OSError:
+            return 0
+        try:
+            header, size = os.read(descriptor, HEADER), os.fstat(descriptor).st_size
+        except OSError:
+            return 0
+        finally:
+            os.close(descriptor)
+    if header[:4] != b"RIFF" or header[8:12] != b"WAVE":
+        return 0
+    position, is_plain = 12, False
+    while position + 8 <= len(header):
+        name, length = struct.unpack_from("<4sI", header, position)
+        position += 8
+        if name == b"data":
+            return length // 2 if is_plain and length % 2 == 0 and position + length <= size else 0
+        if name == b"fmt ":
+            is_plain = header[position : position + length] == PLAIN_FORMAT
+        elif name not in (b"LIST", b"JUNK"):
+            return 0
+        position += length + length % 2
+    return 0
+
+
 def _moments(blocks: Iterator[NDArray[np.float32]]) -> tuple[float, float]:
     """Mean and standard deviation of all blocks, merged in float64 (Chan, Golub and LeVeque, 1979)."""
     count, mean, squares = 0, 0.0, 0.0
@@ -140,9 +181,7 @@ def _blocks(source: Source) -> Iterator[NDArray[np.float32]]:
     with _open(source) as file:
         frames = _frames(source, file)
         for start in range(0, frames, BLOCK):
-            block = _read(source, file, start, min(start + BLOCK, frames))
-            _check_finite(source, block)
-            yield block
+            yield _read(source, file, start, min(start + BLOCK, frames))
 
 
 def _is_file(source: Source) -> bool:
@@ -227,7 +266,10 @@ def _read(source: Source, file: soundfile.SoundFile, start: int, stop: int) -> N
     if len(samples) < stop - start:
         found = start + len(samples)
         raise InputError(f"{_name(source)}: truncated: the header promises {file.frames} samples, {found} can be read.")
-    return np.multiply(samples, np.float32(2**-15), dtype=np.float32) if dtype == "int16" else samples
+    if dtype == "int16":
+        return np.multiply(samples, np.float32(2**-15), dtype=np.float32)
+    _check_finite(source, samples)
+    return samples
 
 
 def _decode(source: Source) -> NDArray[np.float32]:
@@ -261,6 +303,7 @@ def _decode(source: Source) -> NDArray[np.float32]:
     if samples.shape[1] == 0:
         raise InputError(f"{_name(source)}: the recording has no samples.")
     decoded: NDArray[np.float32] = samples[0].numpy()
+    _check_finite(source, decoded)
     return decoded
 
 
