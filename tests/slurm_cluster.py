@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import pwd
+import re
 import shutil
 import signal
 import socket
@@ -151,6 +152,16 @@ class Cluster:
     def stop_controller(self) -> None:
         """End slurmctld: nothing can be submitted, what runs runs on."""
         _end(self._controller)
+
+    def write_conf_without_controller(self, folder: Path) -> Path:
+        """Write a slurm.conf for clients that find no controller."""
+        [used] = re.findall(r"^SlurmctldPort=(\d+)$", self.conf.read_text(), re.MULTILINE)
+        text = self.conf.read_text().replace(
+            f"SlurmctldPort={used}", f"SlurmctldPort={_free_ports(1)[0]}\nMessageTimeout=2"
+        )
+        conf = folder / "slurm.conf"
+        conf.write_text(text)
+        return conf
 
     def _until(self, what: str, ready: Callable[[], bool], seconds: float = 30) -> None:
         if not wait_for(ready, seconds):

@@ -16,15 +16,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from slurm_cluster import Cluster, missing_programs, wait_for
 from spidr import slurm
 from spidr.__main__ import main
-from spidr.config import InputError, SlurmConfig, read_config
+from spidr.config import InputError, ResumeConfig, SlurmConfig, read_config
+from spidr.models import build_model
 from spidr.slurm import ValidationJobs, launch_with_submitit, submit
 from spidr.tools.metrics import read_metrics
+from spidr.tools.metrics_queue import main as push_queue
+from spidr.validate import run_validation
 from tiny_run import assert_same_outcome, write_config, write_recordings
 
 ONE_TASK = SlurmConfig(account="a", nodes=1, gpus_per_node=1, time=60)
@@ -335,6 +339,14 @@ def test_refused(
     assert cluster.run("squeue", "-h").stdout == ""
 
 
+def test_no_controller(
+    cluster: Cluster, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_CONF", str(cluster.write_conf_without_controller(tmp_path)))
+    assert launch_with_submitit("x", [(print, ())], tmp_path / "dump", ONE_TASK, copy_code=False) is False
+    assert "sbatch refused the job: sbatch: error: Batch job submission failed: Unable to contact slurm" in caplog.text
+
+
 def test_wrong_input_ends_the_job_with_one_line(cluster: Cluster, tmp_path: Path) -> None:
     def fail() -> None:
         from spidr.config import InputError
@@ -372,6 +384,53 @@ def test_cancelled_job_stays_cancelled(cluster: Cluster, tmp_path: Path) -> None
     assert (cluster.job(job_id)["JobState"], job["Restarts"]) == ("CANCELLED", "0")
 
 
+def test_validation_jobs(cluster: Cluster, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    cfg = read_config(write_config(tmp_path, write_recordings(tmp_path / "data", count=4)))
+    cfg.run.dir.mkdir(parents=True)
+    checkpoint = tmp_path / "step_0.pt"
+    torch.save({"model": build_model(cfg=cfg.model).state_dict()}, checkpoint)
+    jobs = ValidationJobs(cfg.run.dir)
+    jobs.submit(cfg, 0, checkpoint).join()
+    jobs.submit(cfg, 20, tmp_path / "missing.pt").join()
+    jobs.submit(cfg, 40, checkpoint).join()
+    refused = replace(cfg, run=replace(cfg.run, slurm_validation=replace(ONE_TASK, partition="nowhere")))
+    jobs.submit(refused, 60, checkpoint).join()
+    assert "step 60 is not validated: sbatch refused the job: " in caplog.text
+    assert jobs.pending() <= {0, 20, 40}
+    assert wait_for(lambda: not jobs.pending(), 60), logs(jobs.folder)
+    lines = list(jobs.collect())
+    assert [(line["step"], line["group"]) for line in lines] == [(0, "dev"), (40, "dev")]
+
+    here = tmp_path / "here.jsonl"
+    run_validation(cfg, ResumeConfig(0, str(checkpoint), str(here)))
+    assert lines[0] == json.loads(here.read_text())
+    assert lines[1] == lines[0] | {"step": 40}
+
+
+def test_validation_job_that_is_lost(
+    cluster: Cluster, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = read_config(write_config(tmp_path, tmp_path / "m.csv"))
+    cfg.run.dir.mkdir(parents=True)
+    jobs = ValidationJobs(cfg.run.dir)
+    cluster.run("scontrol", "update", "PartitionName=main", "State=DOWN")  # the job shall wait
+    try:
+        jobs.submit(cfg, 100, tmp_path / "step_100.pt").join()
+        job_id = (jobs.folder / "step_100.pending").read_text()
+        jobs.forget_lost()
+        assert jobs.pending() == {100}
+        cluster.run("scancel", job_id)
+    finally:
+        cluster.run("scontrol", "update", "PartitionName=main", "State=UP")
+    with monkeypatch.context() as patch:  # no answer is no news
+        patch.setenv("SLURM_CONF", str(cluster.write_conf_without_controller(tmp_path)))
+        jobs.forget_lost()
+    assert jobs.pending() == {100}
+    jobs.forget_lost()
+    assert jobs.pending() == set()
+    assert f"step 100 is not validated: job {job_id} ended without results" in caplog.text
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Real training
 
@@ -401,12 +460,116 @@ def manifest(tmp_path: Path) -> Path:
 
 
 @pytest.mark.timeout(600)
-def test_preempted_training_ends_as_an_undisturbed_one(cluster: Cluster, tmp_path: Path, manifest: Path) -> None:
-    config = write_config(tmp_path, manifest, "on slurm")
-    job_id, folder = start_training(cluster, tmp_path / "dump", config)
+def test_preempted_training_ends_as_an_undisturbed_one(
+    cluster: Cluster, tmp_path: Path, manifest: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir, undisturbed = tmp_path / "p/on slurm", tmp_path / "p/here"
+    job_id, folder = start_training(cluster, tmp_path / "dump", write_config(tmp_path, manifest, "on slurm"))
     torchrun(2, write_config(tmp_path, manifest, "here"))
-    assert wait_for(lambda: steps_done(tmp_path / "p/on slurm") >= 5, 120), logs(folder)
+    assert wait_for(lambda: steps_done(run_dir) >= 5, 120), logs(folder)
     cluster.run("scancel", "--signal=USR2", job_id)
     job = cluster.wait(job_id, seconds=200)
     assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), logs(folder)
-    assert_same_outcome(tmp_path / "p/on slurm", tmp_path / "p/here")
+    assert_same_outcome(run_dir, undisturbed)
+
+    # Training has not waited for the validation jobs that it submitted. What they find is the same, in the same order.
+    assert wait_for(lambda: not ValidationJobs(run_dir).pending(), 120), logs(run_dir / "validation")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert push_queue([str(run_dir), "--entity", "team", "--runid", "abc"]) == 0
+    validated, expected = (
+        [x for x in read_metrics(d / "metrics.jsonl") if x["group"] == "dev"] for d in (run_dir, undisturbed)
+    )
+    assert [line["step"] for line in validated] == [0, 20, 40]
+    assert validated == expected
+
+
+# The long versions: four processes, several requeues, every reason to stop.
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_two_nodes_train_as_torchrun(cluster: Cluster, tmp_path: Path, manifest: Path) -> None:
+    job_id, folder = start_training(
+        cluster, tmp_path / "dump", write_config(tmp_path, manifest, "slurm"), options="-N 2 -G 2 -c 2"
+    )
+    assert cluster.wait(job_id, seconds=300)["JobState"] == "COMPLETED", logs(folder)
+    torchrun(4, write_config(tmp_path, manifest, "here"))
+    assert_same_outcome(tmp_path / "p/slurm", tmp_path / "p/here")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_array_of_three_configurations(cluster: Cluster, tmp_path: Path, manifest: Path) -> None:
+    configs = [write_config(tmp_path, manifest, name, run={"random_seed": seed}) for seed, name in enumerate("abc")]
+    job_id, folder = start_training(cluster, tmp_path / "dump", *configs, options="-N 1 -G 1")
+    assert folder == tmp_path / "dump/a"
+    for index, name in enumerate("abc"):
+        assert cluster.wait(f"{job_id}_{index}", seconds=300)["JobState"] == "COMPLETED", logs(folder)
+        assert (folder / f"{job_id}_{index}/{job_id}_{index}_0_log.out").exists()
+        assert json.loads((tmp_path / f"p/{name}/config.json").read_text())["run"]["random_seed"] == index
+        assert steps_done(tmp_path / f"p/{name}") == 40
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_more_requeues_than_submitit_allows(cluster: Cluster, tmp_path: Path, manifest: Path) -> None:
+    """Also without the controller for a while, and with a time limit that submitit would count as reached."""
+    long = {"max_steps": 200}
+    job_id, folder = start_training(
+        cluster, tmp_path / "dump", write_config(tmp_path, manifest, "slurm", optimizer=long), options="-N 1 -G 1 -t 10"
+    )
+    run_dir = tmp_path / "p/slurm"
+    for restart in range(5):
+        before = steps_done(run_dir)
+        assert wait_for(lambda: steps_done(run_dir) > before + 2, 120), logs(folder)  # noqa: B023
+        cluster.run("scancel", "--signal=USR2", job_id)
+        if restart == 2:
+            cluster.stop_controller()
+            time.sleep(3)
+            cluster.start_controller()
+        assert wait_for(lambda: cluster.job(job_id).get("Restarts") == str(restart + 1), 120), logs(folder)  # noqa: B023
+    assert cluster.wait(job_id, seconds=300)["JobState"] == "COMPLETED", logs(folder)
+    torchrun(1, write_config(tmp_path, manifest, "here", optimizer=long))
+    assert_same_outcome(run_dir, tmp_path / "p/here")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_preemption_by_a_higher_partition(cluster: Cluster, tmp_path: Path, manifest: Path) -> None:
+    long = {"max_steps": 200}
+    run_dir = tmp_path / "p/slurm"
+    job_id, folder = start_training(
+        cluster, tmp_path / "dump", write_config(tmp_path, manifest, "slurm", optimizer=long), options="-N 2 -G 1"
+    )
+    assert wait_for(lambda: steps_done(run_dir) >= 5, 120), logs(folder)
+    urgent = cluster.run(
+        "sbatch",
+        "--parsable",
+        "--partition=high",
+        "--nodes=2",
+        "--exclusive",
+        "--output=/dev/null",
+        input="#!/bin/sh\nsleep 2\n",
+    ).stdout.strip()
+    assert cluster.wait(urgent, seconds=100)["JobState"] == "COMPLETED"
+    job = cluster.wait(job_id, seconds=300)
+    assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), logs(folder)
+    assert (run_dir / "log_0.txt").read_text().count("going on") == 1
+    torchrun(2, write_config(tmp_path, manifest, "here", optimizer=long))
+    assert_same_outcome(run_dir, tmp_path / "p/here")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_time_limit(cluster: Cluster, tmp_path: Path, manifest: Path) -> None:
+    """SLURM looks at limits once in 30 seconds and may signal a minute early, so that takes a while."""
+    long = {"max_steps": 5000}
+    run_dir = tmp_path / "p/slurm"
+    config = write_config(tmp_path, manifest, "slurm", optimizer=long, validation={}, run={"save_interval": 100_000})
+    job_id, folder = start_training(cluster, tmp_path / "dump", config, options="-N 1 -G 1 -t 2")
+    assert wait_for(lambda: cluster.job(job_id).get("Restarts") == "1", 200), logs(folder)
+    reached = steps_done(run_dir)
+    assert wait_for(lambda: steps_done(run_dir) > reached, 120), logs(folder)
+    assert "going on" in (run_dir / "log_0.txt").read_text()
+    assert max(int(path.stem.split("_")[1]) for path in run_dir.glob("step_*.pt")) == reached
+    cluster.run("scancel", job_id)
