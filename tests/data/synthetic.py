@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import io
+import tarfile
 from pathlib import Path
 
 import numpy as np
 import soundfile
+
+from spidr.data.audio import Recording
 
 
 def noise(samples: int, seed: int = 0) -> np.ndarray:
@@ -19,3 +23,14 @@ def write_audio(path: Path, samples: np.ndarray, sample_rate: int = 16_000, **op
     path.parent.mkdir(parents=True, exist_ok=True)
     soundfile.write(path, samples, sample_rate, **options)
     return path
+
+
+def write_archive(path: Path, members: dict[str, bytes]) -> list[Recording]:
+    """Write an archive; returns where its members are."""
+    with tarfile.open(path, "w") as tar:
+        for name, data in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    with tarfile.open(path) as tar:
+        return [Recording(member.name, str(path), member.offset_data, member.size) for member in tar]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import struct
 import sys
-import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -16,7 +15,7 @@ import soundfile
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from synthetic import noise, write_audio
+from synthetic import noise, write_archive, write_audio
 
 from spidr.config import InputError
 from spidr.data import num_samples
@@ -25,21 +24,10 @@ from spidr.data.audio import Recording, _plain_wav, read_audio, standardize, sta
 FORMATS = [(".wav", "PCM_16"), (".wav", "PCM_24"), (".wav", "FLOAT"), (".wav", "ULAW"), (".flac", "PCM_16")]
 
 
-def archive(path: Path, members: dict[str, bytes]) -> list[Recording]:
-    """Write an archive; returns where its members are."""
-    with tarfile.open(path, "w") as tar:
-        for name, data in members.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
-    with tarfile.open(path) as tar:
-        return [Recording(member.name, str(path), member.offset_data, member.size) for member in tar]
-
-
 @pytest.mark.parametrize(("suffix", "subtype"), FORMATS)
 def test_samples_and_ranges_are_libsndfiles(tmp_path: Path, suffix: str, subtype: str) -> None:
     file = write_audio(tmp_path / f"a{suffix}", noise(40_001), subtype=subtype)
-    (member,) = archive(tmp_path / "t.tar", {f"a{suffix}": file.read_bytes()})
+    (member,) = write_archive(tmp_path / "t.tar", {f"a{suffix}": file.read_bytes()})
     expected, _ = soundfile.read(file, dtype="float32")
     for source in (file, str(file), file.read_bytes(), Recording(str(file)), member):
         assert num_samples(source) == num_samples(source, verify=True) == 40_001
@@ -136,36 +124,6 @@ def test_long_statistics_refuse_too(tmp_path: Path) -> None:
             statistics(files[name])
 
 
-def test_archives_are_opened_once(tmp_path: Path) -> None:
-    data = write_audio(tmp_path / "a.wav", noise(3000)).read_bytes()
-    members = archive(tmp_path / "t.tar", {f"{i}.wav": data for i in range(20)})
-    read_audio(members[0])
-    before = len(list(Path("/proc/self/fd").iterdir()))
-    for member in members:
-        np.testing.assert_array_equal(read_audio(member), read_audio(data))
-    assert len(list(Path("/proc/self/fd").iterdir())) == before
-
-
-def test_an_archive_that_was_replaced_is_read_anew(tmp_path: Path) -> None:
-    data = [write_audio(tmp_path / "a.wav", noise(3000, seed)).read_bytes() for seed in (1, 2)]
-    (member,) = archive(tmp_path / "t.tar", {"a.wav": data[0]})
-    np.testing.assert_array_equal(read_audio(member), read_audio(data[0]))
-    archive(tmp_path / "new.tar", {"a.wav": data[1]})
-    (tmp_path / "new.tar").replace(tmp_path / "t.tar")
-    np.testing.assert_array_equal(read_audio(member), read_audio(data[1]))
-
-
-def test_bad_archives(tmp_path: Path) -> None:
-    data = write_audio(tmp_path / "a.wav", noise(3000)).read_bytes()
-    (member,) = archive(tmp_path / "t.tar", {"a.wav": data})
-    with pytest.raises(InputError, match=r"t.tar:a.wav: not a readable"):
-        num_samples(member._replace(byte_offset=member.byte_offset + 100))
-    with pytest.raises(InputError, match="past the end of the archive"):
-        num_samples(member._replace(byte_size=10**9))
-    with pytest.raises(InputError, match="archive does not exist"):
-        num_samples(member._replace(archive=str(tmp_path / "gone.tar")))
-
-
 # Formats of TorchCodec
 
 
@@ -243,7 +201,7 @@ def test_torchcodec_decodes_other_formats(tmp_path: Path) -> None:
         (".opus", {"format": "OGG", "subtype": "OPUS"}),
     ):
         file = write_audio(tmp_path / f"a{suffix}", wave, **options)
-        (member,) = archive(tmp_path / "t.tar", {f"a{suffix}": file.read_bytes()})
+        (member,) = write_archive(tmp_path / "t.tar", {f"a{suffix}": file.read_bytes()})
         samples = read_audio(file)
         np.testing.assert_array_equal(read_audio(member), samples)
         assert num_samples(file) == num_samples(member) == len(samples)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import os
 import struct
-from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -18,6 +17,7 @@ import numpy as np
 import soundfile
 
 from spidr.config import SAMPLE_RATE, InputError
+from spidr.data.archive import Member
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -29,7 +29,6 @@ BLOCK = 1 << 16
 
 EPS = 1e-5
 """Added to the variance when an utterance is standardised."""
-
 
 HEADER = 4096
 """Bytes at the beginning of a file in which the header of a WAV is looked for."""
@@ -53,6 +52,12 @@ class Recording(NamedTuple):
     byte_size: int = 0
     mean: float | None = None
     std: float | None = None
+
+    def member(self) -> Member | None:
+        """The recording's bytes in its archive; None if it is a file of its own."""
+        if self.archive is None:
+            return None
+        return Member(self.archive, self.path, self.byte_offset, self.byte_size)
 
     def __str__(self) -> str:
         return self.path if self.archive is None else f"{self.archive}:{self.path}"
@@ -128,21 +133,7 @@ def _plain_wav(source: Source) -> int:
 
     Takes a quarter of the time: with millions of recordings, minutes.
     """
-    if isinstance(source, bytes):
-        header, size = source[:HEADER], len(source)
-    elif isinstance(source, Recording) and source.archive is not None:
-        header, size = _Member(source).read(HEADER), source.byte_size
-    else:
-        try:
-            descriptor = os.open(source.path if isinstance(source, Recording) else source, os.O_RDONLY)
-        except OSError:
-            return 0
-        try:
-            header, size = os.read(descriptor, HEADER), os.fstat(descriptor).st_size
-        except OSError:
-            return 0
-        finally:
-            os.close(descriptor)
+    header, size = _beginning(source)
     if header[:4] != b"RIFF" or header[8:12] != b"WAVE":
         return 0
     position, is_plain = 12, False
@@ -157,6 +148,21 @@ def _plain_wav(source: Source) -> int:
             return 0
         position += length + length % 2
     return 0
+
+
+def _beginning(source: Source) -> tuple[bytes, int]:
+    """The first bytes of a recording and how many there are in all; none of a file that cannot be read."""
+    if isinstance(source, bytes):
+        return source[:HEADER], len(source)
+    if isinstance(source, Recording):
+        if member := source.member():
+            return member.read(HEADER), source.byte_size
+        source = source.path
+    try:
+        with open(source, "rb", buffering=0) as file:  # noqa: PTH123
+            return file.read(HEADER), os.fstat(file.fileno()).st_size
+    except OSError:
+        return b"", 0
 
 
 def _moments(blocks: Iterator[NDArray[np.float32]]) -> tuple[float, float]:
@@ -211,9 +217,10 @@ def _input(source: Source) -> Any:
     """What libsndfile can open: a path or a binary file object."""
     if isinstance(source, bytes):
         return io.BytesIO(source)
-    if isinstance(source, Recording) and source.archive is not None:
-        return io.BufferedReader(_Member(source), BLOCK)
-    return source.path if isinstance(source, Recording) else os.fspath(source)
+    if isinstance(source, Recording):
+        member = source.member()
+        return source.path if member is None else io.BufferedReader(member)
+    return os.fspath(source)
 
 
 def _check_file(path: str) -> None:
@@ -274,13 +281,12 @@ def _read(source: Source, file: soundfile.SoundFile, start: int, stop: int) -> N
 
 def _decode(source: Source) -> NDArray[np.float32]:
     """All samples of a recording that libsndfile does not read."""
-    if isinstance(source, Recording) and source.archive is not None:
-        data: Any = _Member(source).readall()
-    elif isinstance(source, bytes):
-        data = source
-    else:
+    data: Any = source
+    if _is_file(source):
         data = str(source)
         _check_file(data)
+    elif isinstance(source, Recording) and (member := source.member()):
+        data = member.readall()
     try:
         decoder_class = import_module("torchcodec.decoders").AudioDecoder
         decoder = decoder_class(data)
@@ -305,56 +311,3 @@ def _decode(source: Source) -> NDArray[np.float32]:
     decoded: NDArray[np.float32] = samples[0].numpy()
     _check_finite(source, decoded)
     return decoded
-
-
-class _Archive:
-    """An open archive; closed when nothing refers to it any more."""
-
-    def __init__(self, path: str) -> None:
-        self.descriptor = os.open(path, os.O_RDONLY)
-
-    def __del__(self) -> None:
-        if hasattr(self, "descriptor"):
-            os.close(self.descriptor)
-
-
-@lru_cache(maxsize=64)
-def _open_archive(path: str, inode: int, modified: int) -> _Archive:  # noqa: ARG001
-    """Open an archive, once per process unless it has changed on disk."""
-    return _Archive(path)
-
-
-class _Member(io.RawIOBase):
-    """The bytes of an archive's member as a file. Reads say where they start, so processes can share the archive."""
-
-    def __init__(self, recording: Recording) -> None:
-        path = str(recording.archive)
-        try:
-            status = os.stat(path)  # noqa: PTH116
-            self._archive = _open_archive(path, status.st_ino, status.st_mtime_ns)
-        except FileNotFoundError:
-            raise InputError(
-                f"{path}: the archive does not exist. Was it moved since the manifest was written?"
-            ) from None
-        except OSError as error:
-            raise InputError(f"{path}: the archive cannot be opened ({error.strerror}).") from None
-        self._offset, self._size, self._position = recording.byte_offset, recording.byte_size, 0
-        if self._offset + self._size > status.st_size:
-            raise InputError(f"{recording}: lies past the end of the archive; write the manifest again.")
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
-        self._position = max(0, base + offset)
-        return self._position
-
-    def readinto(self, buffer: Any) -> int:
-        view = memoryview(buffer)[: max(0, self._size - self._position)]
-        count = os.preadv(self._archive.descriptor, [view], self._offset + self._position) if len(view) else 0
-        self._position += count
-        return count

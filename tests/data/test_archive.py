@@ -1,0 +1,57 @@
+"""Members of archives, opened once and read where they are."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from synthetic import noise, write_archive, write_audio
+
+from spidr.config import InputError
+from spidr.data import num_samples
+from spidr.data.archive import Member
+from spidr.data.audio import read_audio
+
+
+def test_a_member_is_a_file(tmp_path: Path) -> None:
+    data = bytes(range(256)) * 40
+    _, recording, _ = write_archive(tmp_path / "t.tar", {"a": b"before", "b": data, "c": b"after"})
+    member, expected = recording.member(), io.BytesIO(data)
+    assert isinstance(member, Member)
+    for offset, whence, size in ((0, 0, 100), (50, 1, 10_000), (-300, 2, 500), (0, 2, 5), (20_000, 0, 5), (3, 0, -1)):
+        assert member.seek(offset, whence) == expected.seek(offset, whence)
+        assert member.read(size) == expected.read(size)
+        assert member.tell() == expected.tell()
+    assert member.seekable()
+
+
+def test_archives_are_opened_once(tmp_path: Path) -> None:
+    data = write_audio(tmp_path / "a.wav", noise(3000)).read_bytes()
+    members = write_archive(tmp_path / "t.tar", {f"{i}.wav": data for i in range(20)})
+    read_audio(members[0])
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    for member in members:
+        np.testing.assert_array_equal(read_audio(member), read_audio(data))
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+def test_an_archive_that_was_replaced_is_read_anew(tmp_path: Path) -> None:
+    data = [write_audio(tmp_path / "a.wav", noise(3000, seed)).read_bytes() for seed in (1, 2)]
+    (member,) = write_archive(tmp_path / "t.tar", {"a.wav": data[0]})
+    np.testing.assert_array_equal(read_audio(member), read_audio(data[0]))
+    write_archive(tmp_path / "new.tar", {"a.wav": data[1]})
+    (tmp_path / "new.tar").replace(tmp_path / "t.tar")
+    np.testing.assert_array_equal(read_audio(member), read_audio(data[1]))
+
+
+def test_bad_archives(tmp_path: Path) -> None:
+    data = write_audio(tmp_path / "a.wav", noise(3000)).read_bytes()
+    (member,) = write_archive(tmp_path / "t.tar", {"a.wav": data})
+    with pytest.raises(InputError, match=r"t.tar:a.wav: not a readable"):
+        num_samples(member._replace(byte_offset=member.byte_offset + 100))
+    with pytest.raises(InputError, match="past the end of the archive"):
+        num_samples(member._replace(byte_size=10**9))
+    with pytest.raises(InputError, match="archive does not exist"):
+        num_samples(member._replace(archive=str(tmp_path / "gone.tar")))
