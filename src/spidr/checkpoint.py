@@ -202,7 +202,7 @@ class Checkpointer:
             ) from error
         self.step, self.epoch, self.last = checkpoint["step"], checkpoint["epoch"], path
         # The rate is a function of the number of updates, whatever kind of scheduler wrote the file.
-        self.scheduler.last_epoch = self.step
+        self.scheduler.last_epoch, self.scheduler._step_count = self.step, self.step + 1
         schedules = zip(self.scheduler.base_lrs, self.scheduler.lr_lambdas, strict=True)
         for group, settings, (base, factor) in zip(self.optimizer.param_groups, configured, schedules, strict=True):
             group.update(settings)  # the file's state, the configuration's settings

@@ -24,8 +24,7 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        aside.replace(path)
-        _sync_folder(path.parent)  # or the rename may be lost when the machine stops
+        _rename(aside, path)
     except BaseException as error:
         with suppress(OSError):
             aside.unlink(missing_ok=True)
@@ -43,10 +42,11 @@ def remove_unfinished(folder: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _sync_folder(path: Path) -> None:
-    folder = os.open(path, os.O_RDONLY)
+def _rename(aside: Path, path: Path) -> None:
+    aside.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        os.fsync(folder)  # or the rename may be lost when the machine stops
     finally:
         os.close(folder)
 
