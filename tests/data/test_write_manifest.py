@@ -124,7 +124,12 @@ def test_bad_arguments(corpus: Path, tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "t.tar", "w") as tar:
         tar.add(corpus)
     (tmp_path / "cut.tar").write_bytes((tmp_path / "t.tar").read_bytes()[:3000])
+    damaged = bytearray((tmp_path / "t.tar").read_bytes())
+    with tarfile.open(tmp_path / "t.tar") as tar:
+        damaged[tar.getmembers()[3].offset + 150] ^= 1  # in its checksum
+    (tmp_path / "damaged.tar").write_bytes(damaged)
     (tmp_path / "text.tar").write_text("no archive " * 100)
+    (tmp_path / "t.tar.zst").write_bytes(b"\x28\xb5\x2f\xfd" + bytes(100))
     (tmp_path / "empty").mkdir()
     (tmp_path / "folder.csv").mkdir()
     csv = tmp_path / "m.csv"
@@ -136,7 +141,9 @@ def test_bad_arguments(corpus: Path, tmp_path: Path) -> None:
         (write_manifest, corpus, corpus / "notes.txt" / "m.csv", "cannot be written"),
         (write_manifest_fairseq, corpus, csv, r"must end in \.tsv"),
         (write_manifest_tar, tmp_path / "t.tar.gz", csv, r"t\.tar\.gz: a compressed archive; decompress it"),
-        (write_manifest_tar, tmp_path / "cut.tar", csv, r"cut\.tar"),
+        (write_manifest_tar, tmp_path / "t.tar.zst", csv, r"t\.tar\.zst: a compressed archive; decompress it"),
+        (write_manifest_tar, tmp_path / "cut.tar", csv, r"cut\.tar: not a complete tar archive"),
+        (write_manifest_tar, tmp_path / "damaged.tar", csv, r"damaged\.tar: damaged after byte"),
         (write_manifest_tar, tmp_path / "text.tar", csv, "not a complete tar archive"),
         (write_manifest_tar, tmp_path / "gone.tar", csv, "does not exist"),
     ):

@@ -26,7 +26,7 @@ from spidr.data.manifest import ARCHIVE, REQUIRED, STATISTICS
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-CHUNK = 64
+CHUNK = 256
 """Recordings per task of a thread."""
 
 
@@ -63,10 +63,11 @@ def write_manifest_fairseq(dataset: str | Path, output: str | Path, file_extensi
     for path in [root, *paths]:
         if any(character in path for character in "\t\n\r"):
             raise InputError(f"{path!r}: fairseq's manifests cannot hold tabs and line breaks; write a .csv.")
-    rows = _describe([Recording(path) for path in paths], len(paths), stats=False)
+    table = _describe([Recording(path) for path in paths], len(paths), stats=False)
     with _replacing(output) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
         file.write(f"{root}\n")
-        file.writelines(f"{os.path.relpath(row['path'], root)}\t{row['num_samples']}\n" for row in rows)
+        rows = table.select("path", "num_samples").iter_rows()
+        file.writelines(f"{os.path.relpath(path, root)}\t{samples}\n" for path, samples in rows)
 
 
 def write_manifest_tar(
@@ -79,11 +80,10 @@ def write_manifest_tar(
     """
     output = _check_output(output, (".csv", ".jsonl"))
     archive = os.path.abspath(dataset)  # noqa: PTH100
-    rows = list(_describe(_members(archive, _suffix(file_extension)), None, stats=stats))
-    if not rows:
+    table = _describe(_members(archive, _suffix(file_extension)), None, stats=stats)
+    if table.is_empty():
         raise InputError(f"{archive}: no member's name ends in {_suffix(file_extension)}.")
-    rows.sort(key=lambda row: (row["path"], row["byte_offset"]))
-    _write_table(output, rows)
+    _write_table(output, table.sort("path", "byte_offset"))
 
 
 def _suffix(file_extension: str) -> str:
@@ -122,10 +122,15 @@ def _members(archive: str, suffix: str) -> Iterator[Recording]:
                         )
                     yield Recording(member.name, archive, member.offset_data, member.size)
                 tar.members = []  # type: ignore[attr-defined]  # Else the archive's whole table of contents is kept.
+            # A damaged header ends the loop without an error; an archive ends with zeros.
+            with open(archive, "rb") as file:  # noqa: PTH123
+                file.seek(tar.offset)
+                if file.read(tarfile.BLOCKSIZE).strip(b"\0"):
+                    raise InputError(f"{archive}: damaged after byte {tar.offset}; pack the archive once more.")
     except FileNotFoundError:
         raise InputError(f"{archive}: the archive does not exist.") from None
     except tarfile.TarError as error:
-        if tarfile.is_tarfile(archive) and _is_compressed(archive):
+        if _is_compressed(archive):
             reason = "a compressed archive; decompress it first, recordings are read from where they lie in it"
         else:
             reason = f"not a complete tar archive ({error})"
@@ -139,50 +144,50 @@ def _is_compressed(path: str) -> bool:
         return file.read(6).startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd"))
 
 
-def _describe(recordings: Iterable[Recording], total: int | None, *, stats: bool) -> Iterator[dict[str, Any]]:
-    """A manifest's rows, several recordings at once, in the given order."""
+def _describe(recordings: Iterable[Recording], total: int | None, *, stats: bool) -> pl.DataFrame:
+    """A manifest's rows in the given order, several recordings at once."""
 
-    def describe(chunk: list[Recording]) -> list[dict[str, Any]]:
-        return [_row(recording, stats=stats) for recording in chunk]
+    def describe(chunk: list[Recording]) -> pl.DataFrame:
+        columns = zip(*(_row(recording, stats=stats) for recording in chunk), strict=True)
+        return pl.DataFrame(list(columns), schema=_schema(chunk[0], stats=stats), orient="col")
 
     threads = min(32, (os.cpu_count() or 1) + 4)
     iterator = iter(recordings)
-    pending: deque[Future[list[dict[str, Any]]]] = deque()
+    pending: deque[Future[pl.DataFrame]] = deque()
+    tables: list[pl.DataFrame] = []
     pool = ThreadPoolExecutor(threads)
     with tqdm(total=total, desc="Manifest", unit="file", disable=None) as progress:
 
-        def finished() -> list[dict[str, Any]]:
-            rows = pending.popleft().result()
-            progress.update(len(rows))
-            return rows
+        def finish_one() -> None:
+            tables.append(pending.popleft().result())
+            progress.update(tables[-1].height)
 
         try:
             # Never far ahead of the results: after an error, little remains to be waited for.
             while chunk := list(islice(iterator, CHUNK)):
                 pending.append(pool.submit(describe, chunk))
                 if len(pending) > 2 * threads:
-                    yield from finished()
+                    finish_one()
             while pending:
-                yield from finished()
+                finish_one()
         finally:
             pool.shutdown(cancel_futures=True)
+    return pl.concat(tables) if tables else pl.DataFrame(schema=REQUIRED)
 
 
-def _row(recording: Recording, *, stats: bool) -> dict[str, Any]:
+def _schema(recording: Recording, *, stats: bool) -> dict[str, Any]:
+    return REQUIRED | (ARCHIVE if recording.archive is not None else {}) | (STATISTICS if stats else {})
+
+
+def _row(recording: Recording, *, stats: bool) -> tuple[Any, ...]:
+    """Values in the order of the schema."""
     try:
         str(recording).encode()
     except UnicodeEncodeError:
         raise InputError(f"{str(recording)!r}: the name is not valid UTF-8; rename the file.") from None
-    row: dict[str, Any] = {
-        "fileid": os.path.splitext(os.path.basename(recording.path))[0],  # noqa: PTH119, PTH122
-        "path": recording.path,
-        "num_samples": num_samples(recording),
-    }
-    if recording.archive is not None:
-        row |= {name: getattr(recording, name) for name in ARCHIVE}
-    if stats:
-        row |= dict(zip(STATISTICS, statistics(recording), strict=True))
-    return row
+    fileid = os.path.splitext(os.path.basename(recording.path))[0]  # noqa: PTH119, PTH122
+    place = () if recording.archive is None else (recording.archive, recording.byte_offset, recording.byte_size)
+    return fileid, recording.path, num_samples(recording), *place, *(statistics(recording) if stats else ())
 
 
 def _check_output(output: str | Path, suffixes: tuple[str, ...]) -> Path:
@@ -194,10 +199,7 @@ def _check_output(output: str | Path, suffixes: tuple[str, ...]) -> Path:
     return output
 
 
-def _write_table(output: Path, rows: Iterable[dict[str, Any]]) -> None:
-    schema: dict[str, Any] = REQUIRED | ARCHIVE | STATISTICS
-    rows = list(rows)
-    table = pl.DataFrame(rows, schema={name: schema[name] for name in rows[0]})
+def _write_table(output: Path, table: pl.DataFrame) -> None:
     with _replacing(output) as temporary:
         if output.suffix == ".csv":
             table.write_csv(temporary)
