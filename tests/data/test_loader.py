@@ -252,23 +252,22 @@ def test_workers_outlive_signals_meant_for_the_main_process(cfg: DataConfig) -> 
     loader.close()
 
 
-@pytest.mark.parametrize("start_method", ["fork", "spawn"])
-def test_a_failing_program_ends(cfg: DataConfig, tmp_path: Path, start_method: str) -> None:
+def test_a_failing_program_ends(cfg: DataConfig, tmp_path: Path) -> None:
     """Workers do not keep a program alive that ends without closing its loader."""
     script = tmp_path / "program.py"
     script.write_text(
         textwrap.dedent(f"""
         from spidr.config import DataConfig, MaskingConfig
-        from spidr.data import build_dataloader
+        from spidr.data import build_dataloader, loader
 
+        loader.WORKER_GRACE = 1000
         if __name__ == "__main__":
             cfg = DataConfig({cfg.manifest!r}, num_workers=2, max_batch_length=20_000, max_sample_size=5000)
-            iterator = iter(build_dataloader(cfg, MaskingConfig(), start_method={start_method!r}))
+            iterator = iter(build_dataloader(cfg, MaskingConfig(), start_method="fork"))
             next(iterator)
             raise SystemExit(7)
         """)
     )
-    # Less than the time after which a worker gives up by itself.
-    done = subprocess.run([sys.executable, str(script)], timeout=25, check=False, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, str(script)], timeout=120, check=False, capture_output=True, text=True)
     assert done.returncode == 7
     assert done.stderr == ""
