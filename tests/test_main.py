@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from slurm_cluster import wait_for
 from spidr import __main__ as command_line
 from spidr.__main__ import main
+from spidr.tools.metrics import read_metrics
 from tiny_run import assert_same_outcome, write_config, write_recordings
 
 ON_SLURM = ["-A", "me", "-N", "2", "-G", "4"]
@@ -209,6 +212,20 @@ def test_status_of_several_processes_is_the_command_s(config: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 2
     assert "error: gone.csv: the manifest does not exist" in done.stderr
+
+
+@pytest.mark.slow
+def test_all_processes_save_when_the_command_is_told_to_stop(config: Path, tmp_path: Path) -> None:
+    long = write_config(tmp_path, tmp_path / "data/manifest.csv", "long", optimizer={"max_steps": 100_000})
+    code = f"from spidr.__main__ import _train_on_gpus; _train_on_gpus({str(long)!r}, 2)"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+        run_dir = tmp_path / "p/long"
+        assert wait_for(lambda: len(read_metrics(run_dir / "metrics.jsonl")) > 3, 120)
+        process.terminate()
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, errors
+    last = read_metrics(run_dir / "metrics.jsonl")[-1]["step"]
+    assert (run_dir / f"step_{last}.pt").exists()
 
 
 def test_one_line_for_a_wrong_manifest(config: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -200,11 +201,32 @@ def test_checkout_is_that_of_the_code(tmp_path: Path, monkeypatch: pytest.Monkey
     assert slurm.describe_checkout(tmp_path / "elsewhere/spidr") == {}
 
 
-def test_only_a_working_tree_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(slurm, "PACKAGE", Path("/env/lib/python3.12/site-packages/spidr"))
-    assert slurm.is_installed()
-    monkeypatch.setattr(slurm, "PACKAGE", Path("/home/me/spidr/src/spidr"))
-    assert not slurm.is_installed()
+@pytest.mark.usefixtures("fake_sbatch")
+@pytest.mark.parametrize("place", ["env/lib/python3.12/site-packages", "repo/src"])
+def test_working_tree_is_copied_and_installed_package_is_not(tmp_path: Path, place: str) -> None:
+    """From the code that runs, not from where the user stands: in a checkout with an installed package, or outside."""
+    package, repo, elsewhere = tmp_path / place / "spidr", tmp_path / "repo", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    git(tmp_path, "init", "repo")
+    shutil.copytree(slurm.PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__"))
+    (repo / "README").touch()
+    git(repo, "add", ".")
+    git(repo, "commit", "-m", "x")
+    installed = package.parent.name == "site-packages"
+    config = write_config(tmp_path, write_recordings(tmp_path / "data", count=2))
+    done = subprocess.run(
+        [sys.executable, "-m", "spidr", str(config), "-A", "a", "-N", "1", "-G", "1", "--dump", str(tmp_path / "dump")],
+        cwd=repo if installed else elsewhere,
+        env={**os.environ, "PYTHONPATH": str(package.parent)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    folder = tmp_path / "dump/run"
+    assert (done.returncode, done.stdout) == (0, f"Submitted job 12: {folder}\n"), done.stderr
+    assert (folder / "code").exists() == (folder / "git-info.txt").exists() == (not installed)
+    code = package.parent if installed else folder / "code"
+    assert f" {code} {folder}/%j\n" in (folder / "12/12_submission.sh").read_text()
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -464,8 +486,10 @@ def test_preempted_training_ends_as_an_undisturbed_one(
     cluster: Cluster, tmp_path: Path, manifest: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_dir, undisturbed = tmp_path / "p/on slurm", tmp_path / "p/here"
-    job_id, folder = start_training(cluster, tmp_path / "dump", write_config(tmp_path, manifest, "on slurm"))
-    torchrun(2, write_config(tmp_path, manifest, "here"))
+    workers = {"num_workers": 1}  # which the signal reaches, too
+    config = write_config(tmp_path, manifest, "on slurm", data=workers)
+    job_id, folder = start_training(cluster, tmp_path / "dump", config)
+    torchrun(2, write_config(tmp_path, manifest, "here", data=workers))
     assert wait_for(lambda: steps_done(run_dir) >= 5, 120), logs(folder)
     cluster.run("scancel", "--signal=USR2", job_id)
     job = cluster.wait(job_id, seconds=200)
@@ -513,16 +537,16 @@ def test_array_of_three_configurations(cluster: Cluster, tmp_path: Path, manifes
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_more_requeues_than_submitit_allows(cluster: Cluster, tmp_path: Path, manifest: Path) -> None:
-    """Also without the controller for a while, and with a time limit that submitit would count as reached."""
+    """Whatever the signal, without the controller for a while, and with a limit that submitit counts as reached."""
     long = {"max_steps": 200}
     job_id, folder = start_training(
         cluster, tmp_path / "dump", write_config(tmp_path, manifest, "slurm", optimizer=long), options="-N 1 -G 1 -t 10"
     )
     run_dir = tmp_path / "p/slurm"
-    for restart in range(5):
+    for restart, signal in enumerate(["USR2", "TERM", "USR1", "USR2", "USR2"]):
         before = steps_done(run_dir)
         assert wait_for(lambda: steps_done(run_dir) > before + 2, 120), logs(folder)  # noqa: B023
-        cluster.run("scancel", "--signal=USR2", job_id)
+        cluster.run("scancel", f"--signal={signal}", job_id)
         if restart == 2:
             cluster.stop_controller()
             time.sleep(3)

@@ -147,8 +147,9 @@ def _train_on_gpus(path: str, count: int) -> None:
     """Train in one process per GPU, which end with this one.
 
     Raises:
-        SystemExit: With the status of the process that failed first.
+        SystemExit: With the status of the process that failed first, or that of a signal, which all of them get.
     """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
@@ -156,6 +157,8 @@ def _train_on_gpus(path: str, count: int) -> None:
         torchrun(["--standalone", f"--nproc-per-node={count}", "-m", "spidr.train", path])
     except ChildFailedError as error:
         raise SystemExit(error.get_first_failure()[1].exitcode) from None
+    except SignalException as stop:
+        raise SystemExit(128 + stop.sigval) from None
 
 
 if __name__ == "__main__":
