@@ -131,6 +131,8 @@ class Cluster:
             (self.root / node).mkdir()
             text += f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs={self.cpus} "
             text += f"RealMemory=64000 Gres=gpu:{len(GPU_FILES)} State=UNKNOWN Features=a100\n"
+        if _resolves_to_loopback(host):  # else the daemons listen on every address, behind munge's key
+            text += "CommunicationParameters=NoInAddrAny,NoCtldInAddrAny\n"
         self.conf.write_text(text)
         gpus = [f"NodeName={node} Name=gpu File={file}\n" for node in self.nodes for file in GPU_FILES]
         (self.root / "gres.conf").write_text("AutoDetect=off\n" + "".join(gpus))
@@ -208,6 +210,13 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+def _resolves_to_loopback(host: str) -> bool:
+    try:
+        return socket.gethostbyname(host).startswith("127.")
+    except OSError:
+        return False
 
 
 def _free_ports(count: int) -> list[int]:

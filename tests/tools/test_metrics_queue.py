@@ -56,7 +56,7 @@ def records(path: Path) -> Iterator[Record]:
 def logged(run_dir: Path) -> list[dict[str, Any]]:
     """What wandb's offline files hold, in the order of logging."""
     rows = []
-    for path in sorted(run_dir.glob("wandb/offline-run-*/*.wandb")):
+    for path in sorted(run_dir.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime_ns):
         for record in records(path):
             items = {item.key or "/".join(item.nested_key): item.value_json for item in record.history.item}
             if items:
@@ -72,7 +72,7 @@ def test_pushes_in_step_order_and_only_once(run_dir: Path, capsys: pytest.Captur
     assert main([str(run_dir), "--entity", "team", "--runid", "abc"]) == 0
     assert capsys.readouterr().out == "5 lines pushed\n"
     assert logged(run_dir) == [row("dev", 0), row("train", 5), row("dev", 5), row("train", 10), row("dev", 10)]
-    assert len(list(run_dir.glob("wandb/offline-run-*-abc"))) == 1
+    assert len(list(run_dir.glob("wandb/offline-run-*-abc*"))) == 1
     assert [line["step"] for line in read_metrics(run_dir / "metrics.jsonl") if line["group"] == "dev"] == [0, 5, 10]
 
     # The folder knows the run from now on. Nothing is left to push, until another result comes in.
