@@ -21,6 +21,7 @@ from spidr.config import InputError, read_config
 from spidr.tools.metrics import read_metrics
 from tiny_run import MEASURED
 
+torch.set_num_threads(1)  # more of them only slow such small models down
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["spidr.train", "processes"])
 
