@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from conftest import GoldenCase, tiny_model
+from small_models import GoldenCase, tiny_model
 from spidr.config import OptimizerConfig
 from spidr.optimizer import build_optimizer, drop_frozen, lr_factor
 

@@ -15,7 +15,7 @@ import pytest
 import soundfile
 import torch
 
-from conftest import TINY
+from small_models import TINY
 from spidr.config import read_config, to_dict
 from spidr.models import SpidR, build_model
 

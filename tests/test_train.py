@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from conftest import GoldenCase
 from processes import Fault, Ranks, assert_same_run, complete, outcome
+from small_models import GoldenCase
 from spidr.config import (
     Config,
     DataConfig,

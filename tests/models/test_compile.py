@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from conftest import tiny_model
+from small_models import tiny_model
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from conftest import tiny_model
+from small_models import tiny_model
 from spidr.config import DinoSRConfig, InputError, conv_length
 from spidr.models import DinoSR, SpidR
 from spidr.models.dinosr import ema_scheduler
@@ -366,7 +366,7 @@ def test_initial_weights_are_a_function_of_the_seed(model_type: str) -> None:
 DDP_LOOP = """
 import sys, torch, torch.distributed as dist
 sys.path.insert(0, sys.argv[1])
-from conftest import tiny_model
+from small_models import tiny_model
 from torch.nn.parallel import DistributedDataParallel
 dist.init_process_group("gloo")
 rank = dist.get_rank()

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from conftest import tiny_config
+from small_models import tiny_config
 from spidr.models.transformer import Attention, Block, PositionalConvolution, Transformer
 
 
