@@ -1,0 +1,249 @@
+"""Checkpoints: written whole or not at all, damaged ones passed over, old ones and foreign ones told apart."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from small_models import tiny_model
+from spidr.checkpoint import Checkpointer, read_checkpoint
+from spidr.config import InputError, OptimizerConfig
+from spidr.optimizer import build_optimizer
+
+CFG = OptimizerConfig(lr=1e-2, warmup_steps=4, hold_steps=2, decay_steps=4)
+
+
+def checkpointer(folder: Path, interval: int = 1, keep_latest: int = -1, seed: int = 0, **changes: Any) -> Checkpointer:
+    model = tiny_model(seed=seed, **changes)
+    optimizer, scaler, scheduler = build_optimizer(model, CFG)
+    result = Checkpointer(folder, interval, keep_latest)
+    result.init_state(model, optimizer, scheduler, scaler)
+    return result
+
+
+def train_a_step(state: Checkpointer) -> None:
+    for parameter in state.model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.full_like(parameter, 0.1)
+    state.optimizer.step()
+    state.scheduler.step()
+
+
+def steps(folder: Path) -> list[int]:
+    return sorted(int(path.stem.removeprefix("step_")) for path in folder.glob("step_*.pt"))
+
+
+def test_everything_comes_back(tmp_path: Path) -> None:
+    saved = checkpointer(tmp_path)
+    for _ in range(6):
+        train_a_step(saved)
+    saved.extra = {"position": 12, "means": {"loss": [1.5, 2]}}
+    assert saved.save(6, epoch=3)
+    found = checkpointer(tmp_path, seed=1)
+    assert found.load_existing_run()
+    assert (found.step, found.epoch, found.last) == (6, 3, tmp_path / "step_6.pt")
+    assert found.extra == {"position": 12, "means": {"loss": [1.5, 2]}}
+    for _ in range(2):  # the same from here on
+        for name, value in saved.model.state_dict().items():
+            assert torch.equal(value, found.model.state_dict()[name]), name
+        assert found.scheduler.get_last_lr() == saved.scheduler.get_last_lr()
+        assert found.scheduler.state_dict() == saved.scheduler.state_dict()
+        train_a_step(saved)
+        train_a_step(found)
+
+
+def test_when_to_save(tmp_path: Path) -> None:
+    saved = checkpointer(tmp_path, interval=3)
+    assert [saved.save(step, 0) for step in range(7)] == [True, False, False, True, False, False, True]
+    assert saved.save(7, 0, force=True)
+    saved.save_final(8, 1)
+    assert steps(tmp_path) == [0, 3, 6, 7]
+    assert read_checkpoint(tmp_path / "final.pt")["step"] == 8
+    assert not checkpointer(tmp_path, interval=0).save(0, 0)
+
+
+def test_disabled_writes_nothing(tmp_path: Path) -> None:
+    state = checkpointer(tmp_path)
+    state.disable = True
+    assert state.save(4, 2)
+    state.save_final(4, 2)
+    assert (state.step, state.epoch) == (4, 2)
+    assert not list(tmp_path.iterdir())
+
+
+def test_keep_latest_spares_what_is_needed(tmp_path: Path) -> None:
+    saved = checkpointer(tmp_path, keep_latest=2)
+    saved.needed = lambda: {1, 4}
+    for step in range(6):
+        saved.save(step, 0)
+    assert steps(tmp_path) == [1, 4, 5]
+    saved.needed = set
+    saved.save(6, 0)
+    assert steps(tmp_path) == [5, 6]
+
+
+def test_damaged_file_of_a_later_step_does_not_count_as_kept(tmp_path: Path) -> None:
+    saved = checkpointer(tmp_path, keep_latest=1)
+    (tmp_path / "step_9.pt").write_bytes(b"damaged")
+    saved.save(4, 0)
+    saved.save(5, 0)
+    assert steps(tmp_path) == [5, 9]
+    assert checkpointer(tmp_path).find_latest() == tmp_path / "step_5.pt"
+
+
+def _truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def _empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def _flip_a_weight(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    weights = tiny_model().mask_embedding.detach().numpy().tobytes()
+    content[content.index(weights) + 5] ^= 0x10
+    path.write_bytes(content)
+
+
+def _other_step(path: Path) -> None:
+    path.write_bytes(path.with_name("step_1.pt").read_bytes())
+
+
+def _weights_only(path: Path) -> None:
+    torch.save({"model": tiny_model().state_dict()}, path)
+
+
+def _text(path: Path) -> None:
+    path.write_text("not a checkpoint")
+
+
+class _Evil:
+    def __reduce__(self) -> Any:
+        return os.system, ("touch executed",)
+
+
+def _malicious(path: Path) -> None:
+    torch.save({**read_checkpoint(path), "extra": _Evil()}, path)
+
+
+def _malicious_pickle(path: Path) -> None:
+    path.write_bytes(pickle.dumps(_Evil()))
+
+
+DAMAGES = [_truncate, _empty, _flip_a_weight, _other_step, _weights_only, _text, _malicious, _malicious_pickle]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_checkpoint_is_passed_over(
+    tmp_path: Path, damage: Callable[[Path], None], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    saved = checkpointer(tmp_path)
+    for step in (1, 2, 3):
+        saved.save(step, 0)
+    damage(tmp_path / "step_3.pt")
+    with caplog.at_level(logging.WARNING, "spidr"):
+        assert checkpointer(tmp_path).find_latest() == tmp_path / "step_2.pt"
+    assert [record.getMessage().count("step_3.pt") >= 1 for record in caplog.records] == [True]
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("damage", [_truncate, _empty, _malicious])
+def test_damaged_final_checkpoint_is_passed_over(tmp_path: Path, damage: Callable[[Path], None]) -> None:
+    saved = checkpointer(tmp_path)
+    saved.save(3, 0)
+    saved.save_final(4, 0)
+    assert checkpointer(tmp_path).find_latest() == tmp_path / "final.pt"
+    damage(tmp_path / "final.pt")
+    assert checkpointer(tmp_path).find_latest() == tmp_path / "step_3.pt"
+
+
+def test_the_later_of_final_and_numbered(tmp_path: Path) -> None:
+    saved = checkpointer(tmp_path)
+    saved.save_final(4, 0)
+    saved.save(4, 0)
+    assert checkpointer(tmp_path).find_latest() == tmp_path / "final.pt"
+    saved.save(5, 0)  # max_steps was raised
+    assert checkpointer(tmp_path).find_latest() == tmp_path / "step_5.pt"
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(position=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7), cut=st.booleans())
+def test_any_damage_is_noticed_or_harmless(tmp_path: Path, position: float, bit: int, cut: bool) -> None:
+    """A flipped bit or a cut anywhere: either it is refused, or what is read has not changed."""
+    good = tmp_path / "good.pt"
+    if not good.exists():
+        checkpointer(tmp_path).save(1, 0)
+        (tmp_path / "step_1.pt").rename(good)
+    content = bytearray(good.read_bytes())
+    place = int(position * len(content))
+    if cut:
+        del content[place:]
+    else:
+        content[place] ^= 1 << bit
+    bad = tmp_path / "bad.pt"
+    bad.write_bytes(content)
+    try:
+        found = read_checkpoint(bad)
+    except InputError:
+        return
+    expected = read_checkpoint(good)
+    assert all(torch.equal(found["model"][name], value) for name, value in expected["model"].items())
+    assert (found["step"], found["epoch"]) == (1, 0)
+
+
+def test_load_says_what_is_wrong(tmp_path: Path) -> None:
+    state = checkpointer(tmp_path)
+    with pytest.raises(InputError, match=r"step_3\.pt: cannot be read \(No such file or directory\)"):
+        state.load(3)
+    state.save(3, 0)
+    other = checkpointer(tmp_path, codebook_size=10)
+    with pytest.raises(InputError, match=r"step_3\.pt: does not fit the configured model \(.*heads\.0"):
+        other.load(3)
+
+
+def test_checkpoint_of_version_0_1_2(tmp_path: Path) -> None:
+    """``module.`` before the names, a scheduler and a scaler of other kinds, other optimizer flags, no position."""
+    saved = checkpointer(tmp_path)
+    for _ in range(6):
+        train_a_step(saved)
+    saved.save(6, epoch=2)
+    document = read_checkpoint(tmp_path / "step_6.pt")
+    document["model"] = {f"module.{name}": value for name, value in document["model"].items()}
+    for group in document["optimizer"]["param_groups"]:
+        del group["decoupled_weight_decay"], group["initial_lr"]
+        group["fused"] = None
+    document["scheduler"] = {"_schedulers": [{}], "last_epoch": 6}
+    document["scaler"] = {"scale": 65536.0, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 2000,
+                          "_growth_tracker": 6}  # fmt: skip
+    torch.save(document, tmp_path / "step_6.pt")
+    found = checkpointer(tmp_path, seed=1)
+    found.load(6)
+    train_a_step(saved)
+    train_a_step(found)
+    assert found.scheduler.get_last_lr() == saved.scheduler.get_last_lr()
+    for name, value in saved.model.state_dict().items():
+        assert torch.equal(value, found.model.state_dict()[name]), name
+    assert "position" not in found.extra
+
+
+def test_new_metrics(tmp_path: Path) -> None:
+    state = checkpointer(tmp_path)
+    assert state.find_new_metrics() == []
+    lines = [{"step": step, "group": "dev", "loss": 1.0} for step in range(3)]
+    for expected in itertools.chain([lines[:2]], [lines[2:]], [[]]):
+        with state.metrics.open("a") as file:
+            file.writelines(json.dumps(line) + "\n" for line in expected)
+        assert state.find_new_metrics() == expected
