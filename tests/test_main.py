@@ -71,7 +71,7 @@ def test_wrong_usage(config: Path, capsys: pytest.CaptureFixture[str], options: 
             ["CONFIG", *ON_SLURM, "--dump", "DUMP", "-C", ""],
             "constraint: found '', accepted: a string that is not empty",
         ),
-        (["CONFIG", *ON_SLURM, "--dump", "DUMP/100%"], "SLURM gives % and \\ in paths a meaning of their own"),
+        (["CONFIG", *ON_SLURM, "--dump", "DUMP/run%j"], "%j has a meaning of its own in SLURM's paths"),
     ],
 )
 def test_wrong_input(

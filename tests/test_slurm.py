@@ -34,7 +34,7 @@ from tiny_run import assert_same_outcome, write_config, write_recordings
 
 ONE_TASK = SlurmConfig(account="a", nodes=1, gpus_per_node=1, time=60)
 TWO_TASKS = replace(ONE_TASK, gpus_per_node=2)
-HOSTILE = "a 'b\n$(touch pwned)\n\"; touch pwned #{}"
+HOSTILE = "a 'b\n$(touch pwned)\n\"; touch pwned #{} 5% é"
 
 # --------------------------------------------------------------------------------------------------------------------
 # The script and its arguments
@@ -59,11 +59,12 @@ def test_nothing_reaches_a_shell_unquoted(folder: str, options: tuple[str, ...])
     account, partition, constraint, qos, memory = options
     config = SlurmConfig(account, 2, 4, qos, 60, 3, memory, constraint, partition)
     path = Path("/dump") / folder
+    pattern = str(path).replace("%", "%%")
     submission = slurm.prepare(folder, 1, path, config, copy_code=True)
     assert {f"--account={account}", f"--partition={partition}", f"--constraint={constraint}"} < {*submission.command}
-    assert {f"--qos={qos}", f"--mem-per-gpu={memory}", f"--output={path}/%j_slurm.log"} < {*submission.command}
+    assert {f"--qos={qos}", f"--mem-per-gpu={memory}", f"--output={pattern}/%j_slurm.log"} < {*submission.command}
     arguments = run_script(submission.script, Path("/"))
-    assert f"--output={path}/%j/%j_%t_log.out" in arguments
+    assert f"--output={pattern}/%j/%j_%t_log.out" in arguments
     assert arguments[-7:] == [sys.executable, "-P", "-u", "-c", slurm.RUN, f"{path}/code", f"{path}/%j"]
 
 
@@ -310,7 +311,7 @@ def logs(folder: Path) -> str:
 
 def test_array_with_hostile_names_from_inside_a_job(cluster: Cluster, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)
-    dump = tmp_path / HOSTILE.replace("/", "") / "dump"
+    dump = tmp_path / HOSTILE / "dump"
 
     def report(number: int) -> None:
         import spidr
@@ -335,7 +336,7 @@ def test_array_with_hostile_names_from_inside_a_job(cluster: Cluster, tmp_path: 
             code = str(Path(folder) / "code/spidr/__init__.py")
             assert seen == [number, str(tmp_path), code, str(rank), "2", str(number), "0,1"]
         assert (Path(folder) / f"{job_id}_{number}/{job_id}_{number}_1_log.out").exists()
-    assert folder == str(dump / HOSTILE)
+    assert folder == str(dump / HOSTILE.replace("%", "_"))
     assert not list(tmp_path.rglob("pwned"))
 
 

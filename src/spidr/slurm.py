@@ -40,6 +40,7 @@ from submitit.core.submission import submitit_main
 sys.path.insert(0, sys.argv.pop(1))
 submitit_main()
 """
+SUBMITTING = "validation"  # how the names of threads that submit begin
 PACKAGE = Path(__file__).resolve().parent
 PRESET_KEYS = ("time", "cpus_per_task", "mem_per_gpu", "constraint", "partition", "qos")
 
@@ -95,15 +96,9 @@ def submit(
     copy_code: bool,
     max_timeouts: int = sys.maxsize,
 ) -> tuple[str, Path]:
-    """As :func:`launch_with_submitit`, but says what came of it.
+    """As :func:`launch_with_submitit`, whose arguments these are, but says what came of it.
 
-    Args:
-        job_name: See there, as for the other arguments.
-        jobs: See there.
-        dump: See there.
-        slurm: See there.
-        copy_code: See there.
-        max_timeouts: How often a job that does not handle its time limit itself starts again after it.
+    ``max_timeouts`` is how often a job whose call does not handle its time limit itself starts again after it.
 
     Returns:
         The job id and the job folder.
@@ -164,10 +159,11 @@ def prepare(job_name: str, count: int, folder: Path, slurm: SlurmConfig, *, copy
         # So long before the time limit; SLURM may be up to a minute early. Enough for a step and a checkpoint.
         "signal": f"USR2@{min(120, 15 * slurm.time) if slurm.time else 120}",
     }
+    pattern = str(folder).replace("%", "%%")
     # SLURM's own messages; a job whose log is in a folder that is yet to be made would fail to start.
-    command = ["sbatch", "--parsable", "--requeue", "--open-mode=append", f"--output={folder}/{job}_slurm.log"]
+    command = ["sbatch", "--parsable", "--requeue", "--open-mode=append", f"--output={pattern}/{job}_slurm.log"]
     command += [f"--{name}={value}" for name, value in options.items() if value is not None]
-    log = f"{folder}/{job}/{job}_%t_log"
+    log = f"{pattern}/{job}/{job}_%t_log"
     srun = ["srun", "--unbuffered", "--kill-on-bad-exit=1", "--open-mode=append"]
     srun += [f"--output={log}.out", f"--error={log}.err"]
     if slurm.cpus_per_task:  # srun has not taken it from sbatch since SLURM 22.05
@@ -223,8 +219,8 @@ def job_folders(dump: str | Path, job_name: str, launch_time: datetime) -> Itera
         InputError: If SLURM could not write logs there.
     """
     dump = Path(dump).absolute()
-    if re.search(r"[%\\]", str(dump)):
-        raise InputError(f"--dump {dump}: SLURM gives % and \\ in paths a meaning of their own; choose another folder")
+    if found := re.search(r"%[jtAa]|\\", str(dump)):
+        raise InputError(f"{dump}: {found[0]} has a meaning of its own in SLURM's paths; choose another folder")
     name = re.sub(r"[/\\%\0]", "_", job_name)
     name = "_" if name in ("", ".", "..") else name
     yield dump / name
@@ -297,6 +293,9 @@ class Job:
         try:
             self.function(*self.args)
         except Preempted:
+            for thread in threading.enumerate():
+                if thread.name.startswith(SUBMITTING):
+                    thread.join(30)  # requeueing ends it
             # Only after a status of 0 does srun leave the first process the time to requeue.
             if int(os.environ["SLURM_PROCID"]) == 0 and not requeue(os.environ["SLURM_JOB_ID"]):
                 raise
@@ -410,7 +409,8 @@ class ValidationJobs:
         self._pending(step).touch()
         resume = ResumeConfig(step, str(checkpoint), str(self._results(step)))
         # Read now: the environment may be another one when the thread gets to it.
-        thread = threading.Thread(target=self._submit, args=(cfg, resume, validation_slurm(cfg)), name=f"step {step}")
+        arguments = (cfg, resume, validation_slurm(cfg))
+        thread = threading.Thread(target=self._submit, args=arguments, name=f"{SUBMITTING} of step {step}")
         thread.start()
         return thread
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from wandb.proto.wandb_internal_pb2 import Record
 
+from slurm_cluster import wait_for
 from spidr.config import read_config, to_dict
 from spidr.tools import metrics_queue
 from spidr.tools.metrics import read_metrics
@@ -64,6 +65,11 @@ def logged(run_dir: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def assert_logged(run_dir: Path, rows: list[dict[str, Any]]) -> None:
+    """Check what wandb has; its service may write a moment after a run has been finished."""
+    assert wait_for(lambda: logged(run_dir) == rows, 20), logged(run_dir)
+
+
 def row(group: str, step: int) -> dict[str, float]:
     return {f"{group}/step": step, f"{group}/loss": step / 10}
 
@@ -71,7 +77,8 @@ def row(group: str, step: int) -> dict[str, float]:
 def test_pushes_in_step_order_and_only_once(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(run_dir), "--entity", "team", "--runid", "abc"]) == 0
     assert capsys.readouterr().out == "5 lines pushed\n"
-    assert logged(run_dir) == [row("dev", 0), row("train", 5), row("dev", 5), row("train", 10), row("dev", 10)]
+    rows = [row("dev", 0), row("train", 5), row("dev", 5), row("train", 10), row("dev", 10)]
+    assert_logged(run_dir, rows)
     assert len(list(run_dir.glob("wandb/offline-run-*-abc*"))) == 1
     assert [line["step"] for line in read_metrics(run_dir / "metrics.jsonl") if line["group"] == "dev"] == [0, 5, 10]
 
@@ -80,7 +87,7 @@ def test_pushes_in_step_order_and_only_once(run_dir: Path, capsys: pytest.Captur
     assert capsys.readouterr().out == "0 lines pushed\n"
     (run_dir / "validation/step_15.jsonl").write_text('{"step": 15, "group": "dev", "loss": 1.5}\n')
     assert main([str(run_dir), "--entity", "team"]) == 0
-    assert logged(run_dir)[5:] == [row("dev", 15)]
+    assert_logged(run_dir, [*rows, row("dev", 15)])
 
 
 def test_says_what_is_still_to_come(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -123,7 +130,7 @@ def test_folder_that_knows_no_run_asks_wandb(
 
     monkeypatch.setattr(metrics_queue, "WandbSink", OfflineSink)
     assert main([str(run_dir), "--entity", "team", *options]) == 0
-    assert logged(run_dir) == [row("dev", 5), row("dev", 10)]
+    assert_logged(run_dir, [row("dev", 5), row("dev", 10)])
 
 
 @pytest.mark.parametrize(
