@@ -183,7 +183,7 @@ def environment(run: RunConfig) -> Iterator[Environment]:
             if cause.told_by != rank:
                 raise SystemExit(cause.status) from error
             if cause.about != rank:
-                raise SystemExit(f"error: {cause.text}") from error
+                raise SystemExit(f"\nerror: {cause.text}") from error
             raise
         except Preempted:
             peers.leave()

@@ -377,7 +377,8 @@ def main() -> int:
 
 
 def _fail(error: InputError) -> int:
-    sys.stderr.write(f"error: {error}\n")
+    line_break = "\n" if "RANK" in os.environ else ""  # another process's progress bar may be on this line
+    sys.stderr.write(f"{line_break}error: {error}\n")
     return 2
 
 

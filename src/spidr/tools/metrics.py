@@ -20,6 +20,9 @@ from spidr.tools.files import atomic_write
 
 logger = logging.getLogger(__name__)
 
+TIMEOUT = 30.0
+"""Seconds that training waits for wandb, when it begins and when it ends."""
+
 Line = dict[str, Any]
 WandbMode = Literal["online", "offline", "disabled"]
 
@@ -113,7 +116,7 @@ class WandbSink:
             self.id = state.get("id") or secrets.token_hex(4)
             self.run = wandb.init(
                 project=project, name=name, id=self.id, resume="allow", mode=mode, dir=folder, config=config,
-                settings=wandb.Settings(console="off", silent=True),
+                settings=wandb.Settings(console="off", silent=True, init_timeout=TIMEOUT),
             )  # fmt: skip
             self._save()
         except Exception:
@@ -138,11 +141,11 @@ class WandbSink:
             file.write(json.dumps({"id": self.id, "pushed": self.pushed}).encode())
 
     def close(self) -> None:
-        """End the session, or leave it to itself if wandb cannot be reached for half a minute."""
+        """End the session, or leave it to itself if wandb cannot be reached."""
         if self.run is not None:
             finish = threading.Thread(target=self.run.finish, name="wandb", daemon=True)
             finish.start()
-            finish.join(30)
+            finish.join(TIMEOUT)
 
 
 class Means:

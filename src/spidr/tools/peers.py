@@ -125,7 +125,7 @@ class Peers:
         if self._closed.wait(GRACE):
             return
         if self._cause.told_by == self.rank:
-            sys.stderr.write(f"error: {self._cause.text}\n")
+            sys.stderr.write(f"\nerror: {self._cause.text}\n")
             sys.stderr.flush()
         os._exit(self._cause.status)  # the main thread waits for something that will never come
 

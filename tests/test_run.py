@@ -1,0 +1,234 @@
+"""A run's folder: what is in it, going on from older ones, wandb, profile, validation elsewhere."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from processes import assert_same_run, differences
+from spidr import run as run_module
+from spidr.checkpoint import CONTENTS
+from spidr.config import Config, InputError, read_config
+from spidr.environment import Preempted
+from spidr.tools import metrics, profiler
+from spidr.tools.metrics import read_metrics
+from spidr.train import Hooks, State, train
+from tiny_run import MEASURED, write_config, write_recordings
+
+LAYERS = ("l2", "l3", "l4")
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_recordings(tmp_path_factory.mktemp("data") / "recordings", count=12)
+
+
+def stop_at(step: int) -> Hooks:
+    def after_step(state: State) -> None:
+        if state.step == step - 1:  # all processes learn of it in the next step
+            state.stop.set(10)
+
+    return Hooks(after_step=after_step)
+
+
+def test_folder_of_a_run(tmp_path: Path, manifest: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root = logging.getLogger()
+    before = (list(root.handlers), root.level, list(logging.getLogger("spidr").handlers), Path.cwd())
+    cfg = read_config(
+        write_config(
+            tmp_path,
+            manifest,
+            run={"save_interval": 4, "keep_latest": 1, "log_interval": 3},
+            optimizer={"max_steps": 7},
+        )
+    )
+    train(cfg)
+    assert before == (list(root.handlers), root.level, list(logging.getLogger("spidr").handlers), Path.cwd())
+    assert sorted(path.name for path in cfg.run.dir.iterdir()) == [
+        "config.json", "final.pt", "log_0.txt", "metrics.jsonl", "step_4.pt"
+    ]  # fmt: skip
+    assert read_config(cfg.run.dir / "config.json") == cfg
+    log = (cfg.run.dir / "log_0.txt").read_text()
+    assert "training spidr: new in" in log
+    assert "finished 7 steps" in log
+    lines = read_metrics(cfg.run.dir / "metrics.jsonl")
+    assert [(line["step"], line["group"]) for line in lines] == [
+        (0, "dev"), (3, "train"), (4, "dev"), (6, "train"), (7, "dev")
+    ]  # fmt: skip
+    per_codebook = {f"{name}_{layer}" for name in ("target_ppl", "pred_ppl") for layer in LAYERS}
+    assert lines[0].keys() == {"step", "group", "loss", "target_ppl", "pred_ppl"} | per_codebook
+    assert lines[1].keys() == MEASURED | per_codebook | {f"active_codewords_{layer}" for layer in LAYERS} | {
+        "step", "group", "epoch", "loss", "grad_norm", "batch_size", "skipped_files", "target_ppl", "pred_ppl", "lr",
+        "ema_decay",
+    }  # fmt: skip
+    assert 0 <= lines[1]["data_wait_share"] <= 1
+    assert lines[1]["audio_seconds_per_second"] > 0
+    checkpoint = torch.load(cfg.run.dir / "final.pt", weights_only=True)
+    assert checkpoint.keys() == CONTENTS.keys() | {"position", "means"}
+
+    finished = (cfg.run.dir / "final.pt").stat().st_mtime_ns
+    train(cfg)  # there is nothing left to do
+    assert (cfg.run.dir / "final.pt").stat().st_mtime_ns == finished
+    assert read_metrics(cfg.run.dir / "metrics.jsonl") == lines
+
+
+def test_longer_training_goes_on_from_the_end(tmp_path: Path, manifest: Path) -> None:
+    train(read_config(write_config(tmp_path, manifest, optimizer={"max_steps": 3, "scheduler": "constant"})))
+    cfg = read_config(write_config(tmp_path, manifest, optimizer={"max_steps": 5, "scheduler": "constant"}))
+    train(cfg)
+    whole = read_config(write_config(tmp_path, manifest, "whole", optimizer={"max_steps": 5, "scheduler": "constant"}))
+    train(whole)
+    found, expected = (torch.load(c.run.dir / "final.pt", weights_only=True) for c in (cfg, whole))
+    assert differences(found, expected) == []
+
+
+def test_no_checkpoints(tmp_path: Path, manifest: Path) -> None:
+    cfg = read_config(write_config(tmp_path, manifest, run={"save_interval": 0}, optimizer={"max_steps": 3}))
+    train(cfg)
+    assert not list(cfg.run.dir.glob("*.pt"))
+    assert [line["step"] for line in read_metrics(cfg.run.dir / "metrics.jsonl") if line["group"] == "dev"] == [0, 3]
+
+
+def test_folder_of_version_0_1_2(tmp_path: Path, manifest: Path) -> None:
+    """Weights, optimizer, step and epoch, but no data position: the next epoch follows, and everything else goes on."""
+    cfg = read_config(write_config(tmp_path, manifest, optimizer={"max_steps": 12}, run={"save_interval": 100}))
+    with pytest.raises(Preempted):
+        train(cfg, stop_at(4))
+    path = cfg.run.dir / "step_4.pt"
+    saved = torch.load(path, weights_only=True)
+    torch.save({key: saved[key] for key in CONTENTS}, path)
+    (cfg.run.dir / "metrics.jsonl").write_text(
+        '{"step": 3, "group": "dev", "loss": 2.5, "target_ppl": 3, "pred_ppl": 4}\n'
+    )
+    seen: list[tuple[int, int, int]] = []
+    train(cfg, Hooks(after_step=lambda state: seen.append((state.step, state.epoch, state.position))))
+    assert seen[0] == (5, saved["epoch"] + 1, 1)
+    assert seen[-1][0] == 12
+    log = (cfg.run.dir / "log_0.txt").read_text()
+    assert "step_4.pt does not say which data it had seen: going on with the next epoch" in log
+    lines = read_metrics(cfg.run.dir / "metrics.jsonl")
+    assert lines[0]["step"] == 3
+    assert [line["step"] for line in lines if line["group"] == "train"] == list(range(5, 13))
+
+
+def test_damaged_checkpoint_costs_only_time(tmp_path: Path, manifest: Path) -> None:
+    sections: dict[str, Any] = {"optimizer": {"max_steps": 9}, "run": {"save_interval": 3}}
+    whole = read_config(write_config(tmp_path, manifest, "whole", **sections))
+    train(whole)
+    cfg = read_config(write_config(tmp_path, manifest, "damaged", **sections))
+    shutil.copytree(whole.run.dir, cfg.run.dir)
+    (cfg.run.dir / "final.pt").unlink()
+    (cfg.run.dir / "step_9.pt").write_bytes(b"")
+    content = bytearray((cfg.run.dir / "step_6.pt").read_bytes())
+    content[len(content) // 2] ^= 1
+    (cfg.run.dir / "step_6.pt").write_bytes(content)
+    with (cfg.run.dir / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 9, "gro')
+    (cfg.run.dir / ".step_9.pt.123.tmp").write_bytes(b"of a killed process")
+    train(cfg)
+    assert_same_run(cfg.run.dir, whole.run.dir)
+    log = (cfg.run.dir / "log_0.txt").read_text()
+    assert log.count("WARNING [rank 0] passed over a checkpoint") == 2
+    assert f"going on from {cfg.run.dir / 'step_3.pt'}" in log
+
+
+def test_checkpoint_that_cannot_be_used_is_an_error(tmp_path: Path, manifest: Path) -> None:
+    train(read_config(write_config(tmp_path, manifest, optimizer={"max_steps": 1})))
+    cfg = read_config(write_config(tmp_path, manifest, model={"encoder_num_layers": 3}))
+    with pytest.raises(InputError, match=r"final\.pt: does not fit the configured model .*another run\.wandb_name"):
+        train(cfg)
+
+
+def test_two_steps_are_profiled(tmp_path: Path, manifest: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(profiler, "FIRST_STEP", 2)
+    cfg = read_config(write_config(tmp_path, manifest, run={"profile": True}, optimizer={"max_steps": 5}))
+    train(cfg)
+    assert "train_step" in (cfg.run.dir / "trace.html").read_text()
+
+
+class Jobs:
+    """Stands for the cluster: validation jobs that give their results when the test says so."""
+
+    def __init__(self, folder: Path) -> None:
+        self.submitted: list[tuple[int, str]] = []
+        self.done: list[int] = []
+        self.lines: list[dict[str, Any]] = []
+
+    def submit(self, cfg: Config, step: int, checkpoint: Path) -> None:
+        self.submitted.append((step, checkpoint.name))
+
+    def pending(self) -> set[int]:
+        return {step for step, _ in self.submitted} - set(self.done)
+
+    def collect(self) -> list[dict[str, Any]]:
+        lines, self.lines = self.lines, []
+        return lines
+
+
+def test_validation_in_jobs(tmp_path: Path, manifest: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Jobs] = []
+    monkeypatch.setattr(run_module, "ValidationJobs", lambda folder: made.append(Jobs(folder)) or made[-1])
+    monkeypatch.setenv("SLURM_STEP_ID", "none")  # a job, as far as validation is concerned
+    cfg = read_config(
+        write_config(tmp_path, manifest, run={"save_interval": 2, "keep_latest": 1}, optimizer={"max_steps": 7})
+    )
+
+    def results_of_step_2_at_step_5(state: State) -> None:
+        if state.step == 5:
+            made[0].done.append(2)
+            made[0].lines.append({"step": 2, "group": "dev", "loss": 1.25})
+
+    train(cfg, Hooks(after_step=results_of_step_2_at_step_5))
+    assert made[0].submitted == [
+        (0, "step_0.pt"),
+        (2, "step_2.pt"),
+        (4, "step_4.pt"),
+        (6, "step_6.pt"),
+        (7, "final.pt"),
+    ]
+    # What pending validations need is still there.
+    assert sorted(path.name for path in cfg.run.dir.glob("*.pt")) == ["final.pt", "step_0.pt", "step_4.pt", "step_6.pt"]
+    lines = [line for line in read_metrics(cfg.run.dir / "metrics.jsonl") if line["group"] == "dev"]
+    assert lines == [{"step": 2, "group": "dev", "loss": 1.25}]
+
+
+def test_wandb_gets_each_line_once_and_keeps_its_run(tmp_path: Path, manifest: Path) -> None:
+    from tools.test_metrics_queue import records
+
+    cfg = read_config(
+        write_config(tmp_path, manifest, run={"wandb_mode": "offline", "save_interval": 2}, optimizer={"max_steps": 6})
+    )
+    with pytest.raises(Preempted):
+        train(cfg, stop_at(3))
+    first = json.loads((cfg.run.dir / "wandb.json").read_text())
+    train(cfg)
+    state = json.loads((cfg.run.dir / "wandb.json").read_text())
+    assert state["id"] == first["id"]
+    assert state["pushed"] == {"train": 6, "dev": 6}
+    sessions = sorted(cfg.run.dir.glob("wandb/offline-run-*/*.wandb"))
+    assert {path.name for path in sessions} == {f"run-{state['id']}.wandb"}
+    logged = []
+    for path in sessions:
+        for record in records(path):
+            items = {item.key or "/".join(item.nested_key): item.value_json for item in record.history.item}
+            logged += [(int(value), key) for key, value in items.items() if key.endswith("/step")]
+    lines = read_metrics(cfg.run.dir / "metrics.jsonl")
+    assert logged == [(line["step"], f"{line['group']}/step") for line in lines]
+
+
+def test_unreachable_wandb_does_not_stop_training(
+    tmp_path: Path, manifest: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setattr(metrics, "TIMEOUT", 2.0)
+    cfg = read_config(write_config(tmp_path, manifest, run={"wandb_mode": "online"}, optimizer={"max_steps": 2}))
+    train(cfg)
+    assert (cfg.run.dir / "final.pt").exists()
+    assert "wandb is not available; training goes on without it" in (cfg.run.dir / "log_0.txt").read_text()
