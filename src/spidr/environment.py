@@ -17,6 +17,7 @@ from datetime import timedelta
 from types import FrameType
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -196,4 +197,4 @@ def environment(run: RunConfig) -> Iterator[Environment]:
 
 def seed_step(seed: int, step: int, rank: int) -> None:
     """Seed what a training step draws (dropout, layer drop) from its arguments, so that no state has to be saved."""
-    torch.manual_seed(((seed * 1_000_003 + step) * 65_537 + rank) % 2**63)
+    torch.manual_seed(int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0]))

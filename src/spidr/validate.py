@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from spidr.config import Config, DataConfig, InputError, MaskingConfig, ResumeConfig, conv_length
+from spidr.config import SAMPLE_RATE, Config, DataConfig, InputError, MaskingConfig, ResumeConfig, conv_length
 from spidr.data import Batch, build_validation_dataloader, speech_dataset
-from spidr.data.alignments import match_alignments, read_alignments
+from spidr.data.alignments import FRAME_STEP, match_alignments, read_alignments
 from spidr.environment import Environment, Preempted, StopFlag, environment
 from spidr.models import DinoSR
 from spidr.models.hub import build_model, load_into, load_weights
@@ -175,10 +175,17 @@ def _units_metrics(model: DinoSR, data: DataConfig, alignments_path: str, env: E
     parts = _gather(env, _predict_units(model, dataset, sorted(phones), data.max_batch_length, env, stop), stop)
     units = {row: codebooks for part in parts for row, codebooks in part.items()}
     num_phones = len({phone for row in units for phone in phones[row]})
+    stride = math.prod(stride for _, _, stride in model.cfg.extractor_conv_layer_config)
     metrics = {}
     for k, layer in enumerate(layer_names(model)):
         aligned = {f"row {row}": (phones[row], codebooks[k].tolist()) for row, codebooks in sorted(units.items())}
-        quality = units_quality(aligned, num_units=model.cfg.codebook_size, num_phones=num_phones)
+        quality = units_quality(
+            aligned,
+            num_units=model.cfg.codebook_size,
+            num_phones=num_phones,
+            frame_step=1000 * stride // SAMPLE_RATE,
+            alignment_step=FRAME_STEP,
+        )
         metrics[f"pnmi_{layer}"] = float(quality.pnmi)
         metrics[f"phone_purity_{layer}"] = float(quality.phone_purity)
         metrics[f"cluster_purity_{layer}"] = float(quality.cluster_purity)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from logging.handlers import MemoryHandler
 from pathlib import Path
 
@@ -27,6 +27,11 @@ class _AboveProgressBar(logging.Handler):
 class _LogFile(logging.FileHandler):
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
         """Stay silent: on a full disk every line would fail, each with a traceback on standard error."""
+
+    def close(self) -> None:
+        """Close the file, whether or not the last lines can be written."""
+        with suppress(OSError):
+            super().close()
 
 
 @contextmanager

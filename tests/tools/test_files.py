@@ -1,0 +1,54 @@
+"""Files that are complete or absent."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+import pytest
+import torch
+
+from spidr.config import InputError
+from spidr.tools.files import atomic_write, remove_unfinished
+
+
+def test_replaces_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("before")
+    with atomic_write(path) as file:
+        file.write(b"after")
+        assert path.read_text() == "before"
+    assert path.read_text() == "after"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_leaves_nothing_when_it_fails(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("before")
+    with pytest.raises(KeyError), atomic_write(path) as file:  # noqa: PT012
+        file.write(b"half")
+        raise KeyError
+    with pytest.raises(InputError, match="file: cannot be written \\(No space left on device\\)"), atomic_write(path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert path.read_text() == "before"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_full_disk_while_torch_saves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real thing: /dev/full takes no byte."""
+    opened = Path.open
+    monkeypatch.setattr(Path, "open", lambda self, *args: opened(Path("/dev/full"), *args))
+    with pytest.raises(InputError, match="No space left on device"), atomic_write(tmp_path / "x.pt") as file:
+        torch.save({"x": torch.zeros(100_000)}, file)
+
+
+def test_folder_that_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="No such file or directory"), atomic_write(tmp_path / "none" / "file"):
+        pass
+
+
+def test_remains_of_killed_processes_are_removed(tmp_path: Path) -> None:
+    (tmp_path / ".step_3.pt.77.tmp").touch()
+    (tmp_path / "step_2.pt").touch()
+    remove_unfinished(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_2.pt"]
