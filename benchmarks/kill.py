@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from processes import Fault, Ranks, assert_same_run, complete
+from processes import CONTEXT, Fault, Ranks, assert_same_run, complete
 from tiny_run import write_config, write_recordings
 
 KINDS = ("one rank", "all ranks", "data worker", "SIGTERM", "SIGUSR1", "SIGUSR2", "validation", "checkpoint")
@@ -42,7 +42,7 @@ def disturb(config: Path, world_size: int, kind: str, seconds: float, rng: rando
         fault = Fault(kind, rng.randint(1, 3), rank=0 if kind == "checkpoint" else rank)
     ranks = Ranks(config, world_size, fault)
     if fault is None:
-        time.sleep(rng.uniform(0.3, seconds))
+        time.sleep(rng.uniform(0.1, 0.7 * seconds))
         pids = [process.pid for process in ranks.processes]
         victims = {"all ranks": pids, "data worker": children(pids[rank])[:1]}.get(kind, [pids[rank]])
         for pid in victims:
@@ -63,13 +63,18 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         manifest = write_recordings(folder / "data", count=24)
+        warm_up = CONTEXT.Process(target=int)  # the server's start is no part of a run
+        warm_up.start()
+        warm_up.join()
+        few = write_recordings(folder / "few", count=4)
         for number, (model_type, world_size, accumulation) in enumerate(SETUPS):
             setup = f"{model_type}, {world_size} x {accumulation}"
             sections = {
-                "run": {"model_type": model_type, "save_interval": 5, "log_interval": 2},
+                "run": {"model_type": model_type, "save_interval": 4, "log_interval": 2},
                 "data": {"num_workers": 1, "global_batch_length": 24_000 * world_size * accumulation},
-                "optimizer": {"max_steps": 22},
-                "model": {"freeze_step": 12},
+                "optimizer": {"max_steps": 18},
+                "model": {"freeze_step": 9},
+                "validation": {"dev": {"manifest": str(few), "num_workers": 0}},
             }
             start = time.monotonic()
             undisturbed = complete(write_config(folder, manifest, f"undisturbed_{number}", **sections), world_size)

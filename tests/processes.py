@@ -23,7 +23,8 @@ from tiny_run import MEASURED
 
 torch.set_num_threads(1)  # more of them only slow such small models down
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["spidr.train", "processes"])
+# torch imports its last two only when they are needed, which takes seconds.
+CONTEXT.set_forkserver_preload(["spidr.train", "processes", "torch._dynamo", "torch.distributed.fsdp"])
 
 
 PLACES = {

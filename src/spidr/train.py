@@ -91,13 +91,11 @@ class State:
                 yield micro_batches
             self.epoch, self.position = self.epoch + 1, 0
 
-    def freeze_if_due(self) -> bool:
-        """Stop training extractor and projection if ``freeze_step`` is over. Returns whether it is."""
-        if self.step < self.model.cfg.freeze_step:
-            return False
-        self.model.freeze_extractor()
-        drop_frozen(self.optimizer, self.scheduler)
-        return True
+    def freeze_if_due(self) -> None:
+        """Stop training extractor and projection from ``freeze_step`` on."""
+        if self.step >= self.model.cfg.freeze_step:
+            self.model.freeze_extractor()
+            drop_frozen(self.optimizer, self.scheduler)
 
 
 def train(cfg: Config, hooks: Hooks | None = None) -> None:
@@ -185,7 +183,8 @@ def train_step(state: State, micro_batches: list[Batch]) -> Measured | None:
     state.scheduler.step()
     state.step += 1
     measured["ema_decay"] = model.update_ema(state.step)
-    if state.step == model.cfg.freeze_step and state.freeze_if_due():
+    if state.step == model.cfg.freeze_step:
+        state.freeze_if_due()
         state.network = wrap(model, state.cfg, env)  # DistributedDataParallel would wait for the frozen gradients
     if state.hooks.after_step is not None:
         state.hooks.after_step(state)
@@ -345,7 +344,11 @@ class _Replica(nn.Module):
 
 
 def wrap(model: DinoSR, cfg: Config, env: Environment) -> nn.Module:
-    """The model as the loop calls it: compiled if configured, with gradients averaged over processes if several."""
+    """The model as the loop calls it: compiled if configured, with gradients averaged over processes if several.
+
+    What the compiler makes of a batch's shape depends on the shapes that it has seen before, so a compiled run that is
+    stopped and goes on may differ in the last bits; without it, and on a GPU with ``use_deterministic``, it does not.
+    """
     call: nn.Module = torch.compile(model) if cfg.run.compile else model  # type: ignore[assignment]
     if env.world_size == 1:
         return call
