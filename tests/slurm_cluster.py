@@ -16,7 +16,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +96,7 @@ class Cluster:
             for name in ("socket", "pid-file", "log-file", "seed-file")
         ]
         with self._stack:  # ends what has started if something does not
+            self._stack.callback(self._end_steps)
             self._start(munged)
             self._until("munge", (self.root / "munge.socket").exists)
             self.start_controller()
@@ -173,6 +174,18 @@ class Cluster:
     def _end_jobs(self) -> None:
         self.run("scancel", "--user", pwd.getpwuid(os.geteuid()).pw_name)
         self._until("end of all jobs", lambda: not self.run("squeue", "-h").stdout)
+
+    def _end_steps(self) -> None:
+        """End what slurmd has started and left behind: it is told by this cluster's configuration."""
+        mine = f"SLURM_CONF={self.conf}".encode()
+        for process in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):  # it has ended, or is another user's
+                environment = (process / "environ").read_bytes().split(b"\0")
+                step = (process / "comm").read_text().startswith("slurmstepd") or any(
+                    variable.startswith(b"SLURM_STEP_ID=") for variable in environment
+                )
+                if step and mine in environment and int(process.name) != os.getpid():
+                    os.kill(int(process.name), signal.SIGKILL)
 
     def run(self, *command: str, **options: Any) -> subprocess.CompletedProcess[str]:
         """Run a command that talks to this cluster."""

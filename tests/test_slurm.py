@@ -487,12 +487,17 @@ def test_preempted_training_ends_as_an_undisturbed_one(
     cluster: Cluster, tmp_path: Path, manifest: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_dir, undisturbed = tmp_path / "p/on slurm", tmp_path / "p/here"
-    workers = {"num_workers": 1}  # which the signal reaches, too
-    config = write_config(tmp_path, manifest, "on slurm", data=workers)
-    job_id, folder = start_training(cluster, tmp_path / "dump", config)
-    torchrun(2, write_config(tmp_path, manifest, "here", data=workers))
+    settings: dict[str, Any] = {
+        "data": {"num_workers": 1},  # the signal reaches workers, too
+        "optimizer": {"max_steps": 80},
+        "run": {"save_interval": 40},
+    }
+    job_id, folder = start_training(
+        cluster, tmp_path / "dump", write_config(tmp_path, manifest, "on slurm", **settings)
+    )
     assert wait_for(lambda: steps_done(run_dir) >= 5, 120), logs(folder)
     cluster.run("scancel", "--signal=USR2", job_id)
+    torchrun(2, write_config(tmp_path, manifest, "here", **settings))
     job = cluster.wait(job_id, seconds=200)
     assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), logs(folder)
     assert_same_outcome(run_dir, undisturbed)
@@ -504,7 +509,7 @@ def test_preempted_training_ends_as_an_undisturbed_one(
     validated, expected = (
         [x for x in read_metrics(d / "metrics.jsonl") if x["group"] == "dev"] for d in (run_dir, undisturbed)
     )
-    assert [line["step"] for line in validated] == [0, 20, 40]
+    assert [line["step"] for line in validated] == [0, 40, 80]
     assert validated == expected
 
 
