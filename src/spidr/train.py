@@ -222,9 +222,10 @@ def _reduce_statistics(state: State, micro_batches: list[Batch]) -> Measured:
         slot.fill_(value)
     totals = state.model.reduce_statistics()
     utterances, seconds, skipped, stop = totals["extra"].clone()
+    frames = totals["frames"].clamp(min=1)  # very short utterances may have no masked frame at all
     return {
-        "loss": totals["loss"] / totals["frames"],
-        "frames": totals["frames"].clone(),
+        "loss": totals["loss"] / frames,
+        "frames": frames,
         "batch_size": utterances,
         "seconds": seconds,
         "skipped_files": skipped,

@@ -134,7 +134,9 @@ class WandbSink:
             self.pushed[group] = step
             self._save()
         except Exception:
-            logger.warning("wandb refused the metrics of step %d (%s)", step, group, exc_info=True)
+            logger.warning("wandb refused the metrics of step %d (%s); it gets no more", step, group, exc_info=True)
+            self.close()
+            self.run = None  # a later line would hide that this one is missing
 
     def _save(self) -> None:
         with atomic_write(self.state_path) as file:
