@@ -42,7 +42,10 @@ def disturb(config: Path, world_size: int, kind: str, seconds: float, rng: rando
         fault = Fault(kind, rng.randint(1, 3), rank=0 if kind == "checkpoint" else rank)
     ranks = Ranks(config, world_size, fault)
     if fault is None:
-        time.sleep(rng.uniform(0.1, 0.7 * seconds))
+        # Before all have met, nobody but a launcher can know that one is missing.
+        while world_size > 1 and "training" not in ranks.log.read_text() and ranks.processes[0].is_alive():
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.6 * seconds))
         pids = [process.pid for process in ranks.processes]
         victims = {"all ranks": pids, "data worker": children(pids[rank])[:1]}.get(kind, [pids[rank]])
         for pid in victims:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
 
+from processes import free_port
 from spidr.config import InputError, RunConfig
 from spidr.environment import StopFlag, _ranks, choose_device, environment, seed_step
 
@@ -111,3 +113,13 @@ def test_draws_of_a_step_depend_on_its_arguments_only() -> None:
     assert draw(0, 5, 1) == draw(0, 5, 1)
     draws = [draw(seed, step, rank) for seed in (0, 1, 2**62) for step in (0, 1, 65_537) for rank in (0, 1)]
     assert len({tuple(d) for d in draws}) == len(draws)
+
+
+def test_process_that_never_comes(variables: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}.items():
+        variables.setenv(name, value)
+    variables.setenv("MASTER_PORT", str(free_port()))
+    variables.setattr("spidr.environment.MEETING_TIMEOUT", timedelta(seconds=1))
+    run = RunConfig("runs", "project", "name", device="cpu")
+    with pytest.raises(SystemExit, match=r"error: rank 0: the 2 processes of the run have not met at 127\.0\.0\.1:\d+"):
+        environment(run).__enter__()

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from spidr.config import InputError, RunConfig
 from spidr.tools.peers import Peers
@@ -29,6 +30,9 @@ logger = logging.getLogger(__name__)
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 PREEMPTED_EXIT_CODE = 75
+MEETING_TIMEOUT = timedelta(minutes=10)
+"""How long processes wait for each other at the start: a cluster may start them one after the other."""
+
 COLLECTIVE_TIMEOUT = timedelta(hours=1)
 """Long: slow data or a slow disk of one process is no reason to end the run, and dead ones are found in other ways."""
 
@@ -148,6 +152,17 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
     return torch.device("cpu")
 
 
+def _meet(rank: int, world_size: int) -> Any:
+    """The store at which all processes of the run have come together."""
+    try:
+        store, _, _ = next(rendezvous("env://", rank, world_size, timeout=MEETING_TIMEOUT))
+    except RuntimeError as error:
+        place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        text = f"\nerror: rank {rank}: the {world_size} processes of the run have not met at {place} ({error})"
+        raise SystemExit(text) from error
+    return store
+
+
 @contextmanager
 def environment(run: RunConfig) -> Iterator[Environment]:
     """Join the other processes of the run, if any, and choose the device; leave them at the end of the block.
@@ -170,6 +185,7 @@ def environment(run: RunConfig) -> Iterator[Environment]:
         return
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
+        store=_meet(rank, world_size),
         rank=rank,
         world_size=world_size,
         timeout=COLLECTIVE_TIMEOUT,

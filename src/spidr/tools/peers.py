@@ -80,7 +80,9 @@ class Peers:
             while self._cause is None and time.monotonic() < deadline:
                 time.sleep(BEAT / 10)
         cause = self._cause or self._tell(self.rank, status, str(error))
-        if self.rank == 0:
+        if cause.told_by != self.rank:
+            time.sleep(5 * BEAT)  # a launcher ends all as soon as one has ended: first the one who says why
+        elif self.rank == 0:
             time.sleep(2 * BEAT)  # the store may end with this process: the others must have read why
         return cause
 
