@@ -90,8 +90,11 @@ def _measure(
                 lengths=batch.lengths,
                 channel_mask=batch.channel_mask,
             )
-            values = {name: value.double().reshape(-1).tolist() for name, value in outputs.items()}
-            values["loss"] = [loss.double().mean().item()]
+            if not loss.numel():  # very short recordings, no frame of which is masked
+                continue
+            # On the CPU, since MPS has no float64.
+            values = {name: value.cpu().double().reshape(-1).tolist() for name, value in outputs.items()}
+            values["loss"] = [loss.cpu().double().mean().item()]
             measured.append((float(loss.numel()), values))
     return measured
 

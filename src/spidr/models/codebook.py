@@ -76,7 +76,8 @@ def assign(targets: Tensor, codewords: Tensor) -> Tensor:
 
 def count_perplexity(counts: Tensor) -> Tensor:
     """Perplexity, 2 to the entropy in bits, of the distributions that ``counts (..., V)`` are proportional to."""
-    return torch.special.entr(counts / counts.sum(-1, keepdim=True)).sum(-1).exp()
+    probabilities = counts / counts.sum(-1, keepdim=True)
+    return (-torch.xlogy(probabilities, probabilities).sum(-1)).exp()
 
 
 class StepStatistics(nn.Module):
