@@ -12,7 +12,7 @@ def golden(request: pytest.FixtureRequest) -> GoldenCase:
     return GoldenCase(GOLDEN / request.param)
 
 
-ALLOWED_SKIPS = ("SLURM is not installed", "FFmpeg is not installed", "needs a GPU", "slow test")
+ALLOWED_SKIPS = ("SLURM is not installed", "FFmpeg is not installed", "no GPU")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
