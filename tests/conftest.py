@@ -2,6 +2,8 @@
 
 import os
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun sets it; results to the last bit depend on it
+
 import pytest
 
 from small_models import GOLDEN, GoldenCase

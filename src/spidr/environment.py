@@ -118,6 +118,8 @@ def _ranks() -> tuple[int, int, int]:
     if "SLURM_STEP_ID" in environ and "SLURM_PROCID" in environ and environ.get("SLURM_STEP_ID", "").isdigit():
         world_size = int(environ["SLURM_NTASKS"])
         if world_size > 1:
+            if "OMP_NUM_THREADS" not in environ:  # as torchrun does: tasks must not compete for the same cores
+                torch.set_num_threads(int(environ.get("SLURM_CPUS_PER_TASK", 1)))
             environ.setdefault("MASTER_ADDR", _first_host(environ["SLURM_JOB_NODELIST"]))
             # The same on every node, and rarely the same for two jobs that share one.
             environ.setdefault("MASTER_PORT", str(20_000 + int(environ["SLURM_JOB_ID"]) % 20_000))
