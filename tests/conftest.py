@@ -14,7 +14,7 @@ def golden(request: pytest.FixtureRequest) -> GoldenCase:
     return GoldenCase(GOLDEN / request.param)
 
 
-ALLOWED_SKIPS = ("SLURM is not installed", "FFmpeg is not installed", "no GPU")
+ALLOWED_SKIPS = ("SLURM is not installed", "FFmpeg is not installed", "no GPU", "fastabx needs Python 3.12")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -28,11 +28,12 @@ CONTEXT.set_forkserver_preload(["spidr.train", "processes", "torch._dynamo", "to
 
 
 PLACES = {
+    "meeting": ("spidr.environment", "_join"),
     "step": ("spidr.train", "seed_step"),
     "validation": ("spidr.validate", "_measure"),
     "checkpoint": ("spidr.tools.files", "_rename"),
 }
-"""Functions that a rank calls when it begins a step, begins to validate, or has written a file but not renamed it."""
+"""Functions that a rank calls when it waits for the others, begins a step, begins to validate or renames a new file."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def _rank(config: Path, rank: int, world_size: int, port: int, log: Path, fault:
     multiprocessing.set_start_method("fork", force=True)  # the default for data workers, which this process is not
     sys.stderr = sys.stdout = log.open("a", buffering=1)
     os.dup2(sys.stderr.fileno(), 2)
-    peers.BEAT = 0.2  # the dead are to be missed soon
+    peers.BEAT, peers.SILENCE = 0.2, 6  # the dead are to be missed soon
     if world_size > 1:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -100,13 +101,15 @@ class Ranks:
         world_size: int = 1,
         fault: Fault | None = None,
         hooks: Callable[[], Any] | None = None,
+        missing: int = 0,
     ) -> None:
+        """Start them, but for the last ``missing``."""
         self.log = config.with_suffix(".log")
         self.log.write_text("")
         port = free_port()
         self.processes = [
             CONTEXT.Process(target=_rank, args=(config, rank, world_size, port, self.log, fault, hooks))
-            for rank in range(world_size)
+            for rank in range(world_size - missing)
         ]
         for process in self.processes:
             process.start()
@@ -123,10 +126,10 @@ class Ranks:
         return [process.exitcode for process in self.processes]
 
 
-def complete(config: Path, world_size: int = 1, hooks: Callable[[], Any] | None = None) -> Path:
+def complete(config: Path, world_size: int = 1, hooks: Callable[[], Any] | None = None, timeout: float = 120) -> Path:
     """Run to the end. Returns the run folder."""
     ranks = Ranks(config, world_size, hooks=hooks)
-    assert ranks.wait() == [0] * world_size, ranks.log.read_text()
+    assert ranks.wait(timeout) == [0] * world_size, ranks.log.read_text()
     return read_config(config).run.dir
 
 

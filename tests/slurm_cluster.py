@@ -15,7 +15,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
@@ -178,14 +178,17 @@ class Cluster:
     def _end_steps(self) -> None:
         """End what slurmd has started and left behind: it is told by this cluster's configuration."""
         mine = f"SLURM_CONF={self.conf}".encode()
-        for process in Path("/proc").glob("[0-9]*"):
-            with suppress(OSError):  # it has ended, or is another user's
-                environment = (process / "environ").read_bytes().split(b"\0")
-                step = (process / "comm").read_text().startswith("slurmstepd") or any(
-                    variable.startswith(b"SLURM_STEP_ID=") for variable in environment
-                )
-                if step and mine in environment and int(process.name) != os.getpid():
-                    os.kill(int(process.name), signal.SIGKILL)
+        for pid, name, environment in _processes():
+            started = name.startswith("slurmstepd") or any(each.startswith(b"SLURM_JOB_ID=") for each in environment)
+            if started and mine in environment and pid != os.getpid():
+                _kill(pid, signal.SIGKILL)
+
+    def signal_tasks(self, job_id: str, signum: signal.Signals) -> None:
+        """Send a signal to a job's tasks, as slurmd does, but whether or not there is a controller."""
+        mine = {f"SLURM_CONF={self.conf}".encode(), f"SLURM_JOB_ID={job_id}".encode()}
+        for pid, _, environment in _processes():
+            if mine <= environment and any(each.startswith(b"SLURM_PROCID=") for each in environment):
+                _kill(pid, signum)
 
     def run(self, *command: str, **options: Any) -> subprocess.CompletedProcess[str]:
         """Run a command that talks to this cluster."""
@@ -203,6 +206,19 @@ class Cluster:
         if not wait_for(lambda: self.job(job_id).get("JobState") in (states or ended), seconds):
             raise RuntimeError(f"job {job_id} is not {states or ended} after {seconds} s: {self.job(job_id)}")
         return self.job(job_id)
+
+
+def _processes() -> Iterator[tuple[int, str, set[bytes]]]:
+    """Id, name and environment of every process that this one may look at."""
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has ended, or is another user's
+            environment = (process / "environ").read_bytes()
+            yield int(process.name), (process / "comm").read_text(), set(environment.split(b"\0"))
+
+
+def _kill(pid: int, signum: signal.Signals) -> None:
+    with suppress(ProcessLookupError):
+        os.kill(pid, signum)
 
 
 def wait_for(condition: Callable[[], bool], seconds: float) -> bool:

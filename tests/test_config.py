@@ -149,6 +149,7 @@ def test_published_defaults() -> None:
         "ema_exclude_layers": ["pos_conv_embed"],
         "freeze_step": 200000,
         "codebook_init": "random",
+        "codebook_revive_after": 0,
     }
     assert dataclasses.asdict(DinoSRConfig()) == dinosr
     assert dataclasses.asdict(SpidRConfig()) == dinosr | {
@@ -186,6 +187,8 @@ def test_published_defaults() -> None:
         "slurm_validation": None,
         "device": "auto",
         "profile": False,
+        "collapse_share": 0.1,
+        "collapse_steps": 1000,
     }
     assert DinoSRConfig().extractor_conv_layer_config == DEFAULT_CONV_LAYER_CONFIG
     assert SAMPLE_RATE == 16_000

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -115,11 +116,28 @@ def test_draws_of_a_step_depend_on_its_arguments_only() -> None:
     assert len({tuple(d) for d in draws}) == len(draws)
 
 
-def test_process_that_never_comes(variables: pytest.MonkeyPatch) -> None:
-    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}.items():
+@pytest.mark.parametrize(
+    ("rank", "message"),
+    [
+        (0, r"1 of 2 processes have met at 127\.0\.0\.1:\d+ within 0:00:01; nothing was heard of rank 1"),
+        (1, r"rank 1: the place .*, 127\.0\.0\.1:\d+, does not answer: rank 0 has not started"),
+    ],
+)
+def test_process_that_never_comes(variables: pytest.MonkeyPatch, rank: int, message: str) -> None:
+    for name, value in {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}.items():
         variables.setenv(name, value)
     variables.setenv("MASTER_PORT", str(free_port()))
     variables.setattr("spidr.environment.MEETING_TIMEOUT", timedelta(seconds=1))
-    run = RunConfig("runs", "project", "name", device="cpu")
-    with pytest.raises(SystemExit, match=r"error: rank 0: the 2 processes of the run have not met at 127\.0\.0\.1:\d+"):
-        environment(run).__enter__()
+    with pytest.raises(SystemExit, match=f"^\nerror: {message}"):
+        environment(RunConfig("runs", "project", "name", device="cpu")).__enter__()
+
+
+def test_place_that_is_taken(variables: pytest.MonkeyPatch) -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}.items():
+            variables.setenv(name, value)
+        variables.setenv("MASTER_PORT", str(listener.getsockname()[1]))
+        with pytest.raises(SystemExit, match=r"cannot be opened .*in use"):
+            environment(RunConfig("runs", "project", "name", device="cpu")).__enter__()

@@ -16,7 +16,7 @@ PREEMPTED = 75
 SETTINGS: dict[str, Any] = {
     "run": {"save_interval": 4, "log_interval": 2},
     "optimizer": {"max_steps": 13},
-    "model": {"freeze_step": 6, "encoder_layer_drop": 0.2},
+    "model": {"freeze_step": 6, "encoder_layer_drop": 0.2, "codebook_revive_after": 2},
     "data": {"num_workers": 1},
 }
 
@@ -76,3 +76,15 @@ def test_killed_and_started_again(
     assert trained == [2, 4, 6, 8, 10, 12]
     assert [line["step"] for line in lines if line["group"] == "dev"] == [0, 4, 8, 12, 13]
     assert max(line.get("epoch", 0) for line in lines) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_compiled(tmp_path: Path, manifest: Path) -> None:
+    sections: dict[str, Any] = {"run": {"compile": True, "save_interval": 3}, "optimizer": {"max_steps": 6}}
+    sections["model"] = {"encoder_num_layers": 1, "num_codebooks": 1}
+    undisturbed = complete(write_config(tmp_path, manifest, "undisturbed", **sections), timeout=500)
+    config = write_config(tmp_path, manifest, "killed", **sections)
+    ranks = Ranks(config, fault=Fault("step", 5))
+    assert ranks.wait(500) == [-9], ranks.log.read_text()
+    assert_same_run(complete(config, timeout=500), undisturbed)

@@ -16,6 +16,7 @@ from spidr import run as run_module
 from spidr.checkpoint import CONTENTS
 from spidr.config import Config, InputError, read_config
 from spidr.environment import Preempted
+from spidr.models import DinoSR
 from spidr.tools import metrics, profiler
 from spidr.tools.metrics import read_metrics
 from spidr.train import Hooks, State, train
@@ -69,8 +70,9 @@ def test_folder_of_a_run(tmp_path: Path, manifest: Path, caplog: pytest.LogCaptu
     }  # fmt: skip
     assert 0 <= lines[1]["data_wait_share"] <= 1
     assert lines[1]["audio_seconds_per_second"] > 0
+    assert lines[1]["tflops"] > 0
     checkpoint = torch.load(cfg.run.dir / "final.pt", weights_only=True)
-    assert checkpoint.keys() == CONTENTS.keys() | {"position", "means"}
+    assert checkpoint.keys() == CONTENTS.keys() | {"position", "means", "idle"}
 
     finished = (cfg.run.dir / "final.pt").stat().st_mtime_ns
     train(cfg)  # there is nothing left to do
@@ -232,3 +234,17 @@ def test_unreachable_wandb_does_not_stop_training(
     train(cfg)
     assert (cfg.run.dir / "final.pt").exists()
     assert "wandb is not available; training goes on without it" in (cfg.run.dir / "log_0.txt").read_text()
+
+
+@torch.no_grad()
+def one_codeword_only(model: DinoSR) -> None:
+    for codebook in model.codebooks:
+        codebook.codebook[1:] += 1000
+
+
+def test_collapse_is_warned_of(tmp_path: Path, manifest: Path) -> None:
+    run = {"collapse_share": 1.0, "collapse_steps": 2, "save_interval": 0}
+    cfg = read_config(write_config(tmp_path, manifest, run=run, optimizer={"max_steps": 3}))
+    train(cfg, Hooks(on_model=one_codeword_only))
+    log = (cfg.run.dir / "log_0.txt").read_text()
+    assert "step 2: the codebook of layer 2 has used less than 100 % of its 12 codewords for 2 steps" in log

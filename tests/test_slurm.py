@@ -9,11 +9,13 @@ import shlex
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+from signal import Signals
 from typing import Any
 
 import pytest
@@ -29,6 +31,7 @@ from spidr.models import build_model
 from spidr.slurm import ValidationJobs, launch_with_submitit, submit
 from spidr.tools.metrics import read_metrics
 from spidr.tools.metrics_queue import main as push_queue
+from spidr.train import Hooks, State, train
 from spidr.validate import run_validation
 from tiny_run import assert_same_outcome, write_config, write_recordings
 
@@ -271,6 +274,35 @@ def test_results_are_collected_in_the_order_of_steps(tmp_path: Path) -> None:
     lines.close()  # a process that dies here
     assert [line["step"] for line in ValidationJobs(tmp_path).collect()] == [200, 200]
     assert [path.name for path in folder.iterdir()] == ["step_1000.pending"]
+
+
+def test_training_goes_on_while_sbatch_hangs_and_when_it_refuses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    gate, program = tmp_path / "gate", tmp_path / "bin/sbatch"
+    program.parent.mkdir()
+    program.write_text(f"#!/bin/sh\nuntil [ -e {gate} ]; do sleep 0.05; done\necho 'all is full' >&2\nexit 1\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+    changes: dict[str, Any] = {"run": {"slurm_validation": vars(ONE_TASK)}, "optimizer": {"max_steps": 3}}
+    cfg = read_config(write_config(tmp_path, write_recordings(tmp_path / "data", count=4), **changes))
+
+    def submitting() -> list[threading.Thread]:
+        return [thread for thread in threading.enumerate() if thread.name.startswith(slurm.SUBMITTING)]
+
+    def open_gate_at_the_end(state: State) -> None:
+        assert len(submitting()) == 1
+        if state.step == 3:
+            gate.touch()
+
+    train(cfg, Hooks(after_step=open_gate_at_the_end))
+    for thread in submitting():
+        thread.join()
+    logged = (cfg.run.dir / "log_0.txt").read_text() + caplog.text  # during the run and after it
+    for step in (0, 3):
+        assert f"step {step} is not validated: sbatch refused the job: all is full" in logged
+    assert ValidationJobs(cfg.run.dir).pending() == set()
+    assert (cfg.run.dir / "final.pt").exists()
 
 
 def test_a_submission_that_was_cut_off_is_no_job(tmp_path: Path) -> None:
@@ -552,11 +584,13 @@ def test_more_requeues_than_submitit_allows(cluster: Cluster, tmp_path: Path, ma
     for restart, signal in enumerate(["USR2", "TERM", "USR1", "USR2", "USR2"]):
         before = steps_done(run_dir)
         assert wait_for(lambda: steps_done(run_dir) > before + 2, 120), logs(folder)  # noqa: B023
-        cluster.run("scancel", f"--signal={signal}", job_id)
         if restart == 2:
             cluster.stop_controller()
+            cluster.signal_tasks(job_id, Signals[f"SIG{signal}"])
             time.sleep(3)
             cluster.start_controller()
+        else:
+            cluster.run("scancel", f"--signal={signal}", job_id)
         assert wait_for(lambda: cluster.job(job_id).get("Restarts") == str(restart + 1), 120), logs(folder)  # noqa: B023
     assert cluster.wait(job_id, seconds=300)["JobState"] == "COMPLETED", logs(folder)
     torchrun(1, write_config(tmp_path, manifest, "here", optimizer=long))
@@ -593,7 +627,7 @@ def test_preemption_by_a_higher_partition(cluster: Cluster, tmp_path: Path, mani
 @pytest.mark.timeout(1800)
 def test_time_limit(cluster: Cluster, tmp_path: Path, manifest: Path) -> None:
     """SLURM looks at limits once in 30 seconds and may signal a minute early, so that takes a while."""
-    settings: dict[str, Any] = {"optimizer": {"max_steps": 6000}, "validation": {}, "run": {"save_interval": 100_000}}
+    settings: dict[str, Any] = {"optimizer": {"max_steps": 3000}, "validation": {}, "run": {"save_interval": 100_000}}
     run_dir = tmp_path / "p/slurm"
     config = write_config(tmp_path, manifest, "slurm", **settings)
     job_id, folder = start_training(cluster, tmp_path / "dump", config, options="-N 1 -G 1 -t 2")

@@ -316,6 +316,16 @@ def test_dead_process_is_named_by_one_of_the_others(tmp_path: Path, manifest: Pa
     assert "no sign of life" in told[0]
 
 
+@pytest.mark.parametrize("missing", [0, 1])
+def test_process_that_dies_at_the_start(tmp_path: Path, manifest: Path, missing: int) -> None:
+    """Whether all have come or one is still to come: a dead one is not waited for."""
+    ranks = Ranks(write_config(tmp_path, manifest), 3, Fault("meeting", rank=1), missing=missing)
+    assert ranks.wait(timeout=60) == [1, -signal.SIGKILL, 1][: 3 - missing]
+    told = [line for line in ranks.log.read_text().splitlines() if line.startswith("error:")]
+    assert len(told) == 1
+    assert "rank 1 on " in told[0]
+
+
 # --------------------------------------------------------------------------------------------------------- init_ckpt
 
 

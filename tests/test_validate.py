@@ -91,6 +91,7 @@ def test_unit_quality_is_that_of_the_units(cfg: Config) -> None:
         assert metrics[f"cluster_purity_{layer}"] == pytest.approx(expected.cluster_purity)
         assert metrics[f"unit_ppl_{layer}"] == pytest.approx(expected.codebook_perplexity)
         assert metrics[f"active_codewords_{layer}"] == expected.active_codewords
+        assert metrics[f"bitrate_{layer}"] == pytest.approx(expected.bitrate)
 
 
 def test_alignments_of_other_recordings(cfg: Config) -> None:

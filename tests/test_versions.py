@@ -4,6 +4,7 @@ Each case makes an environment of several GB: ``pytest -m versions``.
 """
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -15,14 +16,21 @@ pytestmark = [pytest.mark.versions, pytest.mark.timeout(3600)]
 
 CASES = [("3.11", "torch==2.8.*"), ("3.12", "torch"), ("3.13", "torch")]
 
-INFERENCE = """
+WEIGHTS = """
 import torch
-from spidr.config import SpidRConfig
+from pathlib import Path
 from spidr.models import SpidR
-model = SpidR(SpidRConfig(encoder_num_layers=2, num_codebooks=1)).eval()
-units, frames = model.units(torch.randn(2, 32_000), torch.tensor([32_000, 20_000]), layer=2)
-assert units.shape == (2, 99) and frames.tolist() == [99, 62]
+folder = Path(torch.hub.get_dir(), "checkpoints")
+folder.mkdir(parents=True)
+torch.save({"model": SpidR().state_dict()}, folder / "spidr_base.pt")  # as if downloaded before
 """
+README = (ROOT / "README.md").read_text()
+EXAMPLE = next(
+    block
+    for block in re.findall(r"^```python\n(.*?)^```$", README, flags=re.DOTALL | re.MULTILINE)
+    if "spidr_base()" in block
+)
+CHECK = "assert features.shape == (2, 99, 768) and units.shape == (2, 99) and frames.tolist() == [99, 62]"
 
 
 def interpreter(version: str) -> str:
@@ -36,7 +44,8 @@ def interpreter(version: str) -> str:
 
 
 def run(*command: str | Path, cwd: Path) -> str:
-    environment = {name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"}
+    environment = {name: value for name, value in os.environ.items() if name not in ("PYTEST_ADDOPTS", "PYTHONPATH")}
+    environment["TORCH_HOME"] = str(cwd / "hub")
     done = subprocess.run(
         [str(word) for word in command], cwd=cwd, env=environment, capture_output=True, text=True, check=False
     )
@@ -46,14 +55,20 @@ def run(*command: str | Path, cwd: Path) -> str:
 
 @pytest.mark.parametrize(("version", "torch"), CASES)
 def test_installed_alone_and_tested(version: str, torch: str, tmp_path: Path) -> None:
-    run(interpreter(version), "-m", "venv", "venv", cwd=tmp_path)
-    python = tmp_path / "venv" / "bin" / "python"
-    run(python, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", "dist", ROOT, cwd=tmp_path)
-    (wheel,) = (tmp_path / "dist").glob("spidr-*.whl")
-    run(python, "-m", "pip", "install", torch, wheel, cwd=tmp_path)
-    installed = run(python, "-m", "pip", "list", cwd=tmp_path)
-    assert not any(name in installed for name in ("polars", "soundfile", "submitit", "tqdm", "wandb"))
-    run(python, "-W", "error", "-c", INFERENCE, cwd=tmp_path)
+    for name in ("build-venv", "venv"):
+        run(interpreter(version), "-m", "venv", name, cwd=tmp_path)
+    build, python = (tmp_path / name / "bin" / "python" for name in ("build-venv", "venv"))
+    run(build, "-m", "pip", "install", "build", cwd=tmp_path)
+    run(build, "-m", "build", "--outdir", "dist", ROOT, cwd=tmp_path)  # the wheel is built from the sdist
+    (wheel,), (sdist,) = ((tmp_path / "dist").glob(pattern) for pattern in ("spidr-*.whl", "spidr-*.tar.gz"))
+    for archive in (sdist, wheel):
+        run(python, "-m", "pip", "install", "--force-reinstall", "--no-deps", archive, cwd=tmp_path)
+        run(python, "-m", "pip", "install", torch, archive, cwd=tmp_path)
+        installed = run(python, "-m", "pip", "list", cwd=tmp_path)
+        assert not any(name in installed for name in ("polars", "soundfile", "submitit", "tqdm", "wandb"))
+        if not (tmp_path / "hub").exists():
+            run(python, "-W", "error", "-c", WEIGHTS, cwd=tmp_path)
+        run(python, "-W", "error", "-c", f"{EXAMPLE}\n{CHECK}", cwd=tmp_path)
     run(python, "-m", "pip", "install", torch, f"{wheel}[test]", cwd=tmp_path)
     tests = [ROOT / "tests" / name for name in ("models", "data", "tools", "test_config.py", "test_train.py")]
     run(python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests, cwd=tmp_path)

@@ -14,7 +14,7 @@ from small_models import TINY
 from spidr.data.write_manifest import write_manifest
 from spidr.tools.metrics import read_metrics
 
-MEASURED = {"audio_seconds_per_second", "data_wait_share", "peak_memory_gib"}
+MEASURED = {"audio_seconds_per_second", "data_wait_share", "peak_memory_gib", "tflops"}
 
 
 def write_recordings(folder: Path, count: int = 24) -> Path:

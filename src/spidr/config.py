@@ -48,6 +48,11 @@ def conv_length(shapes: Iterable[tuple[int, int, int]], lengths: Length) -> Leng
     return lengths
 
 
+def num_frames(num_samples: int) -> int:
+    """Number of frames that the base models make of ``num_samples`` samples; frame ``t`` begins at ``t * 20`` ms."""
+    return conv_length(DEFAULT_CONV_LAYER_CONFIG, num_samples)
+
+
 ModelType = Literal["spidr", "dinosr"]
 MaskingStrategy = Literal["static", "uniform", "normal", "poisson"]
 
@@ -159,7 +164,8 @@ class RunConfig(_Settings):
     """Where a run lives and how it logs, saves and restarts.
 
     ``save_interval <= 0`` writes no checkpoint, ``keep_latest <= 0`` keeps all of them. Relative paths start where the
-    command was run. ``profile`` records two steps after step 1,005 on the first process.
+    command was run. ``profile`` records two steps after step 1,005 on the first process. A codebook of which fewer
+    than ``collapse_share`` of the codewords are in use for ``collapse_steps`` steps is warned of.
     """
 
     workdir: Text
@@ -177,6 +183,8 @@ class RunConfig(_Settings):
     slurm_validation: SlurmConfig | None = None
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     profile: bool = False
+    collapse_share: Probability = 0.1
+    collapse_steps: Positive = 1000
 
     @property
     def dir(self) -> Path:
@@ -263,7 +271,8 @@ class OptimizerConfig(_Settings):
 class DinoSRConfig(_Settings):
     """The shape and schedules of DinoSR. The name fairseq gives a field is in brackets.
 
-    ``ema_exclude_layers`` are prefixes of names inside the transformer.
+    ``ema_exclude_layers`` are prefixes of names inside the transformer. A codeword that has got no frame for
+    ``codebook_revive_after`` steps takes half of a busy one's; 0: never.
     """
 
     extractor_mode: Literal["layer_norm", "group_norm"] = "layer_norm"  # [extractor_mode]
@@ -294,6 +303,7 @@ class DinoSRConfig(_Settings):
     ema_exclude_layers: list[Text] = field(default_factory=lambda: ["pos_conv_embed"])
     freeze_step: NonNegative = 200_000  # [freeze_teacher_step]
     codebook_init: Literal["random", "data"] = "random"
+    codebook_revive_after: NonNegative = 0
 
     RULES: ClassVar = (
         Rule(

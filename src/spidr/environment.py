@@ -21,10 +21,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.rendezvous import rendezvous
 
 from spidr.config import InputError, RunConfig
-from spidr.tools.peers import Peers
+from spidr.tools.peers import Peers, connect
 
 logger = logging.getLogger(__name__)
 
@@ -154,15 +153,28 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
     return torch.device("cpu")
 
 
-def _meet(rank: int, world_size: int) -> Any:
-    """The store at which all processes of the run have come together."""
+def _connect(rank: int) -> Any:
+    """The store at which all processes of the run meet."""
     try:
-        store, _, _ = next(rendezvous("env://", rank, world_size, timeout=MEETING_TIMEOUT))
+        return connect(rank, MEETING_TIMEOUT, serve=True)
     except RuntimeError as error:
         place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        text = f"\nerror: rank {rank}: the {world_size} processes of the run have not met at {place} ({error})"
-        raise SystemExit(text) from error
-    return store
+        text = f"\nerror: rank {rank}: the place where all processes of the run meet, {place}, "
+        text += "cannot be opened" if rank == 0 else "does not answer: rank 0 has not started or cannot be reached"
+        raise SystemExit(f"{text} ({error})") from error
+
+
+def _join(peers: Peers, store: Any, device: torch.device) -> None:
+    """Wait until all processes have come, and set up what they compute together with."""
+    peers.meet(MEETING_TIMEOUT)
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=store,
+        rank=peers.rank,
+        world_size=peers.world_size,
+        timeout=COLLECTIVE_TIMEOUT,
+        device_id=device if device.type == "cuda" else None,
+    )
 
 
 @contextmanager
@@ -185,16 +197,10 @@ def environment(run: RunConfig) -> Iterator[Environment]:
     if world_size == 1:
         yield Environment(rank, local_rank, world_size, device)
         return
-    dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
-        store=_meet(rank, world_size),
-        rank=rank,
-        world_size=world_size,
-        timeout=COLLECTIVE_TIMEOUT,
-        device_id=device if device.type == "cuda" else None,
-    )
+    store = _connect(rank)
     with closing(Peers(rank, world_size)) as peers:
         try:
+            _join(peers, store, device)
             logger.info("rank %d of %d on %s (%s)", rank, world_size, socket.gethostname(), device)
             yield Environment(rank, local_rank, world_size, device)
         except Exception as error:
@@ -210,7 +216,8 @@ def environment(run: RunConfig) -> Iterator[Environment]:
         else:
             peers.leave()
         finally:
-            dist.destroy_process_group()
+            if dist.is_initialized():
+                dist.destroy_process_group()
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:

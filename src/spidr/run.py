@@ -23,7 +23,9 @@ from tqdm import tqdm
 from spidr.checkpoint import Checkpointer, read_checkpoint
 from spidr.config import Config, InputError, to_dict
 from spidr.environment import Environment
+from spidr.models.flops import peak_tflops
 from spidr.slurm import ValidationJobs, validates_in_jobs
+from spidr.tools.collapse import CollapseWatch
 from spidr.tools.files import atomic_write, remove_unfinished
 from spidr.tools.logging import run_log
 from spidr.tools.metrics import Means, MetricsFile, WandbSink, read_metrics
@@ -59,6 +61,7 @@ class Run:
             self.folder, cfg.run.save_interval, cfg.run.keep_latest, disable=not env.is_main
         )
         self.profiler = StepProfiler(self.folder, enabled=cfg.run.profile and env.is_main)
+        self._collapse = CollapseWatch(cfg.run.collapse_share, cfg.run.collapse_steps, cfg.model.codebook_size)
         self._means = Means()
         self._latest: dict[str, float] = {}
         self._readback = Readback(env.device)
@@ -103,6 +106,8 @@ class Run:
             # In batches, so that other numbers of processes go on from the same place.
             state.position = extra["position"] // self._batches_per_step(state)
             self._means = Means(extra["means"])
+            for codebook, idle in zip(state.model.codebooks, extra.get("idle", ()), strict=False):
+                cast("Tensor", codebook.idle).copy_(idle)
         else:
             logger.warning("%s does not say which data it had seen: going on with the next epoch", path)
             state.epoch += 1
@@ -181,8 +186,12 @@ class Run:
                 self._stop_not_finite(state, step, values, rows)
             self.must_stop |= values.pop("stop")[0] > 0
             self._clock.audio_seconds += values.pop("seconds")[0]
+            self._clock.tflop += values.pop("tflop")[0]
+            layers = layer_names(state.model)
+            if self.env.is_main:
+                self._collapse.step(step, layers, values["active_codewords"], values["frames"][0])
             del values["finite_here"], values["frames"]
-            named = _by_layer(values, layer_names(state.model))
+            named = _by_layer(values, layers)
             self._latest = {name: named.pop(name) for name in NOT_AVERAGED}
             self._means.add(named)
 
@@ -206,7 +215,7 @@ class Run:
         self._absorb(state, wait=True)
         means = self._means.pop()
         line = {"step": state.step, "group": "train", "epoch": state.epoch, **means, **self._latest}
-        self._write(line | self._clock.lap(self.env.device))
+        self._write(line | self._clock.lap(self.env, self.cfg.optimizer.dtype))
         self.bar.set_postfix(loss=f"{means['loss']:.3f}", target_ppl=f"{means['target_ppl']:.1f}")
         self._on_main(self._collect_validation)
 
@@ -226,7 +235,8 @@ class Run:
 
     def _set_extra(self, state: State) -> None:
         position = state.position * self._batches_per_step(state)
-        self.checkpointer.extra = {"position": position, "means": self._means.sums}
+        idle = [codebook.idle for codebook in state.model.codebooks]
+        self.checkpointer.extra = {"position": position, "means": self._means.sums, "idle": idle}
 
     def _batches_per_step(self, state: State) -> int:
         return self.env.world_size * state.loader.accumulation
@@ -304,17 +314,21 @@ class _Clock:
     def __init__(self) -> None:
         self.start = time.perf_counter()
         self.audio_seconds = 0.0  # trained on, by all processes
+        self.tflop = 0.0  # of the model, on all processes
         self.waited = 0.0  # for data
         self.paused = 0.0  # for validation
 
-    def lap(self, device: torch.device) -> dict[str, float]:
-        """Rates and memory of the interval, which ends here."""
+    def lap(self, env: Environment, dtype: str) -> dict[str, float]:
+        """Rates and memory of the interval, which ends here: TFLOP/s of a device, and their share of what it can do."""
         elapsed = time.perf_counter() - self.start - self.paused
         rates = {
             "audio_seconds_per_second": self.audio_seconds / elapsed,
             "data_wait_share": self.waited / elapsed,
-            "peak_memory_gib": _peak_memory(device) / 2**30,
+            "peak_memory_gib": _peak_memory(env.device) / 2**30,
+            "tflops": self.tflop / elapsed / env.world_size,
         }
+        if env.device.type == "cuda" and (peak := peak_tflops(torch.cuda.get_device_name(env.device), dtype)):
+            rates["mfu"] = rates["tflops"] / peak
         self.__init__()  # type: ignore[misc]
         return rates
 

@@ -24,12 +24,14 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
+from spidr.compiled import Compiled
 from spidr.config import SAMPLE_RATE, Config, DinoSRConfig, InputError, conv_length, read_config
 from spidr.data import Batch, build_dataloader
 from spidr.data.loader import SpeechLoader
 from spidr.environment import Environment, Preempted, StopFlag, environment, seed_step
 from spidr.models import DinoSR
 from spidr.models.codebook import count_perplexity
+from spidr.models.flops import step_flops
 from spidr.models.hub import build_model, load_into, load_weights, recorded_config
 from spidr.optimizer import build_optimizer, drop_frozen
 from spidr.run import Run
@@ -39,7 +41,15 @@ Measured = dict[str, Tensor | float]
 MAX_SKIPPED_STEPS = 10
 """Steps in a row that float16 may skip for want of range before the run stops."""
 
-MAY_DIFFER = ("dropout", "encoder_layer_drop", "ema_", "codebook_decay", "codebook_init", "freeze_step")
+MAY_DIFFER = (
+    "dropout",
+    "encoder_layer_drop",
+    "ema_",
+    "codebook_decay",
+    "codebook_init",
+    "codebook_revive_after",
+    "freeze_step",
+)
 """How the names of model settings begin or end that need not be those of ``init_ckpt``."""
 
 
@@ -71,7 +81,7 @@ class State:
     env: Environment
     stop: StopFlag
     model: DinoSR
-    network: nn.Module
+    network: Callable[..., Any]
     optimizer: AdamW
     scaler: torch.amp.GradScaler
     scheduler: LambdaLR
@@ -217,11 +227,12 @@ def _reduce_statistics(state: State, micro_batches: list[Batch]) -> Measured:
         sum(batch.num_samples for batch in micro_batches) / SAMPLE_RATE,
         sum(len(batch.skipped) for batch in micro_batches),
         state.stop.signum > 0,
+        sum(_tflop(state.model, batch) for batch in micro_batches),
     )
     for slot, value in zip(views["extra"], extra, strict=True):
         slot.fill_(value)
     totals = state.model.reduce_statistics()
-    utterances, seconds, skipped, stop = totals["extra"].clone()
+    utterances, seconds, skipped, stop, tflop = totals["extra"].clone()
     frames = totals["frames"].clamp(min=1)  # very short utterances may have no masked frame at all
     return {
         "loss": totals["loss"] / frames,
@@ -230,11 +241,19 @@ def _reduce_statistics(state: State, micro_batches: list[Batch]) -> Measured:
         "seconds": seconds,
         "skipped_files": skipped,
         "stop": stop,
+        "tflop": tflop,
         "finite_here": finite,
         "target_ppls": count_perplexity(totals["assigned"]),
         "pred_ppls": count_perplexity(totals["predicted"]),
         "active_codewords": (totals["assigned"] > 0).sum(-1),
     }
+
+
+def _tflop(model: DinoSR, batch: Batch) -> float:
+    """Floating-point operations of the model on a micro-batch, in 10^12."""
+    rows, samples = batch.waveforms.shape
+    masked = 0 if batch.mask_indices is None else batch.mask_indices.shape[1]
+    return rows * step_flops(model.cfg, samples, masked, frozen=model.extractor_frozen) / 1e12
 
 
 def _skip(state: State) -> None:
@@ -253,7 +272,7 @@ def _loss_scale(cfg: Config) -> float:
     return 1 / max(1, conv_length(cfg.model.extractor_conv_layer_config, cfg.data.max_batch_length))
 
 
-def _sync_gradients(network: nn.Module, *, when: bool) -> Any:
+def _sync_gradients(network: Callable[..., Any], *, when: bool) -> Any:
     """Reduce gradients over processes in the backward pass, or leave it to a later one."""
     return network.no_sync() if isinstance(network, DistributedDataParallel) and not when else nullcontext()
 
@@ -344,13 +363,9 @@ class _Replica(nn.Module):
         return sum(parameter.sum() for parameter in self.model.parameters() if parameter.requires_grad)
 
 
-def wrap(model: DinoSR, cfg: Config, env: Environment) -> nn.Module:
-    """The model as the loop calls it: compiled if configured, with gradients averaged over processes if several.
-
-    What the compiler makes of a batch's shape depends on the shapes that it has seen before, so a compiled run that is
-    stopped and goes on may differ in the last bits; without it, and on a GPU with ``use_deterministic``, it does not.
-    """
-    call: nn.Module = torch.compile(model) if cfg.run.compile else model  # type: ignore[assignment]
+def wrap(model: DinoSR, cfg: Config, env: Environment) -> Callable[..., Any]:
+    """The model as the loop calls it: compiled if configured, with gradients averaged over processes if several."""
+    call = Compiled(model, cfg) if cfg.run.compile else model
     if env.world_size == 1:
         return call
     # Buffers change in the same way everywhere: no broadcast. The option was renamed in torch 2.15.

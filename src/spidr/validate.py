@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -21,11 +21,11 @@ from torch.nn.utils.rnn import pad_sequence
 
 from spidr.config import SAMPLE_RATE, Config, DataConfig, InputError, MaskingConfig, ResumeConfig, conv_length
 from spidr.data import Batch, build_validation_dataloader, speech_dataset
-from spidr.data.alignments import FRAME_STEP, match_alignments, read_alignments
+from spidr.data.alignments import FRAME_STEP, Alignments, match_alignments, read_alignments
 from spidr.environment import Environment, Preempted, StopFlag, environment
 from spidr.models import DinoSR
 from spidr.models.hub import build_model, load_into, load_weights
-from spidr.models.metrics import units_quality
+from spidr.models.metrics import UnitsQuality, units_quality
 from spidr.tools.files import atomic_write
 
 if TYPE_CHECKING:
@@ -130,8 +130,8 @@ def validate_set(
 
     Returns:
         The values of :func:`validate`, ``target_ppl_lN`` and ``pred_ppl_lN`` for each layer N that has a codebook and,
-        with ``alignments_path``, ``pnmi_lN``, ``phone_purity_lN``, ``cluster_purity_lN``, ``unit_ppl_lN`` and
-        ``active_codewords_lN`` of the units. The same on every process.
+        with ``alignments_path``, ``pnmi_lN``, ``phone_purity_lN``, ``cluster_purity_lN``, ``unit_ppl_lN``,
+        ``active_codewords_lN`` and ``bitrate_lN`` of the units. The same on every process.
 
     Raises:
         Preempted: On every process, if ``stop`` was set on any.
@@ -169,68 +169,108 @@ def _gather(env: Environment, part: T, stop: StopFlag) -> list[T]:
 
 def _units_metrics(model: DinoSR, data: DataConfig, alignments_path: str, env: Environment, stop: StopFlag) -> Metrics:
     dataset = speech_dataset(data.manifest, normalize=data.normalize)
-    phones = _phones_of_rows(dataset.manifest, alignments_path)
+    phones = phones_of_rows(dataset.manifest, read_alignments(alignments_path))
     if not phones:
         raise InputError(
             f"{alignments_path}: aligns no recording of {data.manifest}; the fileid or the file's stem must be the "
             "same in both"
         )
-    parts = _gather(env, _predict_units(model, dataset, sorted(phones), data.max_batch_length, env, stop), stop)
+    encoded = encode_rows(model, dataset, sorted(phones), data.max_batch_length, env, stop)
+    parts = _gather(env, {row: units for row, units, _ in encoded}, stop)
     units = {row: codebooks for part in parts for row, codebooks in part.items()}
-    num_phones = len({phone for row in units for phone in phones[row]})
-    stride = math.prod(stride for _, _, stride in model.cfg.extractor_conv_layer_config)
-    metrics = {}
-    for k, layer in enumerate(layer_names(model)):
-        aligned = {f"row {row}": (phones[row], codebooks[k].tolist()) for row, codebooks in sorted(units.items())}
-        quality = units_quality(
-            aligned,
-            num_units=model.cfg.codebook_size,
-            num_phones=num_phones,
-            frame_step=1000 * stride // SAMPLE_RATE,
-            alignment_step=FRAME_STEP,
-        )
-        metrics[f"pnmi_{layer}"] = float(quality.pnmi)
-        metrics[f"phone_purity_{layer}"] = float(quality.phone_purity)
-        metrics[f"cluster_purity_{layer}"] = float(quality.cluster_purity)
-        metrics[f"unit_ppl_{layer}"] = float(quality.codebook_perplexity)
-        metrics[f"active_codewords_{layer}"] = float(quality.active_codewords)
+    metrics: Metrics = {}
+    for layer, quality in zip(layer_names(model), codebooks_quality(model, phones, units), strict=True):
+        metrics |= {f"{name}_{layer}": float(value) for name, value in _named(quality).items()}
     return metrics
 
 
-def _phones_of_rows(manifest: pl.DataFrame, alignments_path: str) -> dict[int, list[str]]:
+def _named(quality: UnitsQuality) -> dict[str, float]:
+    """By the names of the metrics, of which ``unit_ppl`` tells the perplexity apart from that of the targets."""
+    values = quality._asdict()
+    return {"pnmi": values.pop("pnmi"), "unit_ppl": values.pop("codebook_perplexity"), **values}
+
+
+def frame_step(model: DinoSR) -> int:
+    """Milliseconds per frame."""
+    return 1000 * math.prod(stride for _, _, stride in model.cfg.extractor_conv_layer_config) // SAMPLE_RATE
+
+
+def codebooks_quality(model: DinoSR, phones: dict[int, list[str]], units: dict[int, Tensor]) -> list[UnitsQuality]:
+    """The quality of each codebook's units.
+
+    Args:
+        model: That the units are of.
+        phones: Of the recordings, by row, one per 10 ms.
+        units: Of the same recordings or some of them, (K, T).
+    """
+    num_phones = len({phone for row in units for phone in phones[row]})
+    qualities = []
+    for k in range(model.num_codebooks):
+        aligned = {f"row {row}": (phones[row], codebooks[k].numpy()) for row, codebooks in sorted(units.items())}
+        qualities.append(
+            units_quality(
+                aligned,  # type: ignore[arg-type]  # an array is as good a sequence
+                num_units=model.cfg.codebook_size,
+                num_phones=num_phones,
+                frame_step=frame_step(model),
+                alignment_step=FRAME_STEP,
+            )
+        )
+    return qualities
+
+
+def phones_of_rows(manifest: pl.DataFrame, alignments: Alignments) -> dict[int, list[str]]:
     """The phones of those rows of a manifest that are aligned, by their fileid or else the stem of their path."""
     fileids = manifest["fileid"].to_list()
     stems = [Path(path).stem for path in manifest["path"]]
-    phones = match_alignments(read_alignments(alignments_path), [*fileids, *stems])
+    phones = match_alignments(alignments, [*fileids, *stems])
     names = (fileid if fileid in phones else stem for fileid, stem in zip(fileids, stems, strict=True))
     return {row: phones[name] for row, name in enumerate(names) if name in phones}
 
 
-def _predict_units(
-    model: DinoSR, dataset: SpeechDataset, rows: list[int], max_batch_length: int, env: Environment, stop: StopFlag
-) -> dict[int, Tensor]:
-    """Units of this process's share of some recordings, whole, padded in batches of like length.
+Encoded = tuple[int, Tensor, list[Tensor]]
+"""A row of the manifest, its units (K, T) and the outputs of the layers asked for, each (T, D), on the CPU."""
 
-    Returns:
-        For each row, the units of every codebook, (K, T).
+
+def encode_rows(
+    model: DinoSR,
+    dataset: SpeechDataset,
+    rows: list[int],
+    max_batch_length: int,
+    env: Environment,
+    stop: StopFlag | None = None,
+    layers: Sequence[int] = (),
+) -> Iterator[Encoded]:
+    """Encode this process's share of some recordings, whole, padded in batches of like length, the shortest first.
+
+    Args:
+        model: On the device of ``env``.
+        dataset: The recordings.
+        rows: Which of them; those too short for a frame are left out.
+        max_batch_length: Samples of a batch with its padding.
+        env: The processes to share with.
+        stop: Set if there is no time any more.
+        layers: Of which the outputs are wanted, counted from 1; they take a second forward pass.
     """
     shapes = model.cfg.extractor_conv_layer_config
     lengths = dataset.manifest["num_samples"].to_numpy()
     rows = sorted((row for row in rows if conv_length(shapes, int(lengths[row])) > 0), key=lengths.__getitem__)
-    units = {}
     with _inference(model, env.device):
         for batch in _pack(rows, lengths, max_batch_length)[env.rank :: env.world_size]:
-            if stop.signum:
+            if stop is not None and stop.signum:
                 break
             waveforms = [dataset[row] for row in batch]
             samples = torch.tensor([len(waveform) for waveform in waveforms])
             padded = pad_sequence(waveforms, batch_first=True).to(env.device)
             given = samples if len(samples.unique()) > 1 else None
             codebooks = [p for p in model.get_codebooks(padded, lengths=given) if p is not None]
-            predicted = torch.stack([p.argmax(-1) for p in codebooks], dim=1).cpu()
-            for row, prediction, count in zip(batch, predicted, conv_length(shapes, samples).tolist(), strict=True):
-                units[row] = prediction[:, :count]
-    return units
+            units = torch.stack([p.argmax(-1) for p in codebooks], dim=1).cpu()
+            outputs: list[Tensor] = []
+            if layers:
+                all_outputs = model.get_intermediate_outputs(padded, lengths=given, num_layers=max(layers))
+                outputs = [all_outputs[layer - 1].cpu() for layer in layers]
+            for i, count in enumerate(conv_length(shapes, samples).tolist()):
+                yield batch[i], units[i, :, :count], [output[i, :count] for output in outputs]
 
 
 def _pack(rows: list[int], lengths: np.ndarray, limit: int) -> list[list[int]]:

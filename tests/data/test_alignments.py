@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 
 import pytest
+from praatio import textgrid
 
 from spidr.config import InputError
 from spidr.data.alignments import match_alignments, read_alignments
@@ -65,8 +67,62 @@ def test_unreadable_files(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot be read"):
         read_alignments(tmp_path / "gone.jsonl")
     (tmp_path / "binary.jsonl").write_bytes(b"\xff\xfe")
-    with pytest.raises(InputError, match="not a UTF-8"):
+    with pytest.raises(InputError, match="not a complete UTF-8"):
         read_alignments(tmp_path / "binary.jsonl")
+
+
+def test_compressed_lines(tmp_path: Path) -> None:
+    content = b'{"fileid": "a", "phones": ["B", "C"]}\n'
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(content))
+    assert read_alignments(tmp_path / "a.jsonl.gz") == {"a": ["B", "C"]}
+    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(content)[:-9])
+    with pytest.raises(InputError, match="not a complete"):
+        read_alignments(tmp_path / "cut.jsonl.gz")
+    (tmp_path / "plain.jsonl.gz").write_bytes(content)
+    with pytest.raises(InputError, match="cannot be read"):
+        read_alignments(tmp_path / "plain.jsonl.gz")
+
+
+def write_grid(path: Path, *tiers: textgrid.IntervalTier | textgrid.PointTier, form: str = "long_textgrid") -> Path:
+    grid = textgrid.Textgrid(0, 0.0579)
+    for tier in tiers:
+        grid.addTier(tier)
+    path.parent.mkdir(exist_ok=True)
+    grid.save(str(path), format=form, includeBlankSpaces=True)
+    return path
+
+
+def tier(name: str, *entries: tuple[float, float, str]) -> textgrid.IntervalTier:
+    return textgrid.IntervalTier(name, entries, 0, 0.0579)
+
+
+@pytest.mark.parametrize("form", ["long_textgrid", "short_textgrid"])
+def test_textgrids(tmp_path: Path, form: str) -> None:
+    """The intervals of the first test, with a gap for the silence, beside tiers that are not meant."""
+    phones = tier("speaker - phones", (0.02, 0.045, "AA"), (0.045, 0.0579, "ʃ"))
+    others = tier("speaker - words", (0.0, 0.05, "ash")), textgrid.PointTier("events", [(0.01, "x")], 0, 0.0579)
+    write_grid(tmp_path / "s1" / "a.TextGrid", others[0], phones, others[1], form=form)
+    only = write_grid(tmp_path / "s2" / "b.textgrid", tier("whatever", (0.0, 0.03, "sp"), (0.03, 0.05, "B")), form=form)
+    assert read_alignments(tmp_path) == {
+        "s1/a": ["SIL", "SIL", "AA", "AA", "ʃ"],
+        "s2/b": ["SIL", "SIL", "SIL", "B", "B"],
+    }
+    assert read_alignments(only) == {"b": ["SIL", "SIL", "SIL", "B", "B"]}
+    assert read_alignments(tmp_path / "s1", tier="speaker - words") == {"a": ["ash"] * 5}
+
+
+def test_bad_textgrids(tmp_path: Path) -> None:
+    two = write_grid(tmp_path / "a.TextGrid", tier("x", (0, 0.02, "A")), tier("y", (0, 0.02, "A")))
+    with pytest.raises(InputError, match=r"a\.TextGrid: cannot tell the tier of the phones; .*: x, y"):
+        read_alignments(two)
+    with pytest.raises(InputError, match=r"no tier 'phones'; tiers of intervals found: x, y"):
+        read_alignments(two, tier="phones")
+    two.write_text("nothing of the kind")
+    with pytest.raises(InputError, match=r"a\.TextGrid: not a TextGrid"):
+        read_alignments(two)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match=r"no \.TextGrid in the folder"):
+        read_alignments(tmp_path / "empty")
 
 
 def test_match() -> None:

@@ -19,7 +19,16 @@ from synthetic import noise, write_archive, write_audio
 
 from spidr.config import InputError
 from spidr.data import num_samples
-from spidr.data.audio import Recording, _plain_wav, read_audio, standardize, statistics, statistics_of
+from spidr.data.audio import (
+    Recording,
+    _plain_flac,
+    _plain_wav,
+    _read_plain,
+    read_audio,
+    standardize,
+    statistics,
+    statistics_of,
+)
 
 FORMATS = [(".wav", "PCM_16"), (".wav", "PCM_24"), (".wav", "FLOAT"), (".wav", "ULAW"), (".flac", "PCM_16")]
 
@@ -55,6 +64,22 @@ def test_statistics(tmp_path: Path, samples: int) -> None:
     expected = torch.nn.functional.layer_norm(torch.from_numpy(whole), (samples,), eps=1e-5)
     standardize(whole, mean, std, out=whole)
     np.testing.assert_allclose(whole, expected.numpy(), atol=2e-6)
+
+
+@given(position=st.integers(0, 41), value=st.integers(0, 255), samples=st.sampled_from([1, 100, 5000, 2**36 - 1]))
+@settings(deadline=None, max_examples=300)
+def test_flac_headers_mean_what_libsndfile_says(position: int, value: int, samples: int) -> None:
+    """With damage in its stream information, the short cut gives libsndfile's length or leaves the file to it."""
+    file = io.BytesIO()
+    soundfile.write(file, noise(5000), 16_000, format="FLAC", subtype="PCM_16")
+    flac = bytearray(file.getvalue())
+    assert _plain_flac(io.BytesIO(flac)) == 5000
+    flac[18:26] = (int.from_bytes(flac[18:26], "big") >> 36 << 36 | samples).to_bytes(8, "big")
+    assert _plain_flac(io.BytesIO(flac)) == samples
+    flac[position] = value
+    if found := _plain_flac(io.BytesIO(flac)):
+        with soundfile.SoundFile(io.BytesIO(flac)) as damaged:
+            assert (damaged.frames, damaged.samplerate, damaged.channels) == (found, 16_000, 1)
 
 
 def corrupt(tmp_path: Path) -> dict[str, Path]:
@@ -193,6 +218,19 @@ def has_ffmpeg() -> bool:
 
 
 @pytest.mark.skipif(not has_ffmpeg(), reason="FFmpeg is not installed")
+@pytest.mark.parametrize("name", ["a.mp3", "a.flac"])
+def test_torchcodec_decodes_in_one_thread(tmp_path: Path, name: str) -> None:
+    """It has no setting for that, and FFmpeg's decoder of FLAC could use several."""
+    from torchcodec.decoders import AudioDecoder
+
+    file = write_audio(tmp_path / name, noise(160_000))
+    before = len(list(Path("/proc/self/task").iterdir()))
+    decoder = AudioDecoder(file)
+    assert decoder.get_all_samples().data.shape == (1, 160_000)
+    assert len(list(Path("/proc/self/task").iterdir())) == before  # a decoder's threads live as long as it does
+
+
+@pytest.mark.skipif(not has_ffmpeg(), reason="FFmpeg is not installed")
 def test_torchcodec_decodes_other_formats(tmp_path: Path) -> None:
     wave = (8000 * np.sin(np.arange(40_000) / 20)).astype(np.int16)
     for suffix, options in (
@@ -251,9 +289,15 @@ def test_wav_headers_mean_what_libsndfile_says(
     body += chunk(b"data", data[: samples * align], max(0, samples * align + promised))
     wav = chunk(b"RIFF", b"WAVE" + body)
     wav = wav[: len(wav) - cut]
-    if found := _plain_wav(wav):
+    found = _plain_wav(io.BytesIO(wav))[1]
+    if found:
         with soundfile.SoundFile(io.BytesIO(wav)) as file:
             assert (file.frames, file.samplerate, file.channels) == (found, 16_000, 1)
+            np.testing.assert_array_equal(_read_plain(wav, 0, None), file.read(dtype="float32"))
+            if found > 3:
+                file.seek(2)
+                np.testing.assert_array_equal(_read_plain(wav, 2, found - 1), file.read(found - 3, dtype="float32"))
+        assert _read_plain(wav, 0, found + 1) is None
     elif (
         layout == PLAIN and samples and not promised and not cut and {name for name, _ in before + between} <= {b"LIST"}
     ):

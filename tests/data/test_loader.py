@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -271,3 +272,38 @@ def test_a_failing_program_ends(cfg: DataConfig, tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, str(script)], timeout=120, check=False, capture_output=True, text=True)
     assert done.returncode == 7
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize("start_method", ["fork", "forkserver"])
+def test_workers_end_with_a_killed_program(cfg: DataConfig, tmp_path: Path, start_method: str) -> None:
+    script = tmp_path / "program.py"
+    script.write_text(
+        textwrap.dedent(f"""
+        import multiprocessing, os, signal
+        from spidr.config import DataConfig, MaskingConfig
+        from spidr.data import build_dataloader
+
+        if __name__ == "__main__":
+            cfg = DataConfig({cfg.manifest!r}, num_workers=2, max_batch_length=20_000, max_sample_size=5000)
+            iterator = iter(build_dataloader(cfg, MaskingConfig(), start_method={start_method!r}))
+            next(iterator)
+            print(*(process.pid for process in multiprocessing.active_children()), flush=True)
+            os.kill(os.getpid(), signal.SIGKILL)
+        """)
+    )
+    done = subprocess.run([sys.executable, str(script)], timeout=120, check=False, stdout=subprocess.PIPE, text=True)
+    assert done.returncode == -signal.SIGKILL
+    workers = [Path("/proc") / pid for pid in done.stdout.split()]
+    assert len(workers) == 2
+    deadline = time.monotonic() + 20
+    while any(running(worker) for worker in workers):
+        assert time.monotonic() < deadline, "workers live on"
+        time.sleep(0.1)
+
+
+def running(process: Path) -> bool:
+    """Whether a process exists and is not only waiting for its parent to take note of its end."""
+    try:
+        return "State:\tZ" not in (process / "status").read_text()
+    except OSError:
+        return False

@@ -62,6 +62,56 @@ def test_update_moves_used_codewords_only() -> None:
             assert codebook.counts[v] == counts[v]
 
 
+def test_revival_splits_the_busiest() -> None:
+    torch.manual_seed(0)
+    codebook = Codebook(6, 4)
+    codebook.counts.copy_(torch.arange(1.0, 7.0))
+    codewords, counts = codebook.codewords.clone(), codebook.counts.clone()
+    assigned = torch.tensor([0.0, 5.0, 9.0, 1.0, 0.0, 0.0])
+    codebook.revive(assigned, after=3)
+    codebook.revive(assigned.roll(1), after=3)  # codeword 4 gets one frame, 3 gets nine
+    assert codebook.idle.tolist() == [2, 1, 0, 0, 0, 2]
+    assert torch.equal(codebook.codewords, codewords)
+    codebook.revive(assigned, after=3)
+    assert codebook.idle.tolist() == [0, 0, 0, 0, 1, 0]
+    for dead, busy in ((0, 2), (5, 1)):  # the busiest first
+        torch.testing.assert_close((codebook.codewords[dead] + codebook.codewords[busy]) / 2, codewords[busy])
+        assert not torch.equal(codebook.codewords[dead], codebook.codewords[busy])
+        assert codebook.counts[dead] == codebook.counts[busy] == counts[busy] / 2
+    for untouched in (3, 4):
+        torch.testing.assert_close(codebook.codebook[untouched], codewords[untouched] * counts[untouched])
+
+
+def test_revival_leaves_single_frames_and_living_codewords_alone() -> None:
+    codebook = Codebook(4, 3)
+    before = codebook.codebook.clone()
+    codebook.revive(torch.tensor([1.0, 1.0, 0.0, 0.0]), after=1)  # nothing to split
+    assert torch.equal(codebook.codebook, before)
+    codebook.revive(torch.ones(4) * 3, after=1)
+    assert torch.equal(codebook.codebook, before)
+    assert codebook.idle.tolist() == [0, 0, 0, 0]
+
+
+def test_revival_brings_all_codewords_into_use() -> None:
+    """Eight clusters of points, and codewords of which all but one begin far away."""
+    generator = torch.Generator().manual_seed(0)
+    points = 5 * torch.randn(8, 16, generator=generator).repeat_interleave(50, 0)
+    points += 0.5 * torch.randn(points.shape, generator=generator)
+    active = []
+    for after in (0, 5):
+        codebook = Codebook(16, 16)
+        codebook.codebook[1:] += 100
+        for _ in range(100):
+            labels = assign(points[None], codebook.codewords[None])[0]
+            sums = torch.zeros(16, 16).index_add_(0, labels, points)
+            assigned = labels.bincount(minlength=16).float()
+            codebook.update(sums, assigned, 0.5)
+            if after:
+                codebook.revive(assigned, after)
+        active.append(int((assigned > 0).sum()))
+    assert active == [1, 16]
+
+
 def test_statistics_add_up() -> None:
     torch.manual_seed(0)
     whole, parts = StepStatistics(2, 5, 3), StepStatistics(2, 5, 3)

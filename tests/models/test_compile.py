@@ -36,6 +36,22 @@ def test_one_graph_and_few_recompilations(model_type: str, mode: str, graphs: li
     assert len(graphs) <= 3
 
 
+def test_compiled_gradients_equal_eager_ones(graphs: list[torch.fx.GraphModule]) -> None:
+    """Through the joint graph of forward and backward, with the extractor's operation of our own."""
+    settings = {"encoder_num_layers": 1, "num_codebooks": 1, "encoder_dropout": 0.0, "encoder_attention_dropout": 0.0}
+    waveforms, mask = torch.randn(2, 1500), torch.arange(10).repeat(2, 1)
+    gradients = []
+    for backend in ("eager", "aot_eager"):
+        model = tiny_model(**settings).train()
+        model.reduction = lambda _: None
+        call = torch.compile(model, backend=backend, fullgraph=True) if backend == "aot_eager" else model
+        call(waveforms, mask=mask)[0].sum().backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-5, msg=name)
+
+
 def test_no_attention_mask_reaches_the_kernel_when_nothing_is_padded(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Tensor | None] = []
     kernel = torch.nn.functional.scaled_dot_product_attention

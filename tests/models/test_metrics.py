@@ -148,7 +148,7 @@ def test_proba_phone_code(data: Data, only_active: bool) -> None:
         ({"x": (["A", "B"], [-1])}, "x: units from -1 to -1, expected from 0 to 2"),
         ({"x": (["A", "B"], [0.5])}, "x: units must be a list of integers, found float64"),
         ({"x": (["A", "B"], [[1]])}, "x: units must be a list of integers, found int64 of shape"),
-        ({"x": (["A", "B", "C", "D"], [1, 2])}, "found 4 phones, expected at most 3: A B C D"),
+        ({"x": (["A", "B", "C", "D"], [1, 2])}, "found more than 3 phones, up to x: A B C D"),
     ],
 )
 def test_bad_data(data: Data, message: str) -> None:

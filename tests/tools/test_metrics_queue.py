@@ -47,6 +47,8 @@ def records(path: Path) -> Iterator[Record]:
             position += room
             continue
         length, kind = int.from_bytes(raw[position + 4 : position + 6], "little"), raw[position + 6]
+        if position + 7 + length > len(raw):
+            return  # being written
         data += raw[position + 7 : position + 7 + length]
         position += 7 + length
         if kind in (1, 4):  # a whole record, or its last part

@@ -1,4 +1,7 @@
-"""Manifests, audio, batches and masks: everything between recordings on disk and the tensors a model is trained on."""
+"""Manifests, audio, batches and masks: everything between recordings on disk and the tensors a model is trained on.
+
+May import ``spidr.config``.
+"""
 
 from spidr.data.audio import num_samples
 from spidr.data.batch import Batch

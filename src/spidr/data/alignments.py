@@ -1,7 +1,11 @@
-"""Phone alignments: which phone is spoken when."""
+"""Phone alignments: which phone is spoken when.
+
+JSON lines, and Praat's TextGrids through praatio, imported here only. May import ``spidr.config``.
+"""
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
@@ -14,25 +18,54 @@ if TYPE_CHECKING:
 FRAME_STEP = 10
 """Milliseconds per frame of an alignment."""
 
+SILENCE = "SIL"
+SILENT_LABELS = {"", "sil", "sp"}
+"""How TextGrids name silence, in lower case."""
 
-def read_alignments(path: str | Path) -> dict[str, list[str]]:
+Alignments = dict[str, list[str]]
+"""Name of a recording → its phones, one per frame of 10 ms."""
+
+
+def read_alignments(path: str | Path, tier: str | None = None) -> Alignments:
     """Read phone alignments.
 
     Args:
-        path: JSON lines. Each has the recording's ``fileid`` (or ``name``) and ``phones``: either one phone per frame
-            of 10 ms, or ``[phone, start, end]`` in seconds, in order, and then perhaps the ``duration``.
+        path: JSON lines (also gzipped, ``.gz``), a Praat ``.TextGrid``, or a folder of them, at any depth. A line has
+            the recording's ``fileid`` (or ``name``) and ``phones``: either one phone per frame of 10 ms, or
+            ``[phone, start, end]`` in seconds, in order, and then perhaps the ``duration``. A TextGrid is named as its
+            recording, and its empty intervals, "sil" and "sp" are silence.
+        tier: The tier of TextGrids that holds the phones. None: the one named "phones" or "phone", with or without a
+            speaker's name before it, else the only tier of intervals.
 
     Returns:
         For each recording, the phone in the middle of each frame of 10 ms: frame i is at ``(i + 0.5) * 10`` ms, and
         there are as many as fit into the duration. "SIL" where there is none.
 
     Raises:
-        InputError: The file is missing, a line is not of this form, or a recording occurs twice.
+        InputError: The file is missing, a line is not of this form, a TextGrid has no such tier, or a recording occurs
+            twice.
     """
     path = Path(path)
-    alignments: dict[str, list[str]] = {}
     try:
-        with path.open(encoding="utf-8") as file:
+        if path.is_dir():
+            grids = sorted(file for file in path.rglob("*") if file.suffix.lower() == ".textgrid")
+            alignments = {file.relative_to(path).with_suffix("").as_posix(): _read_grid(file, tier) for file in grids}
+        elif path.suffix.lower() == ".textgrid":
+            alignments = {path.stem: _read_grid(path, tier)}
+        else:
+            alignments = _read_lines(path)
+    except OSError as error:
+        raise InputError(f"{path}: the alignments cannot be read ({error.strerror or error}).") from None
+    if not alignments:
+        what = "no .TextGrid in the folder" if path.is_dir() else "no alignment in the file"
+        raise InputError(f"{path}: {what}.")
+    return alignments
+
+
+def _read_lines(path: Path) -> Alignments:
+    alignments: Alignments = {}
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
             for number, line in enumerate(file, start=1):
                 if not line.strip():
                     continue
@@ -46,34 +79,67 @@ def read_alignments(path: str | Path) -> dict[str, list[str]]:
                 if name in alignments:
                     raise InputError(f"{path}: line {number}: {name!r} is aligned twice.")
                 alignments[name] = phones
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not a UTF-8 text file ({error}).") from None
-    except OSError as error:
-        raise InputError(f"{path}: the alignments cannot be read ({error.strerror}).") from None
-    if not alignments:
-        raise InputError(f"{path}: no alignment in the file.")
+    except (UnicodeDecodeError, EOFError) as error:
+        raise InputError(f"{path}: not a complete UTF-8 text file ({error}).") from None
     return alignments
 
 
-def match_alignments(alignments: dict[str, list[str]], fileids: Iterable[str]) -> dict[str, list[str]]:
-    """The alignment of each recording that has one.
+def _read_grid(path: Path, tier: str | None) -> list[str]:
+    try:
+        from praatio import textgrid
+    except ImportError:
+        raise InputError(f"{path}: TextGrids are read by praatio; install it: pip install praatio.") from None
+    try:
+        grid = textgrid.openTextgrid(str(path), includeEmptyIntervals=True)
+    except OSError:
+        raise
+    except Exception as error:  # a parser without an error of its own
+        raise InputError(f"{path}: not a TextGrid that praatio can read ({type(error).__name__}: {error}).") from None
+    tiers = [name for name in grid.tierNames if isinstance(grid.getTier(name), textgrid.IntervalTier)]
+    chosen = [name for name in tiers if name == tier] if tier is not None else _phone_tiers(tiers)
+    if len(chosen) != 1:
+        wanted = f"no tier {tier!r}" if tier is not None else "cannot tell the tier of the phones"
+        raise InputError(f"{path}: {wanted}; tiers of intervals found: {', '.join(tiers) or 'none'}.")
+    entries = grid.getTier(chosen[0]).entries
+    intervals = [
+        (SILENCE if label.strip().lower() in SILENT_LABELS else label.strip(), float(start), float(end))
+        for start, end, label in entries
+    ]
+    try:
+        return _frames(intervals, float(grid.maxTimestamp))
+    except ValueError:
+        raise InputError(f"{path}: the intervals of tier {chosen[0]!r} overlap.") from None
 
-    A recording's alignment is the one of the same name, else the one whose name without folders and extension is the
-    recording's.
+
+def _phone_tiers(names: list[str]) -> list[str]:
+    named = [name for name in names if name.split("-")[-1].strip().lower() in ("phones", "phone")]
+    return named or (names if len(names) == 1 else [])
+
+
+def match_alignments(alignments: Alignments, fileids: Iterable[str]) -> Alignments:
+    """The alignment of each recording that has one, see :func:`match_names`."""
+    return {fileid: alignments[name] for fileid, name in match_names(alignments, fileids).items()}
+
+
+def match_names(names: Iterable[str], wanted: Iterable[str]) -> dict[str, str]:
+    """What each wanted recording is called among ``names``, as far as it is there.
+
+    That is the same name, else the one whose name without folders and extension is the recording's.
 
     Raises:
-        InputError: Several alignments could be meant.
+        InputError: Several could be meant.
     """
+    exact = set(names)
     by_stem: dict[str, list[str]] = {}
-    for name in alignments:
+    for name in exact:
         by_stem.setdefault(PurePath(name).stem, []).append(name)
     matched = {}
-    for fileid in fileids:
-        names = [fileid] if fileid in alignments else by_stem.get(PurePath(fileid).stem, [])
-        if len(names) > 1:
-            raise InputError(f"{fileid}: several alignments could be meant: {', '.join(sorted(names)[:3])}.")
-        if names:
-            matched[fileid] = alignments[names[0]]
+    for fileid in wanted:
+        found = [fileid] if fileid in exact else by_stem.get(PurePath(fileid).stem, [])
+        if len(found) > 1:
+            raise InputError(f"{fileid}: several recordings could be meant: {', '.join(sorted(found)[:3])}.")
+        if found:
+            matched[fileid] = found[0]
     return matched
 
 
@@ -91,7 +157,7 @@ def _parse(row: dict[str, Any]) -> tuple[str, list[str]]:
 def _frames(intervals: list[tuple[str, float, float]], duration: float) -> list[str]:
     """Phone at the middle of each frame."""
     # Rounded a little first, or 0.29 s would be 28.999… frames.
-    frames = ["SIL"] * int(round(duration * 1000 / FRAME_STEP, 6))
+    frames = [SILENCE] * int(round(duration * 1000 / FRAME_STEP, 6))
     before = 0.0
     for phone, start, end in intervals:
         if not before <= start <= end:

@@ -1,4 +1,4 @@
-"""Members of uncompressed archives as files, without unpacking."""
+"""Members of uncompressed archives as files, without unpacking. May import ``spidr.config`` and its siblings."""
 
 from __future__ import annotations
 
@@ -47,6 +47,13 @@ class Member(io.RawIOBase):
         base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
         self._position = max(0, base + offset)
         return self._position
+
+    def readall(self) -> bytes:
+        """The bytes from the current position to the member's end."""
+        count = max(0, self._size - self._position)
+        data = os.pread(self._archive.descriptor, count, self._offset + self._position)
+        self._position += len(data)
+        return data
 
     def readinto(self, buffer: Any) -> int:
         """Fill a buffer from the current position, up to the member's end."""

@@ -1,4 +1,4 @@
-"""A batch, and how it is made from recordings."""
+"""A batch, and how it is made from recordings. May import ``spidr.config`` and its siblings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A manifest's recordings as waveforms."""
+"""A manifest's recordings as waveforms. May import ``spidr.config`` and its siblings."""
 
 from __future__ import annotations
 

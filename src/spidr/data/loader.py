@@ -1,9 +1,15 @@
-"""Batches of an epoch, made by worker processes: what a training loop iterates over."""
+"""Batches of an epoch, made by worker processes: what a training loop iterates over.
+
+May import ``spidr.config`` and its siblings.
+"""
 
 from __future__ import annotations
 
 import logging
+import multiprocessing
+import os
 import signal
+import threading
 import weakref
 from collections import Counter
 from dataclasses import replace
@@ -264,7 +270,7 @@ class _Workers:
             multiprocessing_context=self._start_method if cfg.num_workers else None,
             pin_memory=cfg.pin_memory and torch.cuda.is_available(),
             collate_fn=_unchanged,
-            worker_init_fn=_ignore_signals,
+            worker_init_fn=_begin_worker,
             # Torch draws a seed here at each epoch: not from the generator that dropout depends on.
             generator=torch.Generator(),
         )
@@ -280,7 +286,7 @@ def _unchanged(batch: Any) -> Any:
     return batch
 
 
-def _ignore_signals(_: int) -> None:
+def _begin_worker(_: int) -> None:
     """Leave signals to the main process: clusters send them to all, and it still needs batches to stop in good order.
 
     A worker ends when it is told to, when its parent is gone or, should both fail, some time after a SIGTERM.
@@ -289,3 +295,11 @@ def _ignore_signals(_: int) -> None:
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(WORKER_GRACE))
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """Torch looks for the process that started this one, which may be a server that goes on."""
+    if parent := multiprocessing.parent_process():
+        parent.join()
+        os._exit(1)

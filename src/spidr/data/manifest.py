@@ -1,4 +1,7 @@
-"""Reading manifests: tables that say where each recording is and how long."""
+"""Reading manifests: tables that say where each recording is and how long.
+
+May import ``spidr.config`` and its siblings.
+"""
 
 from __future__ import annotations
 

@@ -1,9 +1,15 @@
-"""Which frames the student does not see, and which channels: random spans, drawn for a whole batch at once."""
+"""Which frames the student does not see, and which channels: random spans, drawn for a whole batch at once.
+
+May import ``spidr.config`` and its siblings.
+"""
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from heapq import heappop, heappush
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -176,36 +182,52 @@ def _place_apart(
     Each span goes into one of the free parts that can hold it, chosen with a probability proportional to its length.
     From the first span of a row that fits nowhere, the lengths returned are 0.
     """
-    # One line of these arrays per span, or per free part: numpy is fastest along the last axis.
-    spans = np.ascontiguousarray(-np.sort(-spans, axis=1).T)
-    steps, rows = spans.shape
-    where, within = rng.random((rows, 2, steps)).transpose(1, 2, 0)
-    impossible = int(np.max(lengths)) + 1
-    spans[spans == 0] = impossible
-    starts = np.zeros_like(spans)
-    begin = np.zeros((steps + 1, rows), dtype=np.int64)
-    free = np.zeros_like(begin)
-    free[0] = lengths
-    columns = np.arange(rows)
-    for step, span in enumerate(spans):
-        parts = free[: step + 1]
-        cumulative = (parts * (parts >= span)).cumsum(axis=0)
-        total = cumulative[-1]
-        if not total.all():
-            spans[step:, total == 0] = impossible
-            if not total.any():
-                break
-        chosen = (cumulative <= where[step] * total).sum(axis=0) * rows + columns
-        room = free.take(chosen)
-        offset = (within[step] * (room - span + 1)).astype(np.int64)
-        start = starts[step] = begin.take(chosen) + offset
-        after = span + min_space
-        # The part before the span takes the old part's place, the part after it is new.
-        free.put(chosen, offset - min_space)
-        begin[step + 1] = start + after
-        free[step + 1] = room - offset - after
-    spans[spans == impossible] = 0
-    return starts.T, spans.T
+    spans = -np.sort(-spans, axis=1)
+    starts, placed = np.zeros_like(spans), np.zeros_like(spans)
+    draws = rng.random((len(spans), 2, spans.shape[1]))
+    for row, (length, wanted) in enumerate(zip(lengths.tolist(), spans, strict=True)):
+        found = _place_row(length, wanted[wanted > 0].tolist(), min_space, *draws[row].tolist())
+        starts[row, : len(found)] = found
+        placed[row, : len(found)] = wanted[: len(found)]
+    return starts, placed
+
+
+def _place_row(length: int, spans: list[int], min_space: int, where: list[float], within: list[float]) -> list[int]:
+    """Starts of the spans of a row, the longest first, up to the first that fits nowhere.
+
+    For so few numbers at a time, Python's lists are faster than arrays.
+    """
+    begins: list[int] = []
+    rooms: list[int] = []  # the free parts that can hold a span of the present length
+    aside = [(-length, 0)]  # a heap of those that can only hold a shorter one: (-room, begin)
+    starts: list[int] = []
+    for span, share, position in zip(spans, where, within, strict=False):
+        while aside and -aside[0][0] >= span:
+            room, begin = heappop(aside)
+            rooms.append(-room)
+            begins.append(begin)
+        if not rooms:
+            break
+        cumulative = list(accumulate(rooms))
+        chosen = bisect_right(cumulative, share * cumulative[-1])
+        begin, room = begins[chosen], rooms[chosen]
+        before = int(position * (room - span + 1))
+        starts.append(begin + before)
+        after = room - before - span - min_space
+        if after >= span:
+            begins[chosen], rooms[chosen] = begin + room - after, after
+        else:
+            begins[chosen], rooms[chosen] = begins[-1], rooms[-1]
+            del begins[-1], rooms[-1]
+            if after >= spans[-1]:
+                heappush(aside, (-after, begin + room - after))
+        before -= min_space
+        if before >= span:
+            begins.append(begin)
+            rooms.append(before)
+        elif before >= spans[-1]:
+            heappush(aside, (-before, begin))
+    return starts
 
 
 def _union(lengths: Integers, starts: Integers, spans: Integers, width: int) -> NDArray[np.bool_]:

@@ -1,4 +1,7 @@
-"""Which recordings form which batch: a pure function of the seed and the epoch, on arrays only."""
+"""Which recordings form which batch: a pure function of the seed and the epoch, on arrays only.
+
+May import ``spidr.config`` and its siblings.
+"""
 
 from __future__ import annotations
 

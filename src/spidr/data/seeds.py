@@ -1,4 +1,4 @@
-"""Random generators that are functions of what they are for."""
+"""Random generators that are functions of what they are for. Imports nothing else of the package."""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
 """Writing manifests: one row for each recording of a folder or of an uncompressed tar archive.
 
 ``python -m spidr.data.write_manifest DATASET OUTPUT [--ext .wav] [--fairseq] [--stats]``
+
+May import ``spidr.config`` and its siblings.
 """
 
 from __future__ import annotations

@@ -8,22 +8,28 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-NUM_EXTRA = 4
+NUM_EXTRA = 5
+
+SPLIT = 1 / 64
+"""How far, relative to itself, each half of a codeword that is split moves away from the other."""
 
 
 class Codebook(nn.Module):
     """``V`` clusters of one layer, as exponential moving sums: ``codebook (V, D)`` and ``counts (V,)``, float32.
 
-    Codeword ``v`` is ``codebook[v] / counts[v]``.
+    Codeword ``v`` is ``codebook[v] / counts[v]``. ``idle (V,)``, int64 and in no state dict, counts the steps since a
+    codeword last got a frame, if :meth:`revive` is called after each.
     """
 
     codebook: Tensor
     counts: Tensor
+    idle: Tensor
 
     def __init__(self, size: int, dim: int) -> None:
         super().__init__()
         self.register_buffer("codebook", torch.empty(size, dim))
         self.register_buffer("counts", torch.empty(size))
+        self.register_buffer("idle", torch.zeros(size, dtype=torch.int64), persistent=False)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -52,6 +58,32 @@ class Codebook(nn.Module):
         self.counts.copy_(torch.where(used, decay * self.counts + (1 - decay) * assigned, self.counts))
         moved = decay * self.codebook + (1 - decay) * sums
         self.codebook.copy_(torch.where(used.unsqueeze(1), moved, self.codebook))
+
+    @torch.no_grad()
+    def revive(self, assigned: Tensor, after: int) -> None:
+        """Give codewords that have got no frame for ``after`` steps one half of the clusters that get most frames.
+
+        The j-th of them and the j-th busiest codeword become two codewords on either side of the latter, each with half
+        of its weight, as k-means implementations treat empty clusters (faiss, for one). No draw and no frame is needed,
+        so all processes do the same; nothing waits for the device.
+
+        Args:
+            assigned: How many frames each codeword got in this step, (V,).
+            after: In steps.
+        """
+        self.idle.copy_(torch.where(assigned > 0, 0, self.idle + 1))
+        dead = self.idle >= after
+        turn, order = dead.cumsum(0) - 1, torch.arange(len(dead), device=dead.device)
+        revived = dead & (turn < (assigned > 1).sum())
+        busiest = assigned.argsort(descending=True, stable=True)
+        is_split = torch.zeros_like(dead).scatter(0, busiest, order < revived.sum())
+        source = torch.where(revived, busiest[turn.clamp(min=0)], order)
+        sign = 1.0 - 2.0 * (torch.arange(self.codebook.shape[1], device=dead.device) % 2)
+        shift = SPLIT * (revived.float() - is_split.float())
+        weight = torch.where(revived | is_split, 0.5, 1.0)
+        self.codebook.copy_(self.codebook[source] * (1 + shift.unsqueeze(1) * sign) * weight.unsqueeze(1))
+        self.counts.copy_(self.counts[source] * weight)
+        self.idle.masked_fill_(revived, 0)
 
 
 def standardise(x: Tensor, eps: float = 1e-5) -> Tensor:
@@ -85,7 +117,7 @@ class StepStatistics(nn.Module):
 
     ``sums (K, V, D)`` and ``assigned (K, V)`` are the frames assigned to each codeword and their number, ``predicted
     (K, V)`` the sum of the predicted distributions, ``loss ()`` and ``frames ()`` the loss summed over the masked
-    frames and their number. ``extra (4,)`` is for whatever the caller wants summed along. None of it is part of a
+    frames and their number. ``extra (5,)`` is for whatever the caller wants summed along. None of it is part of a
     checkpoint: it is zero between steps.
     """
 

@@ -6,14 +6,15 @@ Representation Learning. NeurIPS 2023 (arXiv 2305.10005). Imports ``spidr.config
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from typing import ClassVar, cast
+from typing import ClassVar, Self, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spidr.config import DinoSRConfig, InputError, conv_length
+from spidr.config import SAMPLE_RATE, DinoSRConfig, InputError, conv_length
 from spidr.models.codebook import Codebook, StepStatistics, assign, count_perplexity, standardise
 from spidr.models.extractor import FeatureExtractor, FeatureProjection
 from spidr.models.transformer import Transformer
@@ -88,6 +89,11 @@ class DinoSR(nn.Module):
         """Set training mode. The teacher stays in eval mode."""
         super().train(mode)
         self.teacher.eval()
+        return self
+
+    def drop_teacher(self) -> Self:
+        """Free the teacher, which only training needs: ``forward`` raises an InputError from then on."""
+        self.teacher = _NoTeacher()
         return self
 
     # ------------------------------------------------------------------------------------------------- inputs
@@ -194,7 +200,9 @@ class DinoSR(nn.Module):
         self, features: Tensor, attention_mask: Tensor | None, select: Callable[[Tensor], Tensor]
     ) -> tuple[Tensor, Tensor]:
         """Selected teacher frames in float32, (K, N, D), and the codewords they are assigned to, (K, N)."""
-        outputs = self.teacher.get_intermediate_outputs(features, attention_mask)[-self.num_codebooks :]
+        outputs = self.teacher.get_intermediate_outputs(
+            features, attention_mask, skip=len(self.teacher.layers) - self.num_codebooks
+        )
         with torch.autocast(features.device.type, enabled=False):
             targets = torch.stack([select(standardise(output)) for output in outputs])
             return targets, assign(targets, torch.stack([codebook.codewords for codebook in self._codebooks()]))
@@ -259,6 +267,8 @@ class DinoSR(nn.Module):
             totals = self.reduce_statistics()
             for codebook, sums, assigned in zip(self._codebooks(), totals["sums"], totals["assigned"], strict=True):
                 codebook.update(sums, assigned, self.cfg.codebook_decay)
+                if self.cfg.codebook_revive_after > 0:
+                    codebook.revive(assigned, self.cfg.codebook_revive_after)
         self.discard_statistics()
         decay = self.ema_decay(step)
         if 0 < decay < 1:
@@ -389,8 +399,14 @@ class DinoSR(nn.Module):
         *,
         layer: int | None = None,
         normalize: bool = True,
+        window: float | None = None,
+        context: float | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Features of a batch of utterances, one every 20 ms with the default convolutions.
+
+        An utterance of any length goes through as a whole: memory grows with T, but the time for attention with T².
+        With ``window``, time and memory of the transformer do not: its layers see a window and its context at a time,
+        so features differ a little from those of the whole.
 
         Args:
             waveforms: (B, S) float, 16 kHz, shorter rows padded at the end.
@@ -398,17 +414,24 @@ class DinoSR(nn.Module):
             layer: Counted from 1; None: :attr:`best_layer`.
             normalize: Standardise each utterance over its own samples, as in training. ``forward`` and the ``get_*``
                 methods never do.
+            window: Seconds of features that are computed at a time; utterances that are not longer are not affected.
+            context: Seconds that are seen on each side of a window; None: a quarter of it.
 
         Returns:
             The layer's output before the residual addition, (B, T, D), and the frames of each row, (B,). Frame ``t`` is
-            about the 25 ms from ``t * 20`` ms on.
+            about the 25 ms from ``t * 20`` ms on. With ``window``, features in the padding are 0.
 
         Raises:
-            InputError: If there is no such layer, or a length gives no frame or exceeds S.
+            InputError: If there is no such layer, a length gives no frame or exceeds S, or a window or context is no
+                number of frames.
         """
         layer = self._layer(layer)
+
+        def encode(features: Tensor, attention_mask: Tensor | None) -> Tensor:
+            return self.student.get_intermediate_outputs(features, attention_mask, layer, skip=layer - 1)[0]
+
         waveforms, frame_lengths = self._utterances(waveforms, lengths, normalize=normalize)
-        return self.get_intermediate_outputs(waveforms, lengths=lengths, num_layers=layer)[-1], frame_lengths
+        return self._windowed(encode, waveforms, lengths, frame_lengths, window, context), frame_lengths
 
     @torch.no_grad()
     def units(
@@ -418,6 +441,8 @@ class DinoSR(nn.Module):
         *,
         layer: int | None = None,
         normalize: bool = True,
+        window: float | None = None,
+        context: float | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Discrete units of a batch of utterances: the most likely codewords of a layer.
 
@@ -426,22 +451,59 @@ class DinoSR(nn.Module):
             lengths: Samples of each row.
             layer: One that has a codebook.
             normalize: Standardise each utterance.
+            window: Seconds of units that are computed at a time.
+            context: Seconds that are seen on each side of a window.
 
         Returns:
             (B, T) int64, -1 in the padding, and the frames of each row, (B,).
 
         Raises:
-            InputError: If the layer has no codebook, or a length gives no frame or exceeds S.
+            InputError: If the layer has no codebook, or as :meth:`encode`.
         """
         layer = self._layer(layer)
         first = len(self.student.layers) - self.num_codebooks + 1
         if layer < first:
             raise InputError(f"layer {layer} has no codebook; layers {first} to {len(self.student.layers)} have one")
+        head = cast("nn.Sequential", self.heads[layer - first])[0]
+
+        def units(features: Tensor, attention_mask: Tensor | None) -> Tensor:
+            return head(self._hidden(features, attention_mask, layer - first + 1)[-1]).argmax(-1)
+
         waveforms, frame_lengths = self._utterances(waveforms, lengths, normalize=normalize)
-        probabilities = self.get_codebooks(waveforms, lengths=lengths, num_layers=layer)[-1]
-        units = cast("Tensor", probabilities).argmax(-1)
-        padding = torch.arange(units.shape[1], device=units.device) >= frame_lengths.unsqueeze(1)
-        return units.masked_fill(padding, -1), frame_lengths
+        found = self._windowed(units, waveforms, lengths, frame_lengths, window, context)
+        padding = torch.arange(found.shape[1], device=found.device) >= frame_lengths.unsqueeze(1)
+        return found.masked_fill(padding, -1), frame_lengths
+
+    def _windowed(
+        self,
+        function: Callable[[Tensor, Tensor | None], Tensor],
+        waveforms: Tensor,
+        lengths: Tensor | Sequence[int] | None,
+        frame_lengths: Tensor,
+        window: float | None,
+        context: float | None,
+    ) -> Tensor:
+        """What a function of (projected features, attention mask) gives, on windows of each row if asked for."""
+        frame_seconds = math.prod(stride for _, _, stride in self.feature_extractor.shapes) / SAMPLE_RATE
+        size = None if window is None else round(window / frame_seconds)
+        around = round((context if context is not None else (window or 0) / 4) / frame_seconds)
+        if size is not None and size < 1:
+            raise InputError(f"window = {window} s is shorter than a frame of {frame_seconds} s")
+        if around < 0 or (context is not None and size is None):
+            raise InputError(f"context = {context} s needs to be at least 0 and goes with a window")
+        features, attention_mask = self.project(waveforms, lengths=lengths)
+        if size is None or features.shape[1] <= size:
+            return function(features, attention_mask)
+        out: Tensor | None = None
+        for row, num_frames in enumerate(frame_lengths.tolist()):
+            for start in range(0, num_frames, size):
+                stop, left = min(start + size, num_frames), max(0, start - around)
+                seen = features[row : row + 1, left : min(stop + around, num_frames)]
+                found = function(seen, None)[0, start - left : stop - left]
+                if out is None:
+                    out = found.new_zeros(*features.shape[:2], *found.shape[1:])
+                out[row, start:stop] = found
+        return cast("Tensor", out)
 
     def _layer(self, layer: int | None) -> int:
         layer, total = self.best_layer if layer is None else layer, len(self.student.layers)
@@ -459,10 +521,24 @@ class DinoSR(nn.Module):
         if normalize:
             exists = torch.arange(samples, device=waveforms.device) < given.unsqueeze(1)
             count = given.unsqueeze(1)
-            mean = (waveforms * exists).sum(1, keepdim=True) / count
-            centred = (waveforms - mean) * exists
-            waveforms = centred * torch.rsqrt(centred.square().sum(1, keepdim=True) / count + 1e-5)
+            # In float64, so that neither the padding nor the number of threads changes a bit. (MPS has none.)
+            exact = torch.float32 if waveforms.device.type == "mps" else torch.float64
+            mean = (waveforms * exists).sum(1, keepdim=True, dtype=exact) / count
+            centred = (waveforms - mean.to(waveforms.dtype)) * exists
+            var = centred.square().sum(1, keepdim=True, dtype=exact) / count
+            waveforms = centred * torch.rsqrt(var + 1e-5).to(waveforms.dtype)
         return waveforms, conv_length(self.feature_extractor.shapes, given)
+
+
+class _NoTeacher(Transformer):
+    """Stands where a teacher was: no weights, no outputs."""
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+        self.layers = nn.ModuleList()
+
+    def get_intermediate_outputs(self, *_: object, **__: object) -> list[Tensor]:
+        raise InputError("this model has no teacher: it encodes, but cannot be trained or validated")
 
 
 def _reduce_over_default_group(x: Tensor) -> None:

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,9 @@ from torch import Tensor, nn
 from spidr.config import InputError, conv_length
 
 ConvShapes = Sequence[tuple[int, int, int]]
+
+PIECE = 320_000
+"""Samples that inference convolves at a time: the first layer's output of a whole hour would fill 24 GB."""
 
 
 class _StridedConv(torch.autograd.Function):
@@ -74,43 +78,56 @@ class ConvLayer(nn.Module):
         self.conv = nn.Conv1d(in_channels, out_channels, kernel, stride, bias=bias)
         nn.init.kaiming_normal_(self.conv.weight)
 
-    def forward(self, frames: Tensor, stride: int, valid: Tensor | None = None) -> Tensor:
-        """Convolve, normalise, activate.
-
-        Args:
-            frames: Rows of all utterances, (B * R * stride, C).
-            stride: Rows from one output to the next.
-            valid: Rows that count in the statistics of a group norm, (B, R) with as many rows in each utterance.
-
-        Returns:
-            (B * R, O).
-        """
+    def convolve(self, frames: Tensor, stride: int) -> Tensor:
+        """Convolve the rows of all utterances, (B * R * stride, C) to (B * R, O)."""
         taps = self.conv.weight.permute(2, 1, 0).flatten(0, 1)
         if torch.is_autocast_enabled(frames.device.type):
             dtype = torch.get_autocast_dtype(frames.device.type)
             frames, taps = frames.to(dtype), taps.to(dtype)
         out = _StridedConv.apply(frames, taps, stride)
-        if self.conv.bias is not None:
-            out = out + self.conv.bias.to(out.dtype)
+        return out if self.conv.bias is None else out + self.conv.bias.to(out.dtype)
+
+    def activate(self, out: Tensor, moments: Moments | None) -> Tensor:
+        """Normalise and activate, (B * R, O) to the same; a group norm needs the ``moments`` of each channel."""
         if isinstance(self.layer_norm, nn.GroupNorm):
-            if valid is None:
-                raise ValueError("a group norm needs to know which rows are valid")
-            out = _channel_norm(out.view(*valid.shape, -1), valid, self.layer_norm).flatten(0, 1)
+            if moments is None:
+                raise ValueError("a group norm needs the moments of its channels")
+            out = moments.normalise(out, self.layer_norm)
         elif self.layer_norm is not None:
             out = self.layer_norm(out)
         return F.gelu(out)
 
 
-def _channel_norm(frames: Tensor, valid: Tensor, norm: nn.GroupNorm) -> Tensor:
-    """Group norm with one group per channel, (B, R, C), over the ``valid`` frames (B, R), in float32 at least."""
-    dtype = frames.dtype
-    frames = frames.to(torch.promote_types(dtype, torch.float32))
-    weight = valid.unsqueeze(-1).to(frames.dtype)
-    count = weight.sum(1, keepdim=True)
-    mean = (frames * weight).sum(1, keepdim=True) / count
-    centred = frames - mean
-    var = (centred.square() * weight).sum(1, keepdim=True) / count
-    return (centred * torch.rsqrt(var + norm.eps) * norm.weight + norm.bias).to(dtype)
+@dataclass(frozen=True)
+class Moments:
+    """Number (B, 1, 1), mean and variance (B, 1, C) of each channel's values in each utterance, float32 at least."""
+
+    count: Tensor
+    mean: Tensor
+    var: Tensor
+
+    @classmethod
+    def of(cls, frames: Tensor, valid: Tensor) -> Moments:
+        """Over the ``valid`` (B, R) of the frames (B, R, C)."""
+        frames = frames.to(torch.promote_types(frames.dtype, torch.float32))
+        weight = valid.unsqueeze(-1).to(frames.dtype)
+        count = weight.sum(1, keepdim=True)
+        divisor = count.clamp(min=1)
+        mean = (frames * weight).sum(1, keepdim=True) / divisor
+        return cls(count, mean, ((frames - mean).square() * weight).sum(1, keepdim=True) / divisor)
+
+    def joined(self, other: Moments) -> Moments:
+        """Over the values of both (Chan, Golub, LeVeque 1979)."""
+        count = (self.count + other.count).clamp(min=1)
+        share, delta = other.count / count, other.mean - self.mean
+        var = (1 - share) * self.var + share * other.var + (1 - share) * share * delta.square()
+        return Moments(self.count + other.count, self.mean + share * delta, var)
+
+    def normalise(self, rows: Tensor, norm: nn.GroupNorm) -> Tensor:
+        """Standardise rows (B * R, C), scale and shift them."""
+        frames = rows.view(len(self.mean), -1, rows.shape[1]).to(self.mean.dtype)
+        out = (frames - self.mean) * torch.rsqrt(self.var + norm.eps) * norm.weight + norm.bias
+        return out.flatten(0, 1).to(rows.dtype)
 
 
 class FeatureExtractor(nn.Module):
@@ -137,6 +154,9 @@ class FeatureExtractor(nn.Module):
         )
         self.row_multiple = math.prod(stride for _, _, stride in self.shapes[1:])
 
+    def _layers(self) -> list[ConvLayer]:
+        return [cast("ConvLayer", layer) for layer in self.conv_layers]
+
     def num_frames(self, num_samples: int) -> int:
         """Frames that ``num_samples`` samples give."""
         return conv_length(self.shapes, num_samples)
@@ -155,25 +175,75 @@ class FeatureExtractor(nn.Module):
         Raises:
             InputError: If S samples do not fill one frame.
         """
-        batch, samples = waveforms.shape
-        num_frames = self.num_frames(samples)
-        if num_frames < 1:
+        samples = waveforms.shape[1]
+        if self.num_frames(samples) < 1:
             raise InputError(f"waveforms of {samples} samples are too short: they do not fill one frame")
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or waveforms.numel() <= PIECE:
+            return self._convolve(waveforms, lengths)
+        rows = max(1, PIECE // samples)
+        parts = [slice(start, start + rows) for start in range(0, len(waveforms), rows)]
+        return torch.cat([self._in_pieces(waveforms[i], None if lengths is None else lengths[i]) for i in parts])
+
+    def _in_pieces(self, waveforms: Tensor, lengths: Tensor | None) -> Tensor:
+        """The same frames, exactly, from overlapping pieces: a frame sees its receptive field and nothing else."""
+        hop, field = math.prod(stride for _, _, stride in self.shapes), 1
+        for _, kernel, stride in reversed(self.shapes):
+            field = (field - 1) * stride + kernel
+        num_frames, step = self.num_frames(waveforms.shape[1]), max(1, PIECE // (len(waveforms) * hop))
+        if num_frames <= step:
+            return self._convolve(waveforms, lengths)
+        moments = self._moments(waveforms, lengths) if self.mode == "group_norm" else None
+        out: Tensor | None = None
+        for start in range(0, num_frames, step):
+            stop = min(start + step, num_frames)
+            piece = self._convolve(waveforms[:, start * hop : (stop - 1) * hop + field], None, moments)
+            if out is None:
+                out = piece.new_empty(len(waveforms), num_frames, piece.shape[2])
+            out[:, start:stop] = piece
+        return cast("Tensor", out)
+
+    def _first_rows(self, waveforms: Tensor) -> Tensor:
+        """What each output of the first convolution sees, (B * R, kernel), R a multiple of the other strides."""
+        batch, samples = waveforms.shape
         _, kernel, stride = self.shapes[0]
-        first_frames = conv_length(self.shapes[:1], samples)
-        rows = math.ceil(first_frames / self.row_multiple) * self.row_multiple
+        rows = math.ceil(conv_length(self.shapes[:1], samples) / self.row_multiple) * self.row_multiple
         # One channel: a matrix product over a whole kernel beats one over `stride` samples, and the copy is small.
         kernels = F.pad(waveforms, (0, max(0, (rows - 1) * stride + kernel - samples))).unfold(1, kernel, stride)
-        frames = kernels[:, :rows].reshape(batch * rows, kernel)
+        return kernels[:, :rows].reshape(batch * rows, kernel)
+
+    def _convolve(self, waveforms: Tensor, lengths: Tensor | None, moments: Moments | None = None) -> Tensor:
+        """All layers, with a group norm's ``moments`` or those of these waveforms."""
+        batch, samples = waveforms.shape
+        frames = self._first_rows(waveforms)
         strides = [1, *(stride for _, _, stride in self.shapes[1:])]
-        valid = None
-        if self.mode == "group_norm":
-            counted = torch.full((batch,), samples, device=waveforms.device) if lengths is None else lengths
-            index = torch.arange(rows, device=waveforms.device)
-            valid = index < conv_length(self.shapes[:1], counted).unsqueeze(1)
-        for layer, stride in zip(self.conv_layers, strides, strict=True):
-            frames = layer(frames, stride, valid)
-        return frames.view(batch, -1, frames.shape[1])[:, :num_frames]
+        for layer, stride in zip(self._layers(), strides, strict=True):
+            frames = layer.convolve(frames, stride)
+            if self.mode == "group_norm" and moments is None:
+                rows = frames.unflatten(0, (batch, -1))
+                moments = Moments.of(rows, self._valid_rows(waveforms, lengths, rows.shape[1]))
+            frames = layer.activate(frames, moments)
+        return frames.view(batch, -1, frames.shape[1])[:, : self.num_frames(samples)]
+
+    def _valid_rows(self, waveforms: Tensor, lengths: Tensor | None, num_rows: int) -> Tensor:
+        """Which of the first convolution's outputs count in its statistics, (B, R)."""
+        batch, samples = waveforms.shape
+        counted = torch.full((batch,), samples, device=waveforms.device) if lengths is None else lengths
+        return torch.arange(num_rows, device=waveforms.device) < conv_length(self.shapes[:1], counted).unsqueeze(1)
+
+    def _moments(self, waveforms: Tensor, lengths: Tensor | None) -> Moments:
+        """What a group norm takes from the whole of each utterance, piece by piece."""
+        batch, samples = waveforms.shape
+        _, kernel, stride = self.shapes[0]
+        num_rows, step = conv_length(self.shapes[:1], samples), max(1, PIECE // (batch * stride))
+        valid = self._valid_rows(waveforms, lengths, num_rows)
+        moments: Moments | None = None
+        for start in range(0, num_rows, step):
+            stop = min(start + step, num_rows)
+            frames = self._first_rows(waveforms[:, start * stride : (stop - 1) * stride + kernel])
+            rows = self._layers()[0].convolve(frames, 1).unflatten(0, (batch, -1))
+            found = Moments.of(rows[:, : stop - start], valid[:, start:stop])
+            moments = found if moments is None else moments.joined(found)
+        return cast("Moments", moments)
 
 
 class FeatureProjection(nn.Module):

@@ -1,7 +1,8 @@
 """Published and saved weights: download, verify, convert and load them.
 
-The only module of :mod:`spidr.models` that touches files. No code from a file is ever run: our own checkpoints are read
-with ``weights_only=True``, fairseq's with an unpickler that knows tensors and containers and nothing else.
+Of :mod:`spidr.models`, only this module and ``weights_file`` touch files. No code from a file is ever run: our own
+checkpoints are read with ``weights_only=True``, fairseq's with an unpickler that knows tensors and containers and
+nothing else. Imports ``spidr.config`` and its siblings only.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import torch.hub
 from torch import Tensor, nn
 
 from spidr.config import DinoSRConfig, InputError, SpidRConfig, model_config, read_table
+from spidr.models import weights_file
 from spidr.models.dinosr import DinoSR
 from spidr.models.spidr import SpidR
 
@@ -71,6 +73,13 @@ def dinosr_base_original(pretrained: bool = True, check_hash: bool = False, prog
     return _published(DinoSR, cfg, DINOSR_BASE_ORIGINAL, load_fairseq_weights, pretrained, check_hash, progress)
 
 
+PUBLISHED: dict[str, Callable[[], DinoSR]] = {
+    "spidr_base": spidr_base,
+    "dinosr_base_reproduced": dinosr_base_reproduced,
+    "dinosr_base_original": dinosr_base_original,
+}
+
+
 def build_model(
     *,
     cfg: DinoSRConfig | None = None,
@@ -81,9 +90,10 @@ def build_model(
 
     Args:
         cfg: The model's configuration. None: the one in ``config.json`` in the checkpoint's folder (a run's whole
-            configuration or its model table alone), else the defaults.
-        model_type: "spidr" or "dinosr". None: the type that ``cfg`` or ``config.json`` tells.
-        checkpoint: A file with the weights under ``"model"``.
+            configuration or its model table alone) or in the header of a safetensors file, else the defaults.
+        model_type: "spidr" or "dinosr". None: the type that the configuration tells.
+        checkpoint: A file with the weights under ``"model"``, or ``.safetensors`` as ``spidr.export`` writes it: the
+            model then has no teacher.
 
     Returns:
         The model, on the CPU and in training mode, like every new module.
@@ -99,20 +109,48 @@ def build_model(
         raise InputError(f"model_type is {model_type!r}, but the configuration is of a {recorded_type!r} model")
     model = SpidR(cfg) if isinstance(cfg, SpidRConfig) else DinoSR(cfg)
     if checkpoint is not None:
-        load_into(model, load_weights(checkpoint), checkpoint)
+        weights = load_weights(checkpoint)
+        if _is_export(checkpoint):
+            model.drop_teacher()
+        load_into(model, weights, checkpoint)
     return model
+
+
+def load_encoder(model: str | Path) -> DinoSR:
+    """A trained model for inference: on the CPU, in eval mode and without its teacher.
+
+    Args:
+        model: The name of a published model, such as "spidr_base", or a checkpoint as :func:`build_model` reads it.
+
+    Raises:
+        InputError: There is no such model or file, or it does not fit.
+    """
+    if (published := PUBLISHED.get(str(model))) is not None:
+        return published().drop_teacher().eval()
+    if not Path(model).exists():
+        raise InputError(f"{model}: neither a file nor a published model ({', '.join(PUBLISHED)})")
+    return build_model(checkpoint=model).drop_teacher().eval()
+
+
+def _is_export(path: str | Path) -> bool:
+    """Whether a file has the weights of an encoder without its teacher."""
+    return Path(path).suffix == weights_file.SUFFIX
 
 
 def recorded_config(checkpoint: Path, model_type: str | None = None) -> DinoSRConfig | None:
     """The model's configuration in ``config.json`` in the checkpoint's folder, with a warning None without one.
 
+    A safetensors file that has it in its header needs no ``config.json``.
+
     Args:
-        checkpoint: The checkpoint file, which is not read.
+        checkpoint: The checkpoint file; its weights are not read.
         model_type: What the model must be, needed if the file is a model table alone, which does not tell.
 
     Raises:
         InputError: The file is wrong, tells another model type or none.
     """
+    if _is_export(checkpoint) and (cfg := weights_file.read_config(checkpoint)) is not None:
+        return cfg
     path = checkpoint.with_name("config.json")
     if not path.exists():
         logger.warning("%s: no config.json beside it, so the default model of its type is built", checkpoint)
@@ -140,7 +178,8 @@ def load_weights(path: str | Path) -> dict[str, Tensor]:
     """Read the weights of a checkpoint, whatever else it holds.
 
     Args:
-        path: A ``torch.save`` dictionary with the weights under ``"model"``, their names with or without ``module.``.
+        path: A ``torch.save`` dictionary with the weights under ``"model"``, their names with or without ``module.``,
+            or a ``.safetensors`` file.
 
     Returns:
         Name → tensor on the CPU, as saved and in the order of the file.
@@ -148,6 +187,8 @@ def load_weights(path: str | Path) -> dict[str, Tensor]:
     Raises:
         InputError: The file is missing, truncated, no checkpoint, or would need to run code to be read.
     """
+    if _is_export(path):
+        return _read(path, lambda: weights_file.read_weights(path))
     return _read(path, lambda: _weights_of(load_verified(path)))
 
 
@@ -224,6 +265,8 @@ def _read(path: str | Path, load: Callable[[], dict[str, Tensor]]) -> dict[str, 
     """What ``load`` returns; a broken file can make it fail in any way, and each becomes an InputError."""
     try:
         return load()
+    except InputError:
+        raise
     except OSError as error:
         raise InputError(f"{path}: cannot read the file: {error.strerror or error}") from None
     except pickle.UnpicklingError as error:

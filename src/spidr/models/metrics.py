@@ -2,12 +2,14 @@
 
 Perplexities follow section 4 of the SpidR paper (arXiv 2512.20308), the unit quality follows HuBERT (arXiv 2106.07447,
 section 4.4): purities and the phone-normalised mutual information (PNMI) of the joint frequencies of phones and units.
+
+Imports ``spidr.config`` only.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -112,11 +114,10 @@ def build_count_matrix(
         InputError: No data at all, a recording whose phones and units differ too much in length, a unit outside
             [0, num_units), or more than ``num_phones`` phones. The message names the recording.
     """
-    names = sorted(set(itertools.chain.from_iterable(phones for phones, _ in data.values())))
-    if len(names) > num_phones:
-        raise InputError(f"found {len(names)} phones, expected at most {num_phones}: {' '.join(names)}")
-    index = {name: row for row, name in enumerate(names)}
-    counts = np.zeros(len(names) * num_units, dtype=np.int64)
+    # Rows are numbered as the phones come, in one pass over millions of strings, and put in order afterwards.
+    index: defaultdict[str, int] = defaultdict()
+    index.default_factory = index.__len__
+    counts = np.zeros(num_phones * num_units, dtype=np.int64)
     for name, (phones, units) in data.items():
         columns = _checked_units(name, units, num_units).repeat(repeat)
         if abs(len(phones) - len(columns)) > max_length_diff:
@@ -125,12 +126,16 @@ def build_count_matrix(
                 f"{max_length_diff} frames; are these the alignments of the same recording?"
             )
         rows = np.fromiter(map(index.__getitem__, phones), np.int64, len(phones))
+        if len(index) > num_phones:
+            raise InputError(f"found more than {num_phones} phones, up to {name}: {' '.join(sorted(index))}")
         length = min(len(rows), len(columns))
         recording = np.bincount(rows[:length] * num_units + columns[:length])
         counts[: len(recording)] += recording
+    names = sorted(index)
+    counts = counts.reshape(num_phones, num_units)[[index[name] for name in names]]
     if not counts.any():
         raise InputError("no frame with both a phone and a unit")
-    matrix = torch.from_numpy(counts).view(len(names), num_units)
+    matrix = torch.from_numpy(counts)
     order = matrix.sum(1).sort(descending=True, stable=True).indices
     return matrix[order], [names[row] for row in order]
 

@@ -48,4 +48,4 @@ class SpidR(DinoSR):
 
     def _hidden(self, x: Tensor, attention_mask: Tensor | None, num_heads: int) -> list[Tensor]:
         num_layers = len(self.student.layers) - self.num_codebooks + num_heads
-        return self.student.get_intermediate_outputs(x, attention_mask, num_layers)[-num_heads:]
+        return self.student.get_intermediate_outputs(x, attention_mask, num_layers, skip=num_layers - num_heads)

@@ -13,6 +13,13 @@ from torch import Tensor, nn
 
 from spidr.config import DinoSRConfig
 
+LONG = 16_384
+"""Frames above which inference goes piece by piece, so that a few (T, D) tensors are all there is at a time."""
+
+
+def _in_pieces(num_frames: int) -> bool:
+    return not torch.compiler.is_compiling() and not torch.is_grad_enabled() and num_frames > LONG
+
 
 class PositionalConvolution(nn.Module):
     """Grouped convolutions over time whose output is added to the features: the model's only sense of position."""
@@ -53,11 +60,23 @@ class Attention(nn.Module):
             nn.init.zeros_(self.qkv.bias)
 
     def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """(B, T, D) to (B, T, D); ``attention_mask``, broadcastable to (B, H, T, T), is True where to attend."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        """(B, T, D) to (B, T, D); ``attention_mask``, broadcastable to (B, 1, T, T), is True where to attend."""
+        if not _in_pieces(x.shape[1]):
+            return self.proj(self._attend(self.qkv(x), self.num_heads, attention_mask))
+        # Queries, keys and values of all heads at once would be the largest tensor of all.
+        weight = self.qkv.weight.unflatten(0, (3, self.num_heads, -1))
+        bias = None if self.qkv.bias is None else self.qkv.bias.unflatten(0, (3, self.num_heads, -1))
+        heads = []
+        for head in range(self.num_heads):
+            head_bias = None if bias is None else bias[:, head].flatten()
+            heads.append(self._attend(F.linear(x, weight[:, head].flatten(0, 1), head_bias), 1, attention_mask))
+        return self.proj(torch.cat(heads, dim=-1))
+
+    def _attend(self, qkv: Tensor, num_heads: int, attention_mask: Tensor | None) -> Tensor:
+        q, k, v = qkv.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)
         dropout = self.dropout if self.training else 0.0
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=attention_mask, dropout_p=dropout)
-        return self.proj(x.transpose(1, 2).flatten(2))
+        return x.transpose(1, 2).flatten(2)
 
 
 class FeedForward(nn.Module):
@@ -74,6 +93,8 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, D) to (B, T, D)."""
+        if _in_pieces(x.shape[1]):
+            return torch.cat([self.forward(piece) for piece in x.split(LONG, dim=1)], dim=1)
         return self.output_dense(self.dropout(F.gelu(self.intermediate_dense(x))))
 
 
@@ -127,9 +148,9 @@ class Transformer(nn.Module):
         self.layer_drop = cfg.encoder_layer_drop
 
     def _run(
-        self, x: Tensor, attention_mask: Tensor | None, num_layers: int
-    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-        """Run the first ``num_layers`` blocks: the residual stream after them, and what each block returned."""
+        self, x: Tensor, attention_mask: Tensor | None, kept: range, *, before_residual: bool = True
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Run the blocks up to the last of ``kept``: the residual stream after them, and the outputs of those kept."""
         frame_mask = None
         if attention_mask is not None:
             frame_mask = attention_mask[..., 0, :].expand(x.shape[0], 1, x.shape[1]).transpose(1, 2)
@@ -137,16 +158,17 @@ class Transformer(nn.Module):
         if not self.layer_norm_first:
             x = self.layer_norm(x)
         x = self.dropout(x)
-        results = []
-        for layer in self.layers[:num_layers]:
+        outputs = []
+        for i, layer in enumerate(self.layers[: kept.stop]):
             output, forwarded = layer(x, attention_mask)
-            results.append((output, forwarded))
+            if i >= kept.start:
+                outputs.append(forwarded if before_residual else output)
             if self.training and self.layer_drop > 0:
                 # Drawn on the device and computed either way: no synchronisation, and a dropped block's parameters
                 # get the zero gradient that distributed training waits for.
                 output = torch.where(torch.rand((), device=x.device) < self.layer_drop, x, output)
             x = output
-        return x, results
+        return x, outputs
 
     def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Encode projected features.
@@ -158,7 +180,8 @@ class Transformer(nn.Module):
         Returns:
             The final output, (B, T, D): the last block's, after the final LayerNorm in the pre-norm model.
         """
-        x, _ = self._run(x, attention_mask, len(self.layers))
+        num_layers = len(self.layers)
+        x, _ = self._run(x, attention_mask, range(num_layers, num_layers))
         return self.layer_norm(x) if self.layer_norm_first else x
 
     def get_intermediate_outputs(
@@ -168,6 +191,7 @@ class Transformer(nn.Module):
         num_layers: int | None = None,
         *,
         before_residual: bool = True,
+        skip: int = 0,
     ) -> list[Tensor]:
         """Outputs of the first ``num_layers`` blocks (default all), without the final LayerNorm.
 
@@ -177,9 +201,10 @@ class Transformer(nn.Module):
             num_layers: How many blocks to run.
             before_residual: Give each block's feed-forward output before the residual addition, as the heads and the
                 teacher's targets use it, instead of the block's full output.
+            skip: How many of the first outputs to leave out of the list, and of memory.
 
         Returns:
-            ``num_layers`` tensors (B, T, D).
+            ``num_layers - skip`` tensors (B, T, D).
 
         Raises:
             ValueError: If ``num_layers`` is not between 1 and the number of blocks.
@@ -187,5 +212,4 @@ class Transformer(nn.Module):
         num_layers = len(self.layers) if num_layers is None else num_layers
         if not 1 <= num_layers <= len(self.layers):
             raise ValueError(f"num_layers must be between 1 and {len(self.layers)}, not {num_layers}")
-        _, results = self._run(x, attention_mask, num_layers)
-        return [forwarded if before_residual else output for output, forwarded in results]
+        return self._run(x, attention_mask, range(skip, num_layers), before_residual=before_residual)[1]

@@ -150,6 +150,27 @@ class WandbSink:
             finish.join(TIMEOUT)
 
 
+def find_wandb_run(project: str, name: str, run_id: str | None) -> Any:
+    """The run that wandb has under an id, or the one finished run of a name.
+
+    Raises:
+        InputError: If there is none, or several, or wandb cannot be asked.
+    """
+    import wandb
+
+    api = wandb.Api()
+    try:
+        if run_id is not None:
+            return api.run(f"{project}/{run_id}")
+        runs = list(api.runs(project, filters={"display_name": name, "state": "finished"}))
+    except Exception as error:  # network, permissions, no such project
+        raise InputError(f"wandb, {project}: {error}") from error
+    if len(runs) != 1:
+        found = ", ".join(run.id for run in runs) or "none"
+        raise InputError(f"wandb, {project}: expected one finished run {name!r}, found {found}; give --runid")
+    return runs[0]
+
+
 class Means:
     """Means over an interval, of values that come once a step, as sums that a checkpoint can hold."""
 

@@ -2,6 +2,8 @@
 
 Validation jobs may end after training has. This collects their results into ``metrics.jsonl`` and pushes to wandb every
 line that it does not have, in the order of the steps.
+
+May import ``spidr.config``, ``spidr.slurm`` and its siblings.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from typing import Any
 
 from spidr.config import Config, InputError, read_config, to_dict
 from spidr.slurm import ValidationJobs
-from spidr.tools.metrics import MetricsFile, WandbSink, read_metrics
+from spidr.tools.metrics import MetricsFile, WandbSink, find_wandb_run, read_metrics
 
 
 def push_metrics(folder: Path, entity: str, run_id: str | None = None) -> int:
@@ -71,7 +73,7 @@ def _choose_run(folder: Path, cfg: Config, entity: str, run_id: str | None) -> N
         return
     state: dict[str, Any] = {"id": run_id, "pushed": {}}
     if os.environ.get("WANDB_MODE", cfg.run.wandb_mode) != "offline":
-        run = _find_run(f"{entity}/{cfg.run.wandb_project}", cfg.run.wandb_name, run_id)
+        run = find_wandb_run(f"{entity}/{cfg.run.wandb_project}", cfg.run.wandb_name, run_id)
         state["id"] = run.id
         for name, value in run.summary.items():
             group, _, key = name.rpartition("/")
@@ -80,22 +82,6 @@ def _choose_run(folder: Path, cfg: Config, entity: str, run_id: str | None) -> N
     elif run_id is None:
         raise InputError(f"{folder}: no wandb run is known here; give --runid")
     state_path.write_text(json.dumps(state))
-
-
-def _find_run(project: str, name: str, run_id: str | None) -> Any:
-    import wandb
-
-    api = wandb.Api()
-    try:
-        if run_id is not None:
-            return api.run(f"{project}/{run_id}")
-        runs = list(api.runs(project, filters={"display_name": name, "state": "finished"}))
-    except Exception as error:  # network, permissions, no such project
-        raise InputError(f"wandb, {project}: {error}") from error
-    if len(runs) != 1:
-        found = ", ".join(run.id for run in runs) or "none"
-        raise InputError(f"wandb, {project}: expected one finished run {name!r}, found {found}; give --runid")
-    return runs[0]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

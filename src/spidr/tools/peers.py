@@ -1,6 +1,6 @@
 """Processes of a run that look after each other: none waits for one that is gone, and one of them says why.
 
-Needs ``torch.distributed`` initialised. Imports nothing else of the package.
+Imports nothing else of the package.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import time
 from contextlib import suppress
 from dataclasses import astuple, dataclass
 from datetime import timedelta
+from typing import Any
 
 from torch import distributed as dist
 
@@ -37,11 +38,33 @@ class Cause:
     text: str
 
 
+def connect(rank: int, timeout: timedelta, *, serve: bool = False) -> Any:
+    """A new connection to the store at which all processes of the run meet, at ``$MASTER_ADDR:$MASTER_PORT``.
+
+    Args:
+        rank: This process.
+        timeout: How long the process that serves the store may take to start.
+        serve: Serve it, if this is rank 0 and no launcher does.
+
+    Raises:
+        RuntimeError: Nobody answers there, or the port is taken.
+    """
+    serve = serve and rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    return dist.TCPStore(  # type: ignore[attr-defined]
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        is_master=serve,
+        timeout=timeout,
+        wait_for_workers=False,
+    )
+
+
 class Peers:
-    """Exchanges signs of life, and the cause if the run cannot go on, through the store where the processes have met.
+    """Exchanges signs of life, and the cause if the run cannot go on, through the store where the processes meet.
 
     A collective operation with a process that is dead, or that has stopped after an error, fails late or never, and
-    does not tell which. So a thread of each process watches all others. It ends this process if it is stuck.
+    does not tell which. So a thread of each process watches all others, from the moment when they come on. It ends this
+    process if it is stuck.
 
     Args:
         rank: This process.
@@ -49,23 +72,42 @@ class Peers:
     """
 
     def __init__(self, rank: int, world_size: int) -> None:
-        self.rank = rank
-        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        self.rank, self.world_size = rank, world_size
         # A connection of its own: the other one is blocked while a collective operation is being set up.
-        store = dist.TCPStore(*address, is_master=False, timeout=timedelta(minutes=5))  # type: ignore[attr-defined]
+        store = connect(rank, timedelta(minutes=5))
         prefix = f"spidr/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
         self._store = dist.PrefixStore(prefix, store)  # type: ignore[attr-defined]
-        self._keys = [f"rank {r}" for r in range(world_size)]
         self._status = socket.gethostname()
         self._beats = 0
         self._beat()
-        self._store.wait(self._keys)
-        self._seen = {r: (b"", time.monotonic()) for r in range(world_size)}
+        self._store.append("come", f"{rank} ")  # type: ignore[attr-defined]
+        self._seen: dict[int, tuple[bytes, float]] = {}
         self._silence = SILENCE
         self._cause: Cause | None = None
         self._closed = threading.Event()
+        self._news = threading.Event()  # set when all have come, or when there is a cause
         self._thread = threading.Thread(target=self._watch, name="peers", daemon=True)
         self._thread.start()
+
+    def meet(self, timeout: timedelta) -> None:
+        """Wait until all processes have come.
+
+        Args:
+            timeout: How long one may take that has not come yet: a cluster may start them one after the other. One that
+                has come and gives no sign of life any more is missed much sooner.
+
+        Raises:
+            RuntimeError: Someone is missing; :meth:`explain` tells who.
+        """
+        if not self._news.wait(timeout.total_seconds()):
+            missing = [str(rank) for rank in range(self.world_size) if rank not in self._seen]
+            place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            text = (
+                f"{self.world_size - len(missing)} of {self.world_size} processes have met at {place} within {timeout}"
+            )
+            self._tell(int(missing[0]), 1, f"{text}; nothing was heard of rank {', '.join(missing)}")
+        if self._cause is not None:
+            raise RuntimeError(self._cause.text)
 
     def explain(self, error: Exception, status: int) -> Cause:
         """The cause of the run's end, given an error of this process, which may itself be the cause.
@@ -102,7 +144,7 @@ class Peers:
 
     def _beat(self) -> None:
         self._beats += 1
-        self._store.set(self._keys[self.rank], f"{self._beats} {self._status}")
+        self._store.set(f"rank {self.rank}", f"{self._beats} {self._status}")
 
     def _tell(self, about: int, status: int, text: str) -> Cause:
         """Say why the run ends, unless another process has been faster. Returns what has been said."""
@@ -115,15 +157,18 @@ class Peers:
         return self._cause
 
     def _watch(self) -> None:
+        pause = BEAT / 16  # those who come at the same time shall not wait for each other
         while self._cause is None:
-            if self._closed.wait(BEAT):
+            if self._closed.wait(pause):
                 return
+            pause = min(BEAT, 2 * pause)
             try:
                 self._beat()
                 self._look()
             except RuntimeError:
                 text = "lost contact with the process at which all meet: rank 0 or the launcher has ended"
                 self._cause = Cause(self.rank, 0, 1, text)
+        self._news.set()
         if self._closed.wait(GRACE):
             return
         if self._cause.told_by == self.rank:
@@ -137,7 +182,12 @@ class Peers:
             self._cause = Cause(*json.loads(self._store.get("cause")))
             return
         now = time.monotonic()
-        for rank, value in enumerate(self._store.multi_get(self._keys)):
+        if len(self._seen) < self.world_size:
+            for rank in map(int, self._store.get("come").split()):
+                self._seen.setdefault(rank, (b"", now))
+            if len(self._seen) == self.world_size:
+                self._news.set()
+        for rank, value in zip(self._seen, self._store.multi_get([f"rank {r}" for r in self._seen]), strict=True):
             last, since = self._seen[rank]
             host = value.decode().partition(" ")[2]
             if value != last:

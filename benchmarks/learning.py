@@ -1,0 +1,251 @@
+"""Does a small model learn phonetic units from an hour of speech? SpidR, DinoSR and k-means, on the same speakers.
+
+    python benchmarks/learning.py SPEECH OUTPUT [--only baselines] [--seeds 0 1 2]
+
+SPEECH holds ``audio/``, ``alignments.jsonl`` (with speaker, gender and duration) and ``phoneme.item``. The speakers are
+split, 45 minutes to train on, the others to validate; everything is measured on the latter. OUTPUT gets the manifests,
+the runs, ``results.jsonl`` (one line for each system, seed and layer) and ``table.md``. The baselines take minutes,
+each of the trainings up to an hour on two cores; what is in ``results.jsonl`` is not done again.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import torch
+from sklearn.cluster import MiniBatchKMeans
+
+from spidr.abx import ABX, Scorer, read_items
+from spidr.config import SAMPLE_RATE, read_config, to_dict
+from spidr.data import read_manifest, speech_dataset
+from spidr.data.alignments import read_alignments
+from spidr.environment import Environment
+from spidr.evaluate import evaluate_model
+from spidr.models import build_model
+from spidr.models.metrics import units_quality
+from spidr.validate import encode_rows
+
+ROOT = Path(__file__).resolve().parents[1]
+TRAIN_MINUTES = 45
+MELS = 80
+MEASURES = ("pnmi", "active_codewords", "units_abx_within", "units_abx_across", "abx_within", "abx_across")
+Features = dict[str, np.ndarray]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Data
+
+
+def prepare(speech: Path, output: Path) -> None:
+    """Write the manifests, alignments and items of both halves."""
+    output.mkdir(parents=True, exist_ok=True)
+    rows = [json.loads(line) for line in (speech / "alignments.jsonl").read_text(encoding="utf-8").splitlines()]
+    minutes: dict[tuple[str, str], float] = {}
+    for row in rows:
+        speaker = row["gender"], row["speaker"]
+        minutes[speaker] = minutes.get(speaker, 0) + row["duration"] / 60
+    # By turns a woman and a man, so that both halves have both.
+    by_gender = [sorted(s for s in minutes if s[0] == gender) for gender in sorted({gender for gender, _ in minutes})]
+    turns = sorted((i, speaker) for speakers in by_gender for i, speaker in enumerate(speakers))
+    train: set[str] = set()
+    total = 0.0
+    for _, speaker in turns:
+        if total + minutes[speaker] <= TRAIN_MINUTES:
+            train.add(speaker[1])
+            total += minutes[speaker]
+    command = [sys.executable, "-m", "spidr.data.write_manifest", str(speech / "audio"), str(output / "all.csv")]
+    subprocess.run([*command, "--ext", ".flac"], check=True)
+    manifest = read_manifest(output / "all.csv")
+    for split, is_train in (("train", True), ("valid", False)):
+        fileids = [row["fileid"] for row in rows if (row["speaker"] in train) == is_train]
+        part = manifest.filter(pl.col("fileid").is_in(fileids))
+        part.write_csv(output / f"{split}.csv")
+        seconds = part["num_samples"].sum() / SAMPLE_RATE
+        print(f"{split}: {part.height} recordings, {seconds / 60:.1f} minutes", flush=True)
+    lines = [json.dumps(row) + "\n" for row in rows]
+    (output / "alignments.jsonl").write_text("".join(lines), encoding="utf-8")
+    header, *items = (speech / "phoneme.item").read_text(encoding="utf-8").splitlines(keepends=True)
+    valid = set(read_manifest(output / "valid.csv")["fileid"])
+    kept = [line for line in items if line.split()[0] in valid]
+    (output / "phoneme.item").write_text(header + "".join(kept), encoding="utf-8")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Features and k-means
+
+
+def log_mel(waveform: torch.Tensor) -> np.ndarray:
+    """(T, 80) log-mel energies of 25 ms every 20 ms, the frames of the models, standardised over the recording."""
+    power = (
+        torch.stft(waveform, 512, 320, 400, torch.hann_window(400), center=False, return_complex=True).abs().square()
+    )
+    features = (mel_filters() @ power).clamp(min=1e-6).log().T
+    return ((features - features.mean(0)) / features.std(0)).numpy()
+
+
+def mel_filters() -> torch.Tensor:
+    """(80, 257) triangles on the mel scale, 2595 log10(1 + f / 700), from 0 to 8 kHz."""
+    edges = 700 * (10 ** (torch.linspace(0, 2595 * np.log10(1 + 8000 / 700), MELS + 2) / 2595) - 1)
+    frequencies = torch.linspace(0, SAMPLE_RATE / 2, 257)
+    rising = (frequencies - edges[:-2, None]) / (edges[1:-1] - edges[:-2])[:, None]
+    falling = (edges[2:, None] - frequencies) / (edges[2:] - edges[1:-1])[:, None]
+    return torch.minimum(rising, falling).clamp(min=0)
+
+
+def log_mels(manifest: Path) -> Features:
+    """Of all recordings of a manifest. The STFT without padding at its ends leaves out a frame that is not whole."""
+    dataset = speech_dataset(manifest, normalize=True)
+    # 512 samples for the FFT, of which the window fills the middle 400.
+    pad = torch.nn.functional.pad
+    return {name: log_mel(pad(dataset[i], (56, 56))) for i, name in enumerate(dataset.manifest["fileid"])}
+
+
+def model_features(checkpoint: Path, manifest: Path, layer: int) -> Features:
+    """Outputs of a layer, standardised over each recording like the targets of training."""
+    model = build_model(checkpoint=checkpoint).eval()
+    dataset = speech_dataset(manifest, normalize=True)
+    names = dataset.manifest["fileid"].to_list()
+    env = Environment(0, 0, 1, torch.device("cpu"))
+    encoded = encode_rows(model, dataset, list(range(len(names))), 640_000, env, layers=[layer])
+    return {names[row]: ((x[0] - x[0].mean(0)) / x[0].std(0)).numpy() for row, _, x in encoded}
+
+
+def k_means(train: Features, valid: Features, units: int, seed: int) -> dict[str, np.ndarray]:
+    """Units of the validation recordings by k-means on the frames of the training recordings."""
+    clusters = MiniBatchKMeans(units, batch_size=10_000, max_iter=100, n_init=3, random_state=seed)
+    clusters.fit(np.concatenate(list(train.values())))
+    return {name: clusters.predict(frames).astype(np.int64) for name, frames in valid.items()}
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Measuring
+
+
+class Results:
+    """The lines of ``results.jsonl``."""
+
+    def __init__(self, output: Path) -> None:
+        self.path = output / "results.jsonl"
+        self.lines = [json.loads(line) for line in self.path.read_text().splitlines()] if self.path.exists() else []
+
+    def has(self, system: str, seed: int) -> bool:
+        """Whether a system has been measured."""
+        return any((line["system"], line["seed"]) == (system, seed) for line in self.lines)
+
+    def add(self, system: str, seed: int, rows: list[dict[str, Any]]) -> None:
+        """Keep the rows of a system, together."""
+        self.lines += [{"system": system, "seed": seed, **row} for row in rows]
+        self.path.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
+        print(f"{system}, seed {seed}: {rows}", flush=True)
+
+    def table(self) -> str:
+        """Mean and standard deviation over seeds."""
+        lines = ["| system | layer | seeds | " + " | ".join(MEASURES) + " |", "| --- " * (3 + len(MEASURES)) + "|"]
+        for key in dict.fromkeys((line["system"], line.get("layer")) for line in self.lines):
+            rows = [line for line in self.lines if (line["system"], line.get("layer")) == key]
+            cells = []
+            for measure in MEASURES:
+                values = [row[measure] for row in rows if row.get(measure) is not None]
+                spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+                cells.append(f"{statistics.mean(values):.3f}{spread}" if values else "")
+            lines.append(f"| {key[0]} | {key[1] or ''} | {len(rows)} | " + " | ".join(cells) + " |")
+        return "\n".join(lines) + "\n"
+
+
+def measure(output: Path, of_features: ABX, units: dict[str, np.ndarray], size: int, scorer: Scorer) -> dict[str, Any]:
+    """Unit quality and ABX of the units, beside the ABX of the features that they were made of."""
+    phones = read_alignments(output / "alignments.jsonl")
+    data: Any = {name: (phones[name], sequence) for name, sequence in units.items()}
+    quality = units_quality(data, num_units=size, num_phones=100)
+    of_units = scorer.score(units, "identical")
+    return {
+        **quality._asdict(),
+        "abx_within": of_features.within,
+        "abx_across": of_features.across,
+        "units_abx_within": of_units.within,
+        "units_abx_across": of_units.across,
+    }
+
+
+def baselines(output: Path, sizes: list[int], seeds: list[int], results: Results, scorer: Scorer) -> None:
+    """k-means on log-mel frames."""
+    train, valid = log_mels(output / "train.csv"), log_mels(output / "valid.csv")
+    of_features = scorer.score(valid)
+    for size in sizes:
+        for seed in seeds:
+            if not results.has(f"k-means {size}, log-mel", seed):
+                units = k_means(train, valid, size, seed)
+                results.add(f"k-means {size}, log-mel", seed, [measure(output, of_features, units, size, scorer)])
+
+
+def train_and_measure(output: Path, config: Path, seed: int, results: Results, scorer: Scorer) -> None:
+    """Train a configuration; measure it, k-means on it, and both of it untrained."""
+    cfg = to_dict(read_config(config))
+    name = f"{config.stem}-{seed}"
+    cfg["run"] |= {"workdir": str(output), "wandb_project": "runs", "wandb_name": name, "random_seed": seed}
+    cfg["data"] |= {"manifest": str(output / "train.csv"), "random_seed": seed}
+    paths = {"manifest": str(output / "valid.csv"), "alignments_path": str(output / "alignments.jsonl")}
+    cfg["validation"]["valid"] |= paths
+    (output / f"{name}.json").write_text(json.dumps(cfg))
+    subprocess.run([sys.executable, "-m", "spidr", str(output / f"{name}.json")], check=True)
+    size, total = cfg["model"]["codebook_size"], cfg["model"]["encoder_num_layers"]
+    for label, checkpoint in (("untrained", "step_0.pt"), ("trained", "final.pt")):
+        path = output / "runs" / name / checkpoint
+        system = f"{config.stem}, {label}"
+        if not results.has(system, seed):
+            rows = evaluate_model(
+                build_model(checkpoint=path).eval(),
+                output / "valid.csv",
+                output / "alignments.jsonl",
+                items=read_items(output / "phoneme.item"),
+                device="cpu",
+                max_batch_length=640_000,
+            )
+            results.add(system, seed, rows)
+        system = f"k-means {size}, {config.stem}, {label}"
+        if not results.has(system, seed):
+            rows = []
+            for layer in range(total - cfg["model"]["num_codebooks"] + 1, total + 1):
+                train, valid = (model_features(path, output / f"{split}.csv", layer) for split in ("train", "valid"))
+                units = k_means(train, valid, size, seed)
+                rows.append({"layer": layer, **measure(output, scorer.score(valid), units, size, scorer)})
+            results.add(system, seed, rows)
+
+
+def main() -> None:
+    """Run the comparison."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("speech", type=Path)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--sizes", type=int, nargs="+", default=[256], help="numbers of units of k-means")
+    parser.add_argument(
+        "--configs",
+        type=Path,
+        nargs="*",
+        default=[ROOT / "configs" / "small-spidr.toml", ROOT / "configs" / "small-dinosr.toml"],
+    )
+    parser.add_argument("--only", choices=("baselines", "models"))
+    args = parser.parse_args()
+    output = args.output.resolve()
+    prepare(args.speech.resolve(), output)
+    results, scorer = Results(output), Scorer(read_items(output / "phoneme.item"))
+    if args.only != "models":
+        baselines(output, args.sizes, args.seeds, results, scorer)
+    if args.only != "baselines":
+        for seed in args.seeds:
+            for config in args.configs:
+                train_and_measure(output, config, seed, results, scorer)
+                (output / "table.md").write_text(results.table())
+    (output / "table.md").write_text(results.table())
+    print(results.table())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,343 @@
+"""How fast the models are: this package, the published one (0.1.2) and HuBERT of ``transformers``, side by side.
+
+    python benchmarks/speed.py [--published PYTHON] [--rows NAME ...] [--dtypes NAME ...] [--json FILE] [--quick]
+
+Every system is a process of its own that stays for the whole run; they take turns, on the same inputs, and the median
+of each counts. ``--published`` is the Python of an environment with ``spidr==0.1.2``: its model gets the weights of
+ours through a checkpoint, and its features and loss are compared. HuBERT-base takes part where ``transformers`` is
+installed, with random weights and a loss of masked prediction. The limit is the speed of a large matrix product,
+measured in between. Memory is that of two steps in a fresh process, over what it had after its imports. ``--compile``
+adds this package under ``torch.compile``. bfloat16 (autocast) is measured where the machine multiplies it natively, or
+when asked for with ``--dtypes``. ``--quick`` runs everything on a small model, to see whether it runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+SMALL: dict[str, Any] = {
+    "extractor_conv_layer_config": [[32, 10, 5], *[[32, 3, 2]] * 4, *[[32, 2, 2]] * 2],
+    "encoder_embed_dim": 48,
+    "encoder_pos_conv_groups": 4,
+    "encoder_num_layers": 8,
+    "encoder_num_heads": 4,
+    "encoder_ff_interm_features": 96,
+    "num_codebooks": 4,
+    "codebook_size": 16,
+}
+ROWS = ("step", "features", "units", "memory")
+TARGETS = {"step": 1.7, "features": 2.0, "units": 2.8, "memory": 1 / 0.6}
+TITLES = {
+    "step": "training step, 4 x {0:g} s (s)",
+    "features": "features of all layers, utterances of {1} s (s)",
+    "units": "units of layer 6, the same utterances (s)",
+    "memory": "peak memory of two steps (GB)",
+}
+
+
+def inputs(quick: bool) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """A batch with its masked frames, and single utterances."""
+    generator = torch.Generator().manual_seed(0)
+    seconds, lengths = (1, (1, 2)) if quick else (8, (3, 6, 10, 15))
+    batch = torch.randn(4, seconds * 16_000, generator=generator)
+    frames = (seconds * 16_000 - 400) // 320 + 1
+    mask = torch.zeros(4, frames, dtype=torch.bool)
+    for row in mask:
+        row[torch.randperm(frames, generator=generator)[: frames * 55 // 100]] = True
+    return batch, mask, [torch.randn(1, length * 16_000, generator=generator) for length in lengths]
+
+
+class Spidr:
+    """SpidR of whichever ``spidr`` is installed, through names that both versions have."""
+
+    def __init__(self, quick: bool, compiled: bool) -> None:
+        from spidr.config import OptimizerConfig, SpidRConfig
+        from spidr.models import SpidR
+        from spidr.optimizer import build_optimizer
+
+        torch.manual_seed(0)
+        settings = SMALL | {"extractor_conv_layer_config": [tuple(s) for s in SMALL["extractor_conv_layer_config"]]}
+        self.cfg = SpidRConfig(**settings) if quick else SpidRConfig()
+        self.model = SpidR(self.cfg).train()
+        self.optimizer = build_optimizer(self.model, OptimizerConfig(dtype="float32"))[0]
+        self.call: Callable[..., Any] = torch.compile(self.model) if compiled else self.model
+        self.stops_early = hasattr(self.model, "units")
+        self.steps = 0
+
+    def step(self, batch: Tensor, mask: Tensor, autocast: torch.autocast) -> None:
+        """Forward, backward, clipping, AdamW and the teacher."""
+        self.model.train()
+        with autocast:
+            loss, _ = self.call(batch, mask=mask)
+        loss.mean().backward()
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        nn.utils.clip_grad_norm_(parameters, 10.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.steps += 1
+        self.model.update_ema(self.steps)
+
+    def features(self, x: Tensor) -> list[Tensor]:
+        """Of all layers."""
+        return self.model.get_intermediate_outputs(x)
+
+    def units(self, x: Tensor) -> Tensor:
+        """Of layer 6."""
+        if self.stops_early:
+            return self.model.units(x, layer=6, normalize=False)[0]
+        return self.model.get_codebooks(x)[5].argmax(-1)
+
+
+class Hubert:
+    """HuBERT-base with random weights."""
+
+    def __init__(self, quick: bool) -> None:
+        from transformers import HubertConfig, HubertModel
+
+        torch.manual_seed(0)
+        small = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
+        cfg = HubertConfig(**(small | {"conv_dim": (32,) * 7, "num_conv_pos_embedding_groups": 4} if quick else {}))
+        self.model = HubertModel(cfg).train()
+        self.head = nn.Linear(cfg.hidden_size, 504)
+        self.parameters = [*self.model.parameters(), *self.head.parameters()]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=5e-4, fused=True)
+
+    def step(self, batch: Tensor, mask: Tensor, autocast: torch.autocast) -> None:
+        """Masked prediction of one of 504 classes, clipping and AdamW."""
+        self.model.train()
+        with autocast:
+            hidden = self.model(batch, mask_time_indices=mask).last_hidden_state
+            logits = self.head(hidden[mask])
+        labels = torch.arange(len(logits)) % 504
+        nn.functional.cross_entropy(logits.float(), labels).backward()
+        nn.utils.clip_grad_norm_(self.parameters, 10.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def features(self, x: Tensor) -> list[Tensor]:
+        """Of all layers."""
+        return list(self.model(x, output_hidden_states=True).hidden_states)
+
+
+def worker(system: str, quick: bool, folder: Path) -> None:
+    """Answer requests, one a line, until there are no more."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever libraries print goes elsewhere
+    batch, mask, utterances = inputs(quick)
+    __import__("transformers.models.hubert.modeling_hubert" if system == "hubert" else "spidr.models")
+    before = _peak_memory()
+    subject: Any = Hubert(quick) if system == "hubert" else Spidr(quick, compiled=system == "compiled")
+    weights = folder / "weights.pt"
+    if system == "here" and not weights.exists():
+        torch.save(subject.model.state_dict(), weights)
+    elif system != "hubert":
+        subject.model.load_state_dict(torch.load(weights, weights_only=True))
+    for line in sys.stdin:
+        task, dtype = json.loads(line)
+        autocast = torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16")
+        start = time.perf_counter()
+        if task == "step":
+            subject.step(batch, mask, autocast)
+        elif task == "compare":
+            subject.model.eval()
+            with torch.no_grad():
+                loss = subject.model(batch, mask=mask)[0]
+                found = [torch.stack(subject.features(utterances[0])), loss]
+            torch.save(found, folder / f"{system}.pt")
+        elif task in ("features", "units"):
+            subject.model.eval()
+            with torch.no_grad(), autocast:
+                for x in utterances:
+                    getattr(subject, task)(x)
+        elapsed = time.perf_counter() - start
+        answers.write(json.dumps((_peak_memory() - before) / 1e9 if task == "memory" else elapsed) + "\n")
+        answers.flush()
+
+
+def _peak_memory() -> int:
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+class Process:
+    """A system in a process of its own."""
+
+    def __init__(self, python: str, system: str, quick: bool, folder: Path) -> None:
+        command = [python, __file__, "--worker", system, "--folder", str(folder), *(["--quick"] if quick else [])]
+        # Else the other environment would measure this package.
+        environ = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environ)
+
+    def ask(self, task: str, dtype: str = "float32") -> float:
+        """Seconds for a task; GB for "memory"."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(json.dumps([task, dtype]) + "\n")
+        self.process.stdin.flush()
+        answer = self.process.stdout.readline()
+        if not answer:
+            raise SystemExit(f"{' '.join(map(str, self.process.args))} ended early")  # type: ignore[arg-type]
+        return float(json.loads(answer))
+
+    def close(self) -> None:
+        """End it."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def matrix_product(dtype: str, size: int) -> float:
+    """TFLOP/s of a square matrix product."""
+    a, b = (torch.randn(size, size, dtype=getattr(torch, dtype)) for _ in range(2))
+    a @ b
+    start = time.perf_counter()
+    a @ b
+    return 2 * size**3 / (time.perf_counter() - start) / 1e12
+
+
+def step_tflop(quick: bool) -> float:
+    """Of a training step, from the formula that training logs."""
+    from spidr.config import SpidRConfig
+    from spidr.models.flops import step_flops
+
+    settings = SMALL | {"extractor_conv_layer_config": [tuple(s) for s in SMALL["extractor_conv_layer_config"]]}
+    batch, mask, _ = inputs(quick)
+    cfg = SpidRConfig(**settings) if quick else SpidRConfig()
+    return sum(step_flops(cfg, batch.shape[1], int(row.sum())) for row in mask) / 1e12
+
+
+def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Everything that was asked for: {"times": {dtype: {row: {system: [...]}}}, ...}."""
+    pythons = {"here": sys.executable}
+    if args.published:
+        pythons["published"] = args.published
+    if importlib.util.find_spec("transformers") and not args.no_hubert:
+        pythons["hubert"] = sys.executable
+    if args.compile:
+        pythons["compiled"] = sys.executable
+    results: dict[str, Any] = {"times": {}, "peaks": {}, "compile_seconds": None, "differences": None}
+    processes = {}
+    for system, python in pythons.items():
+        processes[system] = Process(python, system, args.quick, folder)
+        if system != "hubert":
+            processes[system].ask("compare")  # the first one writes the weights that the others read
+    if "published" in processes:
+        ours, theirs = (torch.load(folder / f"{name}.pt", weights_only=True) for name in ("here", "published"))
+        results["differences"] = {
+            name: float((a - b).abs().max()) for name, a, b in zip(("features", "loss"), ours, theirs, strict=True)
+        }
+    for dtype in args.dtypes:
+        rows = results["times"].setdefault(dtype, {})
+        peaks = results["peaks"].setdefault(dtype, [])
+        for row in (r for r in args.rows if r != "memory"):
+            times = rows.setdefault(row, {name: [] for name in processes if (name, row) != ("hubert", "units")})
+            if row != "step":
+                times.pop("compiled", None)
+            for repetition in range(args.repeat + 1):
+                peaks.append(matrix_product(dtype, 512 if args.quick else 3072))
+                for name, process in processes.items():
+                    if name in times:
+                        taken = process.ask(row, dtype)
+                        print(f"{dtype} {row} {name} {taken:.2f} s, matrix product {peaks[-1]:.3f}", file=sys.stderr)
+                        if repetition:  # the first is to warm up
+                            times[name].append(taken)
+                        elif name == "compiled" and row == "step":
+                            results["compile_seconds"] = taken
+    for process in processes.values():
+        process.close()
+    if "memory" in args.rows:
+        for dtype in args.dtypes:
+            memory = results["times"][dtype].setdefault("memory", {})
+            for system, python in pythons.items():
+                process = Process(python, system, args.quick, folder)
+                for _ in range(2):
+                    process.ask("step", dtype)
+                memory[system] = [process.ask("memory")]
+                process.close()
+    return results
+
+
+def table(results: dict[str, Any], quick: bool) -> str:
+    """Markdown."""
+    batch, _, utterances = inputs(quick)
+    lengths = [len(x[0]) // 16_000 for x in utterances]
+    systems = ["here", "compiled", "published", "hubert"]
+    lines = [f"| work | {' | '.join(systems)} | published / here | target |", "| --- |" + " --- |" * (len(systems) + 2)]
+    for dtype, rows in results["times"].items():
+        for row, times in rows.items():
+            medians = {name: statistics.median(values) for name, values in times.items()}
+            ratio = medians["published"] / medians["here"] if "published" in medians else None
+            title = TITLES[row].format(batch.shape[1] / 16_000, f"{lengths[0]} to {lengths[-1]}")
+            cells = [f"{medians[name]:.3g}" if name in medians else "" for name in systems]
+            cells += [f"{ratio:.2f}" if ratio else "", f"{TARGETS[row]:.2f}" if dtype == "float32" else ""]
+            lines.append(f"| {title}, {dtype} | {' | '.join(cells)} |")
+        if "step" in rows:
+            peak = statistics.median(results["peaks"][dtype])
+            shares = [
+                f"{100 * step_tflop(quick) / statistics.median(rows['step'][name]) / peak:.0f} %"
+                if name in rows["step"] and name != "hubert"
+                else ""
+                for name in systems
+            ]
+            target = "65 %" if dtype == "float32" else ""
+            lines.append(f"| share of {peak:.3f} TFLOP/s, {dtype} | {' | '.join(shares)} | | {target} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """The command line."""
+    native = ["float32", "bfloat16"] if torch.ops.mkldnn._is_mkldnn_bf16_supported() else ["float32"]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--published", help="python of an environment with the published package")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
+    parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16"], default=native)
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--compile", action="store_true", help="measure torch.compile too")
+    parser.add_argument("--no-hubert", action="store_true", help="leave HuBERT out")
+    parser.add_argument("--json", type=Path, help="write every measurement here")
+    parser.add_argument("--quick", action="store_true", help="a small model")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        worker(args.worker, args.quick, args.folder)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        results = measure(args, Path(folder))
+    machine = [line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")]
+    results["machine"] = (
+        f"{machine[0] if machine else platform.processor()}, {torch.backends.cpu.get_cpu_capability()}, "
+        f"{torch.get_num_threads()} threads, torch {torch.__version__}"
+    )
+    print(results["machine"])
+    if results["differences"]:
+        print("largest differences from the published package:", results["differences"])
+    if results["compile_seconds"]:
+        print(f"first compiled step: {results['compile_seconds']:.0f} s")
+    print(table(results, args.quick))
+    if args.json:
+        args.json.write_text(json.dumps(results, indent=1))
+
+
+def _cpuinfo() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text().splitlines() if path.exists() else []
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+"""Features of one layer of a model: OUTPUT/<file stem>.pt, float32 (frames, dimensions), 50 frames a second.
+
+    python paper/extract_features.py MANIFEST OUTPUT [--layer 6] [--checkpoint spidr_base]
+
+What figures 8 and 9 are drawn from, and what fastabx reads. `python -m spidr.extract features` is the same with more
+options. Takes as long as the model needs for the recordings; the same command goes on where it was interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from spidr.config import InputError
+from spidr.extract import Options, extract_features
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("manifest", help="from python -m spidr.data.write_manifest, or a folder")
+    parser.add_argument("output", help="a folder")
+    parser.add_argument("--layer", type=int, help="counted from 1 (default: 6 for SpidR, 5 for DinoSR)")
+    parser.add_argument("--checkpoint", default="spidr_base", help="or a published model (default: %(default)s)")
+    parser.add_argument("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto")
+    args = parser.parse_args(argv)
+    try:
+        extract_features(
+            args.manifest,
+            args.output,
+            model=args.checkpoint,
+            layer=args.layer,
+            file_format="pt",
+            flat=True,
+            options=Options(device=args.device),
+        )
+    except InputError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

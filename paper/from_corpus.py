@@ -1,0 +1,207 @@
+"""Figures of what was extracted from a corpus: phone embeddings (8, 9) and P(phone | unit) (10)."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
+from sklearn.manifold import TSNE
+from style import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILLION, YELLOW, new_figure
+
+from spidr.config import InputError
+from spidr.data.alignments import match_alignments, read_alignments
+from spidr.models.metrics import proba_phone_code
+
+FRAMES = 2
+"""Frames of an alignment (10 ms) to one of the model (20 ms)."""
+SILENCE = {"SIL", "SPN", "sil", "spn", "sp", ""}
+CLASSES = {
+    "vowels": (BLUE, "AA AE AH AO EH ER IH IY UH UW"),
+    "diphthongs": (SKY, "AW AY EY OW OY"),
+    "glides, liquids": (GREEN, "L R W Y"),
+    "nasals": (PURPLE, "M N NG"),
+    "stops": (VERMILLION, "P B T D K G"),
+    "affricates": (YELLOW, "CH JH"),
+    "fricatives": (ORANGE, "F V TH DH S Z SH ZH HH"),
+}
+CLASS_OF = {phone: name for name, (_, phones) in CLASSES.items() for phone in phones.split()}
+SPEAKER_COLORS = (BLUE, ORANGE, GREEN, VERMILLION, SKY, PURPLE, BLACK)
+
+Segments = tuple[np.ndarray, list[str], list[str]]
+"""Mean features ``(segments, D)``, phones and speakers."""
+
+
+def phone_segments(features: Path, alignments: Mapping[str, list[str]], limit: int, seed: int = 0) -> Segments:
+    """Mean features of phone segments, silences left out.
+
+    Args:
+        features: Folder of ``NAME.pt`` or ``NAME.npy``, ``(T, D)`` at 50 Hz.
+        alignments: Phones of each recording, one per 10 ms.
+        limit: How many segments to keep, drawn at random.
+        seed: Of the draw.
+
+    Raises:
+        InputError: No such file, none with an alignment, or one that does not fit its alignment.
+    """
+    paths = {path.stem: path for path in sorted(features.rglob("*")) if path.suffix in (".pt", ".npy")}
+    if not paths:
+        raise InputError(f"{features}: no .pt or .npy file in this folder; write them with paper/extract_features.py.")
+    matched = match_alignments(dict(alignments), paths)
+    segments = [
+        (name, start, stop, phone)
+        for name, phones in sorted(matched.items())
+        for start, stop, phone in _segments(phones)
+        if phone not in SILENCE
+    ]
+    if not segments:
+        raise InputError(f"{features}: none of the {len(paths)} recordings (such as {next(iter(paths))}) is aligned.")
+    chosen = np.random.default_rng(seed).permutation(len(segments))[:limit]
+    means, phones, speakers = [], [], []
+    loaded: tuple[str, np.ndarray] = ("", np.empty(0))
+    for name, start, stop, phone in (segments[index] for index in sorted(chosen)):
+        if loaded[0] != name:
+            loaded = (name, _load(paths[name], len(matched[name])))
+        # Frames of the model whose middle lies in the segment, at least one.
+        first = min((start + FRAMES // 2) // FRAMES, len(loaded[1]) - 1)
+        last = max(first + 1, (stop + FRAMES // 2) // FRAMES)
+        means.append(loaded[1][first:last].mean(0))
+        phones.append(phone.rstrip("012"))
+        speakers.append(name.split("-")[0])
+    return np.stack(means), phones, speakers
+
+
+def _load(path: Path, frames: int) -> np.ndarray:
+    features = np.load(path) if path.suffix == ".npy" else torch.load(path, map_location="cpu").float().numpy()
+    if features.ndim != 2 or abs(len(features) * FRAMES - frames) > 2 * FRAMES:
+        raise InputError(
+            f"{path}: found an array {features.shape}, expected (T, D) with T about {frames // FRAMES} as in the "
+            "alignment of this recording."
+        )
+    return features.astype(np.float32)
+
+
+def _segments(phones: Sequence[str]) -> list[tuple[int, int, str]]:
+    """Stretches of the same phone: first frame, frame after the last, phone."""
+    changes = [0, *(i for i in range(1, len(phones)) if phones[i] != phones[i - 1]), len(phones)]
+    return [(a, b, phones[a]) for a, b in itertools.pairwise(changes) if b > a]
+
+
+def embed(features: np.ndarray, seed: int = 0) -> np.ndarray:
+    """t-SNE of rows, standardised, in two dimensions."""
+    features = (features - features.mean(0)) / (features.std(0) + 1e-5)
+    perplexity = min(30.0, (len(features) - 1) / 3)
+    return TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(features)
+
+
+def embeddings(folders: Sequence[Path], alignments: Path, limit: int) -> tuple[Figure, Figure]:
+    """Figures 8 and 9. t-SNE of phone segments (mean features): colours are phone classes (8), speakers (9).
+
+    A good layer keeps phones apart and speakers together. One panel for each folder: layers, or models, to compare.
+    """
+    aligned = read_alignments(alignments)
+    panels = []
+    for folder in folders:
+        means, phones, speakers = phone_segments(folder, aligned, limit)
+        panels.append((folder.name, embed(means), phones, speakers))
+    columns = min(2, len(panels))
+    rows = -(-len(panels) // columns)
+    height = 0.35 + rows * (3.2 if columns == 1 else 1.75)
+    by_phone, phone_axes = new_figure(height, rows, columns)
+    by_speaker, speaker_axes = new_figure(height, rows, columns)
+    common = sorted(speaker for speaker, _ in Counter(panels[0][3]).most_common(len(SPEAKER_COLORS)))
+    for index, (title, points, phones, speakers) in enumerate(panels):
+        classes = [CLASS_OF.get(phone, "other") for phone in phones]
+        colors = {name: color for name, (color, _) in CLASSES.items() if name in classes}
+        _scatter(phone_axes[index], points, classes, colors)
+        _name_phones(phone_axes[index], points, phones)
+        _scatter(speaker_axes[index], points, speakers, dict(zip(common, SPEAKER_COLORS, strict=False)))
+        if len(panels) > 1:
+            for axes in (phone_axes, speaker_axes):
+                axes[index].set_title(title)
+    for figure, axes in ((by_phone, phone_axes), (by_speaker, speaker_axes)):
+        for ax in axes[len(panels) :]:
+            ax.axis("off")
+        handles, labels = axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper center", ncols=4, handlelength=0.8, markerscale=2.5)
+    return by_phone, by_speaker
+
+
+def _scatter(ax: Axes, points: np.ndarray, groups: Sequence[str], colors: Mapping[str, str]) -> None:
+    groups_array = np.array(groups)
+    others = ~np.isin(groups_array, list(colors))
+    if others.any():
+        ax.scatter(points[others, 0], points[others, 1], s=1.5, color="#CCCCCC", linewidths=0, label="others")
+    for name, color in colors.items():
+        chosen = points[groups_array == name]
+        ax.scatter(chosen[:, 0], chosen[:, 1], s=2.5, color=color, linewidths=0, alpha=0.8, label=name)
+    ax.set(xticks=[], yticks=[])
+    ax.set_aspect("equal", adjustable="datalim")
+    for spine in ax.spines.values():
+        spine.set(visible=True, color=GREY)
+    ax.grid(visible=False)
+
+
+def _name_phones(ax: Axes, points: np.ndarray, phones: Sequence[str], closest: float = 0.055) -> None:
+    """Write each phone at the median of its points, frequent ones first, unless another is written there."""
+    extent = np.ptp(points, axis=0).max()
+    taken: list[np.ndarray] = []
+    for phone, count in Counter(phones).most_common():
+        place = np.median(points[np.array(phones) == phone], axis=0)
+        if count >= 3 and all(np.abs(place - other).max() > closest * extent for other in taken):
+            taken.append(place)
+            text = ax.annotate(phone, place, ha="center", va="center", fontsize=6.5, weight="bold")
+            text.set_path_effects([withStroke(linewidth=1.8, foreground="white")])
+
+
+def phones_given_units(units: Path, alignments: Path, num_units: int = 256) -> Figure:
+    """Figure 10. P(phone | unit): units in the order of their most likely phone, phones by frequency.
+
+    Args:
+        units: JSON lines ``{"fileid", "units"}`` at 50 Hz, as ``python -m spidr.extract units`` writes.
+        alignments: Phone alignments.
+        num_units: Size of the codebook.
+    """
+    data = aligned_units(units, alignments)
+    probabilities, phones, order = proba_phone_code(data, num_units=num_units, num_phones=100, only_active=True)
+    figure, (ax,) = new_figure(4.4)
+    image = ax.imshow(probabilities.numpy(), aspect="auto", cmap="cividis", vmin=0, vmax=1, interpolation="nearest")
+    ax.set(
+        xlabel=f"{len(order)} active units of {num_units}, by most likely phone",
+        yticks=range(len(phones)),
+        yticklabels=phones,
+        xticks=range(0, len(order), 50 if len(order) > 100 else 10),
+    )
+    ax.tick_params(axis="y", labelsize=5.8, length=1.5, pad=1)
+    ax.grid(visible=False)
+    bar = figure.colorbar(image, ax=ax, location="top", fraction=0.03, aspect=40, pad=0.01)
+    bar.set_label("P(phone | unit)")
+    bar.outline.set_linewidth(0.4)
+    return figure
+
+
+def aligned_units(units: Path, alignments: Path) -> dict[str, tuple[list[str], list[int]]]:
+    """Phones (100 Hz) and units (50 Hz) of the recordings that have both."""
+    sequences: dict[str, list[int]] = {}
+    number = 0
+    try:
+        for line in units.read_text(encoding="utf-8").splitlines():
+            number += 1
+            row = json.loads(line)
+            sequences[row["fileid"] if "fileid" in row else row["name"]] = row["units"]
+    except OSError as error:
+        raise InputError(f"{units}: the units cannot be read ({error.strerror}).") from None
+    except (ValueError, KeyError, TypeError):
+        raise InputError(f'{units}: line {number}: expected {{"fileid": "…", "units": [3, 17, …]}}.') from None
+    phones = match_alignments(read_alignments(alignments), sequences)
+    data = {name: (row, sequences[name]) for name, row in phones.items() if sequences[name]}
+    if not data:
+        raise InputError(f"{units}: none of these {len(sequences)} recordings is aligned in {alignments}.")
+    return data

@@ -1,0 +1,211 @@
+"""ABX: is a phone nearer to another one of its kind than to a different phone in the same context?
+
+Through fastabx, imported here only. Error rates, between 0 and 1: lower is better, chance is 0.5. The triplets are
+those of ZeroSpeech 2021 (arXiv 2011.11588): A and X are the same phone, B another one, all with the same phones before
+and after; spoken by one speaker ("within"), or X by another than A and B ("across"). May import ``spidr.config`` and
+``spidr.data``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from spidr.config import InputError
+from spidr.data.alignments import match_names
+
+if TYPE_CHECKING:
+    import polars as pl
+
+COLUMNS = ("#file", "onset", "offset", "#phone", "prev-phone", "next-phone", "speaker")
+MAX_MISSING_FRAMES = 2
+"""How many frames an item's recording may be too short: convolutions without padding make a frame less."""
+
+Distance = Literal["angular", "euclidean", "kl_symmetric", "identical"]
+
+
+class ABX(NamedTuple):
+    """Error rates, and what they are measured on."""
+
+    within: float | None
+    """Within speaker; None if no speaker says anything twice."""
+    across: float | None
+    """Across speakers; None if there is one only."""
+    items: int
+    """Items that were used."""
+    too_short: int
+    """Items left out because no frame lies within them."""
+
+
+@dataclass(frozen=True)
+class Items:
+    """The phones of an item file: for each its recording, its times in seconds, exact, and its labels."""
+
+    path: Path
+    files: list[str]
+    times: list[tuple[Fraction, Fraction]]
+    labels: dict[str, list[str]]
+
+
+def read_items(path: str | Path) -> Items:
+    """Read an ABX item file: ``#file onset offset #phone prev-phone next-phone speaker``, then a line for each phone.
+
+    Raises:
+        InputError: The file is missing, or a line is not of this form.
+    """
+    path = Path(path)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: the items cannot be read ({getattr(error, 'strerror', None) or error}).") from None
+    header = lines[0].split() if lines else []
+    if missing := [name for name in COLUMNS if name not in header]:
+        raise InputError(f"{path}: no item file: the first line lacks {', '.join(missing)}.")
+    rows = []
+    for number, line in enumerate(lines[1:], start=2):
+        row = dict(zip(header, line.split(), strict=False))
+        try:
+            times = Fraction(row["onset"]), Fraction(row["offset"])
+        except (KeyError, ValueError):
+            raise InputError(f"{path}: line {number}: expected {' '.join(header)}; found {line[:80]!r}.") from None
+        if len(row) < len(header):
+            raise InputError(f"{path}: line {number}: expected {' '.join(header)}; found {line[:80]!r}.")
+        rows.append((row, times))
+    if not rows:
+        raise InputError(f"{path}: no item in the file.")
+    labels = {name: [row[name] for row, _ in rows] for name in COLUMNS[3:]}
+    return Items(path, [row["#file"] for row, _ in rows], [times for _, times in rows], labels)
+
+
+class Scorer:
+    """Scores any number of representations on the same items.
+
+    Frame i counts as at ``(i + 0.5) / frame_rate`` seconds; those within an item, both ends included, are compared, by
+    dynamic time warping, as fastabx does.
+
+    Args:
+        items: See :func:`read_items`.
+        frame_rate: Frames per second.
+        max_size_group: Most A, B and X in a cell, drawn with a fixed seed (10 in ZeroSpeech); None: all.
+        max_x_across: Most speakers of X for given A and B (5 in ZeroSpeech); None: all.
+        context: "within": A, B and X have the same neighbours. "any": whatever neighbours.
+
+    Raises:
+        InputError: fastabx is not installed.
+    """
+
+    def __init__(
+        self,
+        items: Items,
+        *,
+        frame_rate: Fraction | int = 50,
+        max_size_group: int | None = 10,
+        max_x_across: int | None = 5,
+        context: Literal["within", "any"] = "within",
+    ) -> None:
+        try:
+            import fastabx
+        except ImportError:
+            raise InputError(
+                "ABX is computed by fastabx, which is not installed and needs Python 3.12 or newer: "
+                'pip install "spidr[abx]"'
+            ) from None
+        self._fastabx: Any = fastabx
+        self.items = items
+        half = Fraction(1, 2)
+        # Exact, or an end on the middle of a frame would go either way.
+        self._frames = [
+            (math.ceil(onset * frame_rate - half), math.floor(offset * frame_rate - half) + 1)
+            for onset, offset in items.times
+        ]
+        self._subsampler = fastabx.Subsampler(max_size_group, max_x_across)
+        self._context = ["prev-phone", "next-phone"] if context == "within" else []
+        self._cells: dict[tuple[bytes, str], pl.DataFrame | None] = {}
+
+    def score(self, features: Mapping[str, NDArray[Any]], distance: Distance = "angular") -> ABX:
+        """Error rates of a representation.
+
+        Args:
+            features: Name of a recording → its frames: (T, D), or (T,) units for the distance "identical". An item's
+                recording is the one of that name, else the one with that name as stem.
+            distance: Between two frames: "angular" for features, "identical" (0 or 1) for units.
+
+        Raises:
+            InputError: A recording of the items is missing, shorter than its items, or not finite.
+        """
+        slices, used = self._slices(features)
+        ends = np.cumsum([len(part) for part in slices]).tolist()
+        data = torch.from_numpy(np.concatenate(slices))
+        data = data.unsqueeze(1) if data.ndim == 1 else data
+        if data.is_floating_point():
+            data = data.float()
+            if not data.isfinite().all():
+                raise InputError("the features hold values that are not finite")
+        spans = dict(enumerate(zip([0, *ends], ends, strict=False)))
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        accessor = self._fastabx.InMemoryAccessor(spans, data, device)
+        return ABX(
+            within=self._rate(accessor, used, distance, "within"),
+            across=self._rate(accessor, used, distance, "across"),
+            items=int(used.sum()),
+            too_short=int((~used).sum()),
+        )
+
+    def _slices(self, features: Mapping[str, NDArray[Any]]) -> tuple[list[NDArray[Any]], NDArray[np.bool_]]:
+        """The frames of each item that has any, and which those are."""
+        names = match_names(features, set(self.items.files))
+        if missing := sorted(set(self.items.files) - names.keys()):
+            raise InputError(f"{self.items.path}: no features of {len(missing)} recordings, such as {missing[0]}.")
+        rows_of: dict[str, list[int]] = {}
+        for row, file in enumerate(self.items.files):
+            rows_of.setdefault(file, []).append(row)
+        slices: dict[int, NDArray[Any]] = {}
+        for file, rows in rows_of.items():
+            frames = features[names[file]]
+            for row in rows:
+                start, end = self._frames[row]
+                if end > len(frames) + MAX_MISSING_FRAMES:
+                    raise InputError(
+                        f"{self.items.path}: an item ends at frame {end} of {file}, which has {len(frames)} frames; is "
+                        "the frame rate right?"
+                    )
+                if start < min(end, len(frames)):
+                    slices[row] = np.array(frames[start:end])
+        if not slices:
+            raise InputError(f"{self.items.path}: no frame lies within any item; is the frame rate right?")
+        used = np.isin(np.arange(len(self.items.files)), list(slices))
+        return [slices[row] for row in sorted(slices)], used
+
+    def _rate(
+        self, accessor: Any, used: NDArray[np.bool_], distance: Distance, speaker: Literal["within", "across"]
+    ) -> float | None:
+        import polars as pl
+
+        labels = pl.DataFrame(self.items.labels).filter(pl.Series(used))
+        dataset, key = self._fastabx.Dataset(labels, accessor), (used.tobytes(), speaker)
+        if key not in self._cells:
+            by, across = (["speaker"], None) if speaker == "within" else (None, ["speaker"])
+            try:
+                self._cells[key] = self._fastabx.Task(
+                    dataset,
+                    on="#phone",
+                    by=[*self._context, *(by or [])],
+                    across=across,
+                    subsampler=self._subsampler,
+                ).cells
+            except self._fastabx.EmptyTaskError:
+                self._cells[key] = None
+        cells = self._cells[key]
+        if cells is None:
+            return None
+        task = self._fastabx.Task.from_cells(dataset, cells, is_symmetric=speaker == "within")
+        levels = ([("next-phone", "prev-phone")] if self._context else []) + ["speaker"]
+        return float(self._fastabx.Score(task, distance, progress=False).collapse(levels=levels))

@@ -1,0 +1,174 @@
+"""An encoder as one ONNX file. May import ``spidr.config``, ``spidr.models`` and ``spidr.tools``."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import itertools
+import json
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import spidr
+from spidr.config import InputError, conv_length
+from spidr.models import DinoSR, SpidR
+from spidr.models.extractor import ConvLayer, FeatureExtractor
+from spidr.models.weights_file import config_metadata
+from spidr.tools.files import atomic_write
+
+OPSET = 18
+MAX_BYTES = 2**31 - 1
+"""What the format holds in one file."""
+
+
+def export_onnx(model: DinoSR, output: str | Path, *, layers: Sequence[int] | None = None) -> None:
+    """Write a graph from waveforms to features and units.
+
+    Inputs: ``waveforms (B, S)`` float32, 16 kHz, padded at the end, and ``lengths (B,)`` int64, the samples that count
+    in each row, at least as many as one frame takes. Outputs: ``frames (B,)`` int64, the frames of each row, and for
+    each layer N ``features_N (B, T, D)`` float32 and, if it has a codebook, ``units_N (B, T)`` int64, -1 in the
+    padding: what ``model.encode`` and ``model.units`` give; each utterance is standardised. B and S are free. The
+    file's metadata has ``model_type``, ``model`` (the configuration), ``layers`` and ``spidr_version``.
+
+    Args:
+        model: The model; it is not changed.
+        output: The file.
+        layers: Counted from 1. None: the model's best for units.
+
+    Raises:
+        InputError: If there is no such layer, the weights are too many for one ONNX file, the file cannot be written,
+            or onnx and onnxscript are not installed.
+    """
+    try:
+        import onnxscript  # noqa: F401 (torch.onnx needs it)
+    except ImportError:
+        raise InputError("onnx and onnxscript are not installed: pip install 'spidr[export]'") from None
+    total = len(model.student.layers)
+    layers = [model.best_layer] if layers is None else sorted(set(layers))
+    for layer in layers:
+        if not 1 <= layer <= total:
+            raise InputError(f"layer must be between 1 and {total}, not {layer}")
+    encoder = _Encoder(model, layers).eval()
+    size = sum(parameter.numel() * 4 for parameter in encoder.parameters())
+    if size > MAX_BYTES:
+        raise InputError(f"{size / 2**30:.1f} GiB of weights do not fit in one ONNX file, which holds 2 GiB")
+    metadata = {
+        **config_metadata(model.cfg),
+        "layers": json.dumps(layers),
+        "spidr_version": spidr.__version__,
+    }
+    content = _graph(encoder, metadata)
+    with atomic_write(Path(output)) as file:
+        file.write(content)
+
+
+def _graph(encoder: _Encoder, metadata: dict[str, str]) -> bytes:
+    batch, samples = torch.export.Dim("batch"), torch.export.Dim("samples", min=encoder.min_samples)
+    # Unlike any dimension of a model, so that none is taken for a constant.
+    example = torch.randn(3, 4 * encoder.min_samples + 17)
+    lengths = torch.tensor([example.shape[1], example.shape[1] - 5, 2 * encoder.min_samples])
+    with torch.no_grad(), _quiet():
+        program: Any = torch.onnx.export(
+            encoder,
+            (example, lengths),
+            dynamo=True,
+            opset_version=OPSET,
+            verbose=False,
+            input_names=["waveforms", "lengths"],
+            output_names=encoder.output_names,
+            dynamic_shapes=({0: batch, 1: samples}, {0: batch}),
+        )
+    proto = program.model_proto
+    proto.producer_name, proto.producer_version = "spidr", spidr.__version__
+    for key, value in metadata.items():
+        entry = proto.metadata_props.add()
+        entry.key, entry.value = key, value
+    return proto.SerializeToString()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what the exporter says about itself."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+class _Encoder(nn.Module):
+    """``encode`` and ``units`` of several layers in one forward pass without checks of values."""
+
+    def __init__(self, model: DinoSR, layers: Sequence[int]) -> None:
+        super().__init__()
+        model = copy.deepcopy(model).float().cpu().requires_grad_(False).drop_teacher()
+        model.feature_extractor = cast("FeatureExtractor", _Convolutions(model.feature_extractor))
+        self.model, self.layers = model, list(layers)
+        first = len(model.student.layers) - model.num_codebooks + 1
+        self.with_units = [layer for layer in layers if layer >= first]
+        self.output_names = ["frames", *(f"features_{n}" for n in layers), *(f"units_{n}" for n in self.with_units)]
+        # Of two frames, since torch.export takes a dimension of 1 for a constant. The graph itself takes one, too.
+        self.min_samples = next(n for n in itertools.count(1) if conv_length(model.feature_extractor.shapes, n) == 2)
+
+    def forward(self, waveforms: Tensor, lengths: Tensor) -> tuple[Tensor, ...]:
+        """(B, S) and (B,) to the outputs that :func:`export_onnx` describes."""
+        model = self.model
+        waveforms, frames = model._utterances(waveforms, lengths, normalize=True)
+        extracted = model.feature_extractor(waveforms, lengths)
+        exists = torch.arange(extracted.shape[1]) < frames.unsqueeze(1)
+        mask, features = exists[:, None, None], model.feature_projection(extracted)
+        # As in the models' _hidden, but in one pass for features and units.
+        per_layer, num_layers = isinstance(model, SpidR), len(model.student.layers)
+        last = self.layers[-1] if per_layer or not self.with_units else num_layers
+        final, outputs = model.student._run(features, mask, range(last))
+        units = []
+        if self.with_units:
+            first, top = num_layers - model.num_codebooks, self.with_units[-1]
+            if not per_layer and model.student.layer_norm_first:
+                final = model.student.layer_norm(final)
+            logits = model._logits(outputs[first:top] if per_layer else [final], top - first)
+            units = [torch.where(exists, logits[n - 1 - first].argmax(-1), -1) for n in self.with_units]
+        return (frames, *(outputs[layer - 1] for layer in self.layers), *units)
+
+
+class _Convolutions(nn.Module):
+    """The feature extractor as plain convolutions: the fast one's strided products would be a graph of copies."""
+
+    def __init__(self, extractor: FeatureExtractor) -> None:
+        super().__init__()
+        self.shapes, self.conv_layers = extractor.shapes, extractor.conv_layers
+
+    def forward(self, waveforms: Tensor, lengths: Tensor) -> Tensor:
+        """(B, S) to (B, T, C)."""
+        x = waveforms.unsqueeze(1)
+        for index, module in enumerate(self.conv_layers):
+            layer = cast("ConvLayer", module)
+            x = layer.conv(x)
+            if isinstance(layer.layer_norm, nn.GroupNorm):
+                frames = conv_length(self.shapes[: index + 1], lengths)
+                x = _channel_norm(x, torch.arange(x.shape[2]) < frames.unsqueeze(1), layer.layer_norm)
+            elif layer.layer_norm is not None:
+                x = layer.layer_norm(x.transpose(1, 2)).transpose(1, 2)
+            x = F.gelu(x)
+        return x.transpose(1, 2)
+
+
+def _channel_norm(x: Tensor, exists: Tensor, norm: nn.GroupNorm) -> Tensor:
+    """Group norm with one group per channel, (B, C, T), over the frames that exist, (B, T)."""
+    weight = exists.unsqueeze(1).to(x.dtype)
+    count = weight.sum(2, keepdim=True)
+    centred = x - (x * weight).sum(2, keepdim=True) / count
+    var = (centred.square() * weight).sum(2, keepdim=True) / count
+    return centred * torch.rsqrt(var + norm.eps) * norm.weight.unsqueeze(1) + norm.bias.unsqueeze(1)

@@ -1,0 +1,32 @@
+"""An encoder as one safetensors file. May import ``spidr.config``, ``spidr.models`` and ``spidr.tools``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import spidr
+from spidr.config import InputError
+from spidr.models import DinoSR
+from spidr.models.weights_file import SUFFIX, config_metadata, to_bytes
+from spidr.tools.files import atomic_write
+
+
+def export_safetensors(model: DinoSR, output: str | Path) -> None:
+    """Write all weights but the teacher's, with the configuration in the header.
+
+    :func:`spidr.models.build_model` and :func:`spidr.models.hub.load_encoder` read the file.
+
+    Args:
+        model: The model; it is not changed.
+        output: The file, whose name must end in ``.safetensors``, or nothing could tell what it is.
+
+    Raises:
+        InputError: If the name ends in something else, the file cannot be written, or safetensors is not installed.
+    """
+    output = Path(output)
+    if output.suffix != SUFFIX:
+        raise InputError(f"{output}: the name must end in {SUFFIX}")
+    weights = {name: value for name, value in model.state_dict().items() if not name.startswith("teacher.")}
+    metadata = {**config_metadata(model.cfg), "spidr_version": spidr.__version__}
+    with atomic_write(output) as file:
+        file.write(to_bytes(weights, metadata))

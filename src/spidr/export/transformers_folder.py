@@ -1,0 +1,124 @@
+"""An encoder as a folder for ``transformers``. May import ``spidr.config``, ``spidr.models`` and ``spidr.tools``.
+
+``AutoModel.from_pretrained(folder, trust_remote_code=True)`` runs the folder's own code: copies of the modules that
+compute the model, with relative imports. Neither spidr nor a network is needed.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import spidr
+from spidr.config import InputError, SpidRConfig
+from spidr.export.safetensors_file import export_safetensors
+from spidr.models import DinoSR
+
+SOURCE = Path(spidr.__file__).parent
+ENTRY_POINTS = ("spidr.export.configuration_spidr", "spidr.export.modeling_spidr")
+IMPORT = re.compile(r"^from (spidr(?:\.\w+)+) import", re.MULTILINE)
+
+MODEL_CARD = """\
+---
+library_name: transformers
+tags: [speech, spidr]
+---
+# {name} encoder
+
+Written by spidr {version}. Load it with
+
+    from transformers import AutoModel
+    model = AutoModel.from_pretrained(FOLDER, trust_remote_code=True)
+    features, frames = model.encode(waveforms, lengths, layer={layer})  # 16 kHz, (B, S); layers from 1
+    units, frames = model.units(waveforms, lengths, layer={layer})
+
+The code is licensed CC BY-NC 4.0.
+"""
+
+
+def export_transformers(model: DinoSR, output: str | Path) -> None:
+    """Write ``config.json``, ``model.safetensors``, ``preprocessor_config.json``, a model card and the code.
+
+    ``model.safetensors`` is what :func:`~spidr.export.export_safetensors` writes.
+
+    Args:
+        model: The model; it is not changed.
+        output: The folder, which must not exist.
+
+    Raises:
+        InputError: If the folder exists or cannot be written, or safetensors is not installed.
+    """
+    is_spidr = isinstance(model.cfg, SpidRConfig)
+    config = {
+        "architectures": ["SpidREncoder"],
+        "auto_map": {
+            "AutoConfig": "configuration_spidr.SpidREncoderConfig",
+            "AutoModel": "modeling_spidr.SpidREncoder",
+        },
+        "model_type": "spidr",
+        "settings": asdict(model.cfg),
+        "spidr_type": "spidr" if is_spidr else "dinosr",
+        "spidr_version": spidr.__version__,
+        "hidden_size": model.cfg.encoder_embed_dim,
+        "num_hidden_layers": model.cfg.encoder_num_layers,
+        "num_attention_heads": model.cfg.encoder_num_heads,
+    }
+    preprocessor = {
+        "feature_extractor_type": "Wav2Vec2FeatureExtractor",
+        "do_normalize": False,  # the model does
+        "feature_size": 1,
+        "padding_side": "right",
+        "padding_value": 0.0,
+        "return_attention_mask": True,
+        "sampling_rate": 16000,
+    }
+    with _new_folder(Path(output)) as folder:
+        _write_json(folder / "config.json", config)
+        _write_json(folder / "preprocessor_config.json", preprocessor)
+        for name, text in code().items():
+            (folder / name).write_text(text)
+        card = MODEL_CARD.format(name=type(model).__name__, version=spidr.__version__, layer=model.best_layer)
+        (folder / "README.md").write_text(card)
+        export_safetensors(model, folder / "model.safetensors")
+
+
+def code() -> dict[str, str]:
+    """File name → text of every module that the entry points need, importing each other from the same folder."""
+    files: dict[str, str] = {}
+    waiting = list(ENTRY_POINTS)
+    while waiting:
+        module = waiting.pop()
+        name = module.rpartition(".")[2]
+        if f"{name}.py" in files:
+            continue
+        text = SOURCE.parent.joinpath(*module.split(".")).with_suffix(".py").read_text()
+        waiting += IMPORT.findall(text)
+        files[f"{name}.py"] = IMPORT.sub(lambda match: f"from .{match[1].rpartition('.')[2]} import", text)
+    return files
+
+
+def _write_json(path: Path, document: dict[str, Any]) -> None:
+    path.write_text(json.dumps(document, indent=2) + "\n")
+
+
+@contextmanager
+def _new_folder(path: Path) -> Iterator[Path]:
+    """A folder that appears under ``path`` complete, or not at all."""
+    aside = path.with_name(f".{path.name}.tmp")
+    try:
+        if path.exists():
+            raise InputError(f"{path}: exists; choose another output")
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir()
+        yield aside
+        aside.rename(path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror})") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)

@@ -1,0 +1,117 @@
+"""The command line: ``python -m spidr.extract features|units|kmeans``.
+
+May import its siblings, ``spidr.config`` and ``spidr.tools``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from spidr.config import InputError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Returns:
+        The exit status: 0 if everything was encoded, or skipped as was asked for; 2 if the input is wrong.
+    """
+    args = _build_parser().parse_args(argv)
+    from spidr.extract import Options, extract_features, extract_units, fit_kmeans
+    from spidr.tools.logging import run_log
+
+    rank = _rank()
+    try:
+        with run_log(rank):
+            options = Options(
+                device=args.device,
+                dtype=args.dtype,
+                batch_seconds=args.batch_seconds,
+                threads=args.threads,
+                window=args.window,
+                context=args.context,
+                resample=args.resample,
+                on_error=args.on_error,
+                progress=not args.quiet,
+            )
+            common = {"model": args.model, "layer": args.layer, "options": options}
+            if args.command == "features":
+                extract_features(args.sources, args.output, file_format=args.format, output_dtype=args.store, **common)
+            elif args.command == "units":
+                extract_units(args.sources, args.output, dedup=args.dedup, kmeans=args.kmeans, **common)
+            else:
+                fit_kmeans(
+                    args.sources,
+                    args.output,
+                    units=args.units,
+                    max_frames=args.max_frames,
+                    seed=args.seed,
+                    **common,
+                )
+    except InputError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted; the same command goes on where it stopped\n")
+        return 130
+    return 0
+
+
+def _rank() -> int:
+    import os
+
+    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+
+
+def _build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "python -m spidr.extract",
+        description="Features and units of recordings. The same command, started again, goes on where it stopped; "
+        "started by torchrun or as several SLURM tasks, its processes share the work.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("sources", nargs="+", help="manifests (.csv, .jsonl, .tsv), folders, audio files")
+    common.add_argument(
+        "--model", default="spidr_base", help="name of a published model, or a checkpoint (default: %(default)s)"
+    )
+    common.add_argument("--layer", type=int, help="counted from 1 (default: 6 for SpidR, 5 for DinoSR)")
+    common.add_argument("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto")
+    common.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16", "auto"],
+        default="float32",
+        help="to compute in; auto: bfloat16 where the hardware does (default: %(default)s)",
+    )
+    common.add_argument(
+        "--batch-seconds", type=float, help="audio in a batch, 0: one recording at a time (default: CPU 0, GPU 240)"
+    )
+    common.add_argument("--threads", type=int, help="recordings encoded at once on a CPU (default: its cores)")
+    common.add_argument("--window", type=float, help="encode long recordings in pieces of so many seconds")
+    common.add_argument("--context", type=float, help="seconds seen on each side of a window (default: a quarter)")
+    common.add_argument("--resample", action="store_true", help="convert what is not 16 kHz mono (needs FFmpeg)")
+    common.add_argument("--on-error", choices=["raise", "skip"], default="raise", help="what to do with bad recordings")
+    common.add_argument("--quiet", action="store_true", help="no progress bar")
+
+    features = commands.add_parser("features", parents=[common], help="one array (frames, channels) a recording")
+    features.add_argument("output", help="a folder")
+    features.add_argument("--format", choices=["npy", "pt"], default="npy")
+    features.add_argument("--store", choices=["float32", "float16"], default="float32", help="precision in the files")
+
+    units = commands.add_parser("units", parents=[common], help="one row of units a recording")
+    units.add_argument("output", help="a .jsonl or .parquet file")
+    units.add_argument("--dedup", action="store_true", help="merge repeats and add their durations, in frames")
+    units.add_argument("--kmeans", help="centroids to use instead of the codebook")
+
+    kmeans = commands.add_parser("kmeans", parents=[common], help="centroids for `units --kmeans`")
+    kmeans.add_argument("output", help="a .npz file")
+    kmeans.add_argument("--units", type=int, default=256, help="clusters (default: %(default)s)")
+    kmeans.add_argument("--max-frames", type=int, default=1_000_000, help="frames to learn from (default: %(default)s)")
+    kmeans.add_argument("--seed", type=int, default=0)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,114 @@
+"""Features of recordings, one file for each.
+
+May import ``spidr.config``, ``spidr.environment``, ``spidr.models``, ``spidr.tools`` and its siblings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+
+from spidr.config import InputError
+from spidr.environment import environment
+from spidr.extract.encoder import Encoded, Encoder, Options, Skipped, ahead
+from spidr.extract.outputs import check_record, gather_skipped, names_of, record, report, write_record
+from spidr.extract.sources import Item, find_items
+from spidr.models import DinoSR
+from spidr.tools.files import atomic_write, remove_unfinished
+
+RECORD = "extract.json"
+WRITERS = 4
+
+
+def extract_features(
+    sources: str | Path | Sequence[str | Path],
+    output: str | Path,
+    *,
+    model: str | Path | DinoSR = "spidr_base",
+    layer: int | None = None,
+    file_format: Literal["npy", "pt"] = "npy",
+    output_dtype: Literal["float32", "float16"] = "float32",
+    flat: bool = False,
+    options: Options | None = None,
+) -> Skipped:
+    """Write the features of recordings, one array (T, D) in a file of its own for each.
+
+    Frame ``t`` is about the 25 ms from ``t * 20`` ms on. Started again, it goes on where it has stopped; processes
+    started by torchrun or SLURM share the work.
+
+    Args:
+        sources: Manifests, folders of recordings, audio files.
+        output: A folder. Files lie in it as recordings do in theirs; ``extract.json`` says how they were made.
+        model: A published model's name, a checkpoint, or a model.
+        layer: Counted from 1; None: the model's best.
+        file_format: "npy", or "pt" for a tensor by ``torch.save``.
+        output_dtype: What is stored.
+        flat: All files lie in the output itself, by the names of their recordings, as far as those are unique.
+        options: How recordings are encoded.
+
+    Returns:
+        The recordings that were skipped, of all processes.
+
+    Raises:
+        InputError: The input or model is wrong, the output was made with other settings, or a recording cannot be
+            encoded, without ``on_error="skip"``.
+    """
+    options, output = options or Options(), Path(output)
+    skip = options.on_error == "skip"
+    with environment(options.run_config()) as env:
+        items = find_items(names_of(sources), tree=not flat, resample=options.resample, skip=skip)
+        encoder = Encoder(model, layer, options, env, codebook=False)
+        content = record("features", encoder.settings() | {"format": file_format, "stored": output_dtype})
+        batches = encoder.plan(items)
+
+        def path_of(item: Item) -> Path:
+            return output / f"{item.name}.{file_format}"
+
+        pending: list[int] = []
+        if env.is_main:
+            _prepare(output, content)
+            for folder in {path_of(item).parent for item in items}:
+                folder.mkdir(parents=True, exist_ok=True)
+                remove_unfinished(folder)
+            pending = [i for i, batch in enumerate(batches) if not all(path_of(item).exists() for item in batch)]
+        pending = env.broadcast_object(pending)
+        skipped = Skipped()
+
+        def write(encoded: list[Encoded]) -> list[Encoded]:
+            for item, values, _ in encoded:
+                if values is not None:
+                    stored = values.astype(output_dtype)
+                    with atomic_write(path_of(item)) as file:
+                        if file_format == "npy":
+                            np.save(file, stored, allow_pickle=False)
+                        else:
+                            torch.save(torch.from_numpy(stored), file)
+            return encoded
+
+        results = encoder.run([batches[i] for i in pending], encoder.features, "Features")
+        with closing(ahead(write, results, workers=WRITERS, depth=WRITERS)) as written:
+            for encoded in written:
+                skipped.note(encoded)
+        skipped = gather_skipped(env, skipped)
+        if env.is_main:
+            write_record(output / RECORD, content, skipped)
+        report(skipped, len(items), env)
+        return skipped
+
+
+def _prepare(output: Path, content: dict[str, object]) -> None:
+    """Make the folder, or check that it is one of the same kind."""
+    path = output / RECORD
+    if output.is_file():
+        raise InputError(f"{output}: is a file; features need a folder.")
+    if path.exists():
+        check_record(path, content)
+    elif output.is_dir() and any(output.iterdir()):
+        raise InputError(f"{output}: is not empty, and there is no {RECORD} in it. Choose another folder.")
+    else:
+        write_record(path, content)

@@ -1,0 +1,164 @@
+"""k-means on the features of a layer: other units than those of the codebooks.
+
+May import ``spidr.config``, ``spidr.environment``, ``spidr.models``, ``spidr.tools`` and its siblings. Only here:
+scikit-learn.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from spidr.config import InputError
+from spidr.environment import environment
+from spidr.extract.encoder import Encoder, Options, Skipped
+from spidr.extract.outputs import names_of, record, report
+from spidr.extract.sources import find_items
+from spidr.models import DinoSR
+from spidr.tools.files import atomic_write
+
+
+@dataclass(frozen=True)
+class KMeans:
+    """Centroids, and the features they are of.
+
+    Attributes:
+        centroids: float32 (K, D).
+        made: The model, layer and settings of the features.
+    """
+
+    centroids: NDArray[np.float32]
+    made: dict[str, Any]
+
+    @property
+    def layer(self) -> int:
+        """The layer, counted from 1."""
+        return int(self.made["layer"])
+
+    @property
+    def fingerprint(self) -> str:
+        """The beginning of the SHA-256 of the centroids."""
+        return hashlib.sha256(np.ascontiguousarray(self.centroids).data).hexdigest()[:16]
+
+    @classmethod
+    def load(cls, path: str | Path) -> KMeans:
+        """Read what :func:`fit_kmeans` has written. No code from the file is run."""
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                loaded = cls(file["centroids"], json.loads(str(file["made"])))
+            assert loaded.centroids.ndim == 2
+            assert loaded.layer > 0
+        except FileNotFoundError:
+            raise InputError(f"{path}: does not exist; write it with `python -m spidr.extract kmeans`.") from None
+        except Exception as error:
+            raise InputError(f"{path}: no k-means model of `python -m spidr.extract kmeans` ({error}).") from None
+        return loaded
+
+    def save(self, path: Path) -> None:
+        """Write a ``.npz`` file, complete or not at all."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path) as file:
+            np.savez(file, centroids=self.centroids, made=json.dumps(self.made))
+
+    def on(self, encoder: Encoder) -> Callable[[list[Tensor]], list[Tensor]]:
+        """A function that gives the units of some recordings, int64 (T,) each: the nearest centroids.
+
+        Raises:
+            InputError: The encoder gives other features than the centroids are of.
+        """
+        settings = encoder.settings()
+        for key in ("layer", "weights"):
+            if settings[key] != self.made[key]:
+                raise InputError(
+                    f"the centroids are of {key} {self.made[key]} of {self.made['model']}, not of {settings[key]} of "
+                    f"{settings['model']}"
+                )
+        centroids = torch.from_numpy(self.centroids).to(encoder.env.device)
+        offset = centroids.square().sum(-1)
+
+        def scores_of(features: Tensor) -> Tensor:
+            with torch.autocast(features.device.type, enabled=False):
+                return 2 * features @ centroids.T - offset
+
+        def scores(padded: Tensor, lengths: Tensor) -> Tensor:
+            return scores_of(encoder.model.encode(padded, lengths, layer=self.layer, normalize=False)[0].float())
+
+        def alone(waveform: Tensor) -> Tensor:
+            return scores_of(encoder.features_alone(waveform)).argmax(-1)
+
+        return lambda waveforms: encoder.discretise(waveforms, scores, alone)
+
+
+def fit_kmeans(
+    sources: str | Path | Sequence[str | Path],
+    output: str | Path,
+    *,
+    model: str | Path | DinoSR = "spidr_base",
+    layer: int | None = None,
+    units: int = 256,
+    max_frames: int = 1_000_000,
+    seed: int = 0,
+    options: Options | None = None,
+) -> Skipped:
+    """Cluster features by scikit-learn's mini-batch k-means, and write the centroids as ``.npz``.
+
+    Args:
+        sources: Manifests, folders of recordings, audio files.
+        output: The file to write.
+        model: A published model's name, a checkpoint, or a model.
+        layer: Counted from 1; None: the model's best.
+        units: Number of clusters K.
+        max_frames: Frames to learn from, drawn at random from all there are; a million of the base model's are 3 GB.
+        seed: Of the draw and of k-means. The same seed, recordings and machine give the same centroids.
+        options: How recordings are encoded.
+
+    Returns:
+        The recordings that were skipped.
+
+    Raises:
+        InputError: The input or model is wrong, there are fewer frames than clusters, or there are several processes.
+    """
+    from sklearn.cluster import MiniBatchKMeans
+
+    options, output = options or Options(), Path(output)
+    if output.suffix != ".npz":
+        raise InputError(f"{output}: the name of a k-means model must end in .npz.")
+    if units < 1 or max_frames < units:
+        raise InputError(f"{units} units of {max_frames} frames: there must be a unit, and a frame for each at least")
+    with environment(options.run_config()) as env:
+        if env.world_size > 1:
+            raise InputError("k-means runs in one process, which uses all cores")
+        items = find_items(names_of(sources), tree=False, resample=options.resample, skip=options.on_error == "skip")
+        encoder = Encoder(model, layer, options, env, codebook=False)
+        shapes = encoder.model.feature_extractor
+        total = sum(shapes.num_frames(item.num_samples) for item in items)
+        share, drawn, skipped = min(1.0, max_frames / max(1, total)), {}, Skipped()
+        with closing(encoder.run(encoder.plan(items), encoder.features, "Features")) as results:
+            for encoded in results:
+                for item, features, _ in encoded:
+                    if features is not None:
+                        # Seeded by the recording, so that neither order nor batches matter.
+                        digest = hashlib.sha256(item.name.encode()).digest()
+                        rng = np.random.default_rng([seed, *digest[:16]])
+                        drawn[item.name] = features[rng.random(len(features)) < share]
+                skipped.note(encoded)
+        frames = np.concatenate([drawn[item.name] for item in items if item.name in drawn])
+        if len(frames) < units:
+            raise InputError(f"{len(frames)} frames are too few for {units} units: give more recordings")
+        found = MiniBatchKMeans(
+            units, batch_size=10_000, n_init=5, max_no_improvement=100, reassignment_ratio=0.0, random_state=seed
+        ).fit(frames)
+        made = record("kmeans", encoder.settings() | {"units": units, "frames": len(frames), "seed": seed})
+        KMeans(np.asarray(found.cluster_centers_, dtype=np.float32), made).save(output)
+        report(skipped, len(items), env)
+        return skipped

@@ -1,0 +1,77 @@
+"""What both kinds of outputs have in common: the record of how they were made, and an end that all processes reach.
+
+May import ``spidr.config``, ``spidr.environment``, ``spidr.tools`` and its sibling ``encoder``.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+import spidr
+from spidr.config import InputError
+from spidr.environment import Environment
+from spidr.extract.encoder import Skipped
+from spidr.tools.files import atomic_write
+
+logger = logging.getLogger(__name__)
+
+INFORMATIVE = ("skipped",)
+"""What a record says beside the settings."""
+
+
+def record(kind: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """How outputs were made, as JSON would give it back."""
+    return json.loads(json.dumps({"kind": kind, "spidr": spidr.__version__, **settings}))
+
+
+def check_record(path: Path, expected: dict[str, Any]) -> None:
+    """Check that outputs were made in the same way.
+
+    Raises:
+        InputError: They were not, or the record cannot be read.
+    """
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: says how the outputs were made, but cannot be read ({error}).") from None
+    for key in [*expected, *(key for key in found if key not in expected and key not in INFORMATIVE)]:
+        if found.get(key) != expected.get(key):
+            raise InputError(
+                f"{path}: the outputs there were made with {key} = {json.dumps(found.get(key))}, now it is "
+                f"{json.dumps(expected.get(key))}. Choose another output, or remove that one."
+            )
+
+
+def write_record(path: Path, content: dict[str, Any], skipped: Skipped | None = None) -> None:
+    """Write how outputs were made, complete or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as file:
+        file.write(json.dumps(content | ({"skipped": skipped} if skipped else {}), indent=2).encode() + b"\n")
+
+
+def gather_skipped(env: Environment, skipped: Skipped) -> Skipped:
+    """Those of all processes. Waits for the slowest, however long it takes."""
+    parts: list[Any] = [skipped]
+    if env.world_size > 1:
+        parts *= env.world_size
+        group: Any = dist.new_group(backend="gloo", timeout=timedelta(days=100))
+        dist.all_gather_object(parts, skipped, group=group)
+    return Skipped({name: reason for part in parts for name, reason in sorted(part.items())})
+
+
+def report(skipped: Skipped, total: int, env: Environment) -> None:
+    """Say how many recordings were left out."""
+    if skipped and env.is_main:
+        logger.warning("%d of %d recordings were skipped", len(skipped), total)
+
+
+def names_of(sources: str | Path | Sequence[str | Path]) -> list[str | Path]:
+    """One source or several, as a list."""
+    return [sources] if isinstance(sources, (str, Path)) else list(sources)

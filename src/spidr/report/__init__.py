@@ -1,0 +1,1 @@
+"""``python -m spidr.report RUN``: what a run has done, on one page. Imports nothing."""

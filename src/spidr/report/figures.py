@@ -1,0 +1,190 @@
+"""The figures of a report, as SVG that takes its colours from the page, and as PNG. Imports nothing of the package.
+
+Matplotlib writes colours into its SVG. Those used here stand for the page's variables (``INK``, ``GRID``, the series)
+and are replaced by them, so that one figure is readable on a light and on a dark page; PNGs have the light page's.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from cycler import cycler
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+INK, MUTED, GRID = "#1a1c1f", "#5b6068", "#d5d8dd"
+SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8a6d00", "#5f4bb6", "#2a9fc9", "#a3442a")
+"""Colours that the colour-blind can tell apart on white, mostly Okabe and Ito's; the page has lighter ones for dark."""
+
+PAGE_COLOURS = {INK: "--ink", MUTED: "--muted", GRID: "--grid"} | {c: f"--s{i}" for i, c in enumerate(SERIES)}
+BLUES = LinearSegmentedColormap.from_list("blues", [(0.13, 0.55, 0.9, 0.0), (0.13, 0.55, 0.9, 1.0)])
+"""From nothing to blue, so that the page shows through where there is nothing."""
+
+Curves = Mapping[str, tuple[Sequence[float], Sequence[float]]]
+"""Name → steps and values."""
+
+STYLE: dict[Any, Any] = {
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "savefig.facecolor": "none",
+    "text.color": INK,
+    "axes.edgecolor": MUTED,
+    "axes.labelcolor": INK,
+    "axes.titlecolor": INK,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "grid.color": GRID,
+    "grid.linewidth": 0.6,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.prop_cycle": cycler(color=SERIES),
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "axes.labelsize": 9,
+    "font.size": 9,
+    "font.family": "sans-serif",
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+    "lines.linewidth": 1.4,
+    "svg.fonttype": "none",
+}
+
+
+class Drawn:
+    """A figure, drawn: ``svg`` for the page, ``png`` for elsewhere."""
+
+    def __init__(self, name: str, draw: Callable[[Figure], None], size: tuple[float, float]) -> None:
+        # Ids inside the SVG differ from figure to figure: all of them are on one page.
+        with mpl.rc_context(STYLE | {"svg.hashsalt": name}):
+            figure = Figure(figsize=size, layout="constrained")
+            draw(figure)
+            svg, png = io.StringIO(), io.BytesIO()
+            figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
+            figure.savefig(png, format="png", dpi=150, facecolor="white")
+        self.name, self.png = name, png.getvalue()
+        self.svg = _for_page(svg.getvalue(), name)
+
+
+def _for_page(svg: str, name: str) -> str:
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'<svg ([^>]*?)width="[^"]*" ([^>]*?)height="[^"]*"', r"<svg \1\2", svg, count=1)
+    svg = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{name}-", svg)
+    svg = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font: \1 var(--font)", svg)
+    for colour, variable in PAGE_COLOURS.items():
+        svg = svg.replace(colour, f"var({variable})")
+    return svg
+
+
+def curves(name: str, panels: Mapping[str, Curves], xlabel: str = "step") -> Drawn:
+    """Lines over steps, one panel beside the other.
+
+    Args:
+        name: Of the figure.
+        panels: Title → curves. A panel of one curve has no legend.
+        xlabel: Below each panel.
+    """
+    columns = min(len(panels), 3)
+    lines = -(-len(panels) // columns)
+
+    def draw(figure: Figure) -> None:
+        for i, (title, lines_of) in enumerate(panels.items(), start=1):
+            ax = figure.add_subplot(lines, columns, i)
+            ax.set_title(title)
+            ax.set_xlabel(xlabel)
+            for k, (label, (x, y)) in enumerate(lines_of.items()):
+                style = "-" if k < len(SERIES) else "--"
+                ax.plot(x, y, style, label=label, marker="o" if len(x) < 15 else None, markersize=2.5)
+            if len(lines_of) > 1:
+                ax.legend(ncols=2 if len(lines_of) > 4 else 1)
+            ax.margins(x=0.02)
+
+    return Drawn(name, draw, (3.5 * columns, 2.6 * lines))
+
+
+def heat_map(name: str, probabilities: NDArray[Any], phones: Sequence[str], title: str) -> Drawn:
+    """P(phone | unit), phones down, units across, as ordered by :func:`spidr.models.metrics.proba_phone_code`."""
+
+    def draw(figure: Figure) -> None:
+        ax = figure.add_subplot()
+        ax.grid(visible=False)
+        image = ax.imshow(probabilities, cmap=BLUES, vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+        ax.set_yticks(range(len(phones)), phones, fontsize=6)
+        ax.set_xticks([])  # columns are not in the order of the units' numbers
+        ax.set_xlabel("unit, grouped by most likely phone")
+        ax.set_title(title)
+        bar = figure.colorbar(image, ax=ax, pad=0.01, aspect=40)
+        bar.ax.grid(visible=False)
+        bar.set_label("P(phone | unit)")
+
+    return Drawn(name, draw, (10.5, max(2.5, 0.13 * len(phones) + 1)))
+
+
+def utterance(
+    name: str,
+    spectrogram: NDArray[Any],
+    duration: float,
+    phones: Sequence[tuple[str, float, float]],
+    units: Mapping[str, Sequence[tuple[int, float, float]]],
+    title: str,
+) -> Drawn:
+    """A spectrogram, the phones, and the units of each codebook below it.
+
+    Args:
+        name: Of the figure.
+        spectrogram: In dB, (frequencies up to 8 kHz, frames).
+        duration: In seconds, of what is shown.
+        phones: (phone, start, end) in seconds.
+        units: Row label → (unit, start, end).
+        title: Above.
+    """
+    rows = {"phones": phones, **units} if phones else dict(units)
+
+    def draw(figure: Figure) -> None:
+        axes: Any = figure.subplots(
+            1 + len(rows), 1, sharex=True, gridspec_kw={"height_ratios": [5] + [1] * len(rows), "hspace": 0.02}
+        )
+        axes = np.atleast_1d(axes)
+        top = float(spectrogram.max())
+        axes[0].imshow(
+            spectrogram,
+            origin="lower",
+            aspect="auto",
+            extent=(0, duration, 0, 8),
+            cmap="magma",
+            vmin=top - 80,
+            vmax=top,
+        )
+        axes[0].set_ylabel("kHz")
+        axes[0].set_title(title)
+        axes[0].grid(visible=False)
+        for k, (ax, (label, intervals)) in enumerate(zip(axes[1:], rows.items(), strict=True)):
+            _intervals(ax, intervals, "phones" if label == "phones" else SERIES[k % len(SERIES)])
+            ax.set_ylabel(label, rotation=0, ha="right", va="center")
+        axes[-1].set_xlabel("seconds")
+        axes[-1].set_xlim(0, duration)
+
+    return Drawn(name, draw, (10.5, 2.6 + 0.35 * len(rows)))
+
+
+def _intervals(ax: Axes, intervals: Sequence[tuple[Any, float, float]], colour: str) -> None:
+    ax.grid(visible=False)
+    ax.set_yticks([])
+    ax.set_ylim(0, 1)
+    ax.spines["left"].set_visible(False)
+    face = INK if colour == "phones" else colour
+    for i, (label, start, end) in enumerate(intervals):
+        ax.axvspan(start, end, facecolor=face, alpha=0.10 if i % 2 else 0.25, linewidth=0)
+        if end - start >= 0.035:
+            ax.text((start + end) / 2, 0.5, str(label), ha="center", va="center", fontsize=6, clip_on=True)

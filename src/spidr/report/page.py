@@ -1,0 +1,71 @@
+"""The page of a report: one HTML file that needs no other and no network. Imports ``figures`` only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from html import escape
+
+from spidr.report.figures import GRID, INK, MUTED, SERIES, Drawn
+
+DARK_SERIES = ("#56b4e9", "#ff9a52", "#2fce9f", "#e8a3cb", "#f0e442", "#a999f5", "#8fd6f2", "#ef8f73")
+
+STYLE = f"""
+:root {{ color-scheme: light dark; --font: system-ui, -apple-system, "Segoe UI", Roboto, sans-serif;
+  --page: #ffffff; --card: #f7f8fa; --ink: {INK}; --muted: {MUTED}; --grid: {GRID};
+  {" ".join(f"--s{i}: {colour};" for i, colour in enumerate(SERIES))} }}
+@media (prefers-color-scheme: dark) {{ :root {{
+  --page: #14161a; --card: #1d2026; --ink: #e8eaed; --muted: #a2a8b2; --grid: #383d46;
+  {" ".join(f"--s{i}: {colour};" for i, colour in enumerate(DARK_SERIES))} }} }}
+body {{ margin: 0 auto; max-width: 1080px; padding: 1.5rem; background: var(--page); color: var(--ink);
+  font: 15px/1.5 var(--font); }}
+h1 {{ font-size: 1.5rem; margin: 0; }} h2 {{ font-size: 1.1rem; margin: 2rem 0 .5rem; }}
+p {{ margin: .3rem 0; }} .note {{ color: var(--muted); }}
+figure {{ margin: 0; padding: .5rem; background: var(--card); border-radius: 8px; overflow-x: auto; }}
+svg {{ display: block; width: 100%; height: auto; min-width: 640px; }}
+table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; }}
+th, td {{ padding: .2rem .8rem .2rem 0; text-align: right; border-bottom: 1px solid var(--grid); }}
+th:first-child, td:first-child {{ text-align: left; }} th {{ color: var(--muted); font-weight: 500; }}
+.wide {{ overflow-x: auto; }} details {{ margin: .3rem 0; }} summary {{ cursor: pointer; }}
+"""
+
+
+class Page:
+    """Sections of text, tables and figures, in the order in which they are added."""
+
+    def __init__(self, title: str) -> None:
+        self.title, self._parts = title, [f"<h1>{escape(title)}</h1>"]
+
+    def heading(self, text: str) -> None:
+        """Begin a section."""
+        self._parts.append(f"<h2>{escape(text)}</h2>")
+
+    def text(self, text: str, *, note: bool = False) -> None:
+        """Add a paragraph."""
+        self._parts.append(f"<p{' class=note' if note else ''}>{escape(text)}</p>")
+
+    def figure(self, drawn: Drawn, description: str) -> None:
+        """Add a figure; the description is for those who cannot see it."""
+        self._parts.append(f'<figure role="img" aria-label="{escape(description)}">{drawn.svg}</figure>')
+
+    def table(self, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """Add a table."""
+        head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
+        body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+        self._parts.append(f'<div class="wide"><table><tr>{head}</tr>{body}</table></div>')
+
+    def folded(self, title: str, values: Mapping[str, str]) -> None:
+        """Add a table of names and values that opens when clicked on."""
+        rows = "".join(f"<tr><td>{escape(k)}</td><td>{escape(v)}</td></tr>" for k, v in values.items())
+        self._parts.append(
+            f'<details><summary>{escape(title)}</summary><div class="wide"><table>{rows}</table></div></details>'
+        )
+
+    def html(self) -> str:
+        """The whole file."""
+        return (
+            '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+            '<meta name="viewport" content="width=device-width, initial-scale=1">'
+            f"<title>{escape(self.title)}</title><style>{STYLE}</style></head><body>\n"
+            + "\n".join(self._parts)
+            + "\n</body></html>\n"
+        )

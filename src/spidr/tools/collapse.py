@@ -1,0 +1,45 @@
+"""Noticing codebooks that collapse. Imports nothing else of the package."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+logger = logging.getLogger(__name__)
+
+
+class CollapseWatch:
+    """Warns of codebooks of which only a few codewords stay in use.
+
+    Once for each codebook, and again if it has recovered meanwhile.
+
+    Args:
+        share: A codebook is narrow in a step if fewer of its codewords than this share get a frame. A step with fewer
+            frames than there are codewords could not use more than it has frames, so the share is then of those.
+        steps: How many steps in a row a codebook must be narrow.
+        size: Codewords of a codebook.
+    """
+
+    def __init__(self, share: float, steps: int, size: int) -> None:
+        self.share, self.steps, self.size = share, steps, size
+        self._narrow: dict[str, int] = {}
+
+    def step(self, step: int, layers: Sequence[str], active: Sequence[float], frames: float) -> None:
+        """Look at a step.
+
+        Args:
+            step: Its number.
+            layers: Names of the codebooks.
+            active: Codewords of each that got a frame.
+            frames: Masked frames of the step.
+        """
+        least = self.share * min(self.size, frames)
+        for layer, count in zip(layers, active, strict=True):
+            self._narrow[layer] = self._narrow.get(layer, 0) + 1 if count < least else 0
+            if self._narrow[layer] == self.steps:
+                logger.warning(
+                    "step %d: the codebook of layer %s has used less than %g %% of its %d codewords for %d steps (now "
+                    "%d): it is collapsing. Try a slower teacher (ema_start_decay nearer to 1), a lower optimizer.lr "
+                    'or a longer warm-up, model.codebook_init = "data", or model.codebook_revive_after = %d',
+                    step, layer.removeprefix("l"), 100 * self.share, self.size, self.steps, count, self.steps,
+                )  # fmt: skip

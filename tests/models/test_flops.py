@@ -1,0 +1,92 @@
+"""The formula against PyTorch's counter of operations."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from small_models import tiny_config, tiny_model
+from spidr.config import DinoSRConfig, SpidRConfig
+from spidr.models.flops import extractor_flops, features_flops, peak_tflops, step_flops, transformer_flops
+from spidr.models.transformer import Transformer
+
+SAMPLES = 12_005
+
+
+ATEN = torch.ops.aten
+CUSTOM: dict[Any, Callable[..., int]] = {
+    ATEN.addmm_: lambda _, a, b: 2 * a.shape[0] * b.numel(),
+    ATEN._scaled_dot_product_flash_attention_for_cpu: lambda q, *_: 4 * q.numel() * q.shape[2],
+    # Without what the kernel computes again.
+    ATEN._scaled_dot_product_flash_attention_for_cpu_backward: lambda _, q, *__: 8 * q.numel() * q.shape[2],
+    # PyTorch's formula counts each group's gradient as if there were one group only.
+    ATEN.convolution_backward: lambda grad, _, weight, *__: 4 * grad.numel() * weight[0].numel(),
+}
+
+
+class Counter(TorchDispatchMode):
+    """Operations of what is in PyTorch's registry, and of the above."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out, operator = func(*args, **(kwargs or {})), func.overloadpacket
+        if operator in CUSTOM:
+            self.total += CUSTOM[operator](*args)
+        elif operator in flop_registry:
+            self.total += flop_registry[operator](*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+def test_extractor() -> None:
+    cfg = tiny_config()
+    x = torch.empty(1, 1, SAMPLES, device="meta")
+    for (width, kernel, stride), expected in zip(
+        cfg.extractor_conv_layer_config, extractor_flops(cfg, SAMPLES), strict=True
+    ):
+        with Counter() as counter:
+            x = functional.conv1d(x, torch.empty(width, x.shape[1], kernel, device="meta"), stride=stride)
+        assert counter.total == expected
+
+
+@torch.no_grad()
+def test_transformer() -> None:
+    cfg = tiny_config()
+    for layers in (2, 4):
+        with Counter() as counter:
+            Transformer(cfg).eval().get_intermediate_outputs(torch.randn(1, 70, 32), None, layers)
+        assert counter.total == transformer_flops(cfg, 70, layers)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("model_type", ["spidr", "dinosr"])
+def test_training_step(model_type: str, frozen: bool) -> None:
+    """Within the outputs between utterances that are computed and left out."""
+    no_dropout = {"encoder_dropout": 0.0, "encoder_attention_dropout": 0.0, "encoder_layer_drop": 0.0}
+    model = tiny_model(model_type, **no_dropout).train()
+    if frozen:
+        model.freeze_extractor()
+    mask = torch.arange(100).repeat(2, 1)
+    with Counter() as counter:
+        loss, _ = model(torch.randn(2, SAMPLES), mask=mask)
+        loss.sum().backward()
+    assert counter.total == pytest.approx(2 * step_flops(model.cfg, SAMPLES, 100, frozen=frozen), rel=0.02)
+
+
+def test_base_model() -> None:
+    assert features_flops(SpidRConfig(), 8 * 16_000) / 8 == pytest.approx(14e9, rel=0.1)
+    assert step_flops(DinoSRConfig(), 8 * 16_000, 200) / 8 == pytest.approx(56e9, rel=0.1)
+
+
+def test_peaks() -> None:
+    assert peak_tflops("NVIDIA A100-SXM4-80GB", "bfloat16") == 312
+    assert peak_tflops("NVIDIA H100 PCIe", "bfloat16") == 756
+    assert peak_tflops("NVIDIA H100 80GB HBM3", "float32") == 66.9
+    assert peak_tflops("Tesla V100-SXM2-32GB", "bfloat16") is None
+    assert peak_tflops("NVIDIA GeForce RTX 4090", "bfloat16") is None

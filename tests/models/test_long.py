@@ -1,0 +1,129 @@
+"""Long recordings: in pieces that change nothing, or in windows that change what is said."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from small_models import tiny_model
+from spidr.config import InputError
+from spidr.models import DinoSR, extractor, transformer
+
+SAMPLES = 9000
+LENGTHS = [SAMPLES, 1700, 90, 8000, 300]
+HOP = 40 / 16_000  # seconds, of the tiny models
+
+
+def batch() -> torch.Tensor:
+    return torch.randn(len(LENGTHS), SAMPLES, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("piece", [60, 1000, 10_000, 30_000])
+@pytest.mark.parametrize("mode", ["layer_norm", "group_norm"])
+@torch.no_grad()
+def test_the_extractor_in_pieces(mode: str, piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces of a row and groups of rows; lengths within the first piece and beyond."""
+    model = tiny_model(extractor_mode=mode, extractor_conv_bias=True).double()
+    lengths = torch.tensor(LENGTHS)
+    waveforms = batch().double()
+    for given in (None, lengths):
+        whole = model.feature_extractor(waveforms, given)
+        calls: list[int] = []
+        with monkeypatch.context() as patch:
+            patch.setattr(extractor, "PIECE", piece)
+            first = model.feature_extractor.conv_layers[0]
+            patch.setattr(first, "activate", lambda *a, f=first.activate, c=calls: c.append(len(a[0])) or f(*a))
+            pieces = model.feature_extractor(waveforms, given)
+        assert len(calls) > 1
+        torch.testing.assert_close(pieces, whole, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@torch.no_grad()
+def test_the_transformer_in_pieces(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("dinosr", encoder_qkv_bias=bias).double().eval()
+    for parameter in model.student.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    waveforms = batch().double()
+    whole = model.get_codebooks(waveforms, lengths=LENGTHS)[1:]
+    monkeypatch.setattr(transformer, "LONG", 50)
+    pieces = model.get_codebooks(waveforms, lengths=LENGTHS)[1:]
+    for one, other in zip(whole, pieces, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-9)
+
+
+@torch.no_grad()
+def windows(model: DinoSR, row: int, layer: int, size: int, context: int) -> torch.Tensor:
+    """From the definition: the layer's output on each window and its surroundings, of the utterance alone."""
+    waveform = batch()[row, : LENGTHS[row]]
+    waveform = (waveform - waveform.mean()) / torch.sqrt(waveform.var(correction=0) + 1e-5)
+    features, _ = model.project(waveform.unsqueeze(0))
+    outputs = []
+    for start in range(0, features.shape[1], size):
+        left = max(0, start - context)
+        output = model.student.get_intermediate_outputs(features[:, left : start + size + context])[layer - 1][0]
+        outputs.append(output[start - left :][:size])
+    return torch.cat(outputs)
+
+
+@pytest.mark.parametrize("mode", ["layer_norm", "group_norm"])
+@pytest.mark.parametrize(("size", "context"), [(50, 20), (64, None), (30, 0), (100, 500)])
+def test_windows(size: int, context: int | None, mode: str) -> None:
+    model = tiny_model("spidr", extractor_mode=mode).eval()
+    options = {"window": size * HOP, "context": None if context is None else context * HOP}
+    features, frame_lengths = model.encode(batch(), LENGTHS, layer=3, **options)
+    units, unit_lengths = model.units(batch(), LENGTHS, layer=3, **options)
+    assert torch.equal(frame_lengths, unit_lengths)
+    for row, num_frames in enumerate(frame_lengths.tolist()):
+        expected = windows(model, row, 3, size, size // 4 if context is None else context)
+        torch.testing.assert_close(features[row, :num_frames], expected, rtol=0, atol=1e-5)
+        assert not features[row, num_frames:].any()
+        with torch.no_grad():
+            assert torch.equal(units[row, :num_frames], model.heads[1](expected).argmax(-1))
+        assert (units[row, num_frames:] == -1).all()
+
+
+def test_a_window_as_long_as_the_recording_changes_nothing() -> None:
+    model = tiny_model("dinosr").eval()
+    whole, _ = model.encode(batch(), LENGTHS, layer=4)
+    assert torch.equal(model.encode(batch(), LENGTHS, layer=4, window=SAMPLES / 16_000)[0], whole)
+    assert not torch.allclose(model.encode(batch(), LENGTHS, layer=4, window=0.1)[0], whole)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"window": 0.001}, "window = 0.001 s is shorter than a frame of 0.0025 s"),
+        ({"window": 1.0, "context": -1.0}, "context = -1.0 s needs to be at least 0"),
+        ({"context": 1.0}, "goes with a window"),
+    ],
+)
+def test_wrong_windows(options: dict[str, float], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        tiny_model().encode(batch(), layer=4, **options)
+
+
+MEASURE = """
+import resource, sys, torch
+sys.path.insert(0, sys.argv[1])
+from small_models import tiny_model
+from spidr.config import DEFAULT_CONV_LAYER_CONFIG
+shapes = [(64, kernel, stride) for _, kernel, stride in DEFAULT_CONV_LAYER_CONFIG]
+model = tiny_model(extractor_conv_layer_config=shapes, encoder_num_heads=1, encoder_num_layers=1, num_codebooks=1)
+model.eval().encode(torch.randn(1, 16_000), layer=1)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+features, _ = model.encode(torch.randn(1, 600 * 16_000), layer=1)
+print(features.shape[1], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+def test_memory_for_ten_minutes() -> None:
+    """The first convolution's output would take 490 MB, an attention matrix 3.6 GB; the waveform and its standardised
+    copies take 40 MB each."""
+    tests = str(Path(__file__).parents[1])
+    done = subprocess.run([sys.executable, "-c", MEASURE, tests], check=True, capture_output=True, text=True)
+    frames, kilobytes = map(int, done.stdout.split())
+    assert frames == 29_999
+    assert kilobytes < 350_000

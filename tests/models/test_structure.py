@@ -1,0 +1,130 @@
+"""What a training step is made of, as its operators and collectives show: what makes it fast on a GPU."""
+
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from processes import complete
+from small_models import tiny_model
+from spidr.config import OptimizerConfig
+from spidr.models import DinoSR
+from spidr.optimizer import build_optimizer
+from spidr.train import Hooks, State
+from tiny_run import write_config, write_recordings
+
+WAITING = ("_local_scalar_dense", "item", "nonzero", "masked_select", "equal", "is_nonzero", "_unique2", "unique_dim")
+BATCH, SAMPLES, MASKED = 2, 4000, 30
+
+
+class Operators(TorchDispatchMode):
+    """Name and output of every operator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.log: list[tuple[str, Any]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.log.append((func.overloadpacket.__name__, out))
+        return out
+
+    def names(self) -> set[str]:
+        return {name for name, _ in self.log}
+
+    def outputs(self, *names: str) -> list[Tensor]:
+        return [out for name, out in self.log if name in names and isinstance(out, Tensor)]
+
+
+def forward(model: DinoSR) -> Tensor:
+    return model(torch.randn(BATCH, SAMPLES), mask=torch.arange(MASKED).repeat(BATCH, 1))[0]
+
+
+@pytest.mark.parametrize("model_type", ["spidr", "dinosr"])
+def test_nothing_in_a_step_waits_for_the_device(model_type: str) -> None:
+    model = tiny_model(model_type).train()
+    optimizer = build_optimizer(model, OptimizerConfig())[0]
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    with Operators() as operators:
+        forward(model).mean().backward()
+        nn.utils.clip_grad_norm_(parameters, 10.0)
+        optimizer.step()
+        model.update_ema(1)
+    assert not operators.names().intersection(WAITING)
+    assert {"_foreach_norm", "_foreach_mul_", "_foreach_lerp_", "_foreach_copy_", "_fused_adamw_"} <= operators.names()
+
+
+def test_what_waits_is_seen() -> None:
+    model = tiny_model().train()
+    mask = torch.rand(BATCH, model.feature_extractor.num_frames(SAMPLES)) < 0.5
+    with Operators() as operators:
+        model(torch.randn(BATCH, SAMPLES), mask=mask)[0].mean().item()
+    assert operators.names().intersection(WAITING) == {"nonzero", "_local_scalar_dense"}
+
+
+@pytest.mark.parametrize("model_type", ["spidr", "dinosr"])
+def test_heads_and_codebooks_are_products_over_all_at_once(model_type: str) -> None:
+    model = tiny_model(model_type).train()
+    size, total, frames = model.cfg.codebook_size, model.num_codebooks, BATCH * MASKED
+    with Operators() as operators, torch.autocast("cpu", torch.bfloat16):
+        forward(model)
+    distances = [x for x in operators.outputs("baddbmm") if x.shape == (total, frames, size)]
+    float32 = [x for x in distances if x.dtype == torch.float32]
+    assert len(float32) == 1  # under autocast too
+    assert len(distances) - len(float32) == (model_type == "spidr")
+    assert not [x for x in operators.outputs("mm", "addmm", "bmm") if x.shape == (frames, size)]
+    # Targets are integers, one for each frame and codebook.
+    assert not [x for _, x in operators.log if isinstance(x, Tensor) and not x.is_floating_point()
+                and x.shape[-1:] == (size,) and x.numel() >= frames * size]  # fmt: skip
+    assert operators.outputs("argmax")[-1].shape == (total, frames)
+    assert not operators.names() & {"one_hot", "_cdist_forward", "cdist"}
+
+
+def test_a_frozen_extractor_costs_no_backward_pass() -> None:
+    model = tiny_model().train()
+    counts = []
+    for _ in range(2):
+        loss = forward(model)
+        names: list[str] = []
+        visited, nodes = set(), [loss.grad_fn]
+        while nodes:
+            node = nodes.pop()
+            if node is not None and node not in visited:
+                visited.add(node)
+                names.append(node.name())
+                nodes += [following for following, _ in node.next_functions]
+        counts.append(sum(name.startswith("_StridedConv") for name in names))
+        model.freeze_extractor()
+    assert counts == [4, 0]
+
+
+def _count_collectives(output: Path) -> Hooks:
+    profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
+
+    def after_step(state: State) -> None:
+        if state.step == 1:
+            profiler.start()
+        elif state.step == 2:
+            profiler.stop()
+            names = [event.name for event in profiler.events() if event.name.startswith("gloo:")]
+            sizes = state.network._get_ddp_logging_data()["rebuilt_bucket_sizes"]  # type: ignore[union-attr,operator]
+            if state.env.is_main:
+                output.write_text(json.dumps([names, len(str(sizes).split(","))]))
+
+    return Hooks(after_step=after_step)
+
+
+def test_a_step_reduces_its_gradients_and_one_thing_more(tmp_path: Path) -> None:
+    run = {"log_interval": 100, "save_interval": 100}
+    optimizer = {"max_steps": 3, "warmup_steps": 1, "hold_steps": 1, "decay_steps": 1}
+    config = write_config(tmp_path, write_recordings(tmp_path), run=run, optimizer=optimizer)
+    hooks: Callable[[], Hooks] = partial(_count_collectives, tmp_path / "counts.json")
+    complete(config, 2, hooks=hooks)
+    names, buckets = json.loads((tmp_path / "counts.json").read_text())
+    assert names == ["gloo:all_reduce"] * (buckets + 1)

@@ -1,0 +1,573 @@
+"""A corpus into features and units: the same for every recording whatever happens around it, and never half."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+import soundfile
+import torch
+
+import spidr
+from small_models import tiny_model
+from spidr.config import DEFAULT_CONV_LAYER_CONFIG, InputError
+from spidr.data.write_manifest import write_manifest, write_manifest_fairseq, write_manifest_tar
+from spidr.extract import Options, encoder, extract_features, extract_units, fit_kmeans, sources
+from spidr.extract.__main__ import main
+from spidr.models import DinoSR, num_frames
+
+PROMPTS = Path(__file__).parents[1] / "examples" / "quickstart" / "audio"
+LAYER = 3
+SHAPES = [(16, kernel, stride) for _, kernel, stride in DEFAULT_CONV_LAYER_CONFIG]
+QUIET = Options(progress=False)
+
+
+def has_ffmpeg() -> bool:
+    try:
+        import torchcodec.decoders  # noqa: F401
+    except (ImportError, OSError, RuntimeError):
+        return False
+    return True
+
+
+def save(model: DinoSR, folder: Path) -> Path:
+    """A checkpoint and the configuration beside it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save({"model": model.state_dict()}, folder / "model.pt")
+    document = {"model_type": type(model).__name__.lower(), "model": asdict(model.cfg)}
+    (folder / "config.json").write_text(json.dumps(document))
+    return folder / "model.pt"
+
+
+def small(model_type: str = "spidr", seed: int = 0) -> DinoSR:
+    """A tiny model with 50 frames a second."""
+    return tiny_model(model_type, seed, extractor_conv_layer_config=SHAPES).eval()
+
+
+def nearly_tied(model_type: str) -> DinoSR:
+    """A model in whose heads every codeword has a double that differs by rounding only: batching decides which wins."""
+    model = small(model_type)
+    for head in model.heads:
+        weight, bias = head[0].weight.data, head[0].bias.data
+        weight[1::2] = weight[::2] * (1 + 1e-6 * torch.rand_like(weight[::2]))
+        bias[1::2] = bias[::2]
+    return model
+
+
+@pytest.fixture(scope="module")
+def model() -> DinoSR:
+    return small()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(model: DinoSR, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(model, tmp_path_factory.mktemp("model"))
+
+
+def read(path: Path) -> torch.Tensor:
+    return torch.from_numpy(soundfile.read(path, dtype="float32")[0])
+
+
+def noise(path: Path, samples: int = 8000, rate: int = 16_000, seed: int = 0, channels: int = 1) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    values = 0.1 * np.random.default_rng((seed, samples)).standard_normal((samples, channels))
+    soundfile.write(path, values, rate)
+    return path
+
+
+def rows(path: Path) -> dict[str, dict[str, Any]]:
+    return {row["fileid"]: row for row in map(json.loads, path.read_text().splitlines())}
+
+
+def units(path: Path) -> dict[str, list[int]]:
+    return {name: row["units"] for name, row in rows(path).items()}
+
+
+# ---------------------------------------------------------------------------------------------------- exactness
+
+
+@pytest.mark.parametrize("model_type", ["spidr", "dinosr"])
+def test_units_are_those_of_each_recording_alone(
+    model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = nearly_tied(model_type)
+    files = sorted(PROMPTS.iterdir())[:: 3 if model_type == "spidr" else 8]
+    expected = {file.stem: model.units(read(file).unsqueeze(0), layer=LAYER)[0][0].tolist() for file in files}
+    found = {}
+    for name, batch, threads, order in (
+        ("alone", 0, 1, 0),
+        ("threads", 0, 3, 1),
+        ("batch", 20, 1, 2),
+        ("large", 90, 2, 3),
+    ):
+        random.Random(order).shuffle(files)
+        options = Options(batch_seconds=batch, threads=threads, progress=False)
+        extract_units(files, tmp_path / f"{name}.jsonl", model=model, layer=LAYER, options=options)
+        found[name] = units(tmp_path / f"{name}.jsonl")
+    assert [name for name in found if found[name] != expected] == []
+    # Without the second look at what is nearly tied, some would not be.
+    monkeypatch.setattr(encoder, "NEAR", 0.0)
+    options = Options(batch_seconds=90, progress=False)
+    extract_units(files, tmp_path / "once.jsonl", model=model, layer=LAYER, options=options)
+    assert units(tmp_path / "once.jsonl") != expected
+
+
+def test_features_are_those_of_each_recording_alone(model: DinoSR, tmp_path: Path) -> None:
+    files = sorted(PROMPTS.iterdir())[::6]
+    for batch, threads in ((0, 1), (0, 3), (60, 1)):
+        options = Options(batch_seconds=batch, threads=threads, progress=False)
+        extract_features(files, tmp_path / f"{batch}-{threads}", model=model, layer=LAYER, options=options)
+    differences = []
+    for file in files:
+        expected = model.encode(read(file).unsqueeze(0), layer=LAYER)[0][0].numpy()
+        alone, threads, batched = (np.load(tmp_path / name / f"{file.stem}.npy") for name in ("0-1", "0-3", "60-1"))
+        assert alone.dtype == np.float32
+        np.testing.assert_array_equal(alone, expected)
+        np.testing.assert_array_equal(threads, expected)
+        differences.append(np.abs(batched - expected).max())
+    assert 0 < max(differences) < 1e-5
+
+
+def test_standardisation_does_not_depend_on_padding(model: DinoSR) -> None:
+    waveform = 0.01 * torch.randn(30_011) + 0.3
+    alone, _ = model._utterances(waveform.unsqueeze(0), None, normalize=True)
+    padded = torch.stack([torch.nn.functional.pad(waveform, (0, 5000)), torch.randn(35_011)])
+    batched, _ = model._utterances(padded, [30_011, 35_011], normalize=True)
+    assert torch.equal(batched[0, :30_011], alone[0])
+
+
+def test_long_recordings_in_windows(model: DinoSR, tmp_path: Path) -> None:
+    file = noise(tmp_path / "long.wav", 160_000)
+    options = Options(window=2.0, context=0.5, batch_seconds=60, progress=False)
+    extract_features([file, noise(tmp_path / "b.wav")], tmp_path / "out", model=model, layer=LAYER, options=options)
+    expected, _ = model.encode(read(file).unsqueeze(0), layer=LAYER, window=2.0, context=0.5)
+    found = np.load(tmp_path / "out" / "long.npy")
+    np.testing.assert_array_equal(found, expected[0].numpy())
+    whole, _ = model.encode(read(file).unsqueeze(0), layer=LAYER)
+    assert not np.allclose(found, whole[0].numpy(), atol=1e-4)
+
+
+def test_bfloat16(model: DinoSR, tmp_path: Path) -> None:
+    file = noise(tmp_path / "a.wav", 32_000)
+    for dtype in ("float32", "bfloat16"):
+        options = Options(dtype=dtype, progress=False)  # type: ignore[arg-type]
+        extract_features(file, tmp_path / dtype, model=model, layer=LAYER, options=options)
+    exact, rounded = (np.load(tmp_path / dtype / "a.npy") for dtype in ("float32", "bfloat16"))
+    assert rounded.dtype == np.float32
+    assert 0 < np.abs(exact - rounded).max() < 0.1 * np.abs(exact).max()
+
+
+def test_number_of_frames(tmp_path: Path) -> None:
+    assert [num_frames(n) for n in (0, 399, 400, 719, 720, 16_000)] == [0, 0, 1, 1, 2, 49]
+
+
+# ---------------------------------------------------------------------------------------------------- inputs
+
+
+def test_every_kind_of_source(checkpoint: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "corpus"
+    lengths = {"a": 8000, "b/c": 9000, "b/d": 4000}
+    for name, samples in lengths.items():
+        noise(folder / f"{name}.wav", samples)
+    (folder / "notes.txt").write_text("no recording")
+    write_manifest(folder, tmp_path / "m.csv")
+    write_manifest(folder, tmp_path / "m.jsonl")
+    write_manifest_fairseq(folder, tmp_path / "m.tsv")
+    subprocess.run(["tar", "-cf", tmp_path / "t.tar", "-C", folder, "a.wav", "b"], check=True)
+    write_manifest_tar(tmp_path / "t.tar", tmp_path / "tar.csv")
+    files = [folder / f"{name}.wav" for name in lengths]
+    cases: dict[str, Any] = {name: tmp_path / name for name in ("corpus", "m.csv", "m.jsonl", "m.tsv", "tar.csv")}
+    for name, source in {**cases, "files": files, "some twice": [folder / "b", folder / "a.wav", *files]}.items():
+        out = tmp_path / f"units of {name}.jsonl"
+        assert extract_units(source, out, model=checkpoint, layer=LAYER, options=QUIET) == {}
+        found = rows(out)
+        assert sorted(found) == ["a", "c", "d"]
+        record = json.loads(out.with_name(f"{out.name}.json").read_text())
+        frames = {Path(file).stem: num_frames(samples) for file, samples in lengths.items()}
+        assert record["frame_seconds"] == 0.02
+        assert {name: len(row["units"]) for name, row in found.items()} == frames
+    for name, source in cases.items():
+        extract_features(source, tmp_path / "features" / name, model=checkpoint, layer=LAYER, options=QUIET)
+        tree = {str(p.relative_to(tmp_path / "features" / name)) for p in (tmp_path / "features" / name).rglob("*.npy")}
+        assert tree == {"a.npy", "b/c.npy", "b/d.npy"}
+
+
+def test_names_never_collide(checkpoint: Path, tmp_path: Path) -> None:
+    for i, name in enumerate(("x/a.wav", "x/a.flac", "y/a.wav", "x/a.wav.flac", "x/y/a.wav")):
+        noise(tmp_path / name, 4000 + 100 * i)
+    for given in (["x"], ["x", "y"], ["x/a.wav", "y/a.wav"], ["x/a.wav", "x/y"], ["y", "x/y", "x"]):
+        paths = [tmp_path / name for name in given]
+        for tree in (True, False):
+            items = sources.find_items(paths, tree=tree, resample=False, skip=False)
+            files = {file for path in paths for file in ([path] if path.is_file() else path.rglob("*.*"))}
+            assert {item.recording.path for item in items} == {str(file) for file in files}
+            assert len({item.name for item in items}) == len(items)
+            assert not any(Path(item.name).is_absolute() or ".." in item.name.split("/") for item in items)
+    out = tmp_path / "out"
+    extract_features([tmp_path / "x", tmp_path / "y"], out, model=checkpoint, layer=LAYER, options=QUIET)
+    assert len(list(out.rglob("*.npy"))) == 5
+
+
+@pytest.mark.parametrize(
+    ("rate", "channels", "message"), [(44_100, 1, "the sample rate is 44100 Hz"), (16_000, 2, "2 channels")]
+)
+def test_other_formats_are_refused_with_the_remedy(
+    rate: int, channels: int, message: str, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = noise(tmp_path / "a.wav", 8000, rate, channels=channels)
+    assert main(["units", str(file), str(tmp_path / "u.jsonl"), "--model", str(checkpoint), "--layer", "3"]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "--resample does it on the way" in error
+    assert str(file) in error
+
+
+@pytest.mark.skipif(not has_ffmpeg(), reason="FFmpeg is not installed")
+@pytest.mark.parametrize("rate", [8000, 22_050, 44_100, 48_000])
+def test_resampling_keeps_what_can_be_kept(rate: int, tmp_path: Path) -> None:
+    at, to = np.arange(2 * rate) / rate, np.arange(32_000) / 16_000
+    kept = (300, 1000, 3000) if rate == 8000 else (300, 1000, 6000)
+    lost = 0.2 * np.sin(2 * np.pi * 10_000 * at) if rate > 20_000 else 0.0  # would come back as 6000 Hz
+    sound = lost + sum(0.1 * np.sin(2 * np.pi * f * at) for f in kept)
+    soundfile.write(tmp_path / "a.wav", np.stack([sound, sound], 1), rate, subtype="FLOAT")
+    (item,) = sources.find_items([tmp_path / "a.wav"], tree=True, resample=True, skip=False)
+    found = sources.read_item(item, resample=True)
+    expected = sum(np.sin(2 * np.pi * f * to) for f in kept)
+    assert abs(item.num_samples - 32_000) <= 1
+    assert len(found) == pytest.approx(32_000, abs=1)
+    middle = slice(1000, 31_000)
+    gain = float(found[middle] @ expected[middle] / (expected[middle] @ expected[middle]))
+    assert np.abs(found[middle] / gain - expected[middle]).max() < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere", "OUT.jsonl"], "nowhere: does not exist; expected a manifest, a folder or an audio file"),
+        (["DIR", "OUT.txt"], "must end in .jsonl or .parquet"),
+        (["DIR", "OUT.jsonl", "--layer", "1"], "layer 1 has no codebook; layers 2 to 4 have one"),
+        (["DIR", "OUT.jsonl", "--layer", "5"], "layer 5 does not exist; layers 2 to 4 have one"),
+        (["DIR", "OUT.jsonl", "--model", "wav2vec"], "wav2vec: neither a file nor a published model (spidr_base, "),
+        (["DIR", "OUT.jsonl", "--window", "0"], "window: found 0.0, expected seconds"),
+        (["DIR", "OUT.jsonl", "--context", "1"], "there is no window"),
+        (["DIR", "OUT.jsonl", "--kmeans", "none.npz"], "none.npz: does not exist; write it with"),
+        (["EMPTY", "OUT.jsonl"], "no file's name ends like that of a recording"),
+        (["archive.tar", "OUT.jsonl"], "write the manifest of an archive first"),
+        (["DIR/short.wav", "OUT.jsonl"], "short.wav: 9 samples are too short"),
+    ],
+)
+def test_wrong_input(
+    arguments: list[str],
+    message: str,
+    checkpoint: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    noise(tmp_path / "DIR" / "a.wav")
+    noise(tmp_path / "DIR" / "short.wav", 9)
+    (tmp_path / "EMPTY").mkdir()
+    (tmp_path / "archive.tar").touch()
+    defaults = ["--model", str(checkpoint)] if "--model" not in arguments else []
+    defaults += ["--layer", "3"] if "--layer" not in arguments else []
+    assert main(["units", *arguments, *defaults, "--quiet"]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+    assert not (tmp_path / "OUT.jsonl").exists()
+
+
+def test_bad_recordings(checkpoint: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "audio"
+    for i in range(6):
+        noise(folder / f"{i}.{'flac' if i == 2 else 'wav'}", 8000 + i, seed=i)
+    (folder / "2.flac").write_bytes((folder / "2.flac").read_bytes()[:5000])
+    (folder / "4.wav").write_bytes(b"")
+    for batch in (0, 10):
+        out = tmp_path / f"{batch}"
+        options = Options(on_error="skip", batch_seconds=batch, progress=False)
+        with pytest.raises(InputError, match=r"(2\.flac|4\.wav)"):
+            extract_features(folder, out, model=checkpoint, layer=LAYER, options=QUIET)
+        skipped = extract_features(folder, out, model=checkpoint, layer=LAYER, options=options)
+        assert set(skipped) == {"2", "4"}
+        assert {p.name for p in out.glob("*.npy")} == {f"{i}.npy" for i in (0, 1, 3, 5)}
+        assert set(json.loads((out / "extract.json").read_text())["skipped"]) == {"2", "4"}
+        table = tmp_path / f"{batch}.jsonl"
+        assert set(extract_units(folder, table, model=checkpoint, layer=LAYER, options=options)) == {"2", "4"}
+        assert list(rows(table)) == ["0", "1", "3", "5"]
+        noise(folder / "4.wav")  # mended: the same command encodes it, and only it
+        assert set(extract_units(folder, table, model=checkpoint, layer=LAYER, options=options)) == {"2"}
+        assert list(rows(table)) == ["0", "1", "3", "4", "5"]
+        (folder / "4.wav").write_bytes(b"")
+
+
+def test_recordings_that_are_not_as_the_manifest_says(checkpoint: Path, tmp_path: Path) -> None:
+    file = noise(tmp_path / "audio" / "a.wav")
+    write_manifest(tmp_path / "audio", tmp_path / "m.csv")
+    file.write_bytes(file.read_bytes()[:9000])
+    with pytest.raises(InputError, match=r"a\.wav: 4478 samples, the manifest says 8000"):
+        extract_units(tmp_path / "m.csv", tmp_path / "u.jsonl", model=checkpoint, layer=LAYER, options=QUIET)
+
+
+# ---------------------------------------------------------------------------------------------------- outputs
+
+
+def test_features_in_files(model: DinoSR, checkpoint: Path, tmp_path: Path) -> None:
+    noise(tmp_path / "audio" / "a.wav")
+    exact = model.encode(read(tmp_path / "audio" / "a.wav").unsqueeze(0), layer=LAYER)[0][0]
+    for file_format, stored in (("npy", "float32"), ("npy", "float16"), ("pt", "float32"), ("pt", "float16")):
+        out = tmp_path / file_format / stored
+        arguments = [
+            "features",
+            str(tmp_path / "audio"),
+            str(out),
+            "--model",
+            str(checkpoint),
+            "--layer",
+            "3",
+            "--quiet",
+        ]
+        assert main([*arguments, "--format", file_format, "--store", stored]) == 0
+        file = out / f"a.{file_format}"
+        found = torch.load(file) if file_format == "pt" else torch.from_numpy(np.load(file))
+        assert torch.equal(found, exact.to(getattr(torch, stored)))
+        record = json.loads((out / "extract.json").read_text())
+        assert record["model"] == str(checkpoint)
+        assert (record["layer"], record["spidr"], record["stored"]) == (LAYER, spidr.__version__, stored)
+
+
+def test_units_in_tables(model: DinoSR, checkpoint: Path, tmp_path: Path) -> None:
+    files = sorted(PROMPTS.iterdir())[:5]
+    expected = {file.stem: model.units(read(file).unsqueeze(0), layer=LAYER)[0][0].tolist() for file in files}
+    for suffix in ("jsonl", "parquet"):
+        plain, merged = tmp_path / f"plain.{suffix}", tmp_path / f"merged.{suffix}"
+        common = [*map(str, files), "--model", str(checkpoint), "--layer", "3", "--quiet"]
+        assert main(["units", *common[:5], str(plain), *common[5:]]) == 0
+        assert main(["units", *common[:5], str(merged), *common[5:], "--dedup"]) == 0
+        table, runs = (pl.read_ndjson(p) if suffix == "jsonl" else pl.read_parquet(p) for p in (plain, merged))
+        assert table.columns == ["fileid", "units"]
+        assert dict(table.iter_rows()) == expected
+        assert runs.columns == ["fileid", "units", "durations"]
+        for name, found, durations in runs.iter_rows():
+            assert found == [unit for unit, _ in groupby(found)]
+            assert np.repeat(found, durations).tolist() == expected[name]
+        record = json.loads(plain.with_name(f"{plain.name}.json").read_text())
+        assert (record["layer"], record["spidr"]) == (LAYER, spidr.__version__)
+        if suffix == "parquet":
+            assert json.loads(pl.read_parquet_metadata(plain)["spidr"]) == record
+        plain.with_name(f"{plain.name}.json").unlink()
+        with pytest.raises(InputError, match=r"no plain\.(jsonl|parquet)\.json says how it was made"):
+            extract_units(files, plain, model=checkpoint, layer=LAYER, options=QUIET)
+
+
+def test_other_settings_into_the_same_output(checkpoint: Path, tmp_path: Path) -> None:
+    noise(tmp_path / "audio" / "a.wav")
+    table, folder, source = tmp_path / "u.jsonl", tmp_path / "f", tmp_path / "audio"
+    extract_units(source, table, model=checkpoint, layer=3, options=QUIET)
+    before = table.read_bytes()
+    other = save(small(seed=1), tmp_path / "other")
+    for changes in ({"layer": 4}, {"dedup": True}, {"model": other}, {"options": Options(dtype="bfloat16")}):
+        settings: Any = {"model": checkpoint, "layer": 3, "options": QUIET} | changes
+        with pytest.raises(InputError, match=r"u\.jsonl\.json: .* made with (layer|dedup|model|dtype) = "):
+            extract_units(source, table, **settings)
+    assert table.read_bytes() == before
+    extract_features(source, folder, model=checkpoint, layer=3, options=QUIET)
+    with pytest.raises(InputError, match='made with stored = "float32", now it is "float16"'):
+        extract_features(source, folder, model=checkpoint, layer=3, output_dtype="float16", options=QUIET)
+    with pytest.raises(InputError, match="is not empty"):
+        extract_features(source, tmp_path / "audio", model=checkpoint, layer=3, options=QUIET)
+
+
+# ---------------------------------------------------------------------------------------------------- interruptions
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "spidr.extract", *map(str, arguments), "--quiet"]
+
+
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with every third prompt."""
+    folder = tmp_path_factory.mktemp("prompts")
+    for file in sorted(PROMPTS.iterdir())[::3]:
+        (folder / file.name).symlink_to(file)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def undisturbed(checkpoint: Path, prompts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Features and units of all of them, in one go."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    extract_units(prompts, folder / "u.jsonl", model=checkpoint, layer=LAYER, options=QUIET)
+    extract_features(prompts, folder / "f", model=checkpoint, layer=LAYER, options=QUIET)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["units", "features"])
+def test_killed_and_started_again(
+    kind: str, checkpoint: Path, prompts: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / ("u.jsonl" if kind == "units" else "f")
+
+    def done() -> set[str]:
+        if kind == "features":
+            return {p.stem for p in out.glob("[!.]*.npy")}
+        parts = (tmp_path / "u.jsonl.unfinished").glob("*.jsonl")
+        return {
+            json.loads(line)["fileid"]
+            for p in parts
+            for line in p.read_bytes().splitlines(keepends=True)
+            if line[-1] == 10
+        }
+
+    options = ["--model", checkpoint, "--layer", LAYER, "--threads", 1]
+    with subprocess.Popen(command(kind, prompts, out, *options), stderr=subprocess.PIPE, text=True) as process:
+        wait_until(lambda: len(done()) >= 5, process)
+        process.send_signal(signal.SIGKILL)
+    before = done()
+    assert 5 <= len(before) < 72
+    assert not (tmp_path / "u.jsonl").exists()
+    if kind == "units":  # as if it had been killed while it wrote
+        (part,) = (tmp_path / "u.jsonl.unfinished").glob("*.jsonl")
+        with part.open("ab") as file:
+            file.write(b'{"fileid": "half", "units": [1, 2')
+    else:
+        (out / ".half.npy.1.tmp").write_bytes(b"half")
+    read_again = []
+    monkeypatch.setattr(
+        encoder, "read_item", lambda item, **kw: (read_again.append(item.name), sources.read_item(item, **kw))[1]
+    )
+    again: Any = extract_units if kind == "units" else extract_features
+    again(prompts, out, model=checkpoint, layer=LAYER, options=QUIET)
+    assert not before & set(read_again)
+    assert len(before) + len(read_again) == 72
+    if kind == "units":
+        assert out.read_bytes() == (undisturbed / "u.jsonl").read_bytes()
+        assert {p.name for p in tmp_path.iterdir()} == {"u.jsonl", "u.jsonl.json"}
+    else:
+        assert {p.name for p in out.iterdir()} == {p.name for p in (undisturbed / "f").iterdir()}
+        assert all(p.read_bytes() == (undisturbed / "f" / p.name).read_bytes() for p in out.iterdir())
+    read_again.clear()
+    again(prompts, out, model=checkpoint, layer=LAYER, options=QUIET)
+    assert read_again == []
+
+
+def test_processes_share_the_work(checkpoint: Path, prompts: Path, undisturbed: Path, tmp_path: Path) -> None:
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        "-m",
+        "spidr.extract",
+    ]
+    options = ["--model", checkpoint, "--layer", LAYER, "--batch-seconds", 20]
+    arguments = command("units", prompts, tmp_path / "u.jsonl", *options)[3:]
+    subprocess.run([*launch, *arguments], check=True, timeout=200, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert (tmp_path / "u.jsonl").read_bytes() == (undisturbed / "u.jsonl").read_bytes()
+
+
+# ---------------------------------------------------------------------------------------------------- k-means
+
+
+def test_kmeans(model: DinoSR, checkpoint: Path, tmp_path: Path) -> None:
+    files = sorted(PROMPTS.iterdir())[:30]
+    batched = Options(batch_seconds=30, progress=False)
+    for name, options in (("a", QUIET), ("b", QUIET)):
+        fit_kmeans(
+            files, tmp_path / f"{name}.npz", model=checkpoint, layer=2, units=10, max_frames=5000, options=options
+        )
+    assert (tmp_path / "a.npz").read_bytes()[:4] == b"PK\x03\x04"
+    with np.load(tmp_path / "a.npz", allow_pickle=False) as a, np.load(tmp_path / "b.npz", allow_pickle=False) as b:
+        np.testing.assert_array_equal(a["centroids"], b["centroids"])
+        centroids, made = a["centroids"], json.loads(str(a["made"]))
+    assert centroids.shape == (10, 32)
+    assert made["layer"] == 2
+    assert 4000 < made["frames"] < 6000
+    for name, options in (("alone", QUIET), ("batched", batched)):
+        out = tmp_path / f"{name}.jsonl"
+        extract_units(files, out, model=checkpoint, kmeans=tmp_path / "a.npz", options=options)
+        found, inertia = units(out), 0.0
+        for file in files:
+            features = model.encode(read(file).unsqueeze(0), layer=2)[0][0].double().numpy()
+            distances = ((features[:, None] - centroids) ** 2).sum(-1)
+            chosen = distances[np.arange(len(features)), found[file.stem]]
+            np.testing.assert_allclose(chosen, distances.min(-1), rtol=1e-5)
+            inertia += distances.min(-1).mean()
+        assert set().union(*found.values()) == set(range(10))
+    assert (tmp_path / "alone.jsonl").read_bytes() == (tmp_path / "batched.jsonl").read_bytes()
+    with pytest.raises(InputError, match="the centroids are of layer 2 of"):
+        extract_units(files, tmp_path / "x.jsonl", model=checkpoint, layer=3, kmeans=tmp_path / "a.npz", options=QUIET)
+    with pytest.raises(InputError, match="frames are too few for 4000 units"):
+        fit_kmeans(files[:1], tmp_path / "c.npz", model=checkpoint, layer=2, units=4000, options=QUIET)
+    (tmp_path / "bad.npz").write_bytes(b"PK\x03\x04")
+    with pytest.raises(InputError, match=r"bad\.npz: no k-means model"):
+        extract_units(files, tmp_path / "x.jsonl", model=checkpoint, kmeans=tmp_path / "bad.npz", options=QUIET)
+
+
+# ---------------------------------------------------------------------------------------------------- in pieces
+
+
+def test_ahead_keeps_the_order_and_its_distance() -> None:
+    asked: list[int] = []
+
+    def items() -> Any:
+        for i in range(50):
+            asked.append(i)
+            yield i
+
+    def work(i: int) -> int:
+        time.sleep(0.002 * (i % 3))
+        return i * i
+
+    for done, result in enumerate(encoder.ahead(work, items(), workers=4, depth=6)):
+        assert result == done * done
+        assert len(asked) <= done + 7
+
+
+def test_no_teacher_in_memory(checkpoint: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    seen = {}
+    original = encoder.Encoder.run
+
+    def run(self: encoder.Encoder, *args: Any) -> Any:
+        seen.update(self.model.state_dict())
+        return original(self, *args)
+
+    monkeypatch.setattr(encoder.Encoder, "run", run)
+    extract_units(noise(tmp_path / "a.wav"), tmp_path / "u.jsonl", model=checkpoint, layer=LAYER, options=QUIET)
+    assert seen
+    assert not any(name.startswith("teacher.") for name in seen)
+
+
+def test_benchmark() -> None:
+    """It runs, without the published package."""
+    benchmark = Path(__file__).parents[1] / "benchmarks" / "extract.py"
+    result = subprocess.run(
+        [sys.executable, benchmark, PROMPTS, "--quick"], capture_output=True, text=True, timeout=200, check=True
+    )
+    table = [line.split("|") for line in result.stdout.splitlines() if line.startswith("|")]
+    assert [cells[1].strip() for cells in table[2:]] == ["units of layer 6"] * 2 + ["features of layer 6"] * 2
+    assert all(float(cells[3]) > 0 for cells in table[2:])

@@ -1,0 +1,136 @@
+"""The report of a run: what is on the page, that it needs nothing else, and what it says when something is missing."""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from spidr.config import DEFAULT_CONV_LAYER_CONFIG, Config, read_config
+from spidr.report.__main__ import main, newest_checkpoint, spans, spectrogram
+from spidr.tools.metrics import read_metrics
+from spidr.train import train
+from tiny_run import write_config, write_recordings
+
+AT_50_HZ = {"extractor_conv_layer_config": [(16, kernel, stride) for _, kernel, stride in DEFAULT_CONV_LAYER_CONFIG]}
+
+
+@pytest.fixture(scope="module")
+def cfg(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """A finished run that has validated on aligned recordings."""
+    folder = tmp_path_factory.mktemp("run")
+    manifest = write_recordings(folder / "recordings", count=12)
+    rows = [line.split(",") for line in manifest.read_text().splitlines()[1:]]
+    phones = [{"fileid": row[0], "phones": [f"P{i // 9 % 3}" for i in range(int(row[2]) // 160)]} for row in rows]
+    (folder / "phones.jsonl").write_text("".join(json.dumps(line) + "\n" for line in phones))
+    path = write_config(folder, manifest, run={"save_interval": 3}, model=AT_50_HZ, optimizer={"max_steps": 6})
+    document = json.loads(path.read_text())
+    document["validation"]["dev"]["alignments_path"] = str(folder / "phones.jsonl")
+    path.write_text(json.dumps(document))
+    cfg = read_config(path)
+    train(cfg)
+    return cfg
+
+
+def figures_of(html: str) -> dict[str, ET.Element]:
+    """The SVGs by what they are described as; each must be well-formed."""
+    found = re.findall(r'<figure role="img" aria-label="([^"]*)">(<svg.*?</svg>)', html, flags=re.DOTALL)
+    return {label: ET.fromstring(svg) for label, svg in found}
+
+
+def texts(svg: ET.Element) -> list[str]:
+    return ["".join(element.itertext()).strip() for element in svg.iter("{http://www.w3.org/2000/svg}text")]
+
+
+def test_everything_is_on_one_page(cfg: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(cfg.run.dir), "--output", str(tmp_path), "--device", "cpu"]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'index.html'}\n"
+    html = (tmp_path / "index.html").read_text()
+    svgs = figures_of(html)
+    training, codebooks, units, phones, utterance = svgs.values()
+    assert {"Loss", "Learning rate", "EMA decay", "Audio seconds per second", "training", "dev"} <= set(texts(training))
+    assert {"Perplexity of the targets", "Active codewords", "layer 2", "layer 4"} <= set(texts(codebooks))
+    assert {"PNMI", "Phone purity", "Cluster purity", "Bits per second"} <= set(texts(units))
+    assert {"P0", "P1", "P2", "P(phone | unit)"} <= set(texts(phones))
+    assert {"phones", "layer 2", "layer 3", "layer 4", "kHz", "seconds"} <= set(texts(utterance))
+    last = read_metrics(cfg.run.dir / "metrics.jsonl")[-1]
+    assert f"<td>{last['pnmi_l3']:.4g}</td>" in html
+    assert '"spidr"' in html.replace("&quot;", '"')
+    # Self-contained: no script, and nothing is fetched.
+    assert "<script" not in html
+    assert re.findall(r'(?:src|href)="(?!#|data:)[^"]*"', html) == []
+    assert "@import" not in html
+    # Ids are unique on the page, and every reference leads somewhere.
+    ids = re.findall(r' id="([^"]+)"', html)
+    assert len(ids) == len(set(ids))
+    assert set(re.findall(r'href="#([^"]+)"|url\(#([^)]+)\)', html)) <= {(i, "") for i in ids} | {("", i) for i in ids}
+
+
+def test_colours_are_those_of_the_page(cfg: Config, tmp_path: Path) -> None:
+    """No colour inside the figures but the page's, so that dark pages have no black text."""
+    assert main([str(cfg.run.dir), "--output", str(tmp_path), "--device", "cpu"]) == 0
+    html = (tmp_path / "index.html").read_text()
+    for svg in re.findall(r"<svg.*?</svg>", html, flags=re.DOTALL):
+        written = re.sub(r'(?:xlink:)?href="data:[^"]*"', "", svg)
+        assert set(re.findall(r"(?:fill|stroke): ?(#[0-9a-fA-F]{3,6})", written)) == set()
+        assert "var(--ink)" in svg
+    assert "prefers-color-scheme: dark" in html
+    for name in ("training", "codebooks", "units-dev", "phones", "utterance"):
+        png = (tmp_path / f"{name}.png").read_bytes()
+        assert png.startswith(b"\x89PNG")
+        assert min(struct.unpack(">II", png[16:24])) > 200
+
+
+def test_without_alignments_and_without_the_recordings(
+    cfg: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    document = json.loads((cfg.run.dir / "config.json").read_text())
+    document["validation"]["dev"]["alignments_path"] = None
+    (run / "config.json").write_text(json.dumps(document))
+    (run / "step_3.pt").write_bytes((cfg.run.dir / "step_3.pt").read_bytes())
+    assert main([str(run), "--device", "cpu"]) == 0
+    html = (run / "report" / "index.html").read_text()
+    assert "The run has logged nothing yet." in html
+    assert list(figures_of(html)) == ["Spectrogram, phones and units of an utterance"]
+    document["validation"]["dev"]["manifest"] = str(tmp_path / "gone.csv")
+    (run / "config.json").write_text(json.dumps(document))
+    assert main([str(run), "--device", "cpu"]) == 0
+    assert "gone.csv: the manifest does not exist" in (run / "report" / "index.html").read_text()
+    assert "warning: no units in the report" in capsys.readouterr().err
+
+
+def test_mistakes(cfg: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(tmp_path)]) == 2
+    assert capsys.readouterr().err == f"error: {tmp_path}: not a run folder, it has no config.json\n"
+    assert main([str(cfg.run.dir), "--set", "test"]) == 2
+    assert "no validation set 'test'; there are: dev" in capsys.readouterr().err
+
+
+def test_spans() -> None:
+    assert spans("aabbbc", 0.1, 0.45) == [("a", 0.0, 0.2), ("b", 0.2, 0.45)]
+    assert spans([], 0.1, 1) == []
+
+
+def test_a_tone_in_the_spectrogram() -> None:
+    time = torch.arange(16_000) / 16_000
+    decibels = spectrogram(torch.sin(2 * torch.pi * 2000 * time))
+    assert decibels.shape == (257, 201)
+    assert (decibels[:, 5:-5].argmax(0) == 2000 / 8000 * 256).all()
+    assert np.isfinite(decibels).all()
+
+
+def test_newest_checkpoint(tmp_path: Path) -> None:
+    assert newest_checkpoint(tmp_path) is None
+    for name in ("step_9.pt", "step_10.pt", "step_x.pt"):
+        (tmp_path / name).touch()
+    assert newest_checkpoint(tmp_path) == tmp_path / "step_10.pt"
+    (tmp_path / "final.pt").touch()
+    assert newest_checkpoint(tmp_path) == tmp_path / "final.pt"
