@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from spidr.config import SAMPLE_RATE, DinoSRConfig, InputError, conv_length
 from spidr.models.codebook import Codebook, StepStatistics, assign, count_perplexity, standardise
 from spidr.models.extractor import FeatureExtractor, FeatureProjection
+from spidr.models.lean import Dropout
 from spidr.models.transformer import Transformer
 
 Reduction = Callable[[Tensor], None]
@@ -63,7 +64,7 @@ class DinoSR(nn.Module):
         self.register_buffer("current_step", torch.zeros(1, dtype=torch.int64))
         self.feature_extractor = FeatureExtractor(cfg.extractor_mode, shapes, bias=cfg.extractor_conv_bias)
         self.feature_projection = FeatureProjection(shapes[-1][0], dim)
-        self.projection_dropout = nn.Dropout(cfg.encoder_projection_dropout)
+        self.projection_dropout = Dropout(cfg.encoder_projection_dropout)
         self.student = Transformer(cfg)
         self.heads = nn.ModuleList(
             nn.Sequential(nn.Linear(dim, cfg.codebook_size), nn.LogSoftmax(dim=-1)) for _ in range(cfg.num_codebooks)

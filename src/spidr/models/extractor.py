@@ -5,7 +5,7 @@ input: nothing is unfolded or transposed, and each norm reads contiguous rows. T
 the other in a single (rows, channels) matrix, each padded to a number of rows that all strides divide. Outputs whose
 kernel would reach into the next utterance are computed with the rest and left out at the end.
 
-Imports ``spidr.config`` only.
+Imports ``spidr.config`` and its siblings only.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spidr.config import InputError, conv_length
+from spidr.models.lean import is_lean
 
 ConvShapes = Sequence[tuple[int, int, int]]
 
@@ -27,44 +28,79 @@ PIECE = 320_000
 """Samples that inference convolves at a time: the first layer's output of a whole hour would fill 24 GB."""
 
 
-class _StridedConv(torch.autograd.Function):
+def _strided_conv(frames: Tensor, taps: Tensor, stride: int) -> Tensor:
     """Convolve (rows * stride, C) frames with taps (kernel * C, O) to (rows, O).
 
     The last outputs, whose kernel passes the last frame, lack the taps that find nothing.
     """
+    groups = frames.view(-1, stride * frames.shape[1])
+    first, *rest = taps.split(groups.shape[1])
+    out = groups[:, : first.shape[0]] @ first
+    for shift, part in enumerate(rest, start=1):
+        out[:-shift].addmm_(groups[shift:, : part.shape[0]], part)
+    return out
+
+
+def _strided_conv_backward(
+    grad: Tensor, frames: Tensor, taps: Tensor, stride: int, needed: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients for frames and taps, those of the two that are needed."""
+    groups = frames.view(-1, stride * frames.shape[1])
+    first, *rest = taps.split(groups.shape[1])
+    grad_frames = grad_taps = None
+    if needed[0]:
+        if first.shape[0] == groups.shape[1]:
+            grad_groups = grad @ first.T
+        else:  # the kernel is smaller than the stride: the frames in between have no gradient
+            grad_groups = F.pad(grad @ first.T, (0, groups.shape[1] - first.shape[0]))
+        for shift, part in enumerate(rest, start=1):
+            grad_groups[shift:, : part.shape[0]].addmm_(grad[:-shift], part.T)
+        grad_frames = grad_groups.view_as(frames)
+    if needed[1]:
+        products = [groups[:, : first.shape[0]].T @ grad]
+        for shift, part in enumerate(rest, start=1):
+            products.append(groups[shift:, : part.shape[0]].T @ grad[:-shift])
+        grad_taps = torch.cat(products)
+    return grad_frames, grad_taps
+
+
+class _StridedConv(torch.autograd.Function):
+    """:func:`_strided_conv`."""
 
     @staticmethod
     def forward(ctx: Any, frames: Tensor, taps: Tensor, stride: int) -> Tensor:
-        groups = frames.view(-1, stride * frames.shape[1])
-        first, *rest = taps.split(groups.shape[1])
-        out = groups[:, : first.shape[0]] @ first
-        for shift, part in enumerate(rest, start=1):
-            out[:-shift].addmm_(groups[shift:, : part.shape[0]], part)
         ctx.save_for_backward(frames, taps)
         ctx.stride = stride
-        return out
+        return _strided_conv(frames, taps, stride)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        (grad,) = grads
-        frames, taps = ctx.saved_tensors
-        groups = frames.view(-1, ctx.stride * frames.shape[1])
-        first, *rest = taps.split(groups.shape[1])
-        grad_frames = grad_taps = None
-        if ctx.needs_input_grad[0]:
-            if first.shape[0] == groups.shape[1]:
-                grad_groups = grad @ first.T
-            else:  # the kernel is smaller than the stride: the frames in between have no gradient
-                grad_groups = F.pad(grad @ first.T, (0, groups.shape[1] - first.shape[0]))
-            for shift, part in enumerate(rest, start=1):
-                grad_groups[shift:, : part.shape[0]].addmm_(grad[:-shift], part.T)
-            grad_frames = grad_groups.view_as(frames)
-        if ctx.needs_input_grad[1]:
-            products = [groups[:, : first.shape[0]].T @ grad]
-            for shift, part in enumerate(rest, start=1):
-                products.append(groups[shift:, : part.shape[0]].T @ grad[:-shift])
-            grad_taps = torch.cat(products)
-        return grad_frames, grad_taps, None
+        return *_strided_conv_backward(*grads, *ctx.saved_tensors, ctx.stride, ctx.needs_input_grad), None
+
+
+class _NormedConv(torch.autograd.Function):
+    """:func:`_strided_conv` of ``gelu(layer_norm(rows))``, which the backward pass computes again.
+
+    So each layer keeps one tensor instead of three, and these are the largest of the whole model.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor, eps: float, taps: Tensor, stride: int) -> Tensor:
+        ctx.save_for_backward(rows, weight, bias, taps)
+        ctx.eps, ctx.stride = eps, stride
+        return _strided_conv(F.gelu(F.layer_norm(rows, weight.shape, weight, bias, eps)), taps, stride)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        rows, weight, bias, taps = ctx.saved_tensors
+        normed, mean, rstd = torch.native_layer_norm(rows, weight.shape, weight, bias, ctx.eps)
+        grad, grad_taps = _strided_conv_backward(*grads, F.gelu(normed), taps, ctx.stride, (True, True))
+        torch.ops.aten.gelu_backward.grad_input(grad, normed, grad_input=grad)
+        del normed  # there is a layer of 500 MB
+        grad_rows, grad_weight, grad_bias = torch.ops.aten.native_layer_norm_backward(
+            grad, rows, weight.shape, mean, rstd, weight, bias, [True, True, True]
+        )
+        return grad_rows, grad_weight, grad_bias, None, grad_taps, None
 
 
 class ConvLayer(nn.Module):
@@ -78,13 +114,16 @@ class ConvLayer(nn.Module):
         self.conv = nn.Conv1d(in_channels, out_channels, kernel, stride, bias=bias)
         nn.init.kaiming_normal_(self.conv.weight)
 
-    def convolve(self, frames: Tensor, stride: int) -> Tensor:
-        """Convolve the rows of all utterances, (B * R * stride, C) to (B * R, O)."""
+    def convolve(self, frames: Tensor, stride: int, norm: nn.LayerNorm | None = None) -> Tensor:
+        """Convolve the rows of all utterances, (B * R * stride, C) to (B * R, O), after ``norm``, if any, and GELU."""
         taps = self.conv.weight.permute(2, 1, 0).flatten(0, 1)
         if torch.is_autocast_enabled(frames.device.type):
             dtype = torch.get_autocast_dtype(frames.device.type)
             frames, taps = frames.to(dtype), taps.to(dtype)
-        out = _StridedConv.apply(frames, taps, stride)
+        if norm is None:
+            out = _StridedConv.apply(frames, taps, stride)
+        else:
+            out = _NormedConv.apply(frames, norm.weight, norm.bias, norm.eps, taps, stride)
         return out if self.conv.bias is None else out + self.conv.bias.to(out.dtype)
 
     def activate(self, out: Tensor, moments: Moments | None) -> Tensor:
@@ -216,12 +255,16 @@ class FeatureExtractor(nn.Module):
         batch, samples = waveforms.shape
         frames = self._first_rows(waveforms)
         strides = [1, *(stride for _, _, stride in self.shapes[1:])]
+        norm: nn.LayerNorm | None = None  # what is left to do about the layer before
         for layer, stride in zip(self._layers(), strides, strict=True):
-            frames = layer.convolve(frames, stride)
+            frames = layer.convolve(frames, stride, norm)
             if self.mode == "group_norm" and moments is None:
                 rows = frames.unflatten(0, (batch, -1))
                 moments = Moments.of(rows, self._valid_rows(waveforms, lengths, rows.shape[1]))
-            frames = layer.activate(frames, moments)
+            if isinstance(layer.layer_norm, nn.LayerNorm) and layer is not self.conv_layers[-1] and is_lean(frames):
+                norm = layer.layer_norm
+            else:
+                frames, norm = layer.activate(frames, moments), None
         return frames.view(batch, -1, frames.shape[1])[:, : self.num_frames(samples)]
 
     def _valid_rows(self, waveforms: Tensor, lengths: Tensor | None, num_rows: int) -> Tensor:

@@ -1,6 +1,6 @@
 """The transformer of student and teacher: positional convolutions and post-norm or pre-norm blocks.
 
-Imports ``spidr.config`` only.
+Imports ``spidr.config`` and its siblings only.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spidr.config import DinoSRConfig
+from spidr.models.lean import Dropout, attend, recomputed
 
 LONG = 16_384
 """Frames above which inference goes piece by piece, so that a few (T, D) tensors are all there is at a time."""
@@ -74,8 +75,7 @@ class Attention(nn.Module):
 
     def _attend(self, qkv: Tensor, num_heads: int, attention_mask: Tensor | None) -> Tensor:
         q, k, v = qkv.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)
-        dropout = self.dropout if self.training else 0.0
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=attention_mask, dropout_p=dropout)
+        x = attend(q, k, v, attention_mask, self.dropout if self.training else 0.0)
         return x.transpose(1, 2).flatten(2)
 
 
@@ -85,7 +85,7 @@ class FeedForward(nn.Module):
     def __init__(self, dim: int, hidden: int, dropout: float) -> None:
         super().__init__()
         self.intermediate_dense = nn.Linear(dim, hidden)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.output_dense = nn.Linear(hidden, dim)
         for linear in (self.intermediate_dense, self.output_dense):
             nn.init.normal_(linear.weight, std=0.02)
@@ -95,7 +95,10 @@ class FeedForward(nn.Module):
         """(B, T, D) to (B, T, D)."""
         if _in_pieces(x.shape[1]):
             return torch.cat([self.forward(piece) for piece in x.split(LONG, dim=1)], dim=1)
-        return self.output_dense(self.dropout(F.gelu(self.intermediate_dense(x))))
+        return recomputed(self._activate_and_reduce, self.intermediate_dense(x), draws=self.dropout.p > 0)
+
+    def _activate_and_reduce(self, x: Tensor) -> Tensor:
+        return self.output_dense(self.dropout(F.gelu(x)))
 
 
 class Block(nn.Module):
@@ -107,7 +110,7 @@ class Block(nn.Module):
         self.attention = Attention(
             dim, cfg.encoder_num_heads, cfg.encoder_attention_dropout, qkv_bias=cfg.encoder_qkv_bias
         )
-        self.dropout = nn.Dropout(cfg.encoder_dropout)
+        self.dropout = Dropout(cfg.encoder_dropout)
         self.layer_norm = nn.LayerNorm(dim)
         self.feed_forward = FeedForward(dim, cfg.encoder_ff_interm_features, cfg.encoder_ff_interm_dropout)
         self.final_layer_norm = nn.LayerNorm(dim)
@@ -142,7 +145,7 @@ class Transformer(nn.Module):
             dim, cfg.encoder_pos_conv_kernel, cfg.encoder_pos_conv_groups, cfg.encoder_pos_conv_depth
         )
         self.layer_norm = nn.LayerNorm(dim)
-        self.dropout = nn.Dropout(cfg.encoder_dropout)
+        self.dropout = Dropout(cfg.encoder_dropout)
         self.layers = nn.ModuleList(Block(cfg) for _ in range(cfg.encoder_num_layers))
         self.layer_norm_first = cfg.encoder_layer_norm_first
         self.layer_drop = cfg.encoder_layer_drop

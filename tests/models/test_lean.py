@@ -1,0 +1,147 @@
+"""Dropout and attention on a CPU against what they stand for, and what they keep for the backward pass."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from operators import Operators
+from spidr.models import lean
+from spidr.models.transformer import FeedForward
+
+P = 0.3
+
+
+def kept_bytes(function: Any, *inputs: Tensor) -> int:
+    """What a function keeps for its backward pass, each storage counted once."""
+    storages: dict[int, int] = {}
+
+    def pack(x: Tensor) -> Tensor:
+        storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        function(*inputs)
+    return sum(storages.values())
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+def test_share_dropped(p: float) -> None:
+    torch.manual_seed(0)
+    dropped, scale = lean.draw_dropped((1001, 999), p)
+    assert dropped.shape == (1001, 999)
+    assert dropped.dtype == torch.bool
+    assert scale == pytest.approx(1 / (1 - p), rel=1e-4 / (1 - p))
+    # Over everything, and over each of the four elements that share a random word, and pairs of neighbours.
+    deviation = math.sqrt(p * (1 - p) / (dropped.numel() // 4))
+    drawn = dropped.flatten()[: dropped.numel() // 4 * 4].view(-1, 4)
+    assert drawn.float().mean(0).sub(p).abs().max() < 5 * deviation
+    both = (drawn[:, 1:] & drawn[:, :-1]).float().mean(0)
+    assert both.sub(p * p).abs().max() < 5 * deviation
+
+
+@pytest.mark.parametrize("p", [1e-9, 1 - 1e-9])
+def test_extreme_probabilities(p: float) -> None:
+    dropped, scale = lean.draw_dropped((400, 400), p)
+    assert dropped.float().mean().sub(p).abs() < 1e-3
+    assert math.isfinite(scale)
+
+
+def test_draws_depend_on_the_seed_only() -> None:
+    draws = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        torch.manual_seed(3)
+        draws.append(lean.draw_dropped((500, 500), P)[0])
+    torch.set_num_threads(1)
+    assert torch.equal(*draws)
+    assert not torch.equal(draws[0], lean.draw_dropped((500, 500), P)[0])
+
+
+def test_dropout() -> None:
+    torch.manual_seed(0)
+    dropout, x = lean.Dropout(P), torch.randn(300, 200, dtype=torch.float64, requires_grad=True)
+    out = dropout(x)
+    factor = 1 / (1 - round(P * 2**16) / 2**16)
+    dropped = out == 0
+    torch.testing.assert_close(out, (x * factor).masked_fill(dropped, 0))
+    assert dropped.double().mean().item() == pytest.approx(P, abs=0.01)
+    (grad,) = torch.autograd.grad(out.sum(), x)
+    torch.testing.assert_close(grad, torch.full_like(x, factor).masked_fill(dropped, 0))
+    assert torch.equal(dropout.eval()(x), x)
+    assert torch.equal(lean.Dropout(0.0)(x), x)
+    assert torch.equal(lean.Dropout(1.0)(x), torch.zeros_like(x))
+    assert kept_bytes(lean.Dropout(P), x) == x.numel()  # one byte each
+
+
+MASKS = {
+    "all": None,
+    "key padding": torch.arange(23) < torch.tensor([23, 9]).view(2, 1, 1, 1),
+    "any": (torch.arange(23) <= torch.arange(23).unsqueeze(1))[None, None],
+    "a row without keys": (torch.arange(23).unsqueeze(1) != 5)[None, None].expand(2, 1, 23, 23),
+}
+
+
+@pytest.mark.parametrize("at_a_time", [1, 23 * 23 * 4, 1 << 20])
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS.keys())
+def test_attention(mask: Tensor | None, at_a_time: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lean, "WEIGHTS_AT_A_TIME", at_a_time)
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, 23, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    torch.manual_seed(1)
+    found = lean.attend(q, k, v, mask, P)
+    torch.manual_seed(1)
+    dropped, scale = lean.draw_dropped((6, 23, 23), P)
+    scores = q @ k.transpose(2, 3) / math.sqrt(8)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -1e300)
+    weights = scores.softmax(-1) * (1 if mask is None else mask)
+    expected = weights.masked_fill(dropped.view(2, 3, 23, 23), 0) * scale @ v
+    torch.testing.assert_close(found, expected)
+    seed = torch.randn_like(expected)
+    for a, b in zip(*(torch.autograd.grad(out, (q, k, v), seed) for out in (found, expected)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_attention_keeps_no_weights() -> None:
+    frames, dim = 600, 4
+    q, k, v = (torch.randn(1, 2, frames, dim, requires_grad=True) for _ in range(3))
+    kept = kept_bytes(lambda *x: lean.attend(*x, None, P), q, k, v)
+    assert kept < 2 * frames * frames * 1.2  # one byte for each weight, and inputs
+
+
+def test_feed_forward_keeps_one_tensor_and_computes_no_product_twice() -> None:
+    dim, hidden, rows = 8, 64, 500
+    block, x = FeedForward(dim, hidden, P).train(), torch.randn(1, rows, dim, requires_grad=True)
+    parameters = sum(p.numel() for p in block.parameters())
+    assert kept_bytes(block, x) <= 4 * (rows * hidden + rows * dim + parameters)
+    with Operators() as operators:
+        block(x).sum().backward()
+    names = [name for name, _ in operators.log]
+    assert (names.count("addmm"), names.count("mm"), names.count("gelu")) == (2, 4, 2)
+
+
+def test_feed_forward_with_dropout_recomputes_the_same_draws() -> None:
+    torch.manual_seed(0)
+    block, x = FeedForward(6, 12, P).double().train(), torch.randn(1, 5, 6, dtype=torch.float64, requires_grad=True)
+
+    def seeded(x: Tensor) -> Tensor:
+        torch.manual_seed(7)
+        return block(x)
+
+    assert torch.autograd.gradcheck(seeded, x)
+
+
+def test_elsewhere_it_is_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(2, 3, 5, 4)
+    with torch.no_grad():
+        assert not lean.is_lean(x)
+        torch.manual_seed(0)
+        expected = nn.Dropout(P)(x)
+        torch.manual_seed(0)
+        assert torch.equal(lean.Dropout(P)(x), expected)
+    assert not lean.is_lean(x.to("meta"))
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert not lean.is_lean(x)
