@@ -1,0 +1,96 @@
+"""What weeks of training ask for: many epochs, disks that are slow, ten million recordings."""
+
+import json
+import os
+import threading
+import time
+from functools import partial
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+from processes import Ranks, assert_same_run, complete
+from spidr.config import DataConfig, read_config
+from spidr.data import build_dataloader
+from spidr.train import Hooks, State
+from tiny_run import write_config, write_recordings
+
+EPOCHS, WARM = 1000, 200
+
+
+def _resident() -> int:
+    """Bytes of memory in use."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def _observe(output: Path) -> Hooks:
+    def after_step(state: State) -> None:
+        if state.step in (WARM, EPOCHS - 1):
+            seen = (state.epoch, _resident(), threading.active_count(), len(list(Path("/proc/self/fd").iterdir())))
+            with output.open("a") as file:
+                file.write(json.dumps(seen) + "\n")
+
+    return Hooks(after_step=after_step)
+
+
+def test_a_thousand_epochs_take_no_more_than_two_hundred(tmp_path: Path) -> None:
+    config = write_config(
+        tmp_path,
+        write_recordings(tmp_path / "data", count=2),
+        run={"log_interval": 50, "save_interval": 200, "keep_latest": 1},
+        optimizer={"max_steps": EPOCHS},
+        data={"num_workers": 1},
+    )
+    document = json.loads(config.read_text())
+    del document["validation"]
+    config.write_text(json.dumps(document))
+    complete(config, hooks=partial(_observe, tmp_path / "seen"), timeout=250)
+    (epoch, memory, *counts), (last_epoch, last_memory, *last_counts) = map(
+        json.loads, (tmp_path / "seen").read_text().splitlines()
+    )
+    assert last_epoch - epoch == EPOCHS - 1 - WARM  # an epoch is one step
+    assert last_counts == counts  # threads and file descriptors
+    assert last_memory - memory < 8e6
+
+
+def _slow_disk(seconds: float) -> Hooks:
+    from spidr.tools import files
+
+    rename = files._rename
+
+    def slow(aside: Path, path: Path) -> None:
+        time.sleep(seconds * path.name.startswith("step_4"))
+        rename(aside, path)
+
+    files._rename = slow
+    return Hooks()
+
+
+def test_a_disk_slower_than_the_others_patience(tmp_path: Path) -> None:
+    """The others wait for the process that saves: it gives signs of life all the while."""
+    manifest = write_recordings(tmp_path / "data", count=6)
+    options = {"run": {"save_interval": 4}, "optimizer": {"max_steps": 6}}
+    config = write_config(tmp_path, manifest, **options)
+    ranks = Ranks(config, 2, hooks=partial(_slow_disk, 9.0))  # SILENCE is 6 s in tests
+    assert ranks.wait() == [0, 0], ranks.log.read_text()
+    undisturbed = complete(write_config(tmp_path, manifest, "undisturbed", **options), 2)
+    assert_same_run(read_config(config).run.dir, undisturbed)
+
+
+@pytest.mark.slow
+def test_ten_million_recordings(tmp_path: Path) -> None:
+    """The first and the last batches of an epoch, real audio included, on 16 processes with 4 micro-batches."""
+    few = pl.read_csv(write_recordings(tmp_path / "data", count=20))
+    manifest = tmp_path / "manifest.csv"
+    pl.concat([few] * 500_000).write_csv(manifest)
+    cfg = DataConfig(manifest=str(manifest), max_batch_length=200_000, min_sample_size=2000, num_workers=0)
+    loader = build_dataloader(cfg, None, rank=15, world_size=16, accumulation=4)
+    steps = loader.steps_in_epoch(0)
+    first = next(loader.epoch(0))
+    last = list(loader.epoch(0, steps - 1))
+    assert steps * 64 * 25 > 10_000_000  # at most 25 recordings of 8,000 samples a batch on average
+    assert len(last) == 4
+    for batch in (first, *last):
+        assert batch.waveforms.numel() <= 200_000
+        assert batch.waveforms.isfinite().all()
