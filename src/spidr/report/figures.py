@@ -109,6 +109,11 @@ def curves(name: str, panels: Mapping[str, Curves], xlabel: str = "step") -> Dra
             if len(lines_of) > 1:
                 ax.legend(ncols=2 if len(lines_of) > 4 else 1)
             ax.margins(x=0.02)
+            ax.ticklabel_format(axis="y", useOffset=False)
+            bottom, top = ax.get_ylim()
+            middle = (bottom + top) / 2
+            if top - bottom < abs(middle) / 2000:  # a level line rather than its last digits
+                ax.set_ylim(middle - abs(middle) / 2000, middle + abs(middle) / 2000)
 
     return Drawn(name, draw, (3.5 * columns, 2.6 * lines))
 
@@ -120,7 +125,7 @@ def heat_map(name: str, probabilities: NDArray[Any], phones: Sequence[str], titl
         ax = figure.add_subplot()
         ax.grid(visible=False)
         image = ax.imshow(probabilities, cmap=BLUES, vmin=0, vmax=1, aspect="auto", interpolation="nearest")
-        ax.set_yticks(range(len(phones)), phones, fontsize=6)
+        ax.set_yticks(range(len(phones)), phones, fontsize=7)
         ax.set_xticks([])  # columns are not in the order of the units' numbers
         ax.set_xlabel("unit, grouped by most likely phone")
         ax.set_title(title)
