@@ -350,6 +350,15 @@ def test_features_in_files(model: DinoSR, checkpoint: Path, tmp_path: Path) -> N
         assert (record["layer"], record["spidr"], record["stored"]) == (LAYER, spidr.__version__, stored)
 
 
+def test_progress_is_in_hours_of_audio(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = [str(noise(tmp_path / name, 288_000)) for name in ("a.wav", "b.wav")]  # 18 s each
+    assert main(["units", *files, str(tmp_path / "u.jsonl"), "--model", str(checkpoint), "--layer", "3"]) == 0
+    shown = capsys.readouterr().err
+    assert "Units:   0%|" in shown
+    assert "0.01/0.01 h of audio, 00:0" in shown
+    assert shown.rstrip().endswith(" left")
+
+
 def test_units_in_tables(model: DinoSR, checkpoint: Path, tmp_path: Path) -> None:
     files = sorted(PROMPTS.iterdir())[:5]
     expected = {file.stem: model.units(read(file).unsqueeze(0), layer=LAYER)[0][0].tolist() for file in files}

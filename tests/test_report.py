@@ -14,6 +14,7 @@ import torch
 
 from spidr.config import DEFAULT_CONV_LAYER_CONFIG, Config, read_config
 from spidr.report.__main__ import main, newest_checkpoint, spans, spectrogram
+from spidr.report.figures import curves
 from spidr.tools.metrics import read_metrics
 from spidr.train import train
 from tiny_run import write_config, write_recordings
@@ -112,6 +113,14 @@ def test_mistakes(cfg: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert capsys.readouterr().err == f"error: {tmp_path}: not a run folder, it has no config.json\n"
     assert main([str(cfg.run.dir), "--set", "test"]) == 2
     assert "no validation set 'test'; there are: dev" in capsys.readouterr().err
+
+
+def test_a_level_line_has_short_numbers() -> None:
+    steps, values = [1.0, 2.0], [0.9997, 0.99970002]
+    for title, curve in (("EMA decay", (steps, values)), ("Loss", (steps, [0.0, 0.0]))):
+        labels = texts(ET.fromstring(curves("a", {title: {"training": curve}}).svg))
+        assert title in labels
+        assert max(map(len, labels)) <= 9
 
 
 def test_spans() -> None:
