@@ -533,8 +533,20 @@ def test_kmeans(model: DinoSR, checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="frames are too few for 4000 units"):
         fit_kmeans(files[:1], tmp_path / "c.npz", model=checkpoint, layer=2, units=4000, options=QUIET)
     (tmp_path / "bad.npz").write_bytes(b"PK\x03\x04")
-    with pytest.raises(InputError, match=r"bad\.npz: no k-means model"):
-        extract_units(files, tmp_path / "x.jsonl", model=checkpoint, kmeans=tmp_path / "bad.npz", options=QUIET)
+    np.savez(tmp_path / "flat.npz", centroids=centroids[0], made=json.dumps(made))
+    for name, reason in (("bad", ""), ("flat", r"centroids \(32,\) of layer 2")):
+        with pytest.raises(InputError, match=rf"{name}\.npz: no k-means model .*{reason}"):
+            extract_units(files, tmp_path / "x.jsonl", model=checkpoint, kmeans=tmp_path / f"{name}.npz", options=QUIET)
+
+
+def test_without_scikit_learn(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("sklearn", "sklearn.cluster"):
+        monkeypatch.setitem(sys.modules, name, None)
+    file, out = noise(tmp_path / "a.wav"), tmp_path / "k.npz"
+    assert main(["kmeans", str(file), str(out), "--model", str(checkpoint), "--layer", "3"]) == 2
+    assert capsys.readouterr().err == "error: sklearn is not installed: pip install 'spidr[extract]'\n"
 
 
 # ---------------------------------------------------------------------------------------------------- in pieces

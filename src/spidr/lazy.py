@@ -3,6 +3,7 @@
 Importing torch takes seconds. Imports nothing of the package itself.
 """
 
+import sys
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any
@@ -24,6 +25,8 @@ def lazy_names(package: str, modules: dict[str, str]) -> Callable[[str], Any]:
             if error.name != module:
                 raise
             raise AttributeError(f"module {package!r} has no attribute {name!r}") from None
-        return getattr(found, name) if name in modules else found
+        value = getattr(found, name) if name in modules else found
+        setattr(sys.modules[package], name, value)  # the next time it is there at once
+        return value
 
     return get
