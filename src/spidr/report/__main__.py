@@ -35,7 +35,7 @@ except ImportError:
     sys.stderr.write("error: reports are drawn with matplotlib, which is not installed: pip install matplotlib\n")
     sys.exit(2)
 
-SHOWN_SECONDS = 4.0
+SHOWN_SECONDS = 3.0
 """How much of the utterance is shown."""
 
 MEASURED_PER_STEP = {
