@@ -27,6 +27,9 @@ def main() -> None:
     # pdoc does not find the module that the annotations of a NamedTuple are in; it shows them as they are written.
     warnings.filterwarnings("ignore", r"Error parsing type annotation ForwardRef\(.*__init__", UserWarning)
     names = [module.name for module in pkgutil.walk_packages(spidr.__path__, "spidr.")]
+    for package in [sys.modules[name] for name in names if name in sys.modules]:
+        for name in getattr(package, "__all__", ()):
+            getattr(package, name)  # pdoc does not ask for what is imported when it is first used
     # Of a package with __all__, pdoc takes no other module by itself.
     hidden = [name for name in names if hasattr(sys.modules.get(name.rpartition(".")[0]), "__all__")]
     pdoc.render.configure(docformat="google")

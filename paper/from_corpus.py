@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
+from typing import Any
 
 import numpy as np
-import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from sklearn.manifold import TSNE
-from style import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILLION, YELLOW, new_figure
+from style import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILLION, WIDTH, YELLOW, new_figure
 
 from spidr.config import InputError
 from spidr.data.alignments import match_alignments, read_alignments
+from spidr.data.units import read_units
+from spidr.evaluate import FeatureFolder
 from spidr.models.metrics import proba_phone_code
 
 FRAMES = 2
@@ -51,10 +52,8 @@ def phone_segments(features: Path, alignments: Mapping[str, list[str]], limit: i
     Raises:
         InputError: No such file, none with an alignment, or one that does not fit its alignment.
     """
-    paths = {path.stem: path for path in sorted(features.rglob("*")) if path.suffix in (".pt", ".npy")}
-    if not paths:
-        raise InputError(f"{features}: no .pt or .npy file in this folder; write them with paper/extract_features.py.")
-    matched = match_alignments(dict(alignments), paths)
+    recordings = FeatureFolder(features)
+    matched = match_alignments(dict(alignments), recordings)
     segments = [
         (name, start, stop, phone)
         for name, phones in sorted(matched.items())
@@ -62,29 +61,25 @@ def phone_segments(features: Path, alignments: Mapping[str, list[str]], limit: i
         if phone not in SILENCE
     ]
     if not segments:
-        raise InputError(f"{features}: none of the {len(paths)} recordings (such as {next(iter(paths))}) is aligned.")
+        raise InputError(f"{features}: none of the {len(recordings)} recordings is aligned, {min(recordings)} for one.")
     chosen = np.random.default_rng(seed).permutation(len(segments))[:limit]
     means, phones, speakers = [], [], []
     loaded: tuple[str, np.ndarray] = ("", np.empty(0))
     for name, start, stop, phone in (segments[index] for index in sorted(chosen)):
         if loaded[0] != name:
-            loaded = (name, _load(paths[name], len(matched[name])))
+            loaded = (name, _fitting(recordings[name], len(matched[name]), features / name))
         # Frames of the model whose middle lies in the segment, at least one.
         first = min((start + FRAMES // 2) // FRAMES, len(loaded[1]) - 1)
         last = max(first + 1, (stop + FRAMES // 2) // FRAMES)
         means.append(loaded[1][first:last].mean(0))
         phones.append(phone.rstrip("012"))
-        speakers.append(name.split("-")[0])
+        speakers.append(PurePath(name).name.split("-")[0])
     return np.stack(means), phones, speakers
 
 
-def _load(path: Path, frames: int) -> np.ndarray:
-    features = np.load(path) if path.suffix == ".npy" else torch.load(path, map_location="cpu").float().numpy()
-    if features.ndim != 2 or abs(len(features) * FRAMES - frames) > 2 * FRAMES:
-        raise InputError(
-            f"{path}: found an array {features.shape}, expected (T, D) with T about {frames // FRAMES} as in the "
-            "alignment of this recording."
-        )
+def _fitting(features: np.ndarray, frames: int, path: Path) -> np.ndarray:
+    if abs(len(features) * FRAMES - frames) > 2 * FRAMES:
+        raise InputError(f"{path}: {len(features)} frames, expected about {frames // FRAMES} as in its alignment.")
     return features.astype(np.float32)
 
 
@@ -121,7 +116,7 @@ def embeddings(folders: Sequence[Path], alignments: Path, limit: int) -> tuple[F
         classes = [CLASS_OF.get(phone, "other") for phone in phones]
         colors = {name: color for name, (color, _) in CLASSES.items() if name in classes}
         _scatter(phone_axes[index], points, classes, colors)
-        _name_phones(phone_axes[index], points, phones)
+        _name_phones(phone_axes[index], points, phones, width_of_points(columns))
         _scatter(speaker_axes[index], points, speakers, dict(zip(common, SPEAKER_COLORS, strict=False)))
         if len(panels) > 1:
             for axes in (phone_axes, speaker_axes):
@@ -149,13 +144,25 @@ def _scatter(ax: Axes, points: np.ndarray, groups: Sequence[str], colors: Mappin
     ax.grid(visible=False)
 
 
-def _name_phones(ax: Axes, points: np.ndarray, phones: Sequence[str], closest: float = 0.055) -> None:
-    """Write each phone at the median of its points, frequent ones first, unless another is written there."""
-    extent = np.ptp(points, axis=0).max()
+def width_of_points(columns: int) -> float:
+    """How wide the points of a panel are on paper, about, in 1/72 inch."""
+    return 72 * 0.8 * WIDTH / columns
+
+
+def _name_phones(ax: Axes, points: np.ndarray, phones: Sequence[str], width: float) -> None:
+    """Write each phone at the median of its points, frequent ones first, unless another is written there.
+
+    Args:
+        ax: The panel.
+        points: (N, 2).
+        phones: Of the points.
+        width: Of the points on paper, in 1/72 inch.
+    """
+    room = np.array([13, 8]) * np.ptp(points, axis=0).max() / width  # what a name takes
     taken: list[np.ndarray] = []
     for phone, count in Counter(phones).most_common():
         place = np.median(points[np.array(phones) == phone], axis=0)
-        if count >= 3 and all(np.abs(place - other).max() > closest * extent for other in taken):
+        if count >= 3 and all((np.abs(place - other) > room).any() for other in taken):
             taken.append(place)
             text = ax.annotate(phone, place, ha="center", va="center", fontsize=6.5, weight="bold")
             text.set_path_effects([withStroke(linewidth=1.8, foreground="white")])
@@ -165,8 +172,8 @@ def phones_given_units(units: Path, alignments: Path, num_units: int = 256) -> F
     """Figure 10. P(phone | unit): units in the order of their most likely phone, phones by frequency.
 
     Args:
-        units: JSON lines ``{"fileid", "units"}`` at 50 Hz, as ``python -m spidr.extract units`` writes.
-        alignments: Phone alignments.
+        units: At 50 Hz, see :func:`spidr.data.units.read_units`.
+        alignments: See :func:`spidr.data.alignments.read_alignments`.
         num_units: Size of the codebook.
     """
     data = aligned_units(units, alignments)
@@ -187,21 +194,11 @@ def phones_given_units(units: Path, alignments: Path, num_units: int = 256) -> F
     return figure
 
 
-def aligned_units(units: Path, alignments: Path) -> dict[str, tuple[list[str], list[int]]]:
+def aligned_units(units: Path, alignments: Path) -> dict[str, Any]:
     """Phones (100 Hz) and units (50 Hz) of the recordings that have both."""
-    sequences: dict[str, list[int]] = {}
-    number = 0
-    try:
-        for line in units.read_text(encoding="utf-8").splitlines():
-            number += 1
-            row = json.loads(line)
-            sequences[row["fileid"] if "fileid" in row else row["name"]] = row["units"]
-    except OSError as error:
-        raise InputError(f"{units}: the units cannot be read ({error.strerror}).") from None
-    except (ValueError, KeyError, TypeError):
-        raise InputError(f'{units}: line {number}: expected {{"fileid": "…", "units": [3, 17, …]}}.') from None
+    sequences = read_units(units)
     phones = match_alignments(read_alignments(alignments), sequences)
-    data = {name: (row, sequences[name]) for name, row in phones.items() if sequences[name]}
+    data = {name: (row, sequences[name]) for name, row in phones.items() if len(sequences[name])}
     if not data:
         raise InputError(f"{units}: none of these {len(sequences)} recordings is aligned in {alignments}.")
     return data

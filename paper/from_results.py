@@ -93,18 +93,16 @@ def pretraining_time() -> Figure:
         label = f"{str(gpu).upper()}, {'compiled' if compiled else 'not compiled'}"
         ax.plot(line["gpus"], line["hours"], "-" if compiled else "--", color=color, marker=marker, label=label)
         for gpus, hours in line.select("gpus", "hours").iter_rows():
+            place = {"xytext": (-4, -2), "ha": "right", "va": "top"}
+            if gpus == table["gpus"].max():
+                place = {"xytext": (5, 0), "ha": "left", "va": "center"}
+            elif not compiled:
+                place = {"xytext": (3, 1), "ha": "left", "va": "bottom"}
             text = ax.annotate(
-                f"{hours}",
-                (gpus, hours),
-                xytext=(-4, -2) if compiled else (3, 1),
-                textcoords="offset points",
-                ha="right" if compiled else "left",
-                va="top" if compiled else "bottom",
-                color=color,
-                fontsize=6.5,
+                f"{hours}", (gpus, hours), textcoords="offset points", color=color, fontsize=6.5, **place
             )
             text.set_path_effects([withStroke(linewidth=1.8, foreground="white")])
-    ax.set(xscale="log", yscale="log", xticks=[4, 8, 16], yticks=[12, 24, 48, 96], ylim=(11, 140), xlim=(3.4, 19))
+    ax.set(xscale="log", yscale="log", xticks=[4, 8, 16], yticks=[12, 24, 48, 96], ylim=(11, 140), xlim=(3.4, 20))
     for axis in (ax.xaxis, ax.yaxis):
         axis.set_major_formatter(ScalarFormatter())
     ax.minorticks_off()

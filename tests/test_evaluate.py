@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import math
+import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -93,6 +94,25 @@ def test_several_files_of_units_in_a_table(tmp_path: Path, capsys: pytest.Captur
     assert set(rule) == set("-| ")
     assert [line.split("|")[2].strip() for line in lines] == ["1.0000", "0.0000"]
     assert len({len(line) for line in (header, rule, *lines)}) == 1
+
+
+NUMPY_ALONE = """
+import sys
+from spidr.evaluate import main
+
+assert main(["units", *sys.argv[1:]]) == 0
+assert not {"torch", "polars", "soundfile", "fastabx"} & sys.modules.keys()
+"""
+
+
+def test_units_wait_for_no_import_but_numpy(tmp_path: Path) -> None:
+    """Importing torch takes longer than the units of LibriSpeech's dev sets."""
+    phones = write_lines(tmp_path / "phones.jsonl", {"name": "r", "phones": ["A", "A", "B", "B"]})
+    units = write_lines(tmp_path / "units.jsonl", {"name": "r", "units": [0, 1]})
+    command = [sys.executable, "-c", NUMPY_ALONE, str(units), str(phones)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "1.0000" in done.stdout
 
 
 def test_formats_of_units(tmp_path: Path) -> None:

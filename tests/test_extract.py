@@ -350,6 +350,15 @@ def test_features_in_files(model: DinoSR, checkpoint: Path, tmp_path: Path) -> N
         assert (record["layer"], record["spidr"], record["stored"]) == (LAYER, spidr.__version__, stored)
 
 
+def test_progress_is_in_hours_of_audio(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = [str(noise(tmp_path / name, 288_000)) for name in ("a.wav", "b.wav")]  # 18 s each
+    assert main(["units", *files, str(tmp_path / "u.jsonl"), "--model", str(checkpoint), "--layer", "3"]) == 0
+    shown = capsys.readouterr().err
+    assert "Units:   0%|" in shown
+    assert "0.01/0.01 h of audio, 00:0" in shown
+    assert shown.rstrip().endswith(" left")
+
+
 def test_units_in_tables(model: DinoSR, checkpoint: Path, tmp_path: Path) -> None:
     files = sorted(PROMPTS.iterdir())[:5]
     expected = {file.stem: model.units(read(file).unsqueeze(0), layer=LAYER)[0][0].tolist() for file in files}
@@ -524,8 +533,20 @@ def test_kmeans(model: DinoSR, checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="frames are too few for 4000 units"):
         fit_kmeans(files[:1], tmp_path / "c.npz", model=checkpoint, layer=2, units=4000, options=QUIET)
     (tmp_path / "bad.npz").write_bytes(b"PK\x03\x04")
-    with pytest.raises(InputError, match=r"bad\.npz: no k-means model"):
-        extract_units(files, tmp_path / "x.jsonl", model=checkpoint, kmeans=tmp_path / "bad.npz", options=QUIET)
+    np.savez(tmp_path / "flat.npz", centroids=centroids[0], made=json.dumps(made))
+    for name, reason in (("bad", ""), ("flat", r"centroids \(32,\) of layer 2")):
+        with pytest.raises(InputError, match=rf"{name}\.npz: no k-means model .*{reason}"):
+            extract_units(files, tmp_path / "x.jsonl", model=checkpoint, kmeans=tmp_path / f"{name}.npz", options=QUIET)
+
+
+def test_without_scikit_learn(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("sklearn", "sklearn.cluster"):
+        monkeypatch.setitem(sys.modules, name, None)
+    file, out = noise(tmp_path / "a.wav"), tmp_path / "k.npz"
+    assert main(["kmeans", str(file), str(out), "--model", str(checkpoint), "--layer", "3"]) == 2
+    assert capsys.readouterr().err == "error: sklearn is not installed: pip install 'spidr[extract]'\n"
 
 
 # ---------------------------------------------------------------------------------------------------- in pieces

@@ -72,8 +72,9 @@ def test_help(module: str, tmp_path: Path) -> None:
 
 MAY_IMPORT = {
     "config": set(),
-    "models": {"config"},
-    "data": {"config"},
+    "lazy": set(),
+    "models": {"config", "lazy"},
+    "data": {"config", "lazy"},
     "tools": {"config"},
     "environment": {"config", "tools"},
     "optimizer": {"config"},

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import tomllib
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -161,6 +163,29 @@ def test_figures_of_a_corpus(paper: Callable[[str], ModuleType], extracted: Path
     assert np.array_equal(figure.axes[0].images[0].get_array(), np.eye(4))
 
 
+def test_units_of_merged_runs_are_drawn_as_all_others(paper: Callable[[str], ModuleType], extracted: Path) -> None:
+    corpus, table = paper("from_corpus"), pl.read_ndjson(extracted / "units.jsonl")
+    runs = [[list(run) for _, run in groupby(units)] for units in table["units"]]
+    columns = {"units": [[run[0] for run in row] for row in runs], "durations": [[*map(len, row)] for row in runs]}
+    pl.DataFrame({"fileid": table["fileid"], **columns}).write_parquet(extracted / "merged.parquet")
+    figure = corpus.phones_given_units(extracted / "merged.parquet", extracted / "alignments.jsonl", 20)
+    assert np.array_equal(figure.axes[0].images[0].get_array(), np.eye(4))
+
+
+@pytest.mark.parametrize("columns", [1, 2])
+def test_names_of_phones_do_not_overlap(paper: Callable[[str], ModuleType], columns: int) -> None:
+    corpus, style = paper("from_corpus"), paper("style")
+    figure, (ax, *_) = style.new_figure(4.0 / columns, 1, columns)
+    phones = [f"{a}{b}" for a in "ABDGMW" for b in "CHWOY" for _ in range(3)]
+    points = np.random.default_rng(0).uniform(size=(len(phones) // 3, 2)).repeat(3, axis=0)
+    corpus._scatter(ax, points, phones, {})
+    corpus._name_phones(ax, points, phones, corpus.width_of_points(columns))
+    figure.draw_without_rendering()
+    boxes = [text.get_window_extent() for text in ax.texts]
+    assert len(boxes) > 10 / columns
+    assert not [pair for pair in itertools.combinations(boxes, 2) if pair[0].overlaps(pair[1])]
+
+
 def test_phone_segments(paper: Callable[[str], ModuleType], tmp_path: Path) -> None:
     np.save(tmp_path / "7-1-0.npy", np.arange(10, dtype=np.float32)[:, None])
     phones = ["SIL"] * 4 + ["AA1"] * 6 + ["T"] + ["AA0"] * 9
@@ -171,7 +196,7 @@ def test_phone_segments(paper: Callable[[str], ModuleType], tmp_path: Path) -> N
     assert speakers == ["7", "7", "7"]
     with pytest.raises(InputError, match="none of the 1 recordings"):
         paper("from_corpus").phone_segments(tmp_path, {"8-1-0": phones}, limit=100)
-    with pytest.raises(InputError, match="T about 50"):
+    with pytest.raises(InputError, match=r"7-1-0: 10 frames, expected about 50"):
         paper("from_corpus").phone_segments(tmp_path, {"7-1-0": phones * 5}, limit=100)
 
 

@@ -14,6 +14,7 @@ import torch
 
 from spidr.config import DEFAULT_CONV_LAYER_CONFIG, Config, read_config
 from spidr.report.__main__ import main, newest_checkpoint, spans, spectrogram
+from spidr.report.figures import curves, utterance
 from spidr.tools.metrics import read_metrics
 from spidr.train import train
 from tiny_run import write_config, write_recordings
@@ -112,6 +113,32 @@ def test_mistakes(cfg: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert capsys.readouterr().err == f"error: {tmp_path}: not a run folder, it has no config.json\n"
     assert main([str(cfg.run.dir), "--set", "test"]) == 2
     assert "no validation set 'test'; there are: dev" in capsys.readouterr().err
+
+
+def test_a_level_line_has_short_numbers() -> None:
+    steps, values = [1.0, 2.0], [0.9997, 0.99970002]
+    for title, curve in (("EMA decay", (steps, values)), ("Loss", (steps, [0.0, 0.0]))):
+        labels = texts(ET.fromstring(curves("a", {title: {"training": curve}}).svg))
+        assert title in labels
+        assert max(map(len, labels)) <= 9
+
+
+def test_panels_of_the_same_layers_have_one_legend() -> None:
+    layers = {f"layer {layer}": ([0.0, 400_000.0], [0.0, layer]) for layer in range(5, 13)}
+    labels = texts(ET.fromstring(curves("a", {"PNMI": layers, "Bits": layers}).svg))
+    assert [labels.count(name) for name in layers] == [1] * 8
+    assert labels.count("400k") == 2
+    own = texts(ET.fromstring(curves("a", {"PNMI": layers, "Loss": {"valid": layers["layer 5"]}}).svg))
+    assert "layer 12" in own
+    assert "valid" not in own
+
+
+def test_labels_stand_where_there_is_room_for_them() -> None:
+    units = [(123, 0.0, 0.04), (12, 0.04, 0.08), (124, 0.08, 0.14)]
+    drawn = utterance("a", np.zeros((257, 600)), 3.0, [], {"layer 5": units}, "title")
+    labels = texts(ET.fromstring(drawn.svg))
+    assert {"12", "124", "layer 5"} <= set(labels)
+    assert "123" not in labels
 
 
 def test_spans() -> None:

@@ -1,7 +1,8 @@
 """How good units and features are: ``python -m spidr.evaluate units|abx|model``.
 
 Units against phone alignments (PNMI, purities, perplexity, bitrate), units or features by ABX, and a model by both, all
-its layers and codebooks in one pass over the audio. May import every module of the package but those that train.
+its layers and codebooks in one pass over the audio. May import every module of the package but those that train; torch
+and what needs it only where it is used, since units against phones are done sooner than torch is imported.
 """
 
 from __future__ import annotations
@@ -14,23 +15,21 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from tqdm import tqdm
 
-from spidr.abx import ABX, Items, Scorer, read_items
 from spidr.config import SAMPLE_RATE, InputError
-from spidr.data import speech_dataset
 from spidr.data.alignments import FRAME_STEP, match_alignments, match_names, read_alignments
 from spidr.data.units import read_units
-from spidr.environment import Environment, choose_device
-from spidr.models import DinoSR
-from spidr.models.hub import PUBLISHED, load_encoder
 from spidr.models.metrics import UnitsQuality, units_quality
-from spidr.validate import codebooks_quality, encode_rows, phones_of_rows
+
+if TYPE_CHECKING:
+    import torch
+
+    from spidr.abx import ABX, Items, Scorer
+    from spidr.models import DinoSR
 
 Row = dict[str, Any]
 
@@ -89,6 +88,8 @@ class FeatureFolder(Mapping[str, NDArray[Any]]):
             if path.suffix == ".npy":
                 features: NDArray[Any] = np.load(path, mmap_mode="r")
             else:
+                import torch
+
                 features = torch.load(path, map_location="cpu", weights_only=True).detach().float().numpy()
         except Exception as error:  # a broken file can fail in any way
             raise InputError(f"{path}: no features of a recording ({str(error).splitlines()[0]})") from None
@@ -182,6 +183,13 @@ def evaluate_model(
     Raises:
         InputError: A file cannot be read, nothing is aligned, or the model has no such layer.
     """
+    from tqdm import tqdm
+
+    from spidr.abx import Scorer
+    from spidr.data import speech_dataset
+    from spidr.environment import Environment, choose_device
+    from spidr.validate import codebooks_quality, encode_rows, phones_of_rows
+
     total = len(model.student.layers)
     chosen = list(range(1, total + 1)) if layers is None else sorted(set(layers))
     if wrong := [layer for layer in chosen if not 1 <= layer <= total]:
@@ -290,6 +298,8 @@ def _units(args: argparse.Namespace) -> list[Row]:
 
 
 def _abx(args: argparse.Namespace) -> list[Row]:
+    from spidr.abx import Scorer, read_items
+
     scorer = Scorer(
         read_items(args.item),
         frame_rate=args.frame_rate,
@@ -301,6 +311,9 @@ def _abx(args: argparse.Namespace) -> list[Row]:
 
 
 def _model(args: argparse.Namespace) -> list[Row]:
+    from spidr.abx import read_items
+    from spidr.models.hub import load_encoder
+
     return evaluate_model(
         load_encoder(args.checkpoint),
         args.manifest,
@@ -345,7 +358,7 @@ def _parser() -> argparse.ArgumentParser:
     abx.add_argument("--max-size-group", type=int, default=10, help="most A, B and X in a cell; 0: all (default: 10)")
     abx.add_argument("--max-x-across", type=int, default=5, help="most speakers of X; 0: all (default: 5)")
     model = command("model", _model, "Every layer and codebook of a model, in one pass over the audio.")
-    model.add_argument("checkpoint", help=f"a checkpoint, or {', '.join(PUBLISHED)}")
+    model.add_argument("checkpoint", help="a checkpoint, or the name of a published model")
     model.add_argument("manifest", help="the recordings")
     model.add_argument("--item", help="ABX item file: ABX of every layer's features and units too")
     model.add_argument("--layers", type=_layers, help="such as 5,6,7 (default: all)")

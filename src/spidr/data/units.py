@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import polars as pl
 from numpy.typing import NDArray
 
 from spidr.config import InputError
@@ -51,15 +50,24 @@ def read_units(path: str | Path) -> Units:
 def _rows(path: Path) -> list[dict[str, Any]]:
     try:
         if path.suffix == ".parquet":
-            return pl.read_parquet(path).to_dicts()
+            return _parquet_rows(path)
         content = path.read_bytes()
         if path.suffix == ".gz":
             content = gzip.decompress(content)
         return [json.loads(line) for line in content.splitlines() if line.strip()]
     except OSError as error:
         raise InputError(f"{path}: the units cannot be read ({error.strerror or error}).") from None
-    except (ValueError, EOFError, pl.exceptions.PolarsError) as error:
+    except (ValueError, EOFError) as error:
         raise InputError(f"{path}: not JSON lines or Parquet ({str(error).splitlines()[0]}).") from None
+
+
+def _parquet_rows(path: Path) -> list[dict[str, Any]]:
+    import polars as pl  # takes longer to import than most files of units to read
+
+    try:
+        return pl.read_parquet(path).to_dicts()
+    except pl.exceptions.PolarsError as error:
+        raise ValueError(error) from None
 
 
 def _parse(row: dict[str, Any]) -> tuple[str, NDArray[np.int64]]:

@@ -6,6 +6,7 @@ May import its siblings, ``spidr.config`` and ``spidr.tools``.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -16,15 +17,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Returns:
-        The exit status: 0 if everything was encoded, or skipped as was asked for; 2 if the input is wrong.
+        The exit status: 0 if everything was encoded, or skipped as was asked for; 2 if the input is wrong or a package
+        is missing.
     """
     args = _build_parser().parse_args(argv)
-    from spidr.extract import Options, extract_features, extract_units, fit_kmeans
-    from spidr.tools.logging import run_log
-
-    rank = _rank()
     try:
-        with run_log(rank):
+        from spidr.extract import Options, extract_features, extract_units, fit_kmeans
+        from spidr.tools.logging import run_log
+
+        with run_log(int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))):
             options = Options(
                 device=args.device,
                 dtype=args.dtype,
@@ -53,16 +54,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
+    except ModuleNotFoundError as error:
+        missing = str(error.name).partition(".")[0]
+        if missing == "spidr":
+            raise
+        sys.stderr.write(f"error: {missing} is not installed: pip install 'spidr[extract]'\n")
+        return 2
     except KeyboardInterrupt:
         sys.stderr.write("interrupted; the same command goes on where it stopped\n")
         return 130
     return 0
-
-
-def _rank() -> int:
-    import os
-
-    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
 
 
 def _build_parser() -> argparse.ArgumentParser:

@@ -56,8 +56,8 @@ class KMeans:
         try:
             with np.load(path, allow_pickle=False) as file:
                 loaded = cls(file["centroids"], json.loads(str(file["made"])))
-            assert loaded.centroids.ndim == 2
-            assert loaded.layer > 0
+            if loaded.centroids.ndim != 2 or loaded.layer < 1:
+                raise ValueError(f"centroids {loaded.centroids.shape} of layer {loaded.layer}")
         except FileNotFoundError:
             raise InputError(f"{path}: does not exist; write it with `python -m spidr.extract kmeans`.") from None
         except Exception as error:

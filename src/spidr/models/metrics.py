@@ -3,7 +3,7 @@
 Perplexities follow section 4 of the SpidR paper (arXiv 2512.20308), the unit quality follows HuBERT (arXiv 2106.07447,
 section 4.4): purities and the phone-normalised mutual information (PNMI) of the joint frequencies of phones and units.
 
-Imports ``spidr.config`` only.
+Imports ``spidr.config`` only, and torch where tensors come or go: what files of units are worth is a matter of numpy.
 """
 
 from __future__ import annotations
@@ -11,13 +11,15 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
 from spidr.config import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Aligned = Mapping[str, tuple[Sequence[str], Sequence[int]]]
 """Name of a recording → its phones, one per alignment frame (10 ms), and its units, one per model frame (20 ms)."""
@@ -51,6 +53,8 @@ def perplexity(y: Tensor, *, tokenwise: bool = False) -> Tensor:
     Returns:
         A 0-dim tensor between 1 and V, at least float32; NaN without rows.
     """
+    import torch
+
     y = y.to(torch.promote_types(y.dtype, torch.float32))
     distributions = y if tokenwise else y.mean(0, keepdim=True)
     entropies: Tensor = torch.special.entr(distributions).sum(-1)  # in nats: e to the nats is 2 to the bits
@@ -79,16 +83,15 @@ def units_quality(
     Raises:
         InputError: As :func:`build_count_matrix`, and if ``frame_step`` is no multiple of ``alignment_step``.
     """
-    repeat = _repeat(frame_step, alignment_step)
-    counts, _ = build_count_matrix(data, num_units, num_phones, repeat)
-    joint = counts.double() / counts.sum()
+    counts, _ = _count(data, num_units, num_phones, _repeat(frame_step, alignment_step))
+    joint = counts / counts.sum()
     phone_entropy, unit_entropy = _entropy(joint.sum(1)), _entropy(joint.sum(0))
     return UnitsQuality(
-        phone_purity=joint.amax(0).sum().item(),
-        cluster_purity=joint.amax(1).sum().item(),
+        phone_purity=float(joint.max(0).sum()),
+        cluster_purity=float(joint.max(1).sum()),
         pnmi=(phone_entropy + unit_entropy - _entropy(joint)) / max(phone_entropy, eps),
         codebook_perplexity=2**unit_entropy,
-        active_codewords=int(counts.any(0).sum()),
+        active_codewords=int(np.count_nonzero(counts.any(0))),
         bitrate=bitrate(num_units=num_units, sequences=(units for _, units in data.values()), frame_step=frame_step),
     )
 
@@ -114,6 +117,16 @@ def build_count_matrix(
         InputError: No data at all, a recording whose phones and units differ too much in length, a unit outside
             [0, num_units), or more than ``num_phones`` phones. The message names the recording.
     """
+    import torch
+
+    counts, names = _count(data, num_units, num_phones, repeat, max_length_diff)
+    return torch.from_numpy(counts), names
+
+
+def _count(
+    data: Aligned, num_units: int, num_phones: int, repeat: int, max_length_diff: int = 2
+) -> tuple[NDArray[np.int64], list[str]]:
+    """:func:`build_count_matrix` in numpy."""
     # Rows are numbered as the phones come, in one pass over millions of strings, and put in order afterwards.
     index: defaultdict[str, int] = defaultdict()
     index.default_factory = index.__len__
@@ -135,9 +148,8 @@ def build_count_matrix(
     counts = counts.reshape(num_phones, num_units)[[index[name] for name in names]]
     if not counts.any():
         raise InputError("no frame with both a phone and a unit")
-    matrix = torch.from_numpy(counts)
-    order = matrix.sum(1).sort(descending=True, stable=True).indices
-    return matrix[order], [names[row] for row in order]
+    order = np.argsort(-counts.sum(1), kind="stable")
+    return counts[order], [names[row] for row in order]
 
 
 def proba_phone_code(
@@ -167,15 +179,16 @@ def proba_phone_code(
     Raises:
         InputError: As :func:`units_quality`.
     """
-    counts, phones = build_count_matrix(data, num_units, num_phones, _repeat(frame_step, alignment_step))
-    probabilities = counts.double() / counts.sum(0).clamp(min=1)
-    best, phone = probabilities.max(0)
-    active = best > 0
+    import torch
+
+    counts, phones = _count(data, num_units, num_phones, _repeat(frame_step, alignment_step))
+    probabilities = counts / counts.sum(0).clip(min=1)
+    best, active = probabilities.max(0), counts.any(0)
     # lexsort: the last key is the first to sort by.
-    order = torch.from_numpy(np.lexsort((-best.numpy(), phone.numpy(), ~active.numpy())))
+    order = np.lexsort((-best, probabilities.argmax(0), ~active))
     if only_active:
-        order = order[: int(active.sum())]
-    return probabilities[:, order], phones, order.tolist()
+        order = order[: np.count_nonzero(active)]
+    return torch.from_numpy(probabilities[:, order]), phones, order.tolist()
 
 
 def bitrate(*, num_units: int, sequences: Iterable[Sequence[int]] | None = None, frame_step: int = 20) -> float:
@@ -206,7 +219,7 @@ def _repeat(frame_step: int, alignment_step: int) -> int:
     return repeat
 
 
-def _checked_units(name: str, units: Sequence[int], num_units: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+def _checked_units(name: str, units: Sequence[int], num_units: int) -> NDArray[np.int64]:
     array = np.asarray(units)
     if array.size == 0:
         return np.empty(0, np.int64)
@@ -217,6 +230,7 @@ def _checked_units(name: str, units: Sequence[int], num_units: int) -> np.ndarra
     return array.astype(np.int64)
 
 
-def _entropy(probabilities: Tensor) -> float:
+def _entropy(probabilities: NDArray[np.float64]) -> float:
     """In bits, over all elements."""
-    return float(torch.special.entr(probabilities).sum().item() / math.log(2))
+    positive = probabilities[probabilities > 0]
+    return float(-(positive * np.log2(positive)).sum())

@@ -35,7 +35,7 @@ except ImportError:
     sys.stderr.write("error: reports are drawn with matplotlib, which is not installed: pip install matplotlib\n")
     sys.exit(2)
 
-SHOWN_SECONDS = 4.0
+SHOWN_SECONDS = 3.0
 """How much of the utterance is shown."""
 
 MEASURED_PER_STEP = {
@@ -96,7 +96,7 @@ class Report:
 
     def summary(self) -> None:
         """What was trained and how far it is."""
-        cfg, train = self.cfg, self.group("train")
+        cfg = self.cfg
         step = max((line["step"] for line in self.lines), default=0)
         model = cfg.model
         self.page.text(
@@ -104,11 +104,9 @@ class Report:
             f"{model.encoder_embed_dim}, {model.num_codebooks} codebooks of {model.codebook_size}. "
             f"Step {step:,} of {cfg.optimizer.max_steps:,}."
         )
-        if train:
-            speed = np.median([line["audio_seconds_per_second"] for line in train])
-            self.page.text(
-                f"Trained at {speed:,.0f} seconds of audio a second (median). Folder: {self.folder}", note=True
-            )
+        _, speeds = curve(self.group("train"), "audio_seconds_per_second")
+        trained = f"Trained at {np.median(speeds):,.0f} seconds of audio a second (median). " if speeds else ""
+        self.page.text(f"{trained}Folder: {self.folder}", note=True)
 
     def training(self) -> None:
         """Losses, rates, throughput, and the use of the codebooks."""

@@ -17,6 +17,7 @@ from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 INK, MUTED, GRID = "#1a1c1f", "#5b6068", "#d5d8dd"
@@ -26,6 +27,9 @@ SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8a6d00", "#5f4bb6", "#2a
 PAGE_COLOURS = {INK: "--ink", MUTED: "--muted", GRID: "--grid"} | {c: f"--s{i}" for i, c in enumerate(SERIES)}
 BLUES = LinearSegmentedColormap.from_list("blues", [(0.13, 0.55, 0.9, 0.0), (0.13, 0.55, 0.9, 1.0)])
 """From nothing to blue, so that the page shows through where there is nothing."""
+
+LETTERS = 165
+"""How many letters of the smallest size there is room for across the figure of an utterance."""
 
 Curves = Mapping[str, tuple[Sequence[float], Sequence[float]]]
 """Name → steps and values."""
@@ -92,25 +96,36 @@ def curves(name: str, panels: Mapping[str, Curves], xlabel: str = "step") -> Dra
 
     Args:
         name: Of the figure.
-        panels: Title → curves. A panel of one curve has no legend.
+        panels: Title → curves. A panel of one curve has no legend, and panels of the same curves have one in common.
         xlabel: Below each panel.
     """
     columns = min(len(panels), 3)
     lines = -(-len(panels) // columns)
+    several = [list(lines_of) for lines_of in panels.values() if len(lines_of) > 1]
+    in_common = len(several) == len(panels) and all(labels == several[0] for labels in several)
 
     def draw(figure: Figure) -> None:
         for i, (title, lines_of) in enumerate(panels.items(), start=1):
             ax = figure.add_subplot(lines, columns, i)
             ax.set_title(title)
             ax.set_xlabel(xlabel)
+            ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+            ax.xaxis.set_major_formatter(lambda value, _: f"{value / 1000:g}k" if value >= 10_000 else f"{value:g}")
             for k, (label, (x, y)) in enumerate(lines_of.items()):
                 style = "-" if k < len(SERIES) else "--"
                 ax.plot(x, y, style, label=label, marker="o" if len(x) < 15 else None, markersize=2.5)
-            if len(lines_of) > 1:
+            if len(lines_of) > 1 and not in_common:
                 ax.legend(ncols=2 if len(lines_of) > 4 else 1)
             ax.margins(x=0.02)
+            ax.ticklabel_format(axis="y", useOffset=False)
+            bottom, top = ax.get_ylim()
+            middle = (bottom + top) / 2
+            if top - bottom < abs(middle) / 2000:  # a level line rather than its last digits
+                ax.set_ylim(middle - abs(middle) / 2000, middle + abs(middle) / 2000)
+        if in_common:
+            figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=8)
 
-    return Drawn(name, draw, (3.5 * columns, 2.6 * lines))
+    return Drawn(name, draw, (3.5 * columns, 2.6 * lines + 0.3 * in_common))
 
 
 def heat_map(name: str, probabilities: NDArray[Any], phones: Sequence[str], title: str) -> Drawn:
@@ -120,7 +135,7 @@ def heat_map(name: str, probabilities: NDArray[Any], phones: Sequence[str], titl
         ax = figure.add_subplot()
         ax.grid(visible=False)
         image = ax.imshow(probabilities, cmap=BLUES, vmin=0, vmax=1, aspect="auto", interpolation="nearest")
-        ax.set_yticks(range(len(phones)), phones, fontsize=6)
+        ax.set_yticks(range(len(phones)), phones, fontsize=7)
         ax.set_xticks([])  # columns are not in the order of the units' numbers
         ax.set_xlabel("unit, grouped by most likely phone")
         ax.set_title(title)
@@ -170,7 +185,7 @@ def utterance(
         axes[0].set_title(title)
         axes[0].grid(visible=False)
         for k, (ax, (label, intervals)) in enumerate(zip(axes[1:], rows.items(), strict=True)):
-            _intervals(ax, intervals, "phones" if label == "phones" else SERIES[k % len(SERIES)])
+            _intervals(ax, intervals, duration, INK if label == "phones" else SERIES[k % len(SERIES)])
             ax.set_ylabel(label, rotation=0, ha="right", va="center")
         axes[-1].set_xlabel("seconds")
         axes[-1].set_xlim(0, duration)
@@ -178,13 +193,12 @@ def utterance(
     return Drawn(name, draw, (10.5, 2.6 + 0.35 * len(rows)))
 
 
-def _intervals(ax: Axes, intervals: Sequence[tuple[Any, float, float]], colour: str) -> None:
+def _intervals(ax: Axes, intervals: Sequence[tuple[Any, float, float]], duration: float, colour: str) -> None:
     ax.grid(visible=False)
     ax.set_yticks([])
     ax.set_ylim(0, 1)
     ax.spines["left"].set_visible(False)
-    face = INK if colour == "phones" else colour
     for i, (label, start, end) in enumerate(intervals):
-        ax.axvspan(start, end, facecolor=face, alpha=0.10 if i % 2 else 0.25, linewidth=0)
-        if end - start >= 0.035:
+        ax.axvspan(start, end, facecolor=colour, alpha=0.10 if i % 2 else 0.25, linewidth=0)
+        if (end - start) / duration * LETTERS >= len(str(label)):
             ax.text((start + end) / 2, 0.5, str(label), ha="center", va="center", fontsize=6, clip_on=True)
