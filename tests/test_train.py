@@ -33,7 +33,7 @@ from spidr.models import DinoSR
 from spidr.models.hub import build_model
 from spidr.optimizer import build_optimizer
 from spidr.tools.metrics import read_metrics
-from spidr.train import Hooks, State, model_settings, train, train_step
+from spidr.train import Hooks, State, main, model_settings, train, train_step
 from tiny_run import write_config, write_recordings
 
 CPU = Environment(0, 0, 1, torch.device("cpu"))
@@ -304,6 +304,19 @@ def test_float16_that_always_overflows_stops(tmp_path: Path, manifest: Path) -> 
 
 
 # --------------------------------------------------------------------------------------------------------- processes
+
+
+@pytest.mark.parametrize(("rank", "line_break"), [(None, ""), ("0", "\n")])
+def test_error_is_a_line_of_its_own(
+    rank: str | None, line_break: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With several processes, the line it is written on may hold another one's progress bar."""
+    monkeypatch.setattr("sys.argv", ["spidr.train", "gone.toml"])
+    monkeypatch.setenv("RANK", rank or "")
+    if rank is None:
+        monkeypatch.delenv("RANK")
+    assert main() == 2
+    assert capsys.readouterr().err.startswith(f"{line_break}error: gone.toml: cannot read the file")
 
 
 def test_dead_process_is_named_by_one_of_the_others(tmp_path: Path, manifest: Path) -> None:
