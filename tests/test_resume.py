@@ -79,12 +79,12 @@ def test_killed_and_started_again(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(3600)
 def test_compiled(tmp_path: Path, manifest: Path) -> None:
     sections: dict[str, Any] = {"run": {"compile": True, "save_interval": 3}, "optimizer": {"max_steps": 6}}
     sections["model"] = {"encoder_num_layers": 1, "num_codebooks": 1}
-    undisturbed = complete(write_config(tmp_path, manifest, "undisturbed", **sections), timeout=500)
+    undisturbed = complete(write_config(tmp_path, manifest, "undisturbed", **sections), timeout=1200)
     config = write_config(tmp_path, manifest, "killed", **sections)
     ranks = Ranks(config, fault=Fault("step", 5))
-    assert ranks.wait(500) == [-9], ranks.log.read_text()
-    assert_same_run(complete(config, timeout=500), undisturbed)
+    assert ranks.wait(1200) == [-9], ranks.log.read_text()
+    assert_same_run(complete(config, timeout=1200), undisturbed)
