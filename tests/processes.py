@@ -67,7 +67,7 @@ class Fault:
 def _rank(config: Path, rank: int, world_size: int, port: int, log: Path, fault: Fault | None, hooks: Any) -> None:
     """One process of a run."""
     from spidr.tools import peers
-    from spidr.train import train
+    from spidr.train import say_why, train
 
     torch.set_num_threads(1)
     multiprocessing.set_start_method("fork", force=True)  # the default for data workers, which this process is not
@@ -82,8 +82,7 @@ def _rank(config: Path, rank: int, world_size: int, port: int, log: Path, fault:
     try:
         train(read_config(config), hooks() if hooks is not None else None)
     except InputError as error:
-        sys.stderr.write(f"error: {error}\n")
-        sys.exit(2)
+        sys.exit(say_why(error))
 
 
 def free_port() -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,19 @@ def test_folder_of_a_run(tmp_path: Path, manifest: Path, caplog: pytest.LogCaptu
     train(cfg)  # there is nothing left to do
     assert (cfg.run.dir / "final.pt").stat().st_mtime_ns == finished
     assert read_metrics(cfg.run.dir / "metrics.jsonl") == lines
+
+
+def test_skipped_files_are_counted(tmp_path: Path) -> None:
+    manifest = write_recordings(tmp_path / "recordings", count=12)
+    gone = manifest.parent / "audio" / "3.wav"
+    gone.unlink()
+    cfg = read_config(write_config(tmp_path, manifest, data={"on_error": "skip"}))
+    cfg = replace(cfg, validation={})
+    train(cfg)
+    lines = read_metrics(cfg.run.dir / "metrics.jsonl")
+    assert {line["skipped_files"] for line in lines} == {0, 1}
+    assert [line["step"] for line in lines] == list(range(1, 41))
+    assert (cfg.run.dir / "log_0.txt").read_text().count(f"Skipped: {gone}: the file does not exist") == 1
 
 
 def test_longer_training_goes_on_from_the_end(tmp_path: Path, manifest: Path) -> None:

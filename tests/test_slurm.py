@@ -414,6 +414,31 @@ def test_wrong_input_ends_the_job_with_one_line(cluster: Cluster, tmp_path: Path
     assert (folder / job_id / f"{job_id}_0_log.err").read_text() == "error: x.csv: no such manifest\n"
 
 
+def test_signal_before_the_job_has_begun(cluster: Cluster, tmp_path: Path) -> None:
+    """While modules are imported, which takes long on a busy machine."""
+    loading, loaded, ran = tmp_path / "loading", tmp_path / "loaded", tmp_path / "ran"
+
+    def load() -> str:
+        if not loading.exists():
+            loading.touch()
+            while not loaded.exists():
+                time.sleep(0.1)
+        return "x"
+
+    class LoadedSlowly:
+        def __reduce__(self) -> Any:
+            return load, ()
+
+    job_id, folder = submit("early", [(ran.write_text, (LoadedSlowly(),))], tmp_path, ONE_TASK, copy_code=False)
+    assert wait_for(loading.exists, 60)
+    cluster.run("scancel", "--signal=USR2", job_id)
+    time.sleep(1)
+    loaded.touch()
+    job = cluster.wait(job_id)
+    assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), logs(folder)
+    assert ran.read_text() == "x"
+
+
 def test_cancelled_job_stays_cancelled(cluster: Cluster, tmp_path: Path) -> None:
     """SLURM tells a job that its user cancels it by the same signal as one that it preempts."""
     running = tmp_path / "running"
@@ -624,7 +649,7 @@ def test_preemption_by_a_higher_partition(cluster: Cluster, tmp_path: Path, mani
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(2400)
 def test_time_limit(cluster: Cluster, tmp_path: Path, manifest: Path) -> None:
     """SLURM looks at limits once in 30 seconds and may signal a minute early, so that takes a while."""
     settings: dict[str, Any] = {"optimizer": {"max_steps": 3000}, "validation": {}, "run": {"save_interval": 100_000}}
@@ -633,8 +658,9 @@ def test_time_limit(cluster: Cluster, tmp_path: Path, manifest: Path) -> None:
     job_id, folder = start_training(cluster, tmp_path / "dump", config, options="-N 1 -G 1 -t 2")
     assert wait_for(lambda: cluster.job(job_id).get("Restarts") == "1", 200), logs(folder)
     assert max(int(path.stem.split("_")[1]) for path in run_dir.glob("step_*.pt")) == steps_done(run_dir)
-    job = cluster.wait(job_id, seconds=600)
+    job = cluster.wait(job_id, seconds=1500)
     assert job["JobState"] == "COMPLETED", logs(folder)
-    assert (run_dir / "log_0.txt").read_text().count("going on") == int(job["Restarts"])
+    # On a busy machine, the signal may come before training has begun again.
+    assert 1 <= (run_dir / "log_0.txt").read_text().count("going on") <= int(job["Restarts"])
     torchrun(1, write_config(tmp_path, manifest, "here", **settings))
     assert_same_outcome(run_dir, tmp_path / "p/here")

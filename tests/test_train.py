@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -28,12 +29,14 @@ from spidr.config import (
     to_dict,
 )
 from spidr.data import Batch, build_dataloader
+from spidr.data.loader import SpeechLoader
 from spidr.environment import Environment, Preempted, StopFlag
 from spidr.models import DinoSR
 from spidr.models.hub import build_model
 from spidr.optimizer import build_optimizer
+from spidr.tools import peers
 from spidr.tools.metrics import read_metrics
-from spidr.train import Hooks, State, model_settings, train, train_step
+from spidr.train import Hooks, State, main, model_settings, train, train_step
 from tiny_run import write_config, write_recordings
 
 CPU = Environment(0, 0, 1, torch.device("cpu"))
@@ -306,6 +309,45 @@ def test_float16_that_always_overflows_stops(tmp_path: Path, manifest: Path) -> 
 # --------------------------------------------------------------------------------------------------------- processes
 
 
+@pytest.mark.parametrize(("rank", "line_break"), [(None, ""), ("0", "\n")])
+def test_error_is_a_line_of_its_own(
+    rank: str | None, line_break: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With several processes, the line it is written on may hold another one's progress bar."""
+    monkeypatch.setattr("sys.argv", ["spidr.train", "gone.toml"])
+    monkeypatch.setenv("RANK", rank or "")
+    if rank is None:
+        monkeypatch.delenv("RANK")
+    assert main() == 2
+    assert capsys.readouterr().err.startswith(f"{line_break}error: gone.toml: cannot read the file")
+
+
+def slow_data_on_rank_1() -> Hooks:
+    def build(*args: Any, **options: Any) -> SpeechLoader:
+        loader = build_dataloader(*args, **options)
+        epoch = loader.epoch
+
+        def slow_epoch(*where: int) -> Iterator[Batch]:
+            for number, batch in enumerate(epoch(*where)):
+                if where == (0, 0) and number == 1:
+                    time.sleep(peers.SILENCE + 2)  # longer than a dead process is waited for
+                yield batch
+
+        if options["rank"] == 1:
+            loader.epoch = slow_epoch  # type: ignore[method-assign]
+        return loader
+
+    return Hooks(loader=build)
+
+
+def test_slow_data_of_one_process_is_waited_for(tmp_path: Path, manifest: Path) -> None:
+    config = write_config(tmp_path, manifest, optimizer={"max_steps": 3})
+    start = time.monotonic()
+    lines = read_metrics(complete(config, 2, slow_data_on_rank_1) / "metrics.jsonl")
+    assert time.monotonic() - start > 6
+    assert [line["step"] for line in lines if line["group"] == "train"] == [1, 2, 3]
+
+
 def test_dead_process_is_named_by_one_of_the_others(tmp_path: Path, manifest: Path) -> None:
     ranks = Ranks(write_config(tmp_path, manifest), 3, Fault("step", 3, rank=1))
     statuses = ranks.wait(timeout=60)
@@ -336,7 +378,16 @@ def write_checkpoint(folder: Path, **changes: Any) -> Path:
     torch.manual_seed(99)
     model = build_model(cfg=cfg.model)
     model.current_step.fill_(500)
-    torch.save({"model": {f"module.{name}": value for name, value in model.state_dict().items()}}, folder / "x.pt")
+    optimizer, scaler, scheduler = build_optimizer(model, cfg.optimizer)
+    checkpoint = {  # as version 0.1.2 wrote it
+        "model": {f"module.{name}": value for name, value in model.state_dict().items()},
+        "optimizer": optimizer.state_dict(),
+        "scheduler": scheduler.state_dict(),
+        "scaler": scaler.state_dict(),
+        "epoch": 7,
+        "step": 500,
+    }
+    torch.save(checkpoint, folder / "x.pt")
     (folder / "config.json").write_text(json.dumps(to_dict(cfg)))
     return folder / "x.pt"
 

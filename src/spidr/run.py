@@ -215,7 +215,8 @@ class Run:
         self._absorb(state, wait=True)
         means = self._means.pop()
         line = {"step": state.step, "group": "train", "epoch": state.epoch, **means, **self._latest}
-        self._write(line | self._clock.lap(self.env, self.cfg.optimizer.dtype))
+        self._write(line | self._clock.rates(self.env, self.cfg.optimizer.dtype))
+        self._clock = _Clock()
         self.bar.set_postfix(loss=f"{means['loss']:.3f}", target_ppl=f"{means['target_ppl']:.1f}")
         self._on_main(self._collect_validation)
 
@@ -309,7 +310,7 @@ class Run:
 
 
 class _Clock:
-    """What an interval of training costs, from the last look at it, or from the start of this process."""
+    """What an interval of training costs, from now on."""
 
     def __init__(self) -> None:
         self.start = time.perf_counter()
@@ -318,8 +319,8 @@ class _Clock:
         self.waited = 0.0  # for data
         self.paused = 0.0  # for validation
 
-    def lap(self, env: Environment, dtype: str) -> dict[str, float]:
-        """Rates and memory of the interval, which ends here: TFLOP/s of a device, and their share of what it can do."""
+    def rates(self, env: Environment, dtype: str) -> dict[str, float]:
+        """Rates and memory of the interval: TFLOP/s of a device, and their share of what it can do."""
         elapsed = time.perf_counter() - self.start - self.paused
         rates = {
             "audio_seconds_per_second": self.audio_seconds / elapsed,
@@ -329,7 +330,6 @@ class _Clock:
         }
         if env.device.type == "cuda" and (peak := peak_tflops(torch.cuda.get_device_name(env.device), dtype)):
             rates["mfu"] = rates["tflops"] / peak
-        self.__init__()  # type: ignore[misc]
         return rates
 
 

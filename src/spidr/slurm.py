@@ -17,6 +17,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -35,11 +36,14 @@ Call = tuple[Callable[..., object], Sequence[Any]]
 """A function and its positional arguments."""
 
 RUN = """\
-import sys
+import signal, sys
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM, signal.SIGUSR2])
 from submitit.core.submission import submitit_main
 sys.path.insert(0, sys.argv.pop(1))
 submitit_main()
 """
+"""What each task of a job runs. It would die of a signal that comes while the call's modules are being imported, before
+submitit handles any: until :class:`Job` begins, signals wait."""
 SUBMITTING = "validation"  # how the names of threads that submit begin
 PACKAGE = Path(__file__).resolve().parent
 PRESET_KEYS = ("time", "cpus_per_task", "mem_per_gpu", "constraint", "partition", "qos")
@@ -290,6 +294,7 @@ class Job:
         """
         from spidr.environment import Preempted
 
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM, signal.SIGUSR2])
         try:
             self.function(*self.args)
         except Preempted:

@@ -387,15 +387,16 @@ def main() -> int:
         cfg = read_config(parser.parse_args().config)
     except InputError as error:
         # All processes of a machine find the same: one of them says so.
-        return _fail(error) if os.environ.get("LOCAL_RANK", "0") == "0" else 2
+        return say_why(error) if os.environ.get("LOCAL_RANK", "0") == "0" else 2
     try:
         train(cfg)
     except InputError as error:
-        return _fail(error)
+        return say_why(error)
     return 0
 
 
-def _fail(error: InputError) -> int:
+def say_why(error: InputError) -> int:
+    """Write an error on a line of its own. Returns the exit status."""
     line_break = "\n" if "RANK" in os.environ else ""  # another process's progress bar may be on this line
     sys.stderr.write(f"{line_break}error: {error}\n")
     return 2

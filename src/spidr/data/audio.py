@@ -112,7 +112,8 @@ def read_audio(source: Source, start: int = 0, stop: int | None = None) -> NDArr
     if (samples := _read_plain(source, start, stop)) is not None:
         return samples
     with _open(source) as file:
-        return _read(source, file, start, _frames(source, file) if stop is None else stop)
+        frames = _frames(source, file)
+        return _read(source, file, start, frames if stop is None else stop)
 
 
 def read_resampled(source: Source) -> NDArray[np.float32]:
@@ -265,9 +266,21 @@ def _name(source: Source) -> str:
     return f"<{len(source)} bytes of audio>" if isinstance(source, bytes) else str(source)
 
 
+class _File(soundfile.SoundFile):  # type: ignore[misc]
+    """A file that is only read.
+
+    For the sake of files that are written, too, soundfile seeks after each read to where the file is already. With FLAC
+    that is a good part of what comes on top of decoding.
+    """
+
+    def seekable(self) -> bool:
+        """Say no, and be spared that. :meth:`seek` works all the same."""
+        return False
+
+
 def _open(source: Source) -> soundfile.SoundFile:
     try:
-        file = soundfile.SoundFile(_input(source))
+        file = _File(_input(source))
     except soundfile.LibsndfileError as error:
         if _is_file(source):
             _check_file(str(source))

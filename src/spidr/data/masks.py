@@ -5,11 +5,10 @@ May import ``spidr.config`` and its siblings.
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush
-from itertools import accumulate
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -183,50 +182,55 @@ def _place_apart(
     From the first span of a row that fits nowhere, the lengths returned are 0.
     """
     spans = -np.sort(-spans, axis=1)
-    starts, placed = np.zeros_like(spans), np.zeros_like(spans)
-    draws = rng.random((len(spans), 2, spans.shape[1]))
-    for row, (length, wanted) in enumerate(zip(lengths.tolist(), spans, strict=True)):
-        found = _place_row(length, wanted[wanted > 0].tolist(), min_space, *draws[row].tolist())
-        starts[row, : len(found)] = found
-        placed[row, : len(found)] = wanted[: len(found)]
-    return starts, placed
+    shares = rng.random(spans.shape)
+    waits = rng.standard_exponential((len(spans), 2 * spans.shape[1] + 1))  # for all parts that there can be
+    rows = zip(*(array.tolist() for array in (lengths, spans, (spans > 0).sum(1), shares, waits)), strict=True)
+    found = [_place_row(length, row[:count], min_space, *draws) for length, row, count, *draws in rows]
+    placed = np.arange(spans.shape[1]) < np.array([len(starts) for starts in found])[:, None]
+    starts = np.zeros_like(spans)
+    starts[placed] = list(chain.from_iterable(found))
+    return starts, np.where(placed, spans, 0)
 
 
-def _place_row(length: int, spans: list[int], min_space: int, where: list[float], within: list[float]) -> list[int]:
+def _place_row(length: int, spans: list[int], min_space: int, shares: list[float], waits: list[float]) -> list[int]:
     """Starts of the spans of a row, the longest first, up to the first that fits nowhere.
 
-    For so few numbers at a time, Python's lists are faster than arrays.
+    The free parts race: each waits for a time that is exponentially distributed with its length as the rate, and the
+    first takes the next span. So the winner is drawn in proportion to the lengths, without adding them up for each span
+    (https://en.wikipedia.org/wiki/Exponential_distribution, distribution of the minimum). For so few numbers at a time,
+    Python's lists are faster than arrays.
+
+    Args:
+        length: Frames of the row.
+        spans: Lengths of the spans, the longest first.
+        min_space: Frames to leave between spans.
+        shares: For each span, where it lies between the first and the last possible start, in [0, 1).
+        waits: Standard exponential draws, one for each part.
     """
-    begins: list[int] = []
-    rooms: list[int] = []  # the free parts that can hold a span of the present length
-    aside = [(-length, 0)]  # a heap of those that can only hold a shorter one: (-room, begin)
     starts: list[int] = []
-    for span, share, position in zip(spans, where, within, strict=False):
+    now = 0.0
+    racing: list[tuple[float, int, int]] = []  # a heap of the parts that can hold the next span: (time, begin, room)
+    aside = [(-length, 0)]  # a heap of those that can only hold a shorter one: (-room, begin)
+    wait = iter(waits)
+    for span, share in zip(spans, shares, strict=False):
         while aside and -aside[0][0] >= span:
-            room, begin = heappop(aside)
-            rooms.append(-room)
-            begins.append(begin)
-        if not rooms:
+            negative_room, begin = heappop(aside)
+            heappush(racing, (now - next(wait) / negative_room, begin, -negative_room))
+        if not racing:
             break
-        cumulative = list(accumulate(rooms))
-        chosen = bisect_right(cumulative, share * cumulative[-1])
-        begin, room = begins[chosen], rooms[chosen]
-        before = int(position * (room - span + 1))
+        now, begin, room = heappop(racing)
+        before = int(share * (room - span + 1))
         starts.append(begin + before)
         after = room - before - span - min_space
-        if after >= span:
-            begins[chosen], rooms[chosen] = begin + room - after, after
-        else:
-            begins[chosen], rooms[chosen] = begins[-1], rooms[-1]
-            del begins[-1], rooms[-1]
-            if after >= spans[-1]:
-                heappush(aside, (-after, begin + room - after))
         before -= min_space
         if before >= span:
-            begins.append(begin)
-            rooms.append(before)
+            heappush(racing, (now + next(wait) / before, begin, before))
         elif before >= spans[-1]:
             heappush(aside, (-before, begin))
+        if after >= span:
+            heappush(racing, (now + next(wait) / after, begin + room - after, after))
+        elif after >= spans[-1]:
+            heappush(aside, (-after, begin + room - after))
     return starts
 
 
