@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -28,6 +28,9 @@ CONTENTS: dict[str, type] = {
 }  # fmt: skip
 """What every training checkpoint holds."""
 
+EXTRA: dict[str, type] = {"position": int, "means": dict, "idle": list}
+"""What those of a run hold too, see :class:`spidr.run.Run`."""
+
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a training checkpoint on the CPU, without running code from it.
@@ -42,10 +45,12 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     except Exception as error:  # a damaged archive or pickle can fail in any way
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise InputError(f"{path}: not a valid checkpoint ({reason})") from error
-    for key, kind in CONTENTS.items():
-        if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(key), kind):
+    found = checkpoint if isinstance(checkpoint, dict) else {}
+    for key, kind in (CONTENTS | EXTRA).items():
+        value = found.get(key, None if key in CONTENTS else kind())
+        if not isinstance(value, kind) or (isinstance(value, int) and value < 0):
             raise InputError(f"{path}: not a training checkpoint, it has no {key!r} or a wrong one")
-    return checkpoint
+    return found
 
 
 class Checkpointer:
@@ -192,6 +197,7 @@ class Checkpointer:
         try:
             weights = {name.removeprefix("module."): value for name, value in checkpoint["model"].items()}
             self.model.load_state_dict(weights)
+            _check_shapes(self.optimizer, checkpoint["optimizer"])
             self.optimizer.load_state_dict(checkpoint["optimizer"])
             if checkpoint["scaler"]:  # empty unless float16
                 self.scaler.load_state_dict(checkpoint["scaler"])
@@ -218,6 +224,17 @@ class Checkpointer:
         new = lines[self._seen_metrics :]
         self._seen_metrics = len(lines)
         return new
+
+
+def _check_shapes(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """Compare with the parameters what the optimizer takes for granted."""
+    names = [name for group in state["param_groups"] for name in group["params"]]
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    of_name = dict(zip(names, parameters, strict=True))
+    for name, values in state["state"].items():
+        for key, value in values.items():
+            if isinstance(value, Tensor) and value.ndim > 0 and value.shape != of_name[name].shape:
+                raise ValueError(f"{key} of parameter {name} of the optimizer has the shape {tuple(value.shape)}")
 
 
 def _step_of(path: Path) -> int:

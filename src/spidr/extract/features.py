@@ -19,7 +19,7 @@ from spidr.extract.encoder import Encoded, Encoder, Options, Skipped, ahead
 from spidr.extract.outputs import check_record, gather_skipped, names_of, record, report, write_record
 from spidr.extract.sources import Item, find_items
 from spidr.models import DinoSR
-from spidr.tools.files import atomic_write, remove_unfinished
+from spidr.tools.files import atomic_write, make_folder, remove_unfinished
 
 RECORD = "extract.json"
 WRITERS = 4
@@ -73,7 +73,7 @@ def extract_features(
         if env.is_main:
             _prepare(output, content)
             for folder in {path_of(item).parent for item in items}:
-                folder.mkdir(parents=True, exist_ok=True)
+                make_folder(folder)
                 remove_unfinished(folder)
             pending = [i for i, batch in enumerate(batches) if not all(path_of(item).exists() for item in batch)]
         pending = env.broadcast_object(pending)

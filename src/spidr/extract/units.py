@@ -27,7 +27,7 @@ from spidr.extract.kmeans import KMeans
 from spidr.extract.outputs import check_record, gather_skipped, names_of, record, report, write_record
 from spidr.extract.sources import find_items
 from spidr.models import DinoSR
-from spidr.tools.files import atomic_write
+from spidr.tools.files import atomic_write, make_folder
 
 BEGINNING = '{"fileid": '
 SCHEMA: dict[str, Any] = {"fileid": pl.String, "units": pl.List(pl.Int32), "durations": pl.List(pl.Int32)}
@@ -136,7 +136,7 @@ class _Table:
         else:
             shutil.rmtree(self.unfinished, ignore_errors=True)  # killed while it was being removed
             if self.path.suffix == ".parquet" and self.path.exists():
-                self.unfinished.mkdir(parents=True)
+                make_folder(self.unfinished)
                 with atomic_write(self.unfinished / "0.jsonl") as file:
                     file.writelines(_json(row) for row in pl.read_parquet(self.path).iter_rows(named=True))
             write_record(made, self.content)

@@ -25,7 +25,7 @@ from spidr.models import DinoSR, build_model
 from spidr.models.hub import load_into, load_weights
 from spidr.models.metrics import proba_phone_code
 from spidr.report.page import Page
-from spidr.tools.files import atomic_write
+from spidr.tools.files import atomic_write, make_folder
 from spidr.tools.metrics import Line, read_metrics
 from spidr.validate import encode_rows, frame_step, layer_names, phones_of_rows
 
@@ -244,10 +244,7 @@ class Report:
 
     def write(self, output: Path) -> Path:
         """Write the page and the PNGs."""
-        try:
-            output.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"{output}: the folder cannot be made ({error.strerror})") from None
+        make_folder(output)
         for drawn in self.drawn:
             with atomic_write(output / f"{drawn.name}.png") as file:
                 file.write(drawn.png)
