@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -197,11 +197,11 @@ class Checkpointer:
         try:
             weights = {name.removeprefix("module."): value for name, value in checkpoint["model"].items()}
             self.model.load_state_dict(weights)
-            _check_shapes(self.optimizer, checkpoint["optimizer"])
+            _check_adam(self.optimizer, checkpoint["optimizer"])
             self.optimizer.load_state_dict(checkpoint["optimizer"])
             if checkpoint["scaler"]:  # empty unless float16
                 self.scaler.load_state_dict(checkpoint["scaler"])
-        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        except Exception as error:  # what is not what it should be can fail in any way
             raise InputError(
                 f"{path}: does not fit the configured model ({' '.join(str(error).split())[:500]}); use the "
                 "configuration that the run began with, or another run.wandb_name for a new run"
@@ -226,15 +226,16 @@ class Checkpointer:
         return new
 
 
-def _check_shapes(optimizer: Optimizer, state: dict[str, Any]) -> None:
-    """Compare with the parameters what the optimizer takes for granted."""
+def _check_adam(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """Look at what the optimizer itself takes for granted, and would only miss in its next step."""
     names = [name for group in state["param_groups"] for name in group["params"]]
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     of_name = dict(zip(names, parameters, strict=True))
     for name, values in state["state"].items():
-        for key, value in values.items():
-            if isinstance(value, Tensor) and value.ndim > 0 and value.shape != of_name[name].shape:
-                raise ValueError(f"{key} of parameter {name} of the optimizer has the shape {tuple(value.shape)}")
+        float(values["step"])
+        for key in ("exp_avg", "exp_avg_sq"):
+            if (found := values[key].shape) != (expected := of_name[name].shape):
+                raise ValueError(f"{key} of the optimizer's parameter {name} is {tuple(found)}, not {tuple(expected)}")
 
 
 def _step_of(path: Path) -> int:
