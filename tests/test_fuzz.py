@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import gzip
+import importlib
 import io
 import json
 import os
 import random
 import resource
+import shutil
 import struct
 import sys
 import tarfile
@@ -45,6 +47,7 @@ from spidr.extract.kmeans import KMeans
 from spidr.models import build_model
 from spidr.models.hub import load_encoder, load_fairseq_weights, load_weights, recorded_config
 from spidr.tools.metrics import read_metrics
+from tiny_run import write_config, write_recordings
 
 TIMES = int(os.environ.get("SPIDR_FUZZ", "1"))
 MEMORY = 2 << 30
@@ -97,8 +100,8 @@ def attempt(read: Callable[[], Any], place: Path | str) -> Any:
 # What is wrong
 
 NOISE = [
-    b"", b"\0", b"\xff", b"\xef\xbb\xbf", b"\r\n", b"\r", b"\n\n", b'"', b"'", b"{", b"[", b"]]", b"}", b",", b":", b"\t",
-    b" ", b"=", b"#", b"\\", b"-", b"1e999", b"NaN", b"null", b"9" * 25, b"\xed\xa0\x80", "\u2028é🎉".encode(),
+    b"", b"\0", b"\xff", b"\xef\xbb\xbf", b"\r\n", b"\r", b"\n\n", b'"', b"'", b"{", b"[", b"]]", b"}", b",", b":",
+    b"\t", b" ", b"=", b"#", b"\\", b"-", b"1e999", b"NaN", b"null", b"9" * 25, b"\xed\xa0\x80", "\u2028é🎉".encode(),
     b"\xff\xff\xff\xff", b"\0" * 8, b"\x7f\xff\xff\xff", b"[" * 10_000, b"../" * 3, b"$(touch executed)",
 ]  # fmt: skip
 
@@ -131,7 +134,8 @@ ODD = [
     "1" + "0" * 30, "1" * 5000, "0.5", "1.0", "-0.0", "1e308", "1e999", "NaN", "-Infinity", '""', '"x"', '"\\u0000"',
     '"\\ud800"', '"\\u2028"', '"🎉"', '"../../x"', '"/etc/passwd"', '"$(touch executed)"', f'"{"a" * 300}"',
     f'"{"b" * 70_000}"', "[]", "[1]", "[null]", "[[]]", "[1e10]", '["a", "b"]', '[["a", 0, 1]]', '[["a", 0, 1e12]]',
-    '[["a", 1, 0]]', '[["a", NaN, 1]]', "{}", '{"a": 1}', "[" * 10_000 + "]" * 10_000, '{"a": ' * 10_000 + "1" + "}" * 10_000,
+    '[["a", 1, 0]]', '[["a", NaN, 1]]', "{}", '{"a": 1}', "[" * 10_000 + "]" * 10_000,
+    '{"a": ' * 10_000 + "1" + "}" * 10_000,
 ]  # fmt: skip
 """JSON values that are not what is expected where they stand."""
 HOLE = "@hole@"
@@ -468,7 +472,9 @@ def damaged_archive(draw: st.DrawFn) -> bytes:
     """An archive with a field of a header changed, its checksum right again."""
     content = bytearray(archive())
     begin = draw(st.sampled_from(headers(archive())))
-    place, size = draw(st.sampled_from([(0, 100), (100, 8), (124, 12), (124, 12), (124, 12), (156, 1), (257, 8), (345, 155)]))
+    place, size = draw(
+        st.sampled_from([(0, 100), (100, 8), (124, 12), (124, 12), (124, 12), (156, 1), (257, 8), (345, 155)])
+    )
     values = st.one_of(
         st.binary(min_size=size, max_size=size),
         st.sampled_from([b"\xff" * size, b"\x80" + b"\0" * (size - 1), b"\x80" + b"\xff" * (size - 1), b"7" * size]),
@@ -588,7 +594,7 @@ def test_checkpoints_with_another_pickle(data: st.DataObject) -> None:
 
 
 @given(SEEDS)
-@cases(100)
+@cases(40)
 def test_checkpoints_of_other_things(seed: int) -> None:
     """A run goes on from what fits it only."""
     content = saved(changed(checkpoint(), seed))
@@ -662,7 +668,13 @@ def centroids() -> bytes:
 @st.composite
 def other_centroids(draw: st.DrawFn) -> bytes:
     file = io.BytesIO()
-    arrays = [np.zeros((3, 4)), np.zeros((3, 4), np.float32), np.full((1, 2), np.nan, np.float32), np.zeros(3), np.array("x")]
+    arrays = [
+        np.zeros((3, 4)),
+        np.zeros((3, 4), np.float32),
+        np.full((1, 2), np.nan, np.float32),
+        np.zeros(3),
+        np.array("x"),
+    ]
     made = draw(st.one_of(mistyped({"model": "x", "layer": 2, "weights": "0"}), st.just("x")))
     names = draw(st.sampled_from([("centroids", "made"), ("centroids", "x"), ("x", "made")]))
     save = draw(st.sampled_from([np.savez, np.savez, np.savez_compressed]))
@@ -697,3 +709,142 @@ def test_features(data: st.DataObject, suffix: str) -> None:
     with folder_of(f"a{suffix}", data.draw(st.one_of(damaged(features(suffix)), odd))) as path:
         found = attempt(lambda: FeatureFolder(path.parent)["a"], path)
         assert found is None or found.ndim == 2
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Command lines
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Recordings and all that goes with them, wrong files among them."""
+    folder = tmp_path_factory.mktemp("corpus")
+    manifest = write_recordings(folder, count=3)
+    write_config(folder, manifest)
+    names = [path.stem for path in sorted((folder / "audio").iterdir())]
+    (folder / "a.jsonl").write_text(
+        "".join(json.dumps({"fileid": n, "phones": ["AH", "T"] * 20}) + "\n" for n in names)
+    )
+    (folder / "u.jsonl").write_text("".join(json.dumps({"fileid": n, "units": [1, 2] * 10}) + "\n" for n in names))
+    items = [f"{name} 0.0 0.1 {phone} B C s{i}" for i, name in enumerate(names) for phone in ("AH", "T", "AH")]
+    (folder / "x.item").write_text("#file onset offset #phone prev-phone next-phone speaker\n" + "\n".join(items))
+    export_safetensors(tiny_model(), folder / "m.safetensors")
+    (folder / "k.npz").write_bytes(centroids())
+    (folder / "t.tar").write_bytes(archive())
+    (folder / "noise.bin").write_bytes(bytes(range(256)) * 8)
+    (folder / "features").mkdir()
+    for name in names:
+        np.save(folder / "features" / f"{name}.npy", np.zeros((40, 3), np.float32))
+    (folder / "run" / "validation").mkdir(parents=True)
+    (folder / "run" / "config.json").write_text((folder / "run.json").read_text())
+    (folder / "run" / "metrics.jsonl").write_text(
+        '{"step": 0, "group": "train", "loss": "x"}\n{"step": 1, "group": 3}\n'
+    )
+    (folder / "run" / "validation" / "step_x.pending").touch()
+    os.mkfifo(folder / "audio" / "pipe.flac")
+    return folder
+
+
+FILES = [
+    "manifest.csv", "run.json", "a.jsonl", "u.jsonl", "x.item", "m.safetensors", "k.npz", "t.tar", "noise.bin", "audio",
+    "audio/0.wav", "audio/pipe.flac", "features", "run", "run/metrics.jsonl", ".", "missing.csv", "missing/x.csv",
+    "a" * 300 + ".wav", "\udcff.csv", "$(touch executed)", "; touch executed", "", "/dev/null/x", "é\n.toml", "*.csv",
+]  # fmt: skip
+OUTPUTS = ["out.csv", "out.jsonl", "out.tsv", "out.npz", "out.parquet", "out.safetensors", "out", "deep/er/out.jsonl",
+           "noise.bin/out.jsonl", "noise.bin", "/proc/out.npz", "b" * 300 + ".csv", ""]  # fmt: skip
+NUMBERS = ["1", "0", "-1", "2", "7", "1.5", "nan", "inf", "1e999", "9" * 25, "1/0", "x", "", "100000000000"]
+COMMANDS: dict[str, tuple[list[list[str]], list[str]]] = {
+    "spidr": ([FILES], ["-A=a b", "-N=1", "-G=1", "-N=-1", "-t=NUMBER", "--mem-per-gpu=$(x)", "--dump=OUTPUT"]),
+    "spidr.train": ([FILES[10:]], []),
+    "spidr.data.write_manifest": ([FILES, OUTPUTS], ["--ext=flac", "--ext=", "--fairseq", "--stats", "--nonsense"]),
+    "spidr.extract features": (
+        [FILES, OUTPUTS],
+        ["--layer=NUMBER", "--batch-seconds=NUMBER", "--window=NUMBER", "--context=NUMBER", "--threads=NUMBER",
+         "--format=pt", "--store=float16", "--on-error=skip", "--resample", "--device=cuda", "--model=FILE"],
+    ),
+    "spidr.extract units": (
+        [FILES, OUTPUTS],
+        ["--layer=NUMBER", "--kmeans=FILE", "--dedup", "--batch-seconds=NUMBER", "--window=NUMBER", "--on-error=skip"],
+    ),
+    "spidr.extract kmeans": ([FILES, OUTPUTS], ["--units=NUMBER", "--max-frames=NUMBER", "--seed=NUMBER", "--layer=2"]),
+    "spidr.evaluate units": ([FILES, FILES], ["--num-units=NUMBER", "--frame-step=NUMBER", "--tier=x", "--json"]),
+    "spidr.evaluate abx": (
+        [FILES, FILES],
+        ["--frame-rate=NUMBER", "--max-size-group=NUMBER", "--max-x-across=NUMBER", "--context=any",
+         "--distance=euclidean", "--distance=identical"],
+    ),
+    "spidr.evaluate model": (
+        [FILES, FILES, FILES],
+        ["--layers=NUMBER", "--max-batch-length=NUMBER", "--item=FILE", "--tier=x"],
+    ),
+    "spidr.export safetensors": ([FILES, OUTPUTS], []),
+    "spidr.export transformers": ([FILES, OUTPUTS], []),
+    "spidr.report": ([FILES], ["--output=OUTPUT", "--set=dev", "--set=x", "--layer=NUMBER", "--max-minutes=NUMBER"]),
+    "spidr.tools.metrics_queue": ([FILES], ["--entity=e", "--runid=$(x)"]),
+}  # fmt: skip
+"""Command lines: what their arguments may be, and options."""
+RIGHT = {
+    "spidr": ["run.json", "--dry-run"],
+    "spidr.data.write_manifest": ["audio", "out.csv"],
+    "spidr.extract features": ["manifest.csv", "out", "--model=m.safetensors", "--quiet"],
+    "spidr.extract units": ["manifest.csv", "out.jsonl", "--model=m.safetensors", "--quiet"],
+    "spidr.extract kmeans": ["manifest.csv", "out.npz", "--model=m.safetensors", "--quiet", "--units=3"],
+    "spidr.evaluate units": ["u.jsonl", "a.jsonl"],
+    "spidr.evaluate abx": ["features", "x.item"],
+    "spidr.evaluate model": ["m.safetensors", "manifest.csv", "a.jsonl", "--device=cpu"],
+    "spidr.export safetensors": ["m.safetensors", "out.safetensors"],
+    "spidr.export transformers": ["m.safetensors", "out"],
+    "spidr.report": ["run", "--output=out"],
+    "spidr.train": ["noise.bin"],
+    "spidr.tools.metrics_queue": ["run", "--entity=e"],
+}
+
+
+@st.composite
+def command_line(draw: st.DrawFn) -> tuple[str, list[str]]:
+    name = draw(st.sampled_from(list(COMMANDS)))
+    choices, options = COMMANDS[name]
+    arguments = list(RIGHT[name])
+    if name == "spidr" or draw(st.booleans()):
+        at = draw(st.integers(0, len(choices) - 1))
+        arguments[at] = draw(st.sampled_from(choices[at]))
+    for option in draw(st.lists(st.sampled_from(options), max_size=2)) if options else ():
+        option = option.replace("NUMBER", draw(st.sampled_from(NUMBERS)))
+        option = option.replace("FILE", draw(st.sampled_from(FILES)))
+        arguments.append(option.replace("OUTPUT", draw(st.sampled_from(OUTPUTS))))
+    return name, arguments
+
+
+def call(name: str, arguments: list[str]) -> tuple[int, str]:
+    """Exit status of a command line in this process, and what it writes to standard error."""
+    module, *command = name.split()
+    packages = ("spidr", "spidr.extract", "spidr.export", "spidr.report")
+    main = importlib.import_module(f"{module}.__main__" if module in packages else module).main
+    errors, before = io.StringIO(), sys.argv
+    sys.argv = [module, *arguments]
+    try:
+        with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.TextIOWrapper(io.BytesIO(), "utf-8")):
+            status = main() if module == "spidr.train" else main([*command, *arguments])
+    except SystemExit as end:
+        status = end.code
+    finally:
+        sys.argv = before
+    return status or 0, errors.getvalue()
+
+
+@given(command_line())
+@cases(250)
+def test_command_lines(corpus: Path, line: tuple[str, list[str]]) -> None:
+    """In a folder where they may write: the right ones do their work, all others say what is wrong."""
+    there = set(corpus.rglob("*"))
+    with contextlib.chdir(corpus):
+        status, errors = call(*line)
+    assert status in (0, 2), errors
+    if status == 2:
+        assert len([text for text in errors.splitlines() if "error: " in text]) == 1, errors
+    assert "Traceback" not in errors
+    new = set(corpus.rglob("*")) - there
+    assert not [path for path in new if path.name.startswith(".") or path.name == "executed"]
+    for path in new:
+        if path.parent == corpus:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()

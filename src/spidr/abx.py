@@ -128,6 +128,9 @@ class Scorer:
                 "ABX is computed by fastabx, which is not installed and needs Python 3.12 or newer: "
                 'pip install "spidr[abx]"'
             ) from None
+        for name, size in (("max_size_group", max_size_group), ("max_x_across", max_x_across)):
+            if size is not None and not 2 <= size < 2**31:
+                raise InputError(f"{name}: found {size}, expected an integer of at least 2, or all of them")
         self._fastabx: Any = fastabx
         self.items = items
         half = Fraction(1, 2)

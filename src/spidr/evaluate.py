@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import re
 import sys
 import tempfile
@@ -119,8 +120,9 @@ def evaluate_abx(source: str | Path, scorer: Scorer, distance: str | None = None
         InputError: See :meth:`spidr.abx.Scorer.score`.
     """
     path = Path(source)
-    features: Mapping[str, NDArray[Any]] = FeatureFolder(path) if path.is_dir() else read_units(path)
-    kind: Any = distance or ("angular" if path.is_dir() else "identical")
+    is_folder = os.path.isdir(path)  # noqa: PTH112 (False for all that cannot be a folder)
+    features: Mapping[str, NDArray[Any]] = FeatureFolder(path) if is_folder else read_units(path)
+    kind: Any = distance or ("angular" if is_folder else "identical")
     return scorer.score(features, kind)
 
 

@@ -6,6 +6,7 @@ JSON lines, and Praat's TextGrids through praatio, imported here only. May impor
 from __future__ import annotations
 
 import math
+import os
 import sys
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
@@ -51,7 +52,7 @@ def read_alignments(path: str | Path, tier: str | None = None) -> Alignments:
     """
     path = Path(path)
     try:
-        if path.is_dir():
+        if os.path.isdir(path):  # noqa: PTH112 (False for all that cannot be a folder)
             alignments = _read_folder(path, tier)
         elif path.suffix.lower() == ".textgrid":
             alignments = {path.stem: _read_grid(path, tier)}
@@ -60,7 +61,7 @@ def read_alignments(path: str | Path, tier: str | None = None) -> Alignments:
     except OSError as error:
         raise InputError(f"{path}: the alignments cannot be read ({error.strerror or error}).") from None
     if not alignments:
-        what = "no .TextGrid in the folder" if path.is_dir() else "no alignment in the file"
+        what = "no .TextGrid in the folder" if os.path.isdir(path) else "no alignment in the file"  # noqa: PTH112
         raise InputError(f"{path}: {what}.")
     return alignments
 

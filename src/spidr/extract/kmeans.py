@@ -143,6 +143,8 @@ def fit_kmeans(
     options, output = options or Options(), Path(output)
     if output.suffix != ".npz":
         raise InputError(f"{output}: the name of a k-means model must end in .npz.")
+    if not 0 <= seed < 2**32:
+        raise InputError(f"seed: found {seed}, expected an integer between 0 and 2^32 - 1")
     if units < 1 or max_frames < units:
         raise InputError(f"{units} units of {max_frames} frames: there must be a unit, and a frame for each at least")
     with environment(options.run_config()) as env:

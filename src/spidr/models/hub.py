@@ -426,7 +426,9 @@ class _Unpickler(pickle._Unpickler):
         _, dtype, name, *_ = key
         if (name, dtype) not in self.storages:
             content = bytearray(self.archive.read(f"{self.folder}/data/{name}"))
-            self.storages[name, dtype] = torch.frombuffer(content, dtype=dtype) if content else torch.empty(0, dtype=dtype)
+            self.storages[name, dtype] = (
+                torch.frombuffer(content, dtype=dtype) if content else torch.empty(0, dtype=dtype)
+            )
         return self.storages[name, dtype]
 
 

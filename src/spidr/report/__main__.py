@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -311,7 +312,7 @@ def make_report(
     Raises:
         InputError: No run folder, or no such set.
     """
-    if not (run / "config.json").is_file():
+    if not os.path.isfile(run / "config.json"):  # noqa: PTH113 (False for all that cannot be a file)
         raise InputError(f"{run}: not a run folder, it has no config.json")
     cfg = read_config(run / "config.json")
     report = Report(run, cfg, sorted(read_metrics(run / "metrics.jsonl"), key=lambda line: line["step"]))
