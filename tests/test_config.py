@@ -488,7 +488,7 @@ def test_a_rule_waits_for_valid_fields(write) -> None:
         ("c.json", '{"a": 1' + "0" * 5000 + "}", "not valid JSON: Exceeds the limit"),
         ("c.json", "[1]", "found [1], accepted: an object of sections"),
         ("c.json", "", "not valid JSON: Expecting value"),
-        ("c.json", " " * (2**24 + 1), "larger than 16 MiB, so no configuration"),
+        ("c.json", " " * (2**20 + 1), "larger than 1 MiB, so no configuration"),
     ],
 )
 def test_unparsable(write, name: str, content: str | bytes, expected: str) -> None:

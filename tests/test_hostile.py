@@ -76,7 +76,8 @@ def test_text_nested_ten_thousand_deep(tmp_path: Path) -> None:
     for name, text in {
         "list.toml": f"a = {deep}", "table.toml": "a = " + "{a=" * 10_000 + "1" + "}" * 10_000,
         "key.toml": "a" + ".a" * 10_000 + " = 1", "quoted.toml": '"#"' + '."#"' * 10_000 + " = 1",
-        "header.toml": "[a" + ".a" * 10_000 + "]", "list.json": deep, "table.json": '{"a":' * 10_000 + "1" + "}" * 10_000,
+        "header.toml": "[a" + ".a" * 10_000 + "]", "list.json": deep,
+        "table.json": '{"a":' * 10_000 + "1" + "}" * 10_000,
     }.items():  # fmt: skip
         (tmp_path / name).write_text(text)
         with pytest.raises(InputError, match=f"{name}: not valid (TOML|JSON): nested too deeply"):
@@ -118,7 +119,8 @@ def outcomes(*reads: tuple[str, Path]) -> list[tuple[str, int]]:
     """What came of reading files in a process, and by how many MiB the most memory it had at once grew."""
     done = subprocess.run(
         [sys.executable, "-c", LIMITED, *(f"{function}={path}" for function, path in reads)],
-        capture_output=True, text=True, timeout=250, check=False, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True, text=True, timeout=250, check=False,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     rows = [line.split() for line in done.stdout.splitlines()]
@@ -150,7 +152,8 @@ def test_bombs(tmp_path: Path) -> None:
     (tmp_path / "promise.flac").write_bytes(promising_flac())
     reads = [
         ("read_alignments", "line.jsonl.gz"), ("read_units", "line.jsonl.gz"), ("read_alignments", "long.jsonl"),
-        ("read_alignments", "days.jsonl"), ("read_units", "runs.jsonl"), ("KMeans", "k.npz"), ("load_weights", "zip.pt"),
+        ("read_alignments", "days.jsonl"), ("read_units", "runs.jsonl"), ("KMeans", "k.npz"),
+        ("load_weights", "zip.pt"),
         ("load_fairseq_weights", "zip.pt"), ("load_weights", "overlap.pt"), ("load_fairseq_weights", "put.pt"),
         ("read_audio", "promise.flac"),
     ]  # fmt: skip

@@ -4,7 +4,7 @@ submitit runs a job: each of its tasks loads a pickled call from the job folder 
 ours, because submitit writes names and options into ``#SBATCH`` lines, where a line break in one of them would hand the
 rest to the shell. Here they are arguments of ``sbatch``, no shell in between, and everything in the script is quoted.
 
-May import ``spidr.config``, ``spidr.tools`` and, inside a job, ``spidr.environment`` and ``spidr.validate``. submitit is
+May import ``spidr.config``, ``spidr.tools`` and, in a job, ``spidr.environment`` and ``spidr.validate``. submitit is
 imported when something is submitted, torch only inside a job.
 """
 

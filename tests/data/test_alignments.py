@@ -67,7 +67,7 @@ def test_unreadable_files(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot be read"):
         read_alignments(tmp_path / "gone.jsonl")
     (tmp_path / "binary.jsonl").write_bytes(b"\xff\xfe")
-    with pytest.raises(InputError, match="not a complete UTF-8"):
+    with pytest.raises(InputError, match="line 1: not UTF-8 text"):
         read_alignments(tmp_path / "binary.jsonl")
 
 
