@@ -481,14 +481,14 @@ def test_a_rule_waits_for_valid_fields(write) -> None:
         ("c.toml", "[run]\n[run]\n", "not valid TOML: Cannot declare"),
         ("c.toml", "\n[run]\nworkdir = '\xff'\n".encode("latin-1"), "not UTF-8 text (line 3: byte 0xff)"),
         ("c.toml", b"a = \x00", "not valid TOML"),
-        ("c.toml", "a = " + "[" * 10_000 + "]" * 10_000, "nested too deeply"),
-        ("c.json", "[" * 100_000 + "]" * 100_000, "nested too deeply"),
+        ("c.toml", "a = " + "[" * 10_000 + "]" * 10_000, "not valid TOML: nested too deeply"),
+        ("c.json", "[" * 100_000 + "]" * 100_000, "not valid JSON: nested too deeply"),
         ("c.json", '{"run": {"a": 1, "a": 2}}', "not valid JSON: duplicate key a"),
         ("c.json", '{"run": \n oops}', "not valid JSON: Expecting value: line 2 column 2"),
         ("c.json", '{"a": 1' + "0" * 5000 + "}", "not valid JSON: Exceeds the limit"),
         ("c.json", "[1]", "found [1], accepted: an object of sections"),
         ("c.json", "", "not valid JSON: Expecting value"),
-        ("c.json", " " * (2**24 + 1), "larger than 16 MiB, so no configuration"),
+        ("c.json", " " * (2**20 + 1), "larger than 1 MiB, so no configuration"),
     ],
 )
 def test_unparsable(write, name: str, content: str | bytes, expected: str) -> None:

@@ -133,7 +133,7 @@ def test_formats_of_units(tmp_path: Path) -> None:
     ("content", "message"),
     [
         ("", "no units in the file"),
-        ("{", "not JSON lines or Parquet"),
+        ("{", "row 1: not JSON"),
         ('["a"]', "row 1: expected `fileid` and `units`"),
         ('{"fileid": "a"}', "row 1: expected"),
         ('{"fileid": 3, "units": [1]}', "row 1: expected"),

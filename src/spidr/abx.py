@@ -9,6 +9,7 @@ and after; spoken by one speaker ("within"), or X by another than A and B ("acro
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
@@ -73,16 +74,25 @@ def read_items(path: str | Path) -> Items:
     for number, line in enumerate(lines[1:], start=2):
         row = dict(zip(header, line.split(), strict=False))
         try:
-            times = Fraction(row["onset"]), Fraction(row["offset"])
+            times = _seconds(row["onset"]), _seconds(row["offset"])
         except (KeyError, ValueError):
             raise InputError(f"{path}: line {number}: expected {' '.join(header)}; found {line[:80]!r}.") from None
-        if len(row) < len(header):
+        if times[0] > times[1]:
+            raise InputError(f"{path}: line {number}: the offset is before the onset; found {line[:80]!r}.")
+        if len(line.split()) != len(header):
             raise InputError(f"{path}: line {number}: expected {' '.join(header)}; found {line[:80]!r}.")
         rows.append((row, times))
     if not rows:
         raise InputError(f"{path}: no item in the file.")
     labels = {name: [row[name] for row, _ in rows] for name in COLUMNS[3:]}
     return Items(path, [row["#file"] for row, _ in rows], [times for _, times in rows], labels)
+
+
+def _seconds(text: str) -> Fraction:
+    """Exact value of a decimal number, not below zero. Not any that Fraction knows: 1e999999999 would take hours."""
+    if not re.fullmatch(r"\+?\d{1,18}(\.\d{0,30})?([eE][+-]?\d{1,2})?", text, re.ASCII):
+        raise ValueError
+    return Fraction(text)
 
 
 class Scorer:
@@ -118,6 +128,9 @@ class Scorer:
                 "ABX is computed by fastabx, which is not installed and needs Python 3.12 or newer: "
                 'pip install "spidr[abx]"'
             ) from None
+        for name, size in (("max_size_group", max_size_group), ("max_x_across", max_x_across)):
+            if size is not None and not 2 <= size < 2**31:
+                raise InputError(f"{name}: found {size}, expected an integer of at least 2, or all of them")
         self._fastabx: Any = fastabx
         self.items = items
         half = Fraction(1, 2)
@@ -143,6 +156,9 @@ class Scorer:
         """
         slices, used = self._slices(features)
         ends = np.cumsum([len(part) for part in slices]).tolist()
+        shapes = {part.shape[1:] for part in slices}
+        if len(shapes) > 1:
+            raise InputError(f"the features have different dimensions: {', '.join(sorted(map(str, shapes)))}")
         data = torch.from_numpy(np.concatenate(slices))
         data = data.unsqueeze(1) if data.ndim == 1 else data
         if data.is_floating_point():

@@ -28,6 +28,9 @@ CONTENTS: dict[str, type] = {
 }  # fmt: skip
 """What every training checkpoint holds."""
 
+EXTRA: dict[str, type] = {"position": int, "means": dict, "idle": list}
+"""What those of a run hold too, see :class:`spidr.run.Run`."""
+
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a training checkpoint on the CPU, without running code from it.
@@ -42,10 +45,12 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     except Exception as error:  # a damaged archive or pickle can fail in any way
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise InputError(f"{path}: not a valid checkpoint ({reason})") from error
-    for key, kind in CONTENTS.items():
-        if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(key), kind):
+    found = checkpoint if isinstance(checkpoint, dict) else {}
+    for key, kind in (CONTENTS | EXTRA).items():
+        value = found.get(key, None if key in CONTENTS else kind())
+        if not isinstance(value, kind) or (isinstance(value, int) and value < 0):
             raise InputError(f"{path}: not a training checkpoint, it has no {key!r} or a wrong one")
-    return checkpoint
+    return found
 
 
 class Checkpointer:
@@ -192,10 +197,11 @@ class Checkpointer:
         try:
             weights = {name.removeprefix("module."): value for name, value in checkpoint["model"].items()}
             self.model.load_state_dict(weights)
+            _check_adam(self.optimizer, checkpoint["optimizer"])
             self.optimizer.load_state_dict(checkpoint["optimizer"])
             if checkpoint["scaler"]:  # empty unless float16
                 self.scaler.load_state_dict(checkpoint["scaler"])
-        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        except Exception as error:  # what is not what it should be can fail in any way
             raise InputError(
                 f"{path}: does not fit the configured model ({' '.join(str(error).split())[:500]}); use the "
                 "configuration that the run began with, or another run.wandb_name for a new run"
@@ -218,6 +224,18 @@ class Checkpointer:
         new = lines[self._seen_metrics :]
         self._seen_metrics = len(lines)
         return new
+
+
+def _check_adam(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """Look at what the optimizer itself takes for granted, and would only miss in its next step."""
+    names = [name for group in state["param_groups"] for name in group["params"]]
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    of_name = dict(zip(names, parameters, strict=True))
+    for name, values in state["state"].items():
+        float(values["step"])
+        for key in ("exp_avg", "exp_avg_sq"):
+            if (found := values[key].shape) != (expected := of_name[name].shape):
+                raise ValueError(f"{key} of the optimizer's parameter {name} is {tuple(found)}, not {tuple(expected)}")
 
 
 def _step_of(path: Path) -> int:

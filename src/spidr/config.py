@@ -64,6 +64,11 @@ class InputError(ValueError):
     """
 
 
+def first_line(error: BaseException) -> str:
+    """What another library's error says, short enough for a message of ours; its name if it says nothing."""
+    return next(iter(str(error).splitlines()), "")[:200] or type(error).__name__
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # What a field accepts
 
@@ -480,7 +485,7 @@ def model_config(model_type: str, table: Mapping[str, Any], *, source: str = "mo
     Raises:
         InputError: An unknown model type, or wrong keys or values.
     """
-    if model_type not in _MODEL_CONFIGS:
+    if not isinstance(model_type, str) or model_type not in _MODEL_CONFIGS:
         raise InputError(f"{source}: model_type: found {_show(model_type)}, accepted: {_describe(ModelType)}")
     try:
         return _from_table(_MODEL_CONFIGS[model_type], table)
@@ -488,7 +493,8 @@ def model_config(model_type: str, table: Mapping[str, Any], *, source: str = "mo
         raise _ProblemsError(error.problems, source) from None
 
 
-_MAX_BYTES = 16 * 2**20
+_MAX_BYTES = 2**20
+_MAX_KEY_PARTS = 100
 
 
 def read_table(path: str | Path) -> dict[str, Any]:
@@ -508,12 +514,11 @@ def read_table(path: str | Path) -> dict[str, Any]:
     if len(raw) > _MAX_BYTES:
         raise InputError(f"{path}: larger than {_MAX_BYTES // 2**20} MiB, so no configuration")
     try:
-        document = _parse_json(raw.decode("utf-8-sig")) if kind == "JSON" else tomllib.loads(raw.decode("utf-8-sig"))
+        text = raw.decode("utf-8-sig")
+        document = parse_json(text) if kind == "JSON" else _parse_toml(text)
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         raise InputError(f"{path}: not UTF-8 text (line {line}: byte 0x{raw[error.start]:02x})") from None
-    except RecursionError:
-        raise InputError(f"{path}: nested too deeply") from None
     except ValueError as error:  # also the parsers' own errors, which say the line
         raise InputError(f"{path}: not valid {kind}: {error}") from None
     if not isinstance(document, dict):
@@ -521,7 +526,13 @@ def read_table(path: str | Path) -> dict[str, Any]:
     return document
 
 
-def _parse_json(text: str) -> Any:
+def parse_json(text: str) -> Any:
+    """Parse JSON that anybody may have written.
+
+    Raises:
+        ValueError: It is not valid, names a key twice, or is nested too deeply.
+    """
+
     def table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result: dict[str, Any] = {}
         for key, value in pairs:
@@ -530,7 +541,22 @@ def _parse_json(text: str) -> Any:
             result[key] = value
         return result
 
-    return json.loads(text, object_pairs_hook=table)
+    try:
+        return json.loads(text, object_pairs_hook=table)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def _parse_toml(text: str) -> dict[str, Any]:
+    """As :func:`parse_json`."""
+    for number, line in enumerate(text.split("\n"), start=1):
+        # tomllib's time grows with the square of the parts of a key.
+        if line.partition("=")[0].count(".") > _MAX_KEY_PARTS and not line.lstrip().startswith("#"):
+            raise ValueError(f"nested too deeply (at line {number})")
+    try:
+        return tomllib.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 S = TypeVar("S", bound=_Settings)

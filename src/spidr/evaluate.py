@@ -10,6 +10,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
+import re
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from spidr.config import SAMPLE_RATE, InputError
+from spidr.config import SAMPLE_RATE, InputError, first_line
 from spidr.data.alignments import FRAME_STEP, match_alignments, match_names, read_alignments
 from spidr.data.units import read_units
 from spidr.models.metrics import UnitsQuality, units_quality
@@ -88,11 +90,14 @@ class FeatureFolder(Mapping[str, NDArray[Any]]):
             if path.suffix == ".npy":
                 features: NDArray[Any] = np.load(path, mmap_mode="r")
             else:
-                import torch
+                from spidr.models.hub import load_verified
 
-                features = torch.load(path, map_location="cpu", weights_only=True).detach().float().numpy()
+                features = load_verified(path).detach().float().numpy()
+            kind = features.dtype.kind
         except Exception as error:  # a broken file can fail in any way
-            raise InputError(f"{path}: no features of a recording ({str(error).splitlines()[0]})") from None
+            raise InputError(f"{path}: no features of a recording ({first_line(error)})") from None
+        if kind not in "fiu":
+            raise InputError(f"{path}: features must be real numbers, not {features.dtype}")
         if features.ndim != 2:
             raise InputError(f"{path}: features must be (frames, dimensions), not of shape {features.shape}")
         return features
@@ -116,8 +121,9 @@ def evaluate_abx(source: str | Path, scorer: Scorer, distance: str | None = None
         InputError: See :meth:`spidr.abx.Scorer.score`.
     """
     path = Path(source)
-    features: Mapping[str, NDArray[Any]] = FeatureFolder(path) if path.is_dir() else read_units(path)
-    kind: Any = distance or ("angular" if path.is_dir() else "identical")
+    is_folder = os.path.isdir(path)  # noqa: PTH112 (False for all that cannot be a folder)
+    features: Mapping[str, NDArray[Any]] = FeatureFolder(path) if is_folder else read_units(path)
+    kind: Any = distance or ("angular" if is_folder else "identical")
     return scorer.score(features, kind)
 
 
@@ -331,6 +337,13 @@ def _layers(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
 
+def _frame_rate(text: str) -> Fraction:
+    """Such as 50, 49.5 or 100/3."""
+    if not re.fullmatch(r"\d{1,6}(\.\d{1,6}|/[1-9]\d{0,5})?", text, re.ASCII) or not Fraction(text):
+        raise ValueError
+    return Fraction(text)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m spidr.evaluate", description="How good units and features are.")
     commands = parser.add_subparsers(required=True, metavar="units|abx|model")
@@ -348,7 +361,7 @@ def _parser() -> argparse.ArgumentParser:
     abx = command("abx", _abx, "ABX error rates, within and across speakers, of one or several representations.")
     abx.add_argument("features", nargs="+", help="folders of .npy or .pt files (T, D), or files of units")
     abx.add_argument("item", help="ABX item file")
-    abx.add_argument("--frame-rate", type=Fraction, default=Fraction(50), help="frames per second (default: 50)")
+    abx.add_argument("--frame-rate", type=_frame_rate, default=Fraction(50), help="frames per second (default: 50)")
     abx.add_argument(
         "--distance",
         choices=("angular", "euclidean", "kl_symmetric", "identical"),

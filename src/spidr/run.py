@@ -105,9 +105,12 @@ class Run:
         if "position" in extra:
             # In batches, so that other numbers of processes go on from the same place.
             state.position = extra["position"] // self._batches_per_step(state)
-            self._means = Means(extra["means"])
-            for codebook, idle in zip(state.model.codebooks, extra.get("idle", ()), strict=False):
-                cast("Tensor", codebook.idle).copy_(idle)
+            try:
+                self._means = Means({name: [float(total), int(n)] for name, (total, n) in extra["means"].items()})
+                for codebook, idle in zip(state.model.codebooks, extra.get("idle", ()), strict=False):
+                    cast("Tensor", codebook.idle).copy_(idle)
+            except (KeyError, RuntimeError, TypeError, ValueError) as error:
+                raise InputError(f"{path}: 'means' or 'idle' is not what a run has saved ({error})") from error
         else:
             logger.warning("%s does not say which data it had seen: going on with the next epoch", path)
             state.epoch += 1

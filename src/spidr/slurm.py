@@ -4,8 +4,8 @@ submitit runs a job: each of its tasks loads a pickled call from the job folder 
 ours, because submitit writes names and options into ``#SBATCH`` lines, where a line break in one of them would hand the
 rest to the shell. Here they are arguments of ``sbatch``, no shell in between, and everything in the script is quoted.
 
-May import ``spidr.config`` and, inside a job, ``spidr.environment`` and ``spidr.validate``. submitit is imported when
-something is submitted, torch only inside a job.
+May import ``spidr.config``, ``spidr.tools`` and, in a job, ``spidr.environment`` and ``spidr.validate``. submitit is
+imported when something is submitted, torch only inside a job.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ from pathlib import Path
 from typing import Any
 
 from spidr.config import Config, InputError, ResumeConfig, SlurmConfig, read_table
+from spidr.tools.files import make_folder
+from spidr.tools.metrics import read_metrics
 
 logger = logging.getLogger(__name__)
 
@@ -410,7 +412,7 @@ class ValidationJobs:
         Returns:
             The thread that submits. The interpreter waits for it before it ends.
         """
-        self.folder.mkdir(exist_ok=True)
+        make_folder(self.folder)
         self._pending(step).touch()
         resume = ResumeConfig(step, str(checkpoint), str(self._results(step)))
         # Read now: the environment may be another one when the thread gets to it.
@@ -433,7 +435,7 @@ class ValidationJobs:
         for step in sorted(self._steps(".jsonl")):
             if step > waiting:
                 return
-            yield from map(json.loads, self._results(step).read_text().splitlines())
+            yield from read_metrics(self._results(step))
             self._pending(step).unlink(missing_ok=True)
             self._results(step).unlink()
 
@@ -473,7 +475,8 @@ class ValidationJobs:
         return self.folder / f"step_{step}.jsonl"
 
     def _steps(self, suffix: str) -> set[int]:
-        return {int(path.stem.removeprefix("step_")) for path in self.folder.glob(f"step_*{suffix}")}
+        names = (re.fullmatch(rf"step_(\d+){re.escape(suffix)}", path.name) for path in self.folder.glob("step_*"))
+        return {int(name[1]) for name in names if name}
 
 
 def _validate(cfg: Config, resume: ResumeConfig, marker: Path) -> None:

@@ -67,7 +67,7 @@ def test_unreadable_files(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot be read"):
         read_alignments(tmp_path / "gone.jsonl")
     (tmp_path / "binary.jsonl").write_bytes(b"\xff\xfe")
-    with pytest.raises(InputError, match="not a complete UTF-8"):
+    with pytest.raises(InputError, match="line 1: not UTF-8 text"):
         read_alignments(tmp_path / "binary.jsonl")
 
 
@@ -76,7 +76,7 @@ def test_compressed_lines(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(content))
     assert read_alignments(tmp_path / "a.jsonl.gz") == {"a": ["B", "C"]}
     (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(content)[:-9])
-    with pytest.raises(InputError, match="not a complete"):
+    with pytest.raises(InputError, match="cannot be read"):
         read_alignments(tmp_path / "cut.jsonl.gz")
     (tmp_path / "plain.jsonl.gz").write_bytes(content)
     with pytest.raises(InputError, match="cannot be read"):

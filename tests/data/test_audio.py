@@ -128,7 +128,7 @@ def test_bad_recordings_are_refused_by_name(tmp_path: Path) -> None:
         "infinite.wav": "not finite",
         "stereo.wav": "2 channels",
         "8 kHz.flac": "8000 Hz",
-        "folder.wav": "cannot be opened",
+        "folder.wav": "not a regular file",
         "vanished.wav": "does not exist",
         "vanished.mp3": "does not exist",
     }

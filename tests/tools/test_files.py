@@ -37,7 +37,7 @@ def test_leaves_nothing_when_it_fails(tmp_path: Path) -> None:
 def test_full_disk_while_torch_saves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The real thing: /dev/full takes no byte."""
     opened = Path.open
-    monkeypatch.setattr(Path, "open", lambda self, *args: opened(Path("/dev/full"), *args))
+    monkeypatch.setattr(Path, "open", lambda self, *args: opened(Path("/dev/full"), "wb"))
     with pytest.raises(InputError, match="No space left on device"), atomic_write(tmp_path / "x.pt") as file:
         torch.save({"x": torch.zeros(100_000)}, file)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import stat
 from functools import lru_cache
 from typing import Any
 
@@ -23,6 +24,8 @@ class Member(io.RawIOBase):
     def __init__(self, archive: str, name: str, offset: int, size: int) -> None:
         try:
             status = os.stat(archive)  # noqa: PTH116
+            if not stat.S_ISREG(status.st_mode):
+                raise InputError(f"{archive}: the archive is not a regular file.")
             self._archive = _open(archive, status.st_ino, status.st_mtime_ns)
         except FileNotFoundError:
             raise InputError(
@@ -50,10 +53,15 @@ class Member(io.RawIOBase):
 
     def readall(self) -> bytes:
         """The bytes from the current position to the member's end."""
-        count = max(0, self._size - self._position)
-        data = os.pread(self._archive.descriptor, count, self._offset + self._position)
-        self._position += len(data)
-        return data
+        pieces = []
+        while self._position < self._size:  # Linux reads 2 GiB at once at most
+            count = self._size - self._position
+            piece = os.pread(self._archive.descriptor, count, self._offset + self._position)
+            if not piece:
+                break
+            pieces.append(piece)
+            self._position += len(piece)
+        return b"".join(pieces)
 
     def readinto(self, buffer: Any) -> int:
         """Fill a buffer from the current position, up to the member's end."""

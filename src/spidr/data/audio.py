@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import os
+import stat
 import struct
 from importlib import import_module
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import soundfile
 
-from spidr.config import SAMPLE_RATE, InputError
+from spidr.config import SAMPLE_RATE, InputError, first_line
 from spidr.data.archive import Member
 
 if TYPE_CHECKING:
@@ -29,6 +30,9 @@ BLOCK = 1 << 16
 
 EPS = 1e-5
 """Added to the variance when an utterance is standardised."""
+
+PIECE = 1 << 24
+"""Samples to read at once: a header may promise more than there are, or than there is memory."""
 
 HEADER = 4096
 """Bytes at the beginning of a file in which the header of a WAV is looked for."""
@@ -168,6 +172,7 @@ def _raw(source: Source) -> io.RawIOBase | io.BytesIO:
         if member := source.member():
             return member
         source = source.path
+    _check_regular(source)
     try:
         return open(source, "rb", buffering=0)  # noqa: PTH123
     except OSError:
@@ -279,6 +284,8 @@ class _File(soundfile.SoundFile):  # type: ignore[misc]
 
 
 def _open(source: Source) -> soundfile.SoundFile:
+    if _is_file(source):
+        _check_regular(str(source))
     try:
         file = _File(_input(source))
     except soundfile.LibsndfileError as error:
@@ -305,7 +312,20 @@ def _input(source: Source) -> Any:
     return os.fspath(source)
 
 
+def _check_regular(path: str | Path) -> None:
+    """Refuse what reading could wait for: pipes and devices. What does not exist is complained about later."""
+    try:
+        mode = os.stat(path).st_mode  # noqa: PTH116
+    except OSError:
+        return
+    except ValueError as error:  # a NUL character
+        raise InputError(f"{path!r}: not the name of a file ({error}).") from None
+    if not stat.S_ISREG(mode):
+        raise InputError(f"{path}: not a regular file.")
+
+
 def _check_file(path: str) -> None:
+    _check_regular(path)
     try:
         size = os.stat(path).st_size  # noqa: PTH116
         with open(path, "rb"):  # noqa: PTH123
@@ -349,7 +369,7 @@ def _read(source: Source, file: soundfile.SoundFile, start: int, stop: int) -> N
     try:
         if file.tell() != start:
             file.seek(start)
-        samples: NDArray[Any] = file.read(stop - start, dtype=dtype)
+        samples = _read_pieces(file, stop - start, dtype)
     except soundfile.LibsndfileError as error:
         raise InputError(f"{_name(source)}: damaged or truncated near sample {start} ({error.error_string}).") from None
     if len(samples) < stop - start:
@@ -359,6 +379,15 @@ def _read(source: Source, file: soundfile.SoundFile, start: int, stop: int) -> N
         return np.multiply(samples, np.float32(2**-15), dtype=np.float32)
     _check_finite(source, samples)
     return samples
+
+
+def _read_pieces(file: soundfile.SoundFile, count: int, dtype: str) -> NDArray[Any]:
+    """So many samples from where the file is, or as many as there are."""
+    pieces: list[NDArray[Any]] = []
+    while not pieces or (count > 0 and len(pieces[-1]) > 0):
+        pieces.append(file.read(min(count, PIECE), dtype=dtype))
+        count -= len(pieces[-1])
+    return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
 
 def _decode(source: Source, *, resample: bool = False) -> NDArray[np.float32]:
@@ -402,4 +431,4 @@ def _with_torchcodec(source: Source, function: Callable[[Any, Any], Any]) -> Any
                 f"{_name(source)}: resampling, and formats other than WAV and FLAC, need TorchCodec and FFmpeg: "
                 "`pip install torchcodec`, and install FFmpeg with conda or your system's package manager."
             ) from None
-        raise InputError(f"{_name(source)}: cannot be decoded ({str(error).splitlines()[0]}).") from None
+        raise InputError(f"{_name(source)}: cannot be decoded ({first_line(error)}).") from None

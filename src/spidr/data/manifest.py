@@ -6,13 +6,15 @@ May import ``spidr.config`` and its siblings.
 from __future__ import annotations
 
 import csv
-import json
+import os
+from glob import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
-from spidr.config import InputError
+from spidr.config import InputError, first_line, parse_json
+from spidr.data.json_lines import read_lines
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -42,12 +44,19 @@ def read_manifest(path: str | Path) -> pl.DataFrame:
         InputError: The file is missing, has no row, lacks a column or holds a value of the wrong type.
     """
     path = Path(path)
-    if not path.is_file():
+    if not os.path.isfile(path):  # noqa: PTH113 (False for all that cannot be a file)
         raise InputError(f"{path}: the manifest does not exist. Write one with `python -m spidr.data.write_manifest`.")
     readers = {".csv": _read_csv, ".jsonl": _read_jsonl, ".tsv": _read_fairseq}
     if path.suffix not in readers:
         raise InputError(f"{path}: a manifest is a .csv, .jsonl or (fairseq) .tsv file, not {path.suffix or 'this'!r}.")
-    manifest = readers[path.suffix](path)
+    try:
+        manifest = readers[path.suffix](path)
+    except OSError as error:
+        raise InputError(f"{path}: the manifest cannot be read ({error.strerror or error}).") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not a UTF-8 text file ({error}).") from None
+    except (csv.Error, pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
+        raise InputError(f"{path}: the manifest cannot be read: {first_line(error)}.") from None
     if manifest.is_empty():
         raise InputError(f"{path}: the manifest has no row.")
     _check_values(path, manifest)
@@ -74,9 +83,11 @@ def _check_values(path: Path, manifest: pl.DataFrame) -> None:
             bad = values.is_null() if in_file is None or column in REQUIRED else values.is_null() & ~in_file
             if values.dtype == pl.Int64:
                 bad |= values.fill_null(0) < 0
+            else:
+                bad |= values.fill_null("").str.contains("\0", literal=True)
         if bad.any():
             row = int(bad.arg_max() or 0)
-            found = "nothing" if values[row] is None else str(values[row])
+            found = "nothing" if values[row] is None else _cut(values[row])
             raise InputError(f"{path}: row {row + 1}, column {column!r}: found {found}, expected {_expected(column)}.")
 
 
@@ -85,14 +96,11 @@ def _expected(column: str) -> str:
 
 
 def _read_csv(path: Path) -> pl.DataFrame:
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            columns = _check_columns(path, next(csv.reader(file), []))
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not a UTF-8 text file ({error}).") from None
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        columns = _check_columns(path, next(csv.reader(file), []))
     schema = {column: SCHEMA[column] for column in columns}
     try:
-        return pl.read_csv(path, columns=columns, schema_overrides=schema).select(columns)
+        return pl.read_csv(escape(str(path)), columns=columns, schema_overrides=schema).select(columns)
     except pl.exceptions.PolarsError as error:
         with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
             rows = (
@@ -112,8 +120,9 @@ def _number(value: Any) -> Any:
 
 def _read_jsonl(path: Path) -> pl.DataFrame:
     try:
-        with path.open(encoding="utf-8") as file:
-            first: Any = json.loads(next((line for line in file if line.strip()), "null"))
+        first: Any = parse_json(next((line for _, line in read_lines(path)), "null"))
+    except InputError:
+        raise
     except ValueError as error:
         raise InputError(f"{path}: row 1 is not a line of JSON ({error}).") from None
     if first is None:
@@ -122,7 +131,7 @@ def _read_jsonl(path: Path) -> pl.DataFrame:
         raise InputError(f"{path}: row 1 is not a JSON object with the columns {', '.join(REQUIRED)}.")
     columns = _check_columns(path, list(first))
     try:
-        return pl.read_ndjson(path, schema={column: SCHEMA[column] for column in columns})
+        return pl.read_ndjson(escape(str(path)), schema={column: SCHEMA[column] for column in columns})
     except pl.exceptions.PolarsError as error:
         with path.open(encoding="utf-8", errors="replace") as file:
             raise _bad_row(path, columns, (_parse(line) for line in file if line.strip()), error) from None
@@ -130,7 +139,7 @@ def _read_jsonl(path: Path) -> pl.DataFrame:
 
 def _parse(line: str) -> dict[str, Any]:
     try:
-        row = json.loads(line)
+        row = parse_json(line)
     except ValueError:
         return {}
     return row if isinstance(row, dict) else {}
@@ -139,33 +148,31 @@ def _parse(line: str) -> dict[str, Any]:
 def _bad_row(path: Path, columns: list[str], rows: Iterator[dict[str, Any]], error: Exception) -> InputError:
     """Read again, slowly, to name the row that the fast reader stumbled over."""
     types = {pl.String: str | int | float, pl.Int64: int, pl.Float64: int | float}
-    try:
-        for number, row in enumerate(rows, start=1):
-            if extra := row.get(EXTRA):
-                return InputError(f"{path}: row {number} has more values than there are columns: {extra}.")
-            for column in columns:
-                value = row.get(column)
-                if not (isinstance(value, types[SCHEMA[column]]) or (value in (None, "") and column not in REQUIRED)):
-                    found = "nothing" if value is None else repr(value)
-                    return InputError(
-                        f"{path}: row {number}, column {column!r}: found {found}, expected {_expected(column)}."
-                    )
-    except csv.Error as problem:
-        error = problem
-    return InputError(f"{path}: the manifest cannot be read: {str(error).splitlines()[0]}.")
+    for number, row in enumerate(rows, start=1):
+        if extra := row.get(EXTRA):
+            return InputError(f"{path}: row {number} has more values than there are columns: {_cut(extra)}.")
+        for column in columns:
+            value = row.get(column)
+            if not (isinstance(value, types[SCHEMA[column]]) or (value in (None, "") and column not in REQUIRED)):
+                found = "nothing" if value is None else _cut(value)
+                return InputError(
+                    f"{path}: row {number}, column {column!r}: found {found}, expected {_expected(column)}."
+                )
+    return InputError(f"{path}: the manifest cannot be read: {first_line(error)}.")
+
+
+def _cut(value: Any) -> str:
+    return repr(value)[:200]
 
 
 def _read_fairseq(path: Path) -> pl.DataFrame:
-    with path.open(encoding="utf-8") as file:
-        try:
-            root = file.readline().rstrip("\n")
-        except UnicodeDecodeError as error:
-            raise InputError(f"{path}: not a UTF-8 text file ({error}).") from None
+    with path.open(encoding="utf-8-sig") as file:
+        root = file.readline().rstrip("\n")
     if not root or "\t" in root:
-        raise InputError(f"{path}: row 1 must be the root folder of the recordings; found {root!r}.")
+        raise InputError(f"{path}: row 1 must be the root folder of the recordings; found {_cut(root)}.")
     # Cut at the tab by us: names may hold quotes, and a bad line can be named.
     lines = pl.read_csv(
-        path,
+        escape(str(path)),
         separator="\n",
         has_header=False,
         skip_rows=1,
@@ -180,7 +187,7 @@ def _read_fairseq(path: Path) -> pl.DataFrame:
     bad = table["num_samples"].is_null()
     if bad.any():
         row = int(bad.arg_max() or 0)
-        raise InputError(f"{path}: row {row + 2} must be `relative/path<TAB>num_samples`; found {lines[row, 0]!r}.")
+        raise InputError(f"{path}: row {row + 2} must be `relative/path<TAB>num_samples`; found {_cut(lines[row, 0])}.")
     relative = pl.col("path")
     name = relative.str.split("/").list.last()
     return table.select(

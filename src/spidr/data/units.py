@@ -1,16 +1,17 @@
-"""Reading discrete units: one sequence for each recording. May import ``spidr.config``."""
+"""Reading discrete units: one sequence for each recording. May import ``spidr.config`` and its siblings."""
 
 from __future__ import annotations
 
-import gzip
-import json
+from collections.abc import Iterator
+from glob import escape
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from spidr.config import InputError
+from spidr.config import InputError, first_line, parse_json
+from spidr.data.json_lines import check_memory, read_lines
 
 Units = dict[str, NDArray[np.int64]]
 """Name of a recording → its units, one per frame."""
@@ -30,54 +31,59 @@ def read_units(path: str | Path) -> Units:
     Raises:
         InputError: The file is missing, a row is not of this form, or a recording occurs twice.
     """
-    path, units = Path(path), {}
-    for number, row in enumerate(_rows(path), start=1):
+    path, units, frames = Path(path), {}, 0
+    for number, row in _rows(path):
         try:
-            name, sequence = _parse(row)
-        except (ValueError, TypeError, KeyError, AttributeError):
+            name, sequence, durations = _parse(row)
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError):
             raise InputError(
                 f"{path}: row {number}: expected `fileid` and `units`, a list of integers, and perhaps `durations`, as "
                 f"many; found {str(row)[:80]}."
             ) from None
         if name in units:
             raise InputError(f"{path}: row {number}: {name!r} occurs twice.")
-        units[name] = sequence
+        frames += len(sequence) if durations is None else sum(durations.tolist())
+        check_memory(8 * frames, f"{path}: row {number}: all units up to here")
+        units[name] = sequence if durations is None else sequence.repeat(durations)
     if not units:
         raise InputError(f"{path}: no units in the file.")
     return units
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
-    try:
-        if path.suffix == ".parquet":
-            return _parquet_rows(path)
-        content = path.read_bytes()
-        if path.suffix == ".gz":
-            content = gzip.decompress(content)
-        return [json.loads(line) for line in content.splitlines() if line.strip()]
-    except OSError as error:
-        raise InputError(f"{path}: the units cannot be read ({error.strerror or error}).") from None
-    except (ValueError, EOFError) as error:
-        raise InputError(f"{path}: not JSON lines or Parquet ({str(error).splitlines()[0]}).") from None
-
-
-def _parquet_rows(path: Path) -> list[dict[str, Any]]:
+def _rows(path: Path) -> Iterator[tuple[int, Any]]:
+    if path.suffix != ".parquet":
+        for number, line in read_lines(path):
+            try:
+                yield number, parse_json(line)
+            except ValueError as error:
+                raise InputError(f"{path}: row {number}: not JSON ({error}).") from None
+        return
     import polars as pl  # takes longer to import than most files of units to read
 
     try:
-        return pl.read_parquet(path).to_dicts()
-    except pl.exceptions.PolarsError as error:
-        raise ValueError(error) from None
+        rows = pl.read_parquet(escape(str(path))).to_dicts()
+    except OSError as error:
+        raise InputError(f"{path}: the units cannot be read ({error.strerror or error}).") from None
+    except (ValueError, pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
+        raise InputError(f"{path}: not Parquet ({first_line(error)}).") from None
+    yield from enumerate(rows, start=1)
 
 
-def _parse(row: dict[str, Any]) -> tuple[str, NDArray[np.int64]]:
+def _parse(row: dict[str, Any]) -> tuple[str, NDArray[np.int64], NDArray[np.int64] | None]:
     name = row.get("fileid", row.get("name"))
     name = Path(row["audio"]).stem if name is None else name
-    units = np.array(row["units"])
-    if not isinstance(name, str) or units.ndim != 1 or (units.size and units.dtype.kind not in "iu"):
+    units, durations = _integers(row["units"]), row.get("durations")
+    if not isinstance(name, str):
         raise TypeError
-    if (durations := row.get("durations")) is not None:
-        if len(durations) != len(units):
-            raise ValueError
-        units = units.repeat(np.array(durations, dtype=np.int64))
-    return name, units.astype(np.int64)
+    if durations is None:
+        return name, units, None
+    counts = _integers(durations)
+    if counts.shape != units.shape or (counts < 0).any():
+        raise ValueError
+    return name, units, counts
+
+
+def _integers(values: Any) -> NDArray[np.int64]:
+    if not isinstance(values, list) or not set(map(type, values)) <= {int}:
+        raise TypeError
+    return np.array(values, dtype=np.int64)

@@ -8,6 +8,7 @@ May import ``spidr.config`` and its siblings.
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 import tarfile
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
 
 CHUNK = 256
 """Recordings per task of a thread."""
+
+MAX_HEADER = 1 << 20
+"""Bytes of a header of an archive at most."""
 
 
 def write_manifest(
@@ -112,10 +116,30 @@ def _find(dataset: str | Path, file_extension: str) -> list[str]:
     return sorted(found)
 
 
+class _Archive(io.FileIO):
+    """An archive as tarfile reads it, which believes every size: neither much at once, nor anything a second time."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """Read a header."""
+        if size is None or not 0 <= size <= MAX_HEADER:
+            raise tarfile.ReadError("a header that is too long")
+        return super().read(size)
+
+    def seek(self, position: int, whence: int = os.SEEK_SET, /) -> int:
+        """Go to the next header."""
+        if position > os.fstat(self.fileno()).st_size:
+            raise tarfile.ReadError("unexpected end of data")
+        if position < self.tell():
+            raise tarfile.ReadError("a member of negative size")
+        return super().seek(position, whence)
+
+
 def _members(archive: str, suffix: str) -> Iterator[Recording]:
     """Recordings of an archive, in its order."""
     try:
-        with tarfile.open(archive, "r:") as tar:
+        if os.path.exists(archive) and not os.path.isfile(archive):  # noqa: PTH110, PTH113
+            raise InputError(f"{archive}: not a regular file.")
+        with _Archive(archive) as file, tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
                 if member.isreg() and member.name.lower().endswith(suffix):
                     if member.issparse():
@@ -125,9 +149,9 @@ def _members(archive: str, suffix: str) -> Iterator[Recording]:
                     yield Recording(member.name, archive, member.offset_data, member.size)
                 tar.members = []  # type: ignore[attr-defined]  # Else the archive's whole table of contents is kept.
             # A damaged header ends the loop without an error; an archive ends with zeros.
-            with open(archive, "rb") as file:  # noqa: PTH123
-                file.seek(tar.offset)
-                if file.read(tarfile.BLOCKSIZE).strip(b"\0"):
+            with open(archive, "rb") as rest:  # noqa: PTH123
+                rest.seek(tar.offset)
+                if rest.read(tarfile.BLOCKSIZE).strip(b"\0"):
                     raise InputError(f"{archive}: damaged after byte {tar.offset}; pack the archive once more.")
     except FileNotFoundError:
         raise InputError(f"{archive}: the archive does not exist.") from None
@@ -184,9 +208,11 @@ def _schema(recording: Recording, *, stats: bool) -> dict[str, Any]:
 def _row(recording: Recording, *, stats: bool) -> tuple[Any, ...]:
     """Values in the order of the schema."""
     try:
-        str(recording).encode()
+        is_name = b"\0" not in str(recording).encode()
     except UnicodeEncodeError:
-        raise InputError(f"{str(recording)!r}: the name is not valid UTF-8; rename the file.") from None
+        is_name = False
+    if not is_name:
+        raise InputError(f"{str(recording)!r}: the name is not valid UTF-8; rename the file.")
     fileid = os.path.splitext(os.path.basename(recording.path))[0]  # noqa: PTH119, PTH122
     place = () if recording.archive is None else (recording.archive, recording.byte_offset, recording.byte_size)
     return fileid, recording.path, num_samples(recording), *place, *(statistics(recording) if stats else ())
@@ -196,7 +222,7 @@ def _check_output(output: str | Path, suffixes: tuple[str, ...]) -> Path:
     output = Path(output)
     if output.suffix not in suffixes:
         raise InputError(f"{output}: the manifest's name must end in {' or '.join(suffixes)}.")
-    if output.is_dir():
+    if os.path.isdir(output):  # noqa: PTH112
         raise InputError(f"{output}: is a folder.")
     return output
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,8 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
     args = parser.parse_args(argv)
     try:
-        if args.output.exists() or not args.output.absolute().parent.is_dir():
-            reason = "exists" if args.output.exists() else "is in a folder that does not exist"
+        exists, parent = os.path.exists(args.output), os.path.dirname(os.path.abspath(args.output))  # noqa: PTH100, PTH110, PTH120
+        if exists or not os.path.isdir(parent):  # noqa: PTH112 (these know no name that is too long)
+            reason = "exists" if exists else "is in a folder that does not exist"
             raise InputError(f"{args.output}: {reason}; choose another output")
         _export(args)
     except InputError as error:

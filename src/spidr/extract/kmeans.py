@@ -19,13 +19,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from spidr.config import InputError
+from spidr.config import InputError, first_line, parse_json
 from spidr.environment import environment
 from spidr.extract.encoder import Encoder, Options, Skipped
 from spidr.extract.outputs import names_of, record, report
 from spidr.extract.sources import find_items
 from spidr.models import DinoSR
-from spidr.tools.files import atomic_write
+from spidr.models.hub import open_archive
+from spidr.tools.files import atomic_write, make_folder
 
 
 @dataclass(frozen=True)
@@ -54,19 +55,23 @@ class KMeans:
     def load(cls, path: str | Path) -> KMeans:
         """Read what :func:`fit_kmeans` has written. No code from the file is run."""
         try:
+            open_archive(path).close()  # checks that it is not larger than it seems
             with np.load(path, allow_pickle=False) as file:
-                loaded = cls(file["centroids"], json.loads(str(file["made"])))
-            if loaded.centroids.ndim != 2 or loaded.layer < 1:
-                raise ValueError(f"centroids {loaded.centroids.shape} of layer {loaded.layer}")
+                centroids, made = file["centroids"], parse_json(str(file["made"]))
+            if centroids.dtype != np.float32 or centroids.ndim != 2 or not np.isfinite(centroids).all():
+                raise ValueError("the centroids are not a matrix of finite numbers in float32")
+            if not isinstance(made["layer"], int) or made["layer"] < 1 or not {"model", "weights"} <= made.keys():
+                raise ValueError("it does not say what it was made of")
         except FileNotFoundError:
             raise InputError(f"{path}: does not exist; write it with `python -m spidr.extract kmeans`.") from None
-        except Exception as error:
-            raise InputError(f"{path}: no k-means model of `python -m spidr.extract kmeans` ({error}).") from None
-        return loaded
+        except Exception as error:  # a damaged file can fail in any way
+            reason = first_line(error)
+            raise InputError(f"{path}: no k-means model of `python -m spidr.extract kmeans` ({reason}).") from None
+        return cls(centroids, made)
 
     def save(self, path: Path) -> None:
         """Write a ``.npz`` file, complete or not at all."""
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         with atomic_write(path) as file:
             np.savez(file, centroids=self.centroids, made=json.dumps(self.made))
 
@@ -83,6 +88,11 @@ class KMeans:
                     f"the centroids are of {key} {self.made[key]} of {self.made['model']}, not of {settings[key]} of "
                     f"{settings['model']}"
                 )
+        if self.centroids.shape[1] != encoder.model.cfg.encoder_embed_dim:
+            raise InputError(
+                f"the centroids have {self.centroids.shape[1]} dimensions, the features "
+                f"{encoder.model.cfg.encoder_embed_dim}"
+            )
         centroids = torch.from_numpy(self.centroids).to(encoder.env.device)
         offset = centroids.square().sum(-1)
 
@@ -133,6 +143,8 @@ def fit_kmeans(
     options, output = options or Options(), Path(output)
     if output.suffix != ".npz":
         raise InputError(f"{output}: the name of a k-means model must end in .npz.")
+    if not 0 <= seed < 2**32:
+        raise InputError(f"seed: found {seed}, expected an integer between 0 and 2^32 - 1")
     if units < 1 or max_frames < units:
         raise InputError(f"{units} units of {max_frames} frames: there must be a unit, and a frame for each at least")
     with environment(options.run_config()) as env:

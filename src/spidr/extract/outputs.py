@@ -15,10 +15,10 @@ from typing import Any
 import torch.distributed as dist
 
 import spidr
-from spidr.config import InputError
+from spidr.config import InputError, parse_json
 from spidr.environment import Environment
 from spidr.extract.encoder import Skipped
-from spidr.tools.files import atomic_write
+from spidr.tools.files import atomic_write, make_folder
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +38,9 @@ def check_record(path: Path, expected: dict[str, Any]) -> None:
         InputError: They were not, or the record cannot be read.
     """
     try:
-        found = json.loads(path.read_bytes())
+        found = parse_json(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("it is no JSON object")
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: says how the outputs were made, but cannot be read ({error}).") from None
     for key in [*expected, *(key for key in found if key not in expected and key not in INFORMATIVE)]:
@@ -51,7 +53,7 @@ def check_record(path: Path, expected: dict[str, Any]) -> None:
 
 def write_record(path: Path, content: dict[str, Any], skipped: Skipped | None = None) -> None:
     """Write how outputs were made, complete or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     with atomic_write(path) as file:
         file.write(json.dumps(content | ({"skipped": skipped} if skipped else {}), indent=2).encode() + b"\n")
 

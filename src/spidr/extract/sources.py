@@ -59,9 +59,14 @@ class _Found:
         place = self.recording
         full = os.path.abspath(place.archive or place.path)  # noqa: PTH100
         if place.archive is not None:
-            full += f"/{place.path}@{place.byte_offset}"  # an archive can hold several members of one name
-        relative = os.path.normpath("/" + self.relative).lstrip("/")
-        return self.fileid, os.path.splitext(relative)[0], relative, full.lstrip("/")  # noqa: PTH122
+            full += f"/{_inside(place.path)}@{place.byte_offset}"  # an archive can hold several members of one name
+        relative = _inside(self.relative)
+        return _inside(self.fileid), os.path.splitext(relative)[0], relative, full.lstrip("/")  # noqa: PTH122
+
+
+def _inside(name: str) -> str:
+    """A path that stays in the folder it is put in, where a manifest or an archive says ``/etc/x`` or ``../x``."""
+    return os.path.normpath("/" + name).lstrip("/")
 
 
 def find_items(sources: Sequence[str | Path], *, tree: bool, resample: bool, skip: bool) -> list[Item]:
@@ -131,9 +136,9 @@ def _unique_names(items: list[_Found], *, tree: bool) -> list[str]:
 
 
 def _find(source: Path) -> list[_Found]:
-    if source.is_dir():
+    if os.path.isdir(source):  # noqa: PTH112
         return _in_folder(source)
-    if not source.exists():
+    if not os.path.exists(source):  # noqa: PTH110 (False for all that cannot be a file)
         raise InputError(f"{source}: does not exist; expected a manifest, a folder or an audio file.")
     if source.suffix in MANIFESTS:
         return _in_manifest(source)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from spidr.models import DinoSR, build_model
 from spidr.models.hub import load_into, load_weights
 from spidr.models.metrics import proba_phone_code
 from spidr.report.page import Page
-from spidr.tools.files import atomic_write
+from spidr.tools.files import atomic_write, make_folder
 from spidr.tools.metrics import Line, read_metrics
 from spidr.validate import encode_rows, frame_step, layer_names, phones_of_rows
 
@@ -242,10 +243,7 @@ class Report:
 
     def write(self, output: Path) -> Path:
         """Write the page and the PNGs."""
-        try:
-            output.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"{output}: the folder cannot be made ({error.strerror})") from None
+        make_folder(output)
         for drawn in self.drawn:
             with atomic_write(output / f"{drawn.name}.png") as file:
                 file.write(drawn.png)
@@ -312,7 +310,7 @@ def make_report(
     Raises:
         InputError: No run folder, or no such set.
     """
-    if not (run / "config.json").is_file():
+    if not os.path.isfile(run / "config.json"):  # noqa: PTH113 (False for all that cannot be a file)
         raise InputError(f"{run}: not a run folder, it has no config.json")
     cfg = read_config(run / "config.json")
     report = Report(run, cfg, sorted(read_metrics(run / "metrics.jsonl"), key=lambda line: line["step"]))

@@ -20,7 +20,8 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
     """
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with aside.open("wb") as file:
+        aside.unlink(missing_ok=True)  # of a process killed before, or a link that leads elsewhere
+        with aside.open("xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -34,6 +35,18 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
                 "another folder, then run the same command again."
             ) from error
         raise
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and those it is in, as far as they are missing.
+
+    Raises:
+        InputError: If it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{path}: the folder cannot be made ({error.strerror}). Choose another one.") from error
 
 
 def remove_unfinished(folder: Path) -> None:

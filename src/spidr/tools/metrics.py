@@ -12,10 +12,11 @@ import math
 import os
 import secrets
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
-from spidr.config import InputError
+from spidr.config import InputError, parse_json
 from spidr.tools.files import atomic_write
 
 logger = logging.getLogger(__name__)
@@ -28,18 +29,35 @@ WandbMode = Literal["online", "offline", "disabled"]
 
 
 def read_metrics(path: Path) -> list[Line]:
-    """The complete lines of a metrics file; the beginning of a line that was cut off is left out."""
-    if not path.exists():
-        return []
+    """The complete lines of a metrics file; what is none, such as the beginning of one, is left out.
+
+    Raises:
+        InputError: If the file is there but cannot be read.
+    """
     lines = []
-    for text in path.read_text().splitlines():
-        try:
-            line = json.loads(text)
-        except ValueError:
-            continue
-        if isinstance(line, dict) and {"step", "group"} <= line.keys():
-            lines.append(line)
+    try:
+        for text in path.read_bytes().splitlines():
+            with suppress(ValueError):
+                line = parse_json(text.decode())
+                if _is_line(line):
+                    lines.append(line)
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
     return lines
+
+
+def _is_line(line: Any) -> bool:
+    if not isinstance(line, dict):
+        return False
+    values = {**line}
+    step, group = values.pop("step", None), values.pop("group", None)
+    return (
+        isinstance(step, int)
+        and isinstance(group, str)
+        and all(value is None or isinstance(value, (int, float)) for value in values.values())
+    )
 
 
 class MetricsFile:
@@ -112,7 +130,7 @@ class WandbSink:
             import wandb
 
             state = json.loads(self.state_path.read_text()) if self.state_path.exists() else {}
-            self.pushed = state.get("pushed", {})
+            self.pushed = {group: step for group, step in state.get("pushed", {}).items() if isinstance(step, int)}
             self.id = state.get("id") or secrets.token_hex(4)
             self.run = wandb.init(
                 project=project, name=name, id=self.id, resume="allow", mode=mode, dir=folder, config=config,

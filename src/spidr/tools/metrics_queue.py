@@ -13,10 +13,11 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from spidr.config import Config, InputError, read_config, to_dict
+from spidr.config import Config, InputError, parse_json, read_config, to_dict
 from spidr.slurm import ValidationJobs
 from spidr.tools.metrics import MetricsFile, WandbSink, find_wandb_run, read_metrics
 
@@ -36,7 +37,7 @@ def push_metrics(folder: Path, entity: str, run_id: str | None = None) -> int:
     Raises:
         InputError: If the folder is not a run's, the run cannot be told, or wandb does not take the lines.
     """
-    if not (folder / "config.json").is_file():
+    if not os.path.isfile(folder / "config.json"):  # noqa: PTH113 (False for all that cannot be a file)
         raise InputError(f"{folder}: not a run folder, it has no config.json")
     cfg = read_config(folder / "config.json")
     metrics = MetricsFile(folder / "metrics.jsonl", sys.maxsize)
@@ -68,8 +69,10 @@ def push_metrics(folder: Path, entity: str, run_id: str | None = None) -> int:
 def _choose_run(folder: Path, cfg: Config, entity: str, run_id: str | None) -> None:
     """Write down, where the run's sink looks for it, which wandb run it is and how far it has got."""
     state_path = folder / "wandb.json"
-    known = json.loads(state_path.read_text()) if state_path.exists() else {}
-    if known and run_id in (None, known["id"]):
+    known: Any = None
+    with suppress(OSError, ValueError):  # as if there were none
+        known = parse_json(state_path.read_text())
+    if isinstance(known, dict) and "id" in known and run_id in (None, known["id"]):
         return
     state: dict[str, Any] = {"id": run_id, "pushed": {}}
     if os.environ.get("WANDB_MODE", cfg.run.wandb_mode) != "offline":

@@ -1,0 +1,70 @@
+"""Tables in JSON lines, plain or gzipped, from files that may be anything. May import ``spidr.config``."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import resource
+import zlib
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from spidr.config import InputError, first_line
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+MAX_LINE = 1 << 26
+"""Bytes of a line at most: a day of speech takes less, and a gzipped file of a few kilobytes could hold a gigabyte."""
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Number and text of each line that is not blank, one at a time.
+
+    Raises:
+        InputError: It cannot be read, is damaged or no text, or has a line that is too long.
+    """
+    number = 0
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            while line := file.readline(MAX_LINE + 1):
+                number += 1
+                if len(line) > MAX_LINE:
+                    raise InputError(f"{path}: line {number}: longer than {MAX_LINE >> 20} MiB.")
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+                if text:
+                    yield number, text
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: line {number}: not UTF-8 text ({error.reason}).") from None
+    except (OSError, ValueError, EOFError, zlib.error) as error:  # ValueError: a NUL character in the path
+        if isinstance(error, InputError):
+            raise
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise InputError(f"{path}: cannot be read ({reason}).") from None
+
+
+def check_memory(size: int, place: str) -> None:
+    """Refuse what a few bytes of a file ask for but no machine has.
+
+    Args:
+        size: Bytes that would be needed.
+        place: Where that is asked for.
+
+    Raises:
+        InputError: It is more than half of the memory that there is for this process.
+    """
+    if size > _memory() // 2:
+        raise InputError(f"{place}: would take {size / 2**30:.1f} GiB, more than half of the memory there is.")
+
+
+@cache
+def _memory() -> int:
+    sizes = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit != resource.RLIM_INFINITY:
+        sizes.append(limit)
+    with suppress(OSError, ValueError):  # ValueError: "max"
+        sizes.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return min(sizes)
