@@ -85,12 +85,12 @@ def test_ten_million_recordings(tmp_path: Path) -> None:
     few = pl.read_csv(write_recordings(tmp_path / "data", count=20))
     manifest = tmp_path / "manifest.csv"
     few[np.arange(10_000_000) % few.height].write_csv(manifest)
-    cfg = DataConfig(manifest=str(manifest), max_batch_length=200_000, min_sample_size=2000, num_workers=0)
+    cfg = DataConfig(manifest=str(manifest), max_sample_size=12_000, max_batch_length=200_000, num_workers=0)
     loader = build_dataloader(cfg, None, rank=15, world_size=16, accumulation=4)
     steps = loader.steps_in_epoch(0)
     first = next(loader.epoch(0))
     last = list(loader.epoch(0, steps - 1))
-    assert steps * 64 * 25 > 10_000_000  # at most 25 recordings of 8,000 samples a batch on average
+    assert steps * 64 * 50 > 10_000_000  # no batch has more than 50 recordings of 4,000 samples
     assert len(last) == 4
     for batch in (first, *last):
         assert batch.waveforms.numel() <= 200_000

@@ -44,6 +44,15 @@ def test_folder(corpus: Path, tmp_path: Path, suffix: str) -> None:
     assert [path.name for path in output.parent.iterdir()] == [output.name]
 
 
+def test_several_extensions(tmp_path: Path) -> None:
+    for name, kind in (("a.wav", "WAV"), ("b.FLAC", "FLAC"), ("c.ogg", "OGG")):
+        write_audio(tmp_path / "corpus" / name, noise(1000, 1), format=kind)
+    main([str(tmp_path / "corpus"), str(tmp_path / "m.csv"), "--ext", ".wav", "flac"])
+    assert read_manifest(tmp_path / "m.csv")["fileid"].to_list() == ["a", "b"]
+    with pytest.raises(InputError, match=r"corpus: no file's name ends in \.mp3 or \.opus\. Choose another extension"):
+        write_manifest(tmp_path / "corpus", tmp_path / "n.csv", [".mp3", ".opus"])
+
+
 def test_relative_folder_gives_absolute_paths(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(corpus.parent)
     write_manifest("corpus", tmp_path / "m.csv")

@@ -27,7 +27,7 @@ from spidr.data.audio import Recording, num_samples, statistics
 from spidr.data.manifest import ARCHIVE, REQUIRED, STATISTICS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
 CHUNK = 256
 """Recordings per task of a thread."""
@@ -37,7 +37,7 @@ MAX_HEADER = 1 << 20
 
 
 def write_manifest(
-    dataset: str | Path, output: str | Path, file_extension: str = ".wav", *, stats: bool = False
+    dataset: str | Path, output: str | Path, file_extension: str | Sequence[str] = ".wav", *, stats: bool = False
 ) -> None:
     """Write the manifest of all recordings in a folder and the folders in it.
 
@@ -46,7 +46,7 @@ def write_manifest(
     Args:
         dataset: The folder.
         output: The manifest: ``.csv`` or ``.jsonl``.
-        file_extension: Which files are recordings; upper and lower case are the same.
+        file_extension: Which files are recordings, one extension or several; upper and lower case are the same.
         stats: Decode everything and add ``mean`` and ``std`` of the samples: with them, training standardises a part
             of a recording like the whole without decoding the whole.
 
@@ -58,7 +58,9 @@ def write_manifest(
     _write_table(output, _describe(recordings, len(recordings), stats=stats))
 
 
-def write_manifest_fairseq(dataset: str | Path, output: str | Path, file_extension: str = ".wav") -> None:
+def write_manifest_fairseq(
+    dataset: str | Path, output: str | Path, file_extension: str | Sequence[str] = ".wav"
+) -> None:
     """Write fairseq's manifest of a folder: the root folder, then ``relative/path<TAB>num_samples``.
 
     Arguments and errors are those of :func:`write_manifest`; names with tabs or line breaks cannot be written.
@@ -77,7 +79,7 @@ def write_manifest_fairseq(dataset: str | Path, output: str | Path, file_extensi
 
 
 def write_manifest_tar(
-    dataset: str | Path, output: str | Path, file_extension: str = ".wav", *, stats: bool = False
+    dataset: str | Path, output: str | Path, file_extension: str | Sequence[str] = ".wav", *, stats: bool = False
 ) -> None:
     """Write the manifest of all recordings in an uncompressed tar archive, reading it once.
 
@@ -86,19 +88,21 @@ def write_manifest_tar(
     """
     output = _check_output(output, (".csv", ".jsonl"))
     archive = os.path.abspath(dataset)  # noqa: PTH100
-    table = _describe(_members(archive, _suffix(file_extension)), None, stats=stats)
+    suffixes = _suffixes(file_extension)
+    table = _describe(_members(archive, suffixes), None, stats=stats)
     if table.is_empty():
-        raise InputError(f"{archive}: no member's name ends in {_suffix(file_extension)}.")
+        raise InputError(f"{archive}: no member's name ends in {' or '.join(suffixes)}.")
     _write_table(output, table.sort("path", "byte_offset"))
 
 
-def _suffix(file_extension: str) -> str:
-    return "." + file_extension.lower().removeprefix(".")
+def _suffixes(file_extension: str | Sequence[str]) -> tuple[str, ...]:
+    extensions = [file_extension] if isinstance(file_extension, str) else file_extension
+    return tuple("." + extension.lower().removeprefix(".") for extension in extensions)
 
 
-def _find(dataset: str | Path, file_extension: str) -> list[str]:
+def _find(dataset: str | Path, file_extension: str | Sequence[str]) -> list[str]:
     """Absolute paths of a folder's recordings, sorted."""
-    root, suffix = os.path.abspath(dataset), _suffix(file_extension)  # noqa: PTH100
+    root, suffixes = os.path.abspath(dataset), _suffixes(file_extension)  # noqa: PTH100
     if not os.path.isdir(root):  # noqa: PTH112
         raise InputError(f"{root}: not a folder.")
 
@@ -109,10 +113,12 @@ def _find(dataset: str | Path, file_extension: str) -> list[str]:
         os.path.join(folder, name)  # noqa: PTH118
         for folder, _, names in os.walk(root, onerror=fail)
         for name in names
-        if name.lower().endswith(suffix)
+        if name.lower().endswith(suffixes)
     ]
     if not found:
-        raise InputError(f"{root}: no file's name ends in {suffix}. Choose another extension with --ext.")
+        raise InputError(
+            f"{root}: no file's name ends in {' or '.join(suffixes)}. Choose another extension with --ext."
+        )
     return sorted(found)
 
 
@@ -134,14 +140,14 @@ class _Archive(io.FileIO):
         return super().seek(position, whence)
 
 
-def _members(archive: str, suffix: str) -> Iterator[Recording]:
+def _members(archive: str, suffixes: tuple[str, ...]) -> Iterator[Recording]:
     """Recordings of an archive, in its order."""
     try:
         if os.path.exists(archive) and not os.path.isfile(archive):  # noqa: PTH110, PTH113
             raise InputError(f"{archive}: not a regular file.")
         with _Archive(archive) as file, tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
-                if member.isreg() and member.name.lower().endswith(suffix):
+                if member.isreg() and member.name.lower().endswith(suffixes):
                     if member.issparse():
                         raise InputError(
                             f"{archive}:{member.name}: a sparse member; pack the archive without --sparse."
@@ -260,7 +266,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("dataset", help="folder or .tar")
     parser.add_argument("output", help="manifest to write: .csv, .jsonl or, with --fairseq, .tsv")
-    parser.add_argument("--ext", default=".wav", help="extension of the recordings (default: %(default)s)")
+    parser.add_argument("--ext", nargs="+", default=[".wav"], help="extensions of the recordings (default: .wav)")
     parser.add_argument("--fairseq", action="store_true", help="write fairseq's format")
     parser.add_argument(
         "--stats",
