@@ -718,6 +718,8 @@ def test_features(data: st.DataObject, suffix: str) -> None:
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Recordings and all that goes with them, wrong files among them."""
+    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+    resource.setrlimit(resource.RLIMIT_AS, (hard, hard))  # threads are started, which fail in odd ways without room
     folder = tmp_path_factory.mktemp("corpus")
     manifest = write_recordings(folder, count=3)
     write_config(folder, manifest)
@@ -832,6 +834,7 @@ def call(name: str, arguments: list[str]) -> tuple[int, str]:
     return status or 0, errors.getvalue()
 
 
+@pytest.mark.slow
 @given(command_line())
 @cases(250)
 def test_command_lines(corpus: Path, line: tuple[str, list[str]]) -> None:
