@@ -534,7 +534,7 @@ def test_kmeans(model: DinoSR, checkpoint: Path, tmp_path: Path) -> None:
         fit_kmeans(files[:1], tmp_path / "c.npz", model=checkpoint, layer=2, units=4000, options=QUIET)
     (tmp_path / "bad.npz").write_bytes(b"PK\x03\x04")
     np.savez(tmp_path / "flat.npz", centroids=centroids[0], made=json.dumps(made))
-    for name, reason in (("bad", ""), ("flat", r"centroids \(32,\) of layer 2")):
+    for name, reason in (("bad", ""), ("flat", "not a matrix of finite numbers")):
         with pytest.raises(InputError, match=rf"{name}\.npz: no k-means model .*{reason}"):
             extract_units(files, tmp_path / "x.jsonl", model=checkpoint, kmeans=tmp_path / f"{name}.npz", options=QUIET)
 
