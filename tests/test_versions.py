@@ -45,7 +45,8 @@ def interpreter(version: str) -> str:
 
 def run(*command: str | Path, cwd: Path) -> str:
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTEST_ADDOPTS", "PYTHONPATH")}
-    environment["TORCH_HOME"] = str(cwd / "hub")
+    if cwd != ROOT:
+        environment["TORCH_HOME"] = str(cwd / "hub")
     done = subprocess.run(
         [str(word) for word in command], cwd=cwd, env=environment, capture_output=True, text=True, check=False
     )
@@ -71,4 +72,5 @@ def test_installed_alone_and_tested(version: str, torch: str, tmp_path: Path) ->
         run(python, "-W", "error", "-c", f"{EXAMPLE}\n{CHECK}", cwd=tmp_path)
     run(python, "-m", "pip", "install", torch, f"{wheel}[test]", cwd=tmp_path)
     tests = [ROOT / "tests" / name for name in ("models", "data", "tools", "test_config.py", "test_train.py")]
-    run(python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests, cwd=tmp_path)
+    # From here, or processes that tests start would not find the tests' own modules.
+    run(python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests, cwd=ROOT)
