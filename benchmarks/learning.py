@@ -268,7 +268,7 @@ def main() -> None:
                 run = train(output, config, seed)
                 for state, checkpoint in STATES.items():
                     measure_units(output, run / checkpoint, f"{config.stem}, {state}", seed, results)
-                    runs.append((run / checkpoint, f"k-means on {config.stem}, {state}", seed))
+                runs.append((run / STATES["trained"], f"k-means on {config.stem}", seed))
                 (output / "table.md").write_text(results.table())
         for path, system, seed in runs:
             measure_k_means(output, path, system, seed, results, scorer)
