@@ -4,12 +4,13 @@
 
 SPEECH holds ``audio/``, ``alignments.jsonl`` (with speaker, gender and duration) and ``phoneme.item``. The speakers are
 split, 45 minutes to train on, the others to validate; everything is measured on the latter. OUTPUT gets the manifests,
-the runs, ``results.jsonl`` (one line for each system, seed and layer) and ``table.md``. The baselines take minutes,
-each of the trainings up to an hour on two cores; what is in ``results.jsonl`` is not done again.
+the runs, ``results.jsonl`` (one line for each system, seed and layer) and ``table.md``. The baselines take a minute,
+each of the trainings four on one core; what is in ``results.jsonl`` is not done again, and an interrupted run goes on.
 """
 
 import argparse
 import json
+import resource
 import statistics
 import subprocess
 import sys
@@ -27,7 +28,8 @@ from spidr.data import read_manifest, speech_dataset
 from spidr.data.alignments import read_alignments
 from spidr.environment import Environment
 from spidr.evaluate import evaluate_model
-from spidr.models import build_model
+from spidr.models import DinoSR, build_model
+from spidr.models.codebook import standardise
 from spidr.models.metrics import units_quality
 from spidr.validate import encode_rows
 
@@ -35,6 +37,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TRAIN_MINUTES = 45
 MELS = 80
 MEASURES = ("pnmi", "active_codewords", "units_abx_within", "units_abx_across", "abx_within", "abx_across")
+STATES = {"untrained": "step_0.pt", "trained": "final.pt"}
 Features = dict[str, np.ndarray]
 
 
@@ -106,14 +109,16 @@ def log_mels(manifest: Path) -> Features:
     return {name: log_mel(pad(dataset[i], (56, 56))) for i, name in enumerate(dataset.manifest["fileid"])}
 
 
-def model_features(checkpoint: Path, manifest: Path, layer: int) -> Features:
-    """Outputs of a layer, standardised over each recording like the targets of training."""
-    model = build_model(checkpoint=checkpoint).eval()
+def model_features(model: DinoSR, manifest: Path, layers: list[int]) -> dict[int, Features]:
+    """Outputs of some layers, standardised over each recording like the targets of training."""
     dataset = speech_dataset(manifest, normalize=True)
     names = dataset.manifest["fileid"].to_list()
     env = Environment(0, 0, 1, torch.device("cpu"))
-    encoded = encode_rows(model, dataset, list(range(len(names))), 640_000, env, layers=[layer])
-    return {names[row]: ((x[0] - x[0].mean(0)) / x[0].std(0)).numpy() for row, _, x in encoded}
+    features: dict[int, Features] = {layer: {} for layer in layers}
+    for row, _, outputs in encode_rows(model, dataset, list(range(len(names))), 640_000, env, layers=layers):
+        for layer, output in zip(layers, outputs, strict=True):
+            features[layer][names[row]] = standardise(output).numpy()
+    return features
 
 
 def k_means(train: Features, valid: Features, units: int, seed: int) -> dict[str, np.ndarray]:
@@ -184,38 +189,56 @@ def baselines(output: Path, sizes: list[int], seeds: list[int], results: Results
                 results.add(f"k-means {size}, log-mel", seed, [measure(output, of_features, units, size, scorer)])
 
 
-def train_and_measure(output: Path, config: Path, seed: int, results: Results, scorer: Scorer) -> None:
-    """Train a configuration; measure it, k-means on it, and both of it untrained."""
+def train(output: Path, config: Path, seed: int) -> Path:
+    """Train a configuration, if that is not done yet, and return the run's folder."""
     cfg = to_dict(read_config(config))
     name = f"{config.stem}-{seed}"
     cfg["run"] |= {"workdir": str(output), "wandb_project": "runs", "wandb_name": name, "random_seed": seed}
     cfg["data"] |= {"manifest": str(output / "train.csv"), "random_seed": seed}
-    paths = {"manifest": str(output / "valid.csv"), "alignments_path": str(output / "alignments.jsonl")}
-    cfg["validation"]["valid"] |= paths
-    (output / f"{name}.json").write_text(json.dumps(cfg))
-    subprocess.run([sys.executable, "-m", "spidr", str(output / f"{name}.json")], check=True)
-    size, total = cfg["model"]["codebook_size"], cfg["model"]["encoder_num_layers"]
-    for label, checkpoint in (("untrained", "step_0.pt"), ("trained", "final.pt")):
-        path = output / "runs" / name / checkpoint
-        system = f"{config.stem}, {label}"
-        if not results.has(system, seed):
-            rows = evaluate_model(
-                build_model(checkpoint=path).eval(),
-                output / "valid.csv",
-                output / "alignments.jsonl",
-                items=read_items(output / "phoneme.item"),
-                device="cpu",
-                max_batch_length=640_000,
-            )
-            results.add(system, seed, rows)
-        system = f"k-means {size}, {config.stem}, {label}"
-        if not results.has(system, seed):
-            rows = []
-            for layer in range(total - cfg["model"]["num_codebooks"] + 1, total + 1):
-                train, valid = (model_features(path, output / f"{split}.csv", layer) for split in ("train", "valid"))
-                units = k_means(train, valid, size, seed)
-                rows.append({"layer": layer, **measure(output, scorer.score(valid), units, size, scorer)})
-            results.add(system, seed, rows)
+    cfg["validation"] = {}  # measured afterwards
+    run = output / "runs" / name
+    if not (run / "final.pt").exists():
+        (output / f"{name}.json").write_text(json.dumps(cfg))
+        before = cpu_minutes()
+        subprocess.run([sys.executable, "-m", "spidr", str(output / f"{name}.json")], check=True)
+        print(f"{name}: {cpu_minutes() - before:.1f} minutes of processor time", flush=True)
+    return run
+
+
+def cpu_minutes() -> float:
+    """Processor time of all processes that this one has started and that have ended."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return (usage.ru_utime + usage.ru_stime) / 60
+
+
+def measure_units(output: Path, checkpoint: Path, system: str, seed: int, results: Results) -> None:
+    """Measure every layer of a checkpoint and the units of its heads."""
+    if results.has(system, seed):
+        return
+    rows = evaluate_model(
+        build_model(checkpoint=checkpoint).eval(),
+        output / "valid.csv",
+        output / "alignments.jsonl",
+        items=read_items(output / "phoneme.item"),
+        device="cpu",
+        max_batch_length=640_000,
+    )
+    results.add(system, seed, rows)
+
+
+def measure_k_means(output: Path, checkpoint: Path, system: str, seed: int, results: Results, scorer: Scorer) -> None:
+    """Measure k-means on the layers of a checkpoint that have a codebook, with as many units."""
+    if results.has(system, seed):
+        return
+    model = build_model(checkpoint=checkpoint).eval()
+    size, total = model.cfg.codebook_size, model.cfg.encoder_num_layers
+    layers = list(range(total - model.num_codebooks + 1, total + 1))
+    train, valid = (model_features(model, output / f"{split}.csv", layers) for split in ("train", "valid"))
+    rows: list[dict[str, Any]] = []
+    for layer in layers:
+        units = k_means(train[layer], valid[layer], size, seed)
+        rows.append({"layer": layer, **measure(output, scorer.score(valid[layer]), units, size, scorer)})
+    results.add(system, seed, rows)
 
 
 def main() -> None:
@@ -224,7 +247,7 @@ def main() -> None:
     parser.add_argument("speech", type=Path)
     parser.add_argument("output", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--sizes", type=int, nargs="+", default=[256], help="numbers of units of k-means")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[64], help="numbers of units of k-means")
     parser.add_argument(
         "--configs",
         type=Path,
@@ -239,10 +262,16 @@ def main() -> None:
     if args.only != "models":
         baselines(output, args.sizes, args.seeds, results, scorer)
     if args.only != "baselines":
+        runs = []
         for seed in args.seeds:
             for config in args.configs:
-                train_and_measure(output, config, seed, results, scorer)
+                run = train(output, config, seed)
+                for state, checkpoint in STATES.items():
+                    measure_units(output, run / checkpoint, f"{config.stem}, {state}", seed, results)
+                runs.append((run / STATES["trained"], f"k-means on {config.stem}", seed))
                 (output / "table.md").write_text(results.table())
+        for path, system, seed in runs:
+            measure_k_means(output, path, system, seed, results, scorer)
     (output / "table.md").write_text(results.table())
     print(results.table())
 

@@ -217,6 +217,19 @@ def test_teacher_follows_the_student() -> None:
     assert model.current_step.item() == 5
 
 
+@pytest.mark.parametrize("excluded", [[], ["pos_conv_embed", "layers", "layer_norm"]], ids=["nothing", "everything"])
+def test_averages_or_copies_the_whole_teacher(excluded: list[str]) -> None:
+    model = tiny_model(ema_exclude_layers=excluded).train()
+    with torch.no_grad():
+        for parameter in model.student.parameters():
+            parameter.normal_()
+    before = [p.clone() for p in model.teacher.parameters()]
+    decay = 0.0 if excluded else exp_ema_scheduler(1, 0.999, 20_000, 1e-7)
+    model.update_ema(1)
+    for teacher, old, student in zip(model.teacher.parameters(), before, model.student.parameters(), strict=True):
+        torch.testing.assert_close(teacher, decay * old + (1 - decay) * student)
+
+
 def test_teacher_starts_from_its_own_draw() -> None:
     model = tiny_model()
     assert not torch.equal(model.teacher.layers[0].attention.qkv.weight, model.student.layers[0].attention.qkv.weight)

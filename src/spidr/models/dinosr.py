@@ -274,8 +274,11 @@ class DinoSR(nn.Module):
         decay = self.ema_decay(step)
         if 0 < decay < 1:
             copied, averaged = self._teacher_student_pairs()
-            torch._foreach_copy_(*copied)
-            torch._foreach_lerp_(*averaged, 1 - decay)
+            # The multi-tensor operations refuse to do nothing.
+            if copied[0]:
+                torch._foreach_copy_(*copied)
+            if averaged[0]:
+                torch._foreach_lerp_(*averaged, 1 - decay)
         self.current_step.fill_(step)
         if step >= self.cfg.freeze_step:
             self.freeze_extractor()
