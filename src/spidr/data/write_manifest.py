@@ -125,6 +125,10 @@ def _find(dataset: str | Path, file_extension: str | Sequence[str]) -> list[str]
 class _Archive(io.FileIO):
     """An archive as tarfile reads it, which believes every size: neither much at once, nor anything a second time."""
 
+    def __init__(self, path: str) -> None:
+        super().__init__(path)
+        self._size = os.fstat(self.fileno()).st_size
+
     def read(self, size: int | None = -1, /) -> bytes:
         """Read a header."""
         if size is None or not 0 <= size <= MAX_HEADER:
@@ -133,7 +137,7 @@ class _Archive(io.FileIO):
 
     def seek(self, position: int, whence: int = os.SEEK_SET, /) -> int:
         """Go to the next header."""
-        if position > os.fstat(self.fileno()).st_size:
+        if position > self._size:
             raise tarfile.ReadError("unexpected end of data")
         if position < self.tell():
             raise tarfile.ReadError("a member of negative size")
