@@ -152,7 +152,7 @@ def recorded_config(checkpoint: Path, model_type: str | None = None) -> DinoSRCo
     """
     if _is_export(checkpoint) and (cfg := weights_file.read_config(checkpoint)) is not None:
         return cfg
-    path = checkpoint.with_name("config.json")
+    path = checkpoint.parent / "config.json"
     if not path.exists():
         logger.warning("%s: no config.json beside it, so the default model of its type is built", checkpoint)
         return None
