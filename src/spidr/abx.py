@@ -161,6 +161,8 @@ class Scorer:
             raise InputError(f"the features have different dimensions: {', '.join(sorted(map(str, shapes)))}")
         data = torch.from_numpy(np.concatenate(slices))
         data = data.unsqueeze(1) if data.ndim == 1 else data
+        if distance == "identical" and data.shape[1] != 1:
+            raise InputError(f"the distance 'identical' is for units; the features have {data.shape[1]} dimensions")
         if data.is_floating_point():
             data = data.float()
             if not data.isfinite().all():

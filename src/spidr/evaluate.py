@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from spidr.config import SAMPLE_RATE, InputError, first_line
 from spidr.data.alignments import FRAME_STEP, match_alignments, match_names, read_alignments
+from spidr.data.json_lines import check_memory
 from spidr.data.units import read_units
 from spidr.models.metrics import UnitsQuality, units_quality
 
@@ -63,6 +64,9 @@ def evaluate_units(
             f"{missing[0]}"
         )
     num_phones = len(set().union(*phones.values()))
+    if num_units < 1:
+        raise InputError(f"the number of units must be at least 1, not {num_units}")
+    check_memory(24 * num_units * num_phones, f"counting {num_units} units")
     data: Any = {name: (phones[name], sequence) for name, sequence in sequences.items()}
     return units_quality(
         data, num_units=num_units, num_phones=num_phones, frame_step=frame_step, alignment_step=FRAME_STEP
