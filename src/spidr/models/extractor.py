@@ -24,6 +24,9 @@ from spidr.models.lean import is_lean
 
 ConvShapes = Sequence[tuple[int, int, int]]
 
+_NormWeights = tuple[Tensor, Tensor, float]
+"""Weight, bias and epsilon of a LayerNorm."""
+
 PIECE = 320_000
 """Samples that inference convolves at a time: the first layer's output of a whole hour would fill 24 GB."""
 
@@ -80,30 +83,97 @@ class _StridedConv(torch.autograd.Function):
         return *_strided_conv_backward(grad, frames, taps, ctx.stride, ctx.needs_input_grad), None
 
 
-class _NormedConv(torch.autograd.Function):
-    """:func:`_strided_conv` of ``gelu(layer_norm(rows))``, which the backward pass computes again.
+def _normed_conv(rows: Tensor, norm: _NormWeights, taps: Tensor, stride: int) -> Tensor:
+    """:func:`_strided_conv` of ``gelu(layer_norm(rows))``."""
+    weight, bias, eps = norm
+    return _strided_conv(F.gelu(F.layer_norm(rows, weight.shape, weight, bias, eps)), taps, stride)
 
-    So each layer keeps one tensor instead of three, and these are the largest of the whole model.
+
+def _normed_conv_backward(
+    grad: Tensor, rows: Tensor, norm: _NormWeights, taps: Tensor, stride: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients for rows, weight and bias of the norm, and taps. The norm and GELU are computed again."""
+    weight, bias, eps = norm
+    normed, mean, rstd = torch.native_layer_norm(rows, weight.shape, weight, bias, eps)
+    grad_frames, grad_taps = _strided_conv_backward(grad, F.gelu(normed), taps, stride, (True, True))
+    torch.ops.aten.gelu_backward.grad_input(grad_frames, normed, grad_input=grad_frames)
+    del normed  # it is large
+    grad_rows, grad_weight, grad_bias = torch.ops.aten.native_layer_norm_backward(
+        grad_frames, rows, weight.shape, mean, rstd, weight, bias, [True, True, True]
+    )
+    return grad_rows, grad_weight, grad_bias, cast("Tensor", grad_taps)
+
+
+class _NormedConv(torch.autograd.Function):
+    """:func:`_normed_conv`, which keeps one tensor for the backward pass instead of three.
+
+    These are the largest of the whole model.
     """
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor, eps: float, taps: Tensor, stride: int) -> Tensor:
         ctx.save_for_backward(rows, weight, bias, taps)
         ctx.eps, ctx.stride = eps, stride
-        return _strided_conv(F.gelu(F.layer_norm(rows, weight.shape, weight, bias, eps)), taps, stride)
+        return _normed_conv(rows, (weight, bias, eps), taps, stride)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         rows, weight, bias, taps = ctx.saved_tensors
-        normed, mean, rstd = torch.native_layer_norm(rows, weight.shape, weight, bias, ctx.eps)
-        grad_frames, grad_taps = _strided_conv_backward(grad, F.gelu(normed), taps, ctx.stride, (True, True))
-        torch.ops.aten.gelu_backward.grad_input(grad_frames, normed, grad_input=grad_frames)
-        del normed  # the first layer has 6.5 MB for each second of speech
-        grad_rows, grad_weight, grad_bias = torch.ops.aten.native_layer_norm_backward(
-            grad_frames, rows, weight.shape, mean, rstd, weight, bias, [True, True, True]
-        )
+        found = _normed_conv_backward(grad, rows, (weight, bias, ctx.eps), taps, ctx.stride)
+        grad_rows, grad_weight, grad_bias, grad_taps = found
         return grad_rows, grad_weight, grad_bias, None, grad_taps, None
+
+
+class _FirstConvs(torch.autograd.Function):
+    """:func:`_normed_conv` of ``kernels @ first``, the first convolution's output, one utterance at a time.
+
+    That output is cheap to compute and has 6.5 MB for each second of speech, so none of it is kept for the backward
+    pass, and there is never more of it than for one utterance.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        kernels: Tensor,
+        first: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        eps: float,
+        taps: Tensor,
+        stride: int,
+        batch: int,
+    ) -> Tensor:
+        ctx.save_for_backward(kernels, first, weight, bias, taps)
+        ctx.eps, ctx.stride, ctx.batch = eps, stride, batch
+        return torch.cat(
+            [_normed_conv(part @ first, (weight, bias, eps), taps, stride) for part in kernels.chunk(batch)]
+        )
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        kernels, first, weight, bias, taps = ctx.saved_tensors
+        totals: tuple[Tensor, ...] = ()
+        grad_kernels = []
+        for part, part_grad in zip(kernels.chunk(ctx.batch), grad.chunk(ctx.batch), strict=True):
+            found = _normed_conv_backward(part_grad, part @ first, (weight, bias, ctx.eps), taps, ctx.stride)
+            grad_rows, *others = found
+            if ctx.needs_input_grad[0]:
+                grad_kernels.append(grad_rows @ first.T)
+            others.append(part.T @ grad_rows)
+            totals = tuple(a + b for a, b in zip(totals, others, strict=True)) if totals else tuple(others)
+        grad_weight, grad_bias, grad_taps, grad_first = totals
+        return (
+            torch.cat(grad_kernels) if grad_kernels else None,
+            grad_first,
+            grad_weight,
+            grad_bias,
+            None,
+            grad_taps,
+            None,
+            None,
+        )
 
 
 class ConvLayer(nn.Module):
@@ -117,16 +187,43 @@ class ConvLayer(nn.Module):
         self.conv = nn.Conv1d(in_channels, out_channels, kernel, stride, bias=bias)
         nn.init.kaiming_normal_(self.conv.weight)
 
+    def taps(self, dtype: torch.dtype) -> Tensor:
+        """The kernel as the right factor of products, (kernel * C, O)."""
+        return self.conv.weight.permute(2, 1, 0).flatten(0, 1).to(dtype)
+
     def convolve(self, frames: Tensor, stride: int, norm: nn.LayerNorm | None = None) -> Tensor:
         """Convolve the rows of all utterances, (B * R * stride, C) to (B * R, O), after ``norm``, if any, and GELU."""
-        taps = self.conv.weight.permute(2, 1, 0).flatten(0, 1)
-        if torch.is_autocast_enabled(frames.device.type):
-            dtype = torch.get_autocast_dtype(frames.device.type)
-            frames, taps = frames.to(dtype), taps.to(dtype)
+        frames = _autocast(frames)
+        taps = self.taps(frames.dtype)
         if norm is None:
             out = _StridedConv.apply(frames, taps, stride)
         else:
             out = _NormedConv.apply(frames, norm.weight, norm.bias, norm.eps, taps, stride)
+        return out if self.conv.bias is None else out + self.conv.bias.to(out.dtype)
+
+    def convolve_after(self, first: ConvLayer, kernels: Tensor, stride: int, batch: int) -> Tensor:
+        """Convolve the output of the ``first`` layer, whose LayerNorm and GELU come in between.
+
+        Args:
+            first: Without bias.
+            kernels: What each of its outputs sees, (B * R * stride, kernel).
+            stride: Of this layer.
+            batch: The number of utterances B.
+
+        Returns:
+            (B * R, O).
+        """
+        kernels, norm = _autocast(kernels), cast("nn.LayerNorm", first.layer_norm)
+        out: Tensor = _FirstConvs.apply(
+            kernels,
+            first.taps(kernels.dtype),
+            norm.weight,
+            norm.bias,
+            norm.eps,
+            self.taps(kernels.dtype),
+            stride,
+            batch,
+        )
         return out if self.conv.bias is None else out + self.conv.bias.to(out.dtype)
 
     def activate(self, out: Tensor, moments: Moments | None) -> Tensor:
@@ -138,6 +235,12 @@ class ConvLayer(nn.Module):
         elif self.layer_norm is not None:
             out = self.layer_norm(out)
         return F.gelu(out)
+
+
+def _autocast(x: Tensor) -> Tensor:
+    """In the type that autocast gives to matrix products, as operations of ours are unknown to it."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
 
 @dataclass(frozen=True)
@@ -257,18 +360,30 @@ class FeatureExtractor(nn.Module):
         """All layers, with a group norm's ``moments`` or those of these waveforms."""
         batch, samples = waveforms.shape
         frames = self._first_rows(waveforms)
-        strides = [1, *(stride for _, _, stride in self.shapes[1:])]
-        norm: nn.LayerNorm | None = None  # what is left to do about the layer before
-        for layer, stride in zip(self._layers(), strides, strict=True):
-            frames = layer.convolve(frames, stride, norm)
-            if self.mode == "group_norm" and moments is None:
-                rows = frames.unflatten(0, (batch, -1))
-                moments = Moments.of(rows, self._valid_rows(waveforms, lengths, rows.shape[1]))
-            if isinstance(layer.layer_norm, nn.LayerNorm) and layer is not self.conv_layers[-1] and is_lean(frames):
-                norm = layer.layer_norm
-            else:
-                frames, norm = layer.activate(frames, moments), None
+        if self.mode == "layer_norm" and is_lean(frames):
+            frames = self._convolve_lean(frames, batch)
+        else:
+            strides = [1, *(stride for _, _, stride in self.shapes[1:])]
+            for layer, stride in zip(self._layers(), strides, strict=True):
+                frames = layer.convolve(frames, stride)
+                if self.mode == "group_norm" and moments is None:
+                    rows = frames.unflatten(0, (batch, -1))
+                    moments = Moments.of(rows, self._valid_rows(waveforms, lengths, rows.shape[1]))
+                frames = layer.activate(frames, moments)
         return frames.view(batch, -1, frames.shape[1])[:, : self.num_frames(samples)]
+
+    def _convolve_lean(self, kernels: Tensor, batch: int) -> Tensor:
+        """All layers. Each LayerNorm and GELU but the last belongs to the convolution that follows."""
+        first, *others = layers = self._layers()
+        strides = [stride for _, _, stride in self.shapes[1:]]
+        start = 0
+        if others and first.conv.bias is None:
+            frames, start = others[0].convolve_after(first, kernels, strides[0], batch), 1
+        else:
+            frames = first.convolve(kernels, 1)
+        for i in range(start, len(others)):
+            frames = others[i].convolve(frames, strides[i], cast("nn.LayerNorm", layers[i].layer_norm))
+        return layers[-1].activate(frames, None)
 
     def _valid_rows(self, waveforms: Tensor, lengths: Tensor | None, num_rows: int) -> Tensor:
         """Which of the first convolution's outputs count in its statistics, (B, R)."""
