@@ -198,9 +198,7 @@ def _sbatch(submission: Submission) -> str:
     return done.stdout.decode().strip().split(";")[0]
 
 
-def run_apart(
-    command: Sequence[str], environment: Mapping[str, str], text: str = ""
-) -> subprocess.CompletedProcess[bytes]:
+def run_apart(command: list[str], environment: Mapping[str, str], text: str = "") -> subprocess.CompletedProcess[bytes]:
     """Run a program from inside a training run, which forks workers and gets signals while the program runs.
 
     A worker forked meanwhile would inherit the pipes to and from the program, those of :mod:`subprocess` itself too,

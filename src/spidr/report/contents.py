@@ -1,7 +1,7 @@
 """What is on the page: gathered from a run folder, and written as ``index.html`` and its figures as PNG.
 
-May import ``spidr.config``, ``spidr.data``, ``spidr.environment``, ``spidr.models``, ``spidr.tools``,
-``spidr.validate`` and its siblings.
+May import ``spidr.checkpoint``, ``spidr.config``, ``spidr.data``, ``spidr.environment``, ``spidr.models``,
+``spidr.tools``, ``spidr.validate`` and its siblings.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from spidr.checkpoint import Checkpointer
 from spidr.config import SAMPLE_RATE, Config, DataConfig, InputError, read_config, to_dict
 from spidr.data import speech_dataset
 from spidr.data.alignments import FRAME_STEP, read_alignments
@@ -248,11 +249,9 @@ class Report:
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """``final.pt``, else the ``step_N.pt`` of the highest step."""
-    if (folder / "final.pt").exists():
-        return folder / "final.pt"
-    steps = [path for path in folder.glob("step_*.pt") if path.stem[5:].isdigit()]
-    return max(steps, key=lambda path: int(path.stem[5:]), default=None)
+    """The one that the run would go on from, else a ``final.pt`` of weights only."""
+    final = folder / "final.pt"
+    return Checkpointer(folder, interval=0).find_latest() or (final if final.exists() else None)
 
 
 def load(cfg: Config, checkpoint: Path) -> DinoSR:
