@@ -291,6 +291,31 @@ def test_wrong_input(
     assert not (tmp_path / "OUT.jsonl").exists()
 
 
+@pytest.mark.parametrize("command", ["units", "features", "kmeans"])
+@pytest.mark.parametrize(
+    ("model", "advice"),
+    [
+        ("spidr_bsae", "; did you mean spidr_base?"),
+        ("dinosr_base", "; did you mean dinosr_base_original?"),
+        ("audio", " (spidr_base, dinosr_base_reproduced, dinosr_base_original)"),  # a folder
+    ],
+)
+def test_a_mistyped_model_is_reported_before_the_sources_are_read(
+    command: str,
+    model: str,
+    advice: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "audio").mkdir()
+    (tmp_path / "audio" / "a.wav").write_bytes(b"would be refused")
+    output = {"units": "u.jsonl", "features": "f", "kmeans": "k.npz"}[command]
+    assert main([command, "audio", output, "--model", model]) == 2
+    assert capsys.readouterr().err == f"error: {model}: neither a file nor a published model{advice}\n"
+
+
 def test_bad_recordings(checkpoint: Path, tmp_path: Path) -> None:
     folder = tmp_path / "audio"
     for i in range(6):

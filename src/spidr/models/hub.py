@@ -7,6 +7,7 @@ nothing else. Imports ``spidr.config`` and its siblings only.
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import http.client
 import logging
@@ -126,11 +127,24 @@ def load_encoder(model: str | Path) -> DinoSR:
     Raises:
         InputError: There is no such model or file, or it does not fit.
     """
-    if (published := PUBLISHED.get(str(model))) is not None:
-        return published().drop_teacher().eval()
-    if not os.path.exists(model):  # noqa: PTH110 (False for all that cannot be a file)
-        raise InputError(f"{model}: neither a file nor a published model ({', '.join(PUBLISHED)})")
-    return build_model(checkpoint=model).drop_teacher().eval()
+    check_name(model)
+    published = PUBLISHED.get(str(model))
+    loaded = build_model(checkpoint=model) if published is None else published()
+    return loaded.drop_teacher().eval()
+
+
+def check_name(model: str | Path | DinoSR) -> None:
+    """Check that :func:`load_encoder` has something to load, before anything that takes long.
+
+    Raises:
+        InputError: It is neither a published model's name nor a file; a model itself is always right.
+    """
+    # os.path.isfile is False for all that cannot be a file, such as a name that is too long.
+    if isinstance(model, DinoSR) or str(model) in PUBLISHED or os.path.isfile(model):  # noqa: PTH113
+        return
+    nearest = difflib.get_close_matches(str(model), PUBLISHED, n=1)
+    advice = f"; did you mean {nearest[0]}?" if nearest else f" ({', '.join(PUBLISHED)})"
+    raise InputError(f"{model}: neither a file nor a published model{advice}")
 
 
 def _is_export(path: str | Path) -> bool:
