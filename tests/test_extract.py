@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -375,13 +376,26 @@ def test_features_in_files(model: DinoSR, checkpoint: Path, tmp_path: Path) -> N
         assert (record["layer"], record["spidr"], record["stored"]) == (LAYER, spidr.__version__, stored)
 
 
-def test_progress_is_in_hours_of_audio(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    files = [str(noise(tmp_path / name, 288_000)) for name in ("a.wav", "b.wav")]  # 18 s each
-    assert main(["units", *files, str(tmp_path / "u.jsonl"), "--model", str(checkpoint), "--layer", "3"]) == 0
-    shown = capsys.readouterr().err
-    assert "Units:   0%|" in shown
-    assert "0.01/0.01 h of audio, 00:0" in shown
-    assert shown.rstrip().endswith(" left")
+@pytest.mark.parametrize(
+    ("samples", "expected"), [(288_000, r"0\.60/0\.60 min of audio"), (28_800_000, r"1\.00/1\.00 h of audio")]
+)
+def test_progress_in_minutes_or_hours_of_audio(
+    samples: int, expected: str, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = ["fileid,path,num_samples"]
+    for name in ("a", "b"):
+        file = noise(tmp_path / f"{name}.wav", min(samples, 288_000))  # the long ones are not as long: skipped
+        lines.append(f"{name},{file},{samples}")
+    (tmp_path / "m.csv").write_text("\n".join(lines))
+    arguments = ["features", str(tmp_path / "m.csv"), str(tmp_path / "f"), "--model", str(checkpoint), "--layer", "3"]
+    assert main([*arguments, "--on-error", "skip"]) == 0
+    shown = capsys.readouterr().err.replace("\r", "\n").split("\n")
+    bar = [line for line in shown if line.startswith("Features: ")]
+    assert bar[0].startswith("Features:   0%|")
+    assert re.fullmatch(rf"Features: 100%\|.*\| {expected}, 00:\d\d passed, 00:00 left *", bar[-1])
+    if samples == 288_000:
+        assert main(arguments) == 0
+        assert capsys.readouterr().err == ""  # nothing was left to do
 
 
 def test_units_in_tables(model: DinoSR, checkpoint: Path, tmp_path: Path) -> None:

@@ -258,15 +258,18 @@ class Encoder:
             groups = [long, batches[len(long) :]]
         # Rank 0 shows its own share: that of the others takes about as long.
         shown = self.options.progress and self.env.rank == 0
-        total = sum(item.num_samples for batch in batches for item in batch) / SAMPLE_RATE / 3600
+        total = sum(item.num_samples for batch in batches for item in batch)
+        unit, seconds = ("h", 3600) if total >= 3600 * SAMPLE_RATE else ("min", 60)
+        scale = {"unit": unit, "unit_scale": 1 / seconds / SAMPLE_RATE}
         try:
-            with tqdm(total=total, desc=description, disable=not shown, bar_format=_BAR) as bar:
+            # Of no audio, a bar would stay at 0 %.
+            with tqdm(total=total, desc=description, disable=not (shown and total), bar_format=_BAR, **scale) as bar:
                 for group in groups:
                     workers = 1 if group is not groups[-1] else min(at_once, len(group))
                     with closing(self._encode(group, encode, workers, at_once // max(1, workers))) as results:
                         for encoded in results:
                             yield encoded
-                            bar.update(sum(result.item.num_samples for result in encoded) / SAMPLE_RATE / 3600)
+                            bar.update(sum(result.item.num_samples for result in encoded))
         finally:
             torch.set_num_threads(threads)
 
@@ -307,7 +310,7 @@ class Encoder:
         return _Loaded(item, waveform)
 
 
-_BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.2f}/{total:.2f} h of audio, {elapsed} passed, {remaining} left"
+_BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.2f}/{total:.2f} {unit} of audio, {elapsed} passed, {remaining} left"
 
 
 def ahead(
