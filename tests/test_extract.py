@@ -262,7 +262,18 @@ def test_resampling_keeps_what_can_be_kept(rate: int, tmp_path: Path) -> None:
         (["DIR", "OUT.jsonl", "--layer", "1"], "layer 1 has no codebook; layers 2 to 4 have one"),
         (["DIR", "OUT.jsonl", "--layer", "5"], "layer 5 does not exist; layers 2 to 4 have one"),
         (["DIR", "OUT.jsonl", "--model", "wav2vec"], "wav2vec: neither a file nor a published model (spidr_base, "),
-        (["DIR", "OUT.jsonl", "--window", "0"], "window: found 0.0, expected seconds"),
+        (["DIR", "OUT.jsonl", "--window", "0"], "window: found 0.0, expected seconds, more than 0"),
+        (["DIR", "OUT.jsonl", "--window", "-1"], "window: found -1.0, expected seconds, more than 0"),
+        (["DIR", "OUT.jsonl", "--window", "inf"], "window: found inf, expected seconds, more than 0"),
+        (["DIR", "OUT.jsonl", "--window", "nan"], "window: found nan, expected seconds, more than 0"),
+        (["DIR/a.wav", "OUT.jsonl", "--window", "0.001"], "window = 0.001 s is shorter than a frame of 0.02 s"),
+        (["DIR", "OUT.jsonl", "--window", "1", "--context", "inf"], "context: found inf, expected seconds, 0 or more"),
+        (["DIR", "OUT.jsonl", "--window", "1", "--context", "nan"], "context: found nan, expected seconds, 0 or more"),
+        (["DIR", "OUT.jsonl", "--window", "1", "--context", "-2"], "context: found -2.0, expected seconds, 0 or more"),
+        (["DIR", "OUT.jsonl", "--batch-seconds", "nan"], "batch_seconds: found nan, expected seconds, 0 or more"),
+        (["DIR", "OUT.jsonl", "--threads", "0"], "threads: found 0, expected 1 to 1,000"),
+        (["DIR", "OUT.jsonl", "--threads", "1001"], "threads: found 1001, expected 1 to 1,000"),
+        (["DIR", "OUT.jsonl", "--threads", "9" * 30], f"threads: found {'9' * 30}, expected 1 to 1,000"),
         (["DIR", "OUT.jsonl", "--context", "1"], "there is no window"),
         (["DIR", "OUT.jsonl", "--kmeans", "none.npz"], "none.npz: does not exist; write it with"),
         (["EMPTY", "OUT.jsonl"], "no file's name ends like that of a recording"),
@@ -347,6 +358,27 @@ def test_recordings_that_are_not_as_the_manifest_says(checkpoint: Path, tmp_path
     file.write_bytes(file.read_bytes()[:9000])
     with pytest.raises(InputError, match=r"a\.wav: 4478 samples, the manifest says 8000"):
         extract_units(tmp_path / "m.csv", tmp_path / "u.jsonl", model=checkpoint, layer=LAYER, options=QUIET)
+
+
+def test_lengths_of_older_manifests_are_rounded(model: DinoSR, checkpoint: Path, tmp_path: Path) -> None:
+    """spidr 0.1.2 wrote them so: a sample too many or too few."""
+    file = noise(tmp_path / "a.flac", 8000)
+    expected = model.units(read(file).unsqueeze(0), layer=LAYER)[0][0].tolist()
+    for given in (7999, 8001):
+        (tmp_path / "m.csv").write_text(f"fileid,path,num_samples\na,{file},{given}\n")
+        extract_units(tmp_path / "m.csv", tmp_path / f"{given}.jsonl", model=checkpoint, layer=LAYER, options=QUIET)
+        assert units(tmp_path / f"{given}.jsonl") == {"a": expected}
+    for given in (7998, 8002):
+        (tmp_path / "m.csv").write_text(f"fileid,path,num_samples\na,{file},{given}\n")
+        with pytest.raises(InputError, match=rf"a\.flac: 8000 samples, the manifest says {given}"):
+            extract_units(tmp_path / "m.csv", tmp_path / "u.jsonl", model=checkpoint, layer=LAYER, options=QUIET)
+
+
+def test_as_many_threads_as_are_accepted(checkpoint: Path, tmp_path: Path) -> None:
+    files = [noise(tmp_path / f"{i}.wav", 4000) for i in range(20)]
+    options = Options(threads=1000, progress=False)
+    extract_units(files, tmp_path / "u.jsonl", model=checkpoint, layer=LAYER, options=options)
+    assert len(rows(tmp_path / "u.jsonl")) == 20
 
 
 # ---------------------------------------------------------------------------------------------------- outputs

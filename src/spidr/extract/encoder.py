@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -48,6 +49,9 @@ BATCH_SECONDS = 240.0
 LONG = 120 * SAMPLE_RATE
 """Longer recordings (in samples) get all threads of a CPU, one after the other, so that none is the last one alone."""
 
+MAX_THREADS = 1000
+"""More are more than a process may start on many machines."""
+
 NEAR = 3e-5
 """Two scores are near each other if they differ by less than this share of (1 + the range of the frame's scores). More
 than ten times the largest change of a score by batching that was seen in float32."""
@@ -63,7 +67,7 @@ class Options:
             "auto": bfloat16 where the hardware computes in it, else float32.
         batch_seconds: Seconds of audio in a batch, padding included; 0: one recording at a time. None: 0 on the CPU,
             else 240.
-        threads: Recordings encoded at once on the CPU; None: as many as PyTorch has threads.
+        threads: Recordings encoded at once on the CPU; None: as many as PyTorch has threads. At most 1,000.
         window: Encode long recordings in pieces of that many seconds (see :meth:`spidr.models.DinoSR.encode`). None:
             exact, in time that grows with the square of the length.
         context: Seconds seen on each side of a window; None: a quarter of it.
@@ -85,12 +89,13 @@ class Options:
     def __post_init__(self) -> None:
         for name in ("batch_seconds", "window", "context"):
             value = getattr(self, name)
-            if value is not None and (value < 0 or (value == 0 and name == "window")):
-                raise InputError(f"{name}: found {value}, expected seconds")
+            if value is not None and not (0 <= value < math.inf and (value or name != "window")):
+                accepted = "more than 0" if name == "window" else "0 or more"
+                raise InputError(f"{name}: found {value}, expected seconds, {accepted}")
         if self.context is not None and self.window is None:
             raise InputError(f"context: found {self.context}, but there is no window that it could be the context of")
-        if self.threads is not None and self.threads < 1:
-            raise InputError(f"threads: found {self.threads}, expected 1 or more")
+        if self.threads is not None and not 1 <= self.threads <= MAX_THREADS:
+            raise InputError(f"threads: found {self.threads}, expected 1 to {MAX_THREADS:,}")
 
     def run_config(self) -> RunConfig:
         """What :func:`spidr.environment.environment` wants to know; only the device counts."""
