@@ -34,7 +34,7 @@ def _arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("dataset", help="folder or .tar")
     parser.add_argument("output", help="manifest to write: .csv, .jsonl or, with --fairseq, .tsv")
     parser.add_argument("--ext", nargs="+", default=[".wav"], help="extensions of the recordings (default: .wav)")
-    parser.add_argument("--fairseq", action="store_true", help="write fairseq's format")
+    parser.add_argument("--fairseq", action="store_true", help="write fairseq's format: paths and numbers of samples")
     parser.add_argument(
         "--stats",
         action="store_true",
