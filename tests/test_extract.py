@@ -259,8 +259,8 @@ def test_resampling_keeps_what_can_be_kept(rate: int, tmp_path: Path) -> None:
     [
         (["nowhere", "OUT.jsonl"], "nowhere: does not exist; expected a manifest, a folder or an audio file"),
         (["DIR", "OUT.txt"], "must end in .jsonl or .parquet"),
-        (["DIR", "OUT.jsonl", "--layer", "1"], "layer 1 has no codebook; layers 2 to 4 have one"),
-        (["DIR", "OUT.jsonl", "--layer", "5"], "layer 5 does not exist; layers 2 to 4 have one"),
+        (["DIR", "OUT.jsonl", "--layer", "1"], "layer 1 has no codebook; layers 2 to 4 have a codebook"),
+        (["DIR", "OUT.jsonl", "--layer", "5"], "layer 5 does not exist; layers 2 to 4 have a codebook"),
         (["DIR", "OUT.jsonl", "--model", "wav2vec"], "wav2vec: neither a file nor a published model (spidr_base, "),
         (["DIR", "OUT.jsonl", "--window", "0"], "window: found 0.0, expected seconds, more than 0"),
         (["DIR", "OUT.jsonl", "--window", "-1"], "window: found -1.0, expected seconds, more than 0"),
@@ -326,6 +326,16 @@ def test_a_mistyped_model_is_reported_before_the_sources_are_read(
     output = {"units": "u.jsonl", "features": "f", "kmeans": "k.npz"}[command]
     assert main([command, "audio", output, "--model", model]) == 2
     assert capsys.readouterr().err == f"error: {model}: neither a file nor a published model{advice}\n"
+
+
+def test_the_default_layer_of_a_small_model(checkpoint: Path, tmp_path: Path) -> None:
+    file = noise(tmp_path / "a.wav")
+    for extract, output, last in (
+        (extract_units, "u.jsonl", "2 to 4 have a codebook"),
+        (extract_features, "f", "1 to 4 exist"),
+    ):
+        with pytest.raises(InputError, match=f"^layer 6, the default, does not exist; layers {last}$"):
+            extract(file, tmp_path / output, model=checkpoint, options=QUIET)
 
 
 def test_bad_recordings(checkpoint: Path, tmp_path: Path) -> None:

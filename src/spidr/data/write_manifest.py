@@ -192,7 +192,7 @@ def _members(archive: str, suffixes: tuple[str, ...]) -> Iterator[Recording]:
                 if rest.read(tarfile.BLOCKSIZE).strip(b"\0"):
                     raise InputError(f"{archive}: damaged after byte {tar.offset}; pack the archive once more.")
     except FileNotFoundError:
-        raise InputError(f"{archive}: the archive does not exist.") from None
+        raise InputError(f"{archive}: does not exist; expected a folder or a .tar.") from None
     except tarfile.TarError as error:
         if _is_compressed(archive):
             reason = "a compressed archive; decompress it first, recordings are read from where they lie in it"

@@ -155,8 +155,9 @@ class Encoder:
         first = total - self.model.num_codebooks + 1 if codebook else 1
         if not first <= self.layer <= total:
             lacks = "has no codebook" if 1 <= self.layer <= total else "does not exist"
-            having = "have one" if codebook else "exist"
-            raise InputError(f"layer {self.layer} {lacks}; layers {first} to {total} {having}")
+            having = "have a codebook" if codebook else "exist"
+            given = f"layer {self.layer}, the default," if layer is None else f"layer {self.layer}"
+            raise InputError(f"{given} {lacks}; layers {first} to {total} {having}")
         self.bfloat16 = options.dtype == "bfloat16" or (options.dtype == "auto" and _has_bfloat16(env.device))
 
     def settings(self) -> dict[str, Any]:
