@@ -23,7 +23,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("output", help="a folder")
     parser.add_argument("--layer", type=int, help="counted from 1 (default: 6 for SpidR, 5 for DinoSR)")
     parser.add_argument("--checkpoint", default="spidr_base", help="or a published model (default: %(default)s)")
-    parser.add_argument("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto")
+    parser.add_argument(
+        "--device",
+        choices=["auto", "cuda", "mps", "cpu"],
+        default="auto",
+        help="where to compute (default: %(default)s: CUDA, else MPS, else the CPU)",
+    )
     args = parser.parse_args(argv)
     try:
         extract_features(

@@ -44,13 +44,23 @@ NUMBERS = sorted([*ALONE, *NEEDS])
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", type=_numbers, help="numbers of figures, such as 2,7,11")
+    parser.add_argument("--only", type=_numbers, help="numbers of figures, such as 2,7,11 (default: all)")
     parser.add_argument("--output", type=Path, default=Path("runs/paper/figures"), help="folder (default: %(default)s)")
-    parser.add_argument("--features", type=Path, nargs="+", metavar="DIR", help="8, 9: from paper/extract_features.py")
+    parser.add_argument(
+        "--features",
+        type=Path,
+        nargs="+",
+        metavar="DIR",
+        help="8, 9: from paper/extract_features.py (default: none, they are left out)",
+    )
     parser.add_argument("--segments", type=int, default=3000, help="8, 9: phones to draw (default: %(default)s)")
-    parser.add_argument("--units", type=Path, metavar="FILE", help="10: from python -m spidr.extract units")
+    parser.add_argument(
+        "--units", type=Path, metavar="FILE", help="10: from python -m spidr.extract units (default: left out)"
+    )
     parser.add_argument("--num-units", type=int, default=256, help="10: size of the codebook (default: %(default)s)")
-    parser.add_argument("--alignments", type=Path, metavar="FILE", help="8, 9, 10: phones in JSON lines")
+    parser.add_argument(
+        "--alignments", type=Path, metavar="FILE", help="8, 9, 10: phones in JSON lines (default: left out)"
+    )
     args = parser.parse_args(argv)
     try:
         for number in args.only or NUMBERS:

@@ -69,12 +69,26 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("librispeech", type=Path, help="folder with dev-clean, dev-other")
     parser.add_argument("--layer", type=int, help="counted from 1 (default: 6 for SpidR, 5 for DinoSR)")
     parser.add_argument(
-        "--alignments", type=Path, help="phones of all recordings: JSON lines, or TextGrids in a folder"
+        "--alignments",
+        type=Path,
+        help="phones of all recordings: JSON lines, or TextGrids in a folder (default: no unit quality)",
     )
-    parser.add_argument("--items", type=_set_and_file, nargs="+", default=[], metavar="SET=FILE", help="ABX item files")
+    parser.add_argument(
+        "--items",
+        type=_set_and_file,
+        nargs="+",
+        default=[],
+        metavar="SET=FILE",
+        help="ABX item files (default: no ABX)",
+    )
     parser.add_argument("--output", type=Path, help="folder (default: runs/reproduced/MODEL)")
     parser.add_argument("--compare", choices=PUBLISHED, help="published model to compare with (default: of its type)")
-    parser.add_argument("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto")
+    parser.add_argument(
+        "--device",
+        choices=["auto", "cuda", "mps", "cpu"],
+        default="auto",
+        help="where to compute (default: %(default)s: CUDA, else MPS, else the CPU)",
+    )
     return parser
 
 

@@ -267,10 +267,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--only", nargs="+", choices=TABLES, default=list(TABLES), metavar="NAME", help=", ".join(TABLES)
+        "--only",
+        nargs="+",
+        choices=TABLES,
+        default=list(TABLES),
+        metavar="NAME",
+        help=f"{', '.join(TABLES)} (default: all)",
     )
     parser.add_argument("--output", type=Path, default=Path("runs/paper/tables"), help="folder (default: %(default)s)")
-    parser.add_argument("--reproduced", type=Path, nargs="+", default=[], help="results.csv of paper/reproduce.py")
+    parser.add_argument(
+        "--reproduced", type=Path, nargs="+", default=[], help="results.csv of paper/reproduce.py (default: none)"
+    )
     args = parser.parse_args(argv)
     try:
         reproduced = read_reproduced(args.reproduced)

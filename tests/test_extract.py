@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -258,10 +259,21 @@ def test_resampling_keeps_what_can_be_kept(rate: int, tmp_path: Path) -> None:
     [
         (["nowhere", "OUT.jsonl"], "nowhere: does not exist; expected a manifest, a folder or an audio file"),
         (["DIR", "OUT.txt"], "must end in .jsonl or .parquet"),
-        (["DIR", "OUT.jsonl", "--layer", "1"], "layer 1 has no codebook; layers 2 to 4 have one"),
-        (["DIR", "OUT.jsonl", "--layer", "5"], "layer 5 does not exist; layers 2 to 4 have one"),
+        (["DIR", "OUT.jsonl", "--layer", "1"], "layer 1 has no codebook; layers 2 to 4 have a codebook"),
+        (["DIR", "OUT.jsonl", "--layer", "5"], "layer 5 does not exist; layers 2 to 4 have a codebook"),
         (["DIR", "OUT.jsonl", "--model", "wav2vec"], "wav2vec: neither a file nor a published model (spidr_base, "),
-        (["DIR", "OUT.jsonl", "--window", "0"], "window: found 0.0, expected seconds"),
+        (["DIR", "OUT.jsonl", "--window", "0"], "window: found 0.0, expected seconds, more than 0"),
+        (["DIR", "OUT.jsonl", "--window", "-1"], "window: found -1.0, expected seconds, more than 0"),
+        (["DIR", "OUT.jsonl", "--window", "inf"], "window: found inf, expected seconds, more than 0"),
+        (["DIR", "OUT.jsonl", "--window", "nan"], "window: found nan, expected seconds, more than 0"),
+        (["DIR/a.wav", "OUT.jsonl", "--window", "0.001"], "window = 0.001 s is shorter than a frame of 0.02 s"),
+        (["DIR", "OUT.jsonl", "--window", "1", "--context", "inf"], "context: found inf, expected seconds, 0 or more"),
+        (["DIR", "OUT.jsonl", "--window", "1", "--context", "nan"], "context: found nan, expected seconds, 0 or more"),
+        (["DIR", "OUT.jsonl", "--window", "1", "--context", "-2"], "context: found -2.0, expected seconds, 0 or more"),
+        (["DIR", "OUT.jsonl", "--batch-seconds", "nan"], "batch_seconds: found nan, expected seconds, 0 or more"),
+        (["DIR", "OUT.jsonl", "--threads", "0"], "threads: found 0, expected 1 to 1,000"),
+        (["DIR", "OUT.jsonl", "--threads", "1001"], "threads: found 1001, expected 1 to 1,000"),
+        (["DIR", "OUT.jsonl", "--threads", "9" * 30], f"threads: found {'9' * 30}, expected 1 to 1,000"),
         (["DIR", "OUT.jsonl", "--context", "1"], "there is no window"),
         (["DIR", "OUT.jsonl", "--kmeans", "none.npz"], "none.npz: does not exist; write it with"),
         (["EMPTY", "OUT.jsonl"], "no file's name ends like that of a recording"),
@@ -289,6 +301,41 @@ def test_wrong_input(
     assert message in error
     assert "Traceback" not in error
     assert not (tmp_path / "OUT.jsonl").exists()
+
+
+@pytest.mark.parametrize("command", ["units", "features", "kmeans"])
+@pytest.mark.parametrize(
+    ("model", "advice"),
+    [
+        ("spidr_bsae", "; did you mean spidr_base?"),
+        ("dinosr_base", "; did you mean dinosr_base_original?"),
+        ("audio", " (spidr_base, dinosr_base_reproduced, dinosr_base_original)"),  # a folder
+    ],
+)
+def test_a_mistyped_model_is_reported_before_the_sources_are_read(
+    command: str,
+    model: str,
+    advice: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "audio").mkdir()
+    (tmp_path / "audio" / "a.wav").write_bytes(b"would be refused")
+    output = {"units": "u.jsonl", "features": "f", "kmeans": "k.npz"}[command]
+    assert main([command, "audio", output, "--model", model]) == 2
+    assert capsys.readouterr().err == f"error: {model}: neither a file nor a published model{advice}\n"
+
+
+def test_the_default_layer_of_a_small_model(checkpoint: Path, tmp_path: Path) -> None:
+    file = noise(tmp_path / "a.wav")
+    for extract, output, last in (
+        (extract_units, "u.jsonl", "2 to 4 have a codebook"),
+        (extract_features, "f", "1 to 4 exist"),
+    ):
+        with pytest.raises(InputError, match=f"^layer 6, the default, does not exist; layers {last}$"):
+            extract(file, tmp_path / output, model=checkpoint, options=QUIET)
 
 
 def test_bad_recordings(checkpoint: Path, tmp_path: Path) -> None:
@@ -323,6 +370,27 @@ def test_recordings_that_are_not_as_the_manifest_says(checkpoint: Path, tmp_path
         extract_units(tmp_path / "m.csv", tmp_path / "u.jsonl", model=checkpoint, layer=LAYER, options=QUIET)
 
 
+def test_lengths_of_older_manifests_are_rounded(model: DinoSR, checkpoint: Path, tmp_path: Path) -> None:
+    """spidr 0.1.2 wrote them so: a sample too many or too few."""
+    file = noise(tmp_path / "a.flac", 8000)
+    expected = model.units(read(file).unsqueeze(0), layer=LAYER)[0][0].tolist()
+    for given in (7999, 8001):
+        (tmp_path / "m.csv").write_text(f"fileid,path,num_samples\na,{file},{given}\n")
+        extract_units(tmp_path / "m.csv", tmp_path / f"{given}.jsonl", model=checkpoint, layer=LAYER, options=QUIET)
+        assert units(tmp_path / f"{given}.jsonl") == {"a": expected}
+    for given in (7998, 8002):
+        (tmp_path / "m.csv").write_text(f"fileid,path,num_samples\na,{file},{given}\n")
+        with pytest.raises(InputError, match=rf"a\.flac: 8000 samples, the manifest says {given}"):
+            extract_units(tmp_path / "m.csv", tmp_path / "u.jsonl", model=checkpoint, layer=LAYER, options=QUIET)
+
+
+def test_as_many_threads_as_are_accepted(checkpoint: Path, tmp_path: Path) -> None:
+    files = [noise(tmp_path / f"{i}.wav", 4000) for i in range(20)]
+    options = Options(threads=1000, progress=False)
+    extract_units(files, tmp_path / "u.jsonl", model=checkpoint, layer=LAYER, options=options)
+    assert len(rows(tmp_path / "u.jsonl")) == 20
+
+
 # ---------------------------------------------------------------------------------------------------- outputs
 
 
@@ -350,13 +418,26 @@ def test_features_in_files(model: DinoSR, checkpoint: Path, tmp_path: Path) -> N
         assert (record["layer"], record["spidr"], record["stored"]) == (LAYER, spidr.__version__, stored)
 
 
-def test_progress_is_in_hours_of_audio(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    files = [str(noise(tmp_path / name, 288_000)) for name in ("a.wav", "b.wav")]  # 18 s each
-    assert main(["units", *files, str(tmp_path / "u.jsonl"), "--model", str(checkpoint), "--layer", "3"]) == 0
-    shown = capsys.readouterr().err
-    assert "Units:   0%|" in shown
-    assert "0.01/0.01 h of audio, 00:0" in shown
-    assert shown.rstrip().endswith(" left")
+@pytest.mark.parametrize(
+    ("samples", "expected"), [(288_000, r"0\.60/0\.60 min of audio"), (28_800_000, r"1\.00/1\.00 h of audio")]
+)
+def test_progress_in_minutes_or_hours_of_audio(
+    samples: int, expected: str, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = ["fileid,path,num_samples"]
+    for name in ("a", "b"):
+        file = noise(tmp_path / f"{name}.wav", min(samples, 288_000))  # the long ones are not as long: skipped
+        lines.append(f"{name},{file},{samples}")
+    (tmp_path / "m.csv").write_text("\n".join(lines))
+    arguments = ["features", str(tmp_path / "m.csv"), str(tmp_path / "f"), "--model", str(checkpoint), "--layer", "3"]
+    assert main([*arguments, "--on-error", "skip"]) == 0
+    shown = capsys.readouterr().err.replace("\r", "\n").split("\n")
+    bar = [line for line in shown if line.startswith("Features: ")]
+    assert bar[0].startswith("Features:   0%|")
+    assert re.fullmatch(rf"Features: 100%\|.*\| {expected}, 00:\d\d passed, 00:00 left *", bar[-1])
+    if samples == 288_000:
+        assert main(arguments) == 0
+        assert capsys.readouterr().err == ""  # nothing was left to do
 
 
 def test_units_in_tables(model: DinoSR, checkpoint: Path, tmp_path: Path) -> None:

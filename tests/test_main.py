@@ -39,7 +39,7 @@ def test_help_needs_no_torch() -> None:
     code += "runpy.run_module('spidr', run_name='__main__')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0
-    assert "usage: python -m spidr [-h] [-A ACCOUNT] [-N NODES] [-G GPUS_PER_NODE]" in done.stdout
+    assert "usage: python -m spidr [-h] [-A ACCOUNT] [-N N] [-G N]" in done.stdout
     assert done.stdout.splitlines()[-1] == "[]"
 
 

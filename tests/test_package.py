@@ -2,6 +2,8 @@
 
 import ast
 import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -88,6 +90,36 @@ def test_help_needs_no_extra_and_does_not_wait_for_torch(module: str, tmp_path: 
     assert (result.returncode, result.stderr) == (0, "")
     assert result.stdout.startswith(f"usage: python -m {module} ")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "-m spidr",
+        *(f"-m spidr.extract {name}" for name in ("units", "features", "kmeans")),
+        *(f"-m spidr.evaluate {name}" for name in ("units", "abx", "model")),
+        *(f"-m spidr.export {name}" for name in ("safetensors", "onnx", "transformers")),
+        "-m spidr.report",
+        "-m spidr.data.write_manifest",
+        "-m spidr.tools.metrics_queue",
+        *(f"paper/{name}.py" for name in ("extract_features", "figures", "reproduce", "tables")),
+    ],
+)
+def test_help_tells_every_default(command: str) -> None:
+    done = subprocess.run(
+        [sys.executable, *command.split(), "--help"],
+        capture_output=True,
+        text=True,
+        cwd=SOURCE.parents[1],
+        env=os.environ | {"COLUMNS": "500"},
+        check=True,
+    )
+    options = re.findall(r"^  (-\S+(?: \S+)*)(?:(?:  +|\n {10,})(.+))?$", done.stdout, re.MULTILINE)
+    takes_value = {name: text for name, text in options if re.search(r"--[\w-]+ \S", name)}
+    assert [name for name, text in takes_value.items() if "default" not in text] == []
+    assert ("-h, --help", "show this help message and exit") in options
+    if any("{auto,cuda,mps,cpu}" in name for name in takes_value):
+        assert "(default: auto: CUDA, else MPS, else the CPU)" in done.stdout
 
 
 @pytest.fixture(scope="module")

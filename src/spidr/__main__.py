@@ -56,16 +56,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m spidr", description=DESCRIPTION)
     parser.add_argument("configs", nargs="+", help="configuration files, TOML or JSON")
-    slurm = parser.add_argument_group("SLURM options")
-    slurm.add_argument("-A", "--account", help="account to charge")
-    slurm.add_argument("-N", "--nodes", type=int, help="nodes of each job")
-    slurm.add_argument("-G", "--gpus-per-node", type=int, help="GPUs of each node, one task for each")
-    slurm.add_argument("-c", "--cpus-per-task", type=int, help="CPUs of each task")
-    slurm.add_argument("--mem-per-gpu", help="memory for each GPU, such as 80g")
-    slurm.add_argument("-t", "--time", type=int, help="time limit in minutes; the job goes on in another one")
-    slurm.add_argument("-C", "--constraint", help="features that the nodes must have")
-    slurm.add_argument("-p", "--partition", help="partition to use")
-    slurm.add_argument("-q", "--qos", help="quality of service")
+    slurm = parser.add_argument_group(
+        "SLURM options", "Defaults are those of the cluster that $SPIDR_CLUSTER names, else of SLURM, where it says so."
+    )
+    preset = "(default: the cluster's)"
+    slurm.add_argument("-A", "--account", help="account to charge (default: none, training runs here)")
+    slurm.add_argument("-N", "--nodes", type=int, metavar="N", help="nodes of each job (default: none)")
+    slurm.add_argument(
+        "-G", "--gpus-per-node", type=int, metavar="N", help="GPUs of each node, one task for each (default: none)"
+    )
+    slurm.add_argument("-c", "--cpus-per-task", type=int, metavar="N", help=f"CPUs of each task {preset}")
+    slurm.add_argument("--mem-per-gpu", metavar="MEMORY", help=f"memory for each GPU, such as 80g {preset}")
+    slurm.add_argument(
+        "-t", "--time", type=int, metavar="MINUTES", help=f"time limit; the job goes on in another one {preset}"
+    )
+    slurm.add_argument("-C", "--constraint", help=f"features that the nodes must have {preset}")
+    slurm.add_argument("-p", "--partition", help=f"partition to use {preset}")
+    slurm.add_argument("-q", "--qos", help=f"quality of service {preset}")
     slurm.add_argument("--dump", type=Path, help="folder for the job folder (default: $SPIDR_SUBMITIT_FOLDER)")
     parser.add_argument(
         "--dry-run", action="store_true", help="check configurations and manifests, show what would be done, and end"

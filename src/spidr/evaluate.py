@@ -362,28 +362,50 @@ def _parser() -> argparse.ArgumentParser:
 
     units = command("units", _units, "Units against phone alignments: PNMI, purities, perplexity, bitrate.")
     units.add_argument("units", nargs="+", help="JSON lines or Parquet with fileid and units")
-    units.add_argument("--num-units", type=int, default=256, help="size of the codebook (default: 256)")
-    units.add_argument("--frame-step", type=int, default=20, help="milliseconds per unit (default: 20)")
+    units.add_argument("--num-units", type=int, default=256, metavar="N", help="size of the codebook (default: 256)")
+    units.add_argument("--frame-step", type=int, default=20, metavar="MS", help="milliseconds per unit (default: 20)")
     abx = command("abx", _abx, "ABX error rates, within and across speakers, of one or several representations.")
     abx.add_argument("features", nargs="+", help="folders of .npy or .pt files (T, D), or files of units")
     abx.add_argument("item", help="ABX item file")
-    abx.add_argument("--frame-rate", type=_frame_rate, default=Fraction(50), help="frames per second (default: 50)")
+    abx.add_argument(
+        "--frame-rate", type=_frame_rate, default=Fraction(50), metavar="HZ", help="frames per second (default: 50)"
+    )
     abx.add_argument(
         "--distance",
         choices=("angular", "euclidean", "kl_symmetric", "identical"),
         help="between two frames (default: angular for features, identical for units)",
     )
-    abx.add_argument("--context", choices=("within", "any"), default="within", help="same neighbours, or any")
-    abx.add_argument("--max-size-group", type=int, default=10, help="most A, B and X in a cell; 0: all (default: 10)")
-    abx.add_argument("--max-x-across", type=int, default=5, help="most speakers of X; 0: all (default: 5)")
+    abx.add_argument(
+        "--context",
+        choices=("within", "any"),
+        default="within",
+        help="neighbours of A, B and X: the same, or any (default: within)",
+    )
+    abx.add_argument(
+        "--max-size-group",
+        type=int,
+        default=10,
+        metavar="N",
+        help="most A, B and X in a cell; 0: all (default: 10)",
+    )
+    abx.add_argument("--max-x-across", type=int, default=5, metavar="N", help="most speakers of X; 0: all (default: 5)")
     model = command("model", _model, "Every layer and codebook of a model, in one pass over the audio.")
     model.add_argument("checkpoint", help="a checkpoint, or the name of a published model")
     model.add_argument("manifest", help="the recordings")
-    model.add_argument("--item", help="ABX item file: ABX of every layer's features and units too")
-    model.add_argument("--layers", type=_layers, help="such as 5,6,7 (default: all)")
-    model.add_argument("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto")
+    model.add_argument("--item", help="ABX item file: ABX of every layer's features and units too (default: no ABX)")
+    model.add_argument("--layers", type=_layers, metavar="N,…", help="counted from 1, such as 5,6,7 (default: all)")
     model.add_argument(
-        "--max-batch-length", type=int, default=3_800_000, help="samples of a batch (default: 3,800,000)"
+        "--device",
+        choices=("auto", "cuda", "mps", "cpu"),
+        default="auto",
+        help="where to compute (default: %(default)s: CUDA, else MPS, else the CPU)",
+    )
+    model.add_argument(
+        "--max-batch-length",
+        type=int,
+        default=3_800_000,
+        metavar="SAMPLES",
+        help="samples of a batch with its padding, 16,000 a second (default: 3,800,000)",
     )
     for sub in (units, model):
         sub.add_argument("alignments", help="JSON lines, a TextGrid, or a folder of TextGrids")

@@ -154,7 +154,7 @@ def test_bad_arguments(corpus: Path, tmp_path: Path) -> None:
         (write_manifest_tar, tmp_path / "cut.tar", csv, r"cut\.tar: not a complete tar archive"),
         (write_manifest_tar, tmp_path / "damaged.tar", csv, r"damaged\.tar: damaged after byte"),
         (write_manifest_tar, tmp_path / "text.tar", csv, "not a complete tar archive"),
-        (write_manifest_tar, tmp_path / "gone.tar", csv, "does not exist"),
+        (write_manifest_tar, tmp_path / "gone.tar", csv, r"gone\.tar: does not exist; expected a folder or a \.tar"),
     ):
         with pytest.raises(InputError, match=message):
             write(dataset, output)

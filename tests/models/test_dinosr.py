@@ -74,9 +74,21 @@ def test_wrong_lengths(lengths: list[int], message: str) -> None:
         tiny_model().get_codebooks(padded(), lengths=lengths)
 
 
-def test_waveforms_must_be_a_batch() -> None:
-    with pytest.raises(InputError, match=r"waveforms must be \(batch, samples\), not of shape \(3000,\)"):
-        tiny_model().get_codebooks(torch.randn(3000))
+@pytest.mark.parametrize("method", ["encode", "units", "get_codebooks", "get_intermediate_outputs", "__call__"])
+@pytest.mark.parametrize(
+    ("waveforms", "message"),
+    [
+        (torch.randn(3000), r"waveforms must be \(batch, samples\), not of shape \(3000,\)"),
+        (torch.randn(1, 1, 3000), r"waveforms must be \(batch, samples\), not of shape \(1, 1, 3000\)"),
+        (torch.ones(1, 3000, dtype=torch.int16), "waveforms must be torch.float32, not torch.int16"),
+        (torch.ones(1, 3000, dtype=torch.float64), "waveforms must be torch.float32, not torch.float64"),
+        (torch.ones(1, 3000, dtype=torch.complex64), "waveforms must be torch.float32, not torch.complex64"),
+    ],
+)
+def test_waveforms_must_be_a_batch_of_real_numbers(method: str, waveforms: Tensor, message: str) -> None:
+    options = {"layer": 4} if method in ("encode", "units") else {}
+    with pytest.raises(InputError, match=message):
+        getattr(tiny_model(), method)(waveforms, **options)
 
 
 # ------------------------------------------------------------------------------------------------------ training

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import pickle
+import re
 import signal
 import socket
 import subprocess
@@ -173,7 +174,9 @@ def test_interrupted_download_leaves_nothing(server: Server, cache: Path, sent: 
     weights = random_weights(SpidR(SPIDR))
     url = server.put("a.pt", {"model": weights})
     server.sent = sent
-    with pytest.raises(InputError, match=r"http://127\.0\.0\.1:\d+/models/a\.pt: .*download"):
+    with pytest.raises(
+        InputError, match=r"models/a\.pt: cannot download it to .*/a\.pt, where it may be put by hand: "
+    ):
         spidr(url)
     assert list(cache.iterdir()) == []
     server.sent = None
@@ -231,8 +234,9 @@ def test_mismatches_are_named(server: Server, cache: Path) -> None:
     weights["extra"] = weights.pop("mask_embedding")
     weights["heads.1.0.bias"] = torch.zeros(6)
     with pytest.raises(InputError) as info:
-        spidr(server.put("a.pt", {"model": weights}))
-    assert str(info.value).endswith(
+        spidr(url := server.put("a.pt", {"model": weights}))
+    assert str(info.value) == (
+        f"{url}: cannot download it to {cache / 'a.pt'}, where it may be put by hand: "
         "not the weights of this SpidR: missing: mask_embedding; unknown: extra; "
         "of another shape: heads.1.0.bias (found (6,), expected (5,))"
     )
@@ -289,7 +293,7 @@ def test_no_server(cache: Path) -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{unused.getsockname()[1]}/a.pt"
-        with pytest.raises(InputError, match=r"cannot download it to .*: .*refused"):
+        with pytest.raises(InputError, match=r"cannot download it to .*, where it may be put by hand: .*refused"):
             spidr(url)
 
 
@@ -334,7 +338,8 @@ def test_published_addresses(
     monkeypatch.setattr(urllib.request, "_opener", None)  # keeps the proxies of its first use
     with pytest.raises(InputError) as info:
         function()
-    assert str(info.value).startswith(f"{url}: cannot download it to {cache / Path(url).name}: ")
+    by_hand = f"{url}: cannot download it to {cache / Path(url).name}, where it may be put by hand: "
+    assert re.fullmatch(rf"{re.escape(by_hand)}<urlopen error [^\n]+>", str(info.value))
     assert server.requests == [url.split("/")[2] + ":443"]
     assert list(cache.iterdir()) == []
 
@@ -417,12 +422,18 @@ def test_any_damage_is_one_clear_error(tmp_path: Path, load: Callable[[Path], An
     assert refused > 90
 
 
-def test_missing_file(tmp_path: Path) -> None:
+def test_missing_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for load in (hub.load_weights, hub.load_fairseq_weights):
         with pytest.raises(InputError, match=r"x\.pt: cannot read the file: No such file or directory"):
             load(tmp_path / "x.pt")
         with pytest.raises(InputError, match="cannot read the file: Is a directory"):
             load(tmp_path)
+    for options in ({}, {"model_type": "spidr"}, {"cfg": SPIDR}):
+        for name in ("x.pt", "x.safetensors"):
+            with pytest.raises(InputError) as info:
+                hub.build_model(checkpoint=tmp_path / name, **options)  # type: ignore[arg-type]
+            assert str(info.value) == f"{tmp_path / name}: cannot read the file: No such file or directory"
+    assert not caplog.records
 
 
 def test_compressed_archive(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Long recordings: in pieces that change nothing, or in windows that change what is said."""
 
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -98,11 +99,18 @@ def test_a_window_as_long_as_the_recording_changes_nothing() -> None:
         ({"window": 0.001}, "window = 0.001 s is shorter than a frame of 0.0025 s"),
         ({"window": 1.0, "context": -1.0}, "context = -1.0 s needs to be at least 0"),
         ({"context": 1.0}, "goes with a window"),
+        ({"window": 0.0}, r"window = 0\.0 s is shorter than a frame"),
+        ({"window": -1.0}, r"window = -1\.0 s is shorter than a frame"),
+        ({"window": math.inf}, "window = inf s is no number of seconds"),
+        ({"window": math.nan}, "window = nan s is no number of seconds"),
+        ({"window": 1.0, "context": math.inf}, "context = inf s is no number of seconds"),
+        ({"window": 1.0, "context": math.nan}, "context = nan s is no number of seconds"),
     ],
 )
 def test_wrong_windows(options: dict[str, float], message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        tiny_model().encode(batch(), layer=4, **options)
+    for method in ("encode", "units"):
+        with pytest.raises(InputError, match=message):
+            getattr(tiny_model(), method)(batch(), layer=4, **options)
 
 
 MEASURE = """

@@ -34,7 +34,7 @@ def _arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("dataset", help="folder or .tar")
     parser.add_argument("output", help="manifest to write: .csv, .jsonl or, with --fairseq, .tsv")
     parser.add_argument("--ext", nargs="+", default=[".wav"], help="extensions of the recordings (default: .wav)")
-    parser.add_argument("--fairseq", action="store_true", help="write fairseq's format")
+    parser.add_argument("--fairseq", action="store_true", help="write fairseq's format: paths and numbers of samples")
     parser.add_argument(
         "--stats",
         action="store_true",
@@ -192,7 +192,7 @@ def _members(archive: str, suffixes: tuple[str, ...]) -> Iterator[Recording]:
                 if rest.read(tarfile.BLOCKSIZE).strip(b"\0"):
                     raise InputError(f"{archive}: damaged after byte {tar.offset}; pack the archive once more.")
     except FileNotFoundError:
-        raise InputError(f"{archive}: the archive does not exist.") from None
+        raise InputError(f"{archive}: does not exist; expected a folder or a .tar.") from None
     except tarfile.TarError as error:
         if _is_compressed(archive):
             reason = "a compressed archive; decompress it first, recordings are read from where they lie in it"

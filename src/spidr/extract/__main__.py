@@ -74,8 +74,13 @@ def _build_parser() -> argparse.ArgumentParser:
     common.add_argument(
         "--model", default="spidr_base", help="name of a published model, or a checkpoint (default: %(default)s)"
     )
-    common.add_argument("--layer", type=int, help="counted from 1 (default: 6 for SpidR, 5 for DinoSR)")
-    common.add_argument("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto")
+    common.add_argument("--layer", type=int, metavar="N", help="counted from 1 (default: 6 for SpidR, 5 for DinoSR)")
+    common.add_argument(
+        "--device",
+        choices=["auto", "cuda", "mps", "cpu"],
+        default="auto",
+        help="where to compute (default: %(default)s: CUDA, else MPS, else the CPU)",
+    )
     common.add_argument(
         "--dtype",
         choices=["float32", "bfloat16", "auto"],
@@ -83,30 +88,61 @@ def _build_parser() -> argparse.ArgumentParser:
         help="to compute in; auto: bfloat16 where the hardware does (default: %(default)s)",
     )
     common.add_argument(
-        "--batch-seconds", type=float, help="audio in a batch, 0: one recording at a time (default: CPU 0, GPU 240)"
+        "--batch-seconds",
+        type=float,
+        metavar="SECONDS",
+        help="audio in a batch, in seconds; 0: one recording at a time (default: 0 on a CPU, else 240)",
     )
-    common.add_argument("--threads", type=int, help="recordings encoded at once on a CPU (default: its cores)")
-    common.add_argument("--window", type=float, help="encode long recordings in pieces of so many seconds")
-    common.add_argument("--context", type=float, help="seconds seen on each side of a window (default: a quarter)")
+    common.add_argument(
+        "--threads", type=int, metavar="N", help="recordings encoded at once on a CPU, 1 to 1,000 (default: its cores)"
+    )
+    common.add_argument(
+        "--window",
+        type=float,
+        metavar="SECONDS",
+        help="encode long recordings in pieces of so many seconds (default: each as a whole)",
+    )
+    common.add_argument(
+        "--context",
+        type=float,
+        metavar="SECONDS",
+        help="what is seen on each side of a window, in seconds (default: a quarter of it)",
+    )
     common.add_argument("--resample", action="store_true", help="convert what is not 16 kHz mono (needs FFmpeg)")
-    common.add_argument("--on-error", choices=["raise", "skip"], default="raise", help="what to do with bad recordings")
+    common.add_argument(
+        "--on-error", choices=["raise", "skip"], default="raise", help="bad recordings (default: %(default)s)"
+    )
     common.add_argument("--quiet", action="store_true", help="no progress bar")
 
     features = commands.add_parser("features", parents=[common], help="one array (frames, channels) a recording")
     features.add_argument("output", help="a folder")
-    features.add_argument("--format", choices=["npy", "pt"], default="npy")
-    features.add_argument("--store", choices=["float32", "float16"], default="float32", help="precision in the files")
+    features.add_argument(
+        "--format", choices=["npy", "pt"], default="npy", help="of NumPy, or torch.save (default: %(default)s)"
+    )
+    features.add_argument(
+        "--store", choices=["float32", "float16"], default="float32", help="precision in files (default: %(default)s)"
+    )
 
     units = commands.add_parser("units", parents=[common], help="one row of units a recording")
     units.add_argument("output", help="a .jsonl or .parquet file")
     units.add_argument("--dedup", action="store_true", help="merge repeats and add their durations, in frames")
-    units.add_argument("--kmeans", help="centroids to use instead of the codebook")
+    units.add_argument(
+        "--kmeans", metavar="FILE", help="centroids to use, a .npz file, and their layer (default: the codebook)"
+    )
 
     kmeans = commands.add_parser("kmeans", parents=[common], help="centroids for `units --kmeans`")
     kmeans.add_argument("output", help="a .npz file")
-    kmeans.add_argument("--units", type=int, default=256, help="clusters (default: %(default)s)")
-    kmeans.add_argument("--max-frames", type=int, default=1_000_000, help="frames to learn from (default: %(default)s)")
-    kmeans.add_argument("--seed", type=int, default=0)
+    kmeans.add_argument("--units", type=int, default=256, metavar="N", help="clusters (default: %(default)s)")
+    kmeans.add_argument(
+        "--max-frames",
+        type=int,
+        default=1_000_000,
+        metavar="N",
+        help="frames of 20 ms to learn from, drawn at random (default: %(default)s)",
+    )
+    kmeans.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="of the draw and of k-means (default: %(default)s)"
+    )
     return parser
 
 

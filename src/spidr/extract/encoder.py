@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -48,6 +49,9 @@ BATCH_SECONDS = 240.0
 LONG = 120 * SAMPLE_RATE
 """Longer recordings (in samples) get all threads of a CPU, one after the other, so that none is the last one alone."""
 
+MAX_THREADS = 1000
+"""More are more than a process may start on many machines."""
+
 NEAR = 3e-5
 """Two scores are near each other if they differ by less than this share of (1 + the range of the frame's scores). More
 than ten times the largest change of a score by batching that was seen in float32."""
@@ -63,7 +67,7 @@ class Options:
             "auto": bfloat16 where the hardware computes in it, else float32.
         batch_seconds: Seconds of audio in a batch, padding included; 0: one recording at a time. None: 0 on the CPU,
             else 240.
-        threads: Recordings encoded at once on the CPU; None: as many as PyTorch has threads.
+        threads: Recordings encoded at once on the CPU; None: as many as PyTorch has threads. At most 1,000.
         window: Encode long recordings in pieces of that many seconds (see :meth:`spidr.models.DinoSR.encode`). None:
             exact, in time that grows with the square of the length.
         context: Seconds seen on each side of a window; None: a quarter of it.
@@ -85,12 +89,13 @@ class Options:
     def __post_init__(self) -> None:
         for name in ("batch_seconds", "window", "context"):
             value = getattr(self, name)
-            if value is not None and (value < 0 or (value == 0 and name == "window")):
-                raise InputError(f"{name}: found {value}, expected seconds")
+            if value is not None and not (0 <= value < math.inf and (value or name != "window")):
+                accepted = "more than 0" if name == "window" else "0 or more"
+                raise InputError(f"{name}: found {value}, expected seconds, {accepted}")
         if self.context is not None and self.window is None:
             raise InputError(f"context: found {self.context}, but there is no window that it could be the context of")
-        if self.threads is not None and self.threads < 1:
-            raise InputError(f"threads: found {self.threads}, expected 1 or more")
+        if self.threads is not None and not 1 <= self.threads <= MAX_THREADS:
+            raise InputError(f"threads: found {self.threads}, expected 1 to {MAX_THREADS:,}")
 
     def run_config(self) -> RunConfig:
         """What :func:`spidr.environment.environment` wants to know; only the device counts."""
@@ -150,8 +155,9 @@ class Encoder:
         first = total - self.model.num_codebooks + 1 if codebook else 1
         if not first <= self.layer <= total:
             lacks = "has no codebook" if 1 <= self.layer <= total else "does not exist"
-            having = "have one" if codebook else "exist"
-            raise InputError(f"layer {self.layer} {lacks}; layers {first} to {total} {having}")
+            having = "have a codebook" if codebook else "exist"
+            given = f"layer {self.layer}, the default," if layer is None else f"layer {self.layer}"
+            raise InputError(f"{given} {lacks}; layers {first} to {total} {having}")
         self.bfloat16 = options.dtype == "bfloat16" or (options.dtype == "auto" and _has_bfloat16(env.device))
 
     def settings(self) -> dict[str, Any]:
@@ -258,15 +264,18 @@ class Encoder:
             groups = [long, batches[len(long) :]]
         # Rank 0 shows its own share: that of the others takes about as long.
         shown = self.options.progress and self.env.rank == 0
-        total = sum(item.num_samples for batch in batches for item in batch) / SAMPLE_RATE / 3600
+        total = sum(item.num_samples for batch in batches for item in batch)
+        unit, seconds = ("h", 3600) if total >= 3600 * SAMPLE_RATE else ("min", 60)
+        scale = {"unit": unit, "unit_scale": 1 / seconds / SAMPLE_RATE}
         try:
-            with tqdm(total=total, desc=description, disable=not shown, bar_format=_BAR) as bar:
+            # Of no audio, a bar would stay at 0 %.
+            with tqdm(total=total, desc=description, disable=not (shown and total), bar_format=_BAR, **scale) as bar:
                 for group in groups:
                     workers = 1 if group is not groups[-1] else min(at_once, len(group))
                     with closing(self._encode(group, encode, workers, at_once // max(1, workers))) as results:
                         for encoded in results:
                             yield encoded
-                            bar.update(sum(result.item.num_samples for result in encoded) / SAMPLE_RATE / 3600)
+                            bar.update(sum(result.item.num_samples for result in encoded))
         finally:
             torch.set_num_threads(threads)
 
@@ -307,7 +316,7 @@ class Encoder:
         return _Loaded(item, waveform)
 
 
-_BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.2f}/{total:.2f} h of audio, {elapsed} passed, {remaining} left"
+_BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.2f}/{total:.2f} {unit} of audio, {elapsed} passed, {remaining} left"
 
 
 def ahead(

@@ -20,6 +20,7 @@ from spidr.extract.encoder import Encoded, Encoder, Options, Skipped, ahead
 from spidr.extract.outputs import check_record, gather_skipped, names_of, record, report, write_record
 from spidr.extract.sources import Item, find_items
 from spidr.models import DinoSR
+from spidr.models.hub import check_name
 from spidr.tools.files import atomic_write, make_folder, remove_unfinished
 
 RECORD = "extract.json"
@@ -61,6 +62,7 @@ def extract_features(
     """
     options, output = options or Options(), Path(output)
     skip = options.on_error == "skip"
+    check_name(model)
     with environment(options.run_config()) as env:
         items = find_items(names_of(sources), tree=not flat, resample=options.resample, skip=skip)
         encoder = Encoder(model, layer, options, env, codebook=False)

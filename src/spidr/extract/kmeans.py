@@ -26,7 +26,7 @@ from spidr.extract.outputs import names_of, record, report
 from spidr.extract.sources import find_items
 from spidr.lazy import needs_extra
 from spidr.models import DinoSR
-from spidr.models.hub import open_archive
+from spidr.models.hub import check_name, open_archive
 from spidr.tools.files import atomic_write, make_folder
 
 
@@ -149,6 +149,7 @@ def fit_kmeans(
         raise InputError(f"seed: found {seed}, expected an integer between 0 and 2^32 - 1")
     if units < 1 or max_frames < units:
         raise InputError(f"{units} units of {max_frames} frames: there must be a unit, and a frame for each at least")
+    check_name(model)
     with environment(options.run_config()) as env:
         if env.world_size > 1:
             raise InputError("k-means runs in one process, which uses all cores")

@@ -28,6 +28,7 @@ from spidr.extract.kmeans import KMeans
 from spidr.extract.outputs import check_record, gather_skipped, names_of, record, report, write_record
 from spidr.extract.sources import find_items
 from spidr.models import DinoSR
+from spidr.models.hub import check_name
 from spidr.tools.files import atomic_write, make_folder
 
 BEGINNING = '{"fileid": '
@@ -69,9 +70,10 @@ def extract_units(
     if output.suffix not in (".jsonl", ".parquet"):
         raise InputError(f"{output}: the name of a table of units must end in .jsonl or .parquet.")
     skip = options.on_error == "skip"
+    check_name(model)
     with environment(options.run_config()) as env:
-        items = find_items(names_of(sources), tree=False, resample=options.resample, skip=skip)
         clusters = None if kmeans is None else KMeans.load(kmeans)
+        items = find_items(names_of(sources), tree=False, resample=options.resample, skip=skip)
         if clusters is not None and layer is None:
             layer = clusters.layer
         encoder = Encoder(model, layer, options, env, codebook=clusters is None)

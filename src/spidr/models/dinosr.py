@@ -115,10 +115,9 @@ class DinoSR(nn.Module):
             (B, T, D) and the mask, or None if every frame exists.
 
         Raises:
-            InputError: If a length gives no frame or exceeds S.
+            InputError: If the waveforms are not as they should be, or a length gives no frame or exceeds S.
         """
-        if waveforms.ndim != 2:
-            raise InputError(f"waveforms must be (batch, samples), not of shape {tuple(waveforms.shape)}")
+        _check_waveforms(waveforms, self.mask_embedding.dtype)
         shapes, samples = self.feature_extractor.shapes, waveforms.shape[1]
         if lengths is not None:
             lengths = torch.as_tensor(lengths)
@@ -426,8 +425,8 @@ class DinoSR(nn.Module):
             about the 25 ms from ``t * 20`` ms on. With ``window``, features in the padding are 0.
 
         Raises:
-            InputError: If there is no such layer, a length gives no frame or exceeds S, or a window or context is no
-                number of frames.
+            InputError: If there is no such layer, the waveforms are not as they should be, a length gives no frame or
+                exceeds S, or a window or context is no number of frames.
         """
         layer = self._layer(layer)
 
@@ -489,6 +488,9 @@ class DinoSR(nn.Module):
     ) -> Tensor:
         """What a function of (projected features, attention mask) gives, on windows of each row if asked for."""
         frame_seconds = math.prod(stride for _, _, stride in self.feature_extractor.shapes) / SAMPLE_RATE
+        for name, seconds in (("window", window), ("context", context)):
+            if seconds is not None and not math.isfinite(seconds):
+                raise InputError(f"{name} = {seconds} s is no number of seconds")
         size = None if window is None else round(window / frame_seconds)
         around = round((context if context is not None else (window or 0) / 4) / frame_seconds)
         if size is not None and size < 1:
@@ -519,6 +521,7 @@ class DinoSR(nn.Module):
         self, waveforms: Tensor, lengths: Tensor | Sequence[int] | None, *, normalize: bool
     ) -> tuple[Tensor, Tensor]:
         """The waveforms, standardised if asked for, and the number of frames of each."""
+        _check_waveforms(waveforms, self.mask_embedding.dtype)
         batch, samples = waveforms.shape
         given = torch.full((batch,), samples) if lengths is None else torch.as_tensor(lengths)
         given = given.to(waveforms.device)
@@ -543,6 +546,18 @@ class _NoTeacher(Transformer):
 
     def get_intermediate_outputs(self, *_: object, **__: object) -> list[Tensor]:
         raise InputError("this model has no teacher: it encodes, but cannot be trained or validated")
+
+
+def _check_waveforms(waveforms: Tensor, dtype: torch.dtype) -> None:
+    """Check that waveforms are (batch, samples) and of numbers that a model of that type computes with.
+
+    Raises:
+        InputError: They are not.
+    """
+    if waveforms.ndim != 2:
+        raise InputError(f"waveforms must be (batch, samples), not of shape {tuple(waveforms.shape)}")
+    if not waveforms.is_floating_point() or (waveforms.dtype == torch.float64 != dtype):
+        raise InputError(f"waveforms must be {dtype}, not {waveforms.dtype}")
 
 
 def _reduce_over_default_group(x: Tensor) -> None:

@@ -7,6 +7,7 @@ nothing else. Imports ``spidr.config`` and its siblings only.
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import http.client
 import logging
@@ -58,7 +59,7 @@ def spidr_base(pretrained: bool = True, check_hash: bool = False, progress: bool
         The model, on the CPU and in eval mode.
 
     Raises:
-        InputError: The download failed, or what came is not this model.
+        InputError: The download failed, or what came is not this model. The message says where to put it by hand.
     """
     return _published(SpidR, SpidRConfig(), SPIDR_BASE, load_weights, pretrained, check_hash, progress)
 
@@ -102,6 +103,8 @@ def build_model(
     Raises:
         InputError: The model type is unknown or contradicts the configuration, or a file does not fit.
     """
+    if checkpoint is not None and not os.path.exists(checkpoint):  # noqa: PTH110
+        raise InputError(f"{checkpoint}: cannot read the file: No such file or directory")
     if cfg is None:
         cfg = recorded_config(Path(checkpoint), model_type) if checkpoint is not None else None
         cfg = model_config(_required(model_type), {}) if cfg is None else cfg
@@ -126,11 +129,24 @@ def load_encoder(model: str | Path) -> DinoSR:
     Raises:
         InputError: There is no such model or file, or it does not fit.
     """
-    if (published := PUBLISHED.get(str(model))) is not None:
-        return published().drop_teacher().eval()
-    if not os.path.exists(model):  # noqa: PTH110 (False for all that cannot be a file)
-        raise InputError(f"{model}: neither a file nor a published model ({', '.join(PUBLISHED)})")
-    return build_model(checkpoint=model).drop_teacher().eval()
+    check_name(model)
+    published = PUBLISHED.get(str(model))
+    loaded = build_model(checkpoint=model) if published is None else published()
+    return loaded.drop_teacher().eval()
+
+
+def check_name(model: str | Path | DinoSR) -> None:
+    """Check that :func:`load_encoder` has something to load, before anything that takes long.
+
+    Raises:
+        InputError: It is neither a published model's name nor a file; a model itself is always right.
+    """
+    # os.path.isfile is False for all that cannot be a file, such as a name that is too long.
+    if isinstance(model, DinoSR) or str(model) in PUBLISHED or os.path.isfile(model):  # noqa: PTH113
+        return
+    nearest = difflib.get_close_matches(str(model), PUBLISHED, n=1)
+    advice = f"; did you mean {nearest[0]}?" if nearest else f" ({', '.join(PUBLISHED)})"
+    raise InputError(f"{model}: neither a file nor a published model{advice}")
 
 
 def _is_export(path: str | Path) -> bool:
@@ -486,11 +502,12 @@ def _download(url: str, path: Path, check_hash: bool, progress: bool) -> Iterato
         digest = _fetch(url, partial, progress)
         expected = torch.hub.HASH_REGEX.search(path.name)
         if check_hash and expected and not digest.startswith(expected[1]):
-            raise InputError(f"{url}: the download's SHA-256 is {digest}, expected {expected[1]}…")
+            raise InputError(f"the SHA-256 is {digest}, expected {expected[1]}…")
         yield partial
         partial.replace(path)
-    except (OSError, http.client.HTTPException) as error:
-        raise InputError(f"{url}: cannot download it to {path}: {error}") from error
+    except (OSError, http.client.HTTPException, InputError) as error:
+        reason = str(error).removeprefix(f"{partial}: ")  # which will not be there any more
+        raise InputError(f"{url}: cannot download it to {path}, where it may be put by hand: {reason}") from error
     finally:
         with suppress(OSError):
             partial.unlink()
@@ -512,5 +529,5 @@ def _fetch(url: str, path: Path, progress: bool) -> str:
                 bar.update(len(chunk))
     # A connection that closes early just ends the stream.
     if total is not None and received != total:
-        raise InputError(f"{url}: the download stopped after {received:,} of {total:,} bytes; try again")
+        raise InputError(f"it stopped after {received:,} of {total:,} bytes; try again")
     return sha256.hexdigest()

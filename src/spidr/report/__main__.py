@@ -21,9 +21,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--set", dest="group", help="validation set of which units are shown (default: the first aligned)"
     )
-    parser.add_argument("--layer", type=int, help="layer of the heat map (default: the one of the best PNMI)")
-    parser.add_argument("--max-minutes", type=float, default=30.0, help="audio to encode at most (default: 30)")
-    parser.add_argument("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto")
+    parser.add_argument(
+        "--layer", type=int, metavar="N", help="of the heat map, counted from 1 (default: the one of the best PNMI)"
+    )
+    parser.add_argument(
+        "--max-minutes",
+        type=float,
+        default=30.0,
+        metavar="MINUTES",
+        help="audio to encode at most, in minutes (default: 30)",
+    )
+    parser.add_argument(
+        "--device",
+        choices=("auto", "cuda", "mps", "cpu"),
+        default="auto",
+        help="where to compute (default: %(default)s: CUDA, else MPS, else the CPU)",
+    )
     args = parser.parse_args(argv)
     options = {"group": args.group, "layer": args.layer, "max_minutes": args.max_minutes, "device": args.device}
     try:

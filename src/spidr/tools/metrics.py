@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
-from spidr.config import InputError, parse_json
+from spidr.config import InputError, first_line, parse_json
 from spidr.lazy import needs_extra
 from spidr.tools.files import atomic_write
 
@@ -139,8 +139,9 @@ class WandbSink:
             self._save()
         except InputError as error:
             logger.warning("%s; training goes on without wandb", error)
-        except Exception:
-            logger.warning("wandb is not available; training goes on without it", exc_info=True)
+        except Exception as error:
+            logger.warning("wandb is not available (%s); training goes on without it", first_line(error))
+            logger.debug("wandb", exc_info=True)
             self.run = None
 
     def push(self, line: Line) -> None:

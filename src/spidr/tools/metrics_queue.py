@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line. Returns the exit status."""
     parser = argparse.ArgumentParser("python -m spidr.tools.metrics_queue", description=__doc__.split("\n\n")[1])
     parser.add_argument("path", type=Path, help="a run's folder, or its metrics.jsonl")
-    parser.add_argument("--entity", required=True, help="wandb user or team")
+    parser.add_argument("--entity", required=True, help="wandb user or team (no default)")
     parser.add_argument(
         "--runid", help="wandb's id of the run (default: the one finished run of that project and name)"
     )
