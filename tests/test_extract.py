@@ -262,6 +262,10 @@ def test_resampling_keeps_what_can_be_kept(rate: int, tmp_path: Path) -> None:
         (["DIR", "OUT.jsonl", "--layer", "5"], "layer 5 does not exist; layers 2 to 4 have one"),
         (["DIR", "OUT.jsonl", "--model", "wav2vec"], "wav2vec: neither a file nor a published model (spidr_base, "),
         (["DIR", "OUT.jsonl", "--window", "0"], "window: found 0.0, expected seconds"),
+        (["DIR", "OUT.jsonl", "--window", "nan"], "window: found nan, expected seconds"),
+        (["DIR", "OUT.jsonl", "--window", "inf"], "window: found inf, expected seconds, 1,000,000 at most"),
+        (["DIR", "OUT.jsonl", "--batch-seconds", "1e9"], "batch_seconds: found 1000000000.0, expected seconds, 1,000"),
+        (["DIR", "OUT.jsonl", "--threads", "1000000000"], "threads: found 1000000000, expected 1 to 1,024"),
         (["DIR", "OUT.jsonl", "--context", "1"], "there is no window"),
         (["DIR", "OUT.jsonl", "--kmeans", "none.npz"], "none.npz: does not exist; write it with"),
         (["EMPTY", "OUT.jsonl"], "no file's name ends like that of a recording"),
@@ -530,6 +534,8 @@ def test_kmeans(model: DinoSR, checkpoint: Path, tmp_path: Path) -> None:
     assert (tmp_path / "alone.jsonl").read_bytes() == (tmp_path / "batched.jsonl").read_bytes()
     with pytest.raises(InputError, match="the centroids are of layer 2 of"):
         extract_units(files, tmp_path / "x.jsonl", model=checkpoint, layer=3, kmeans=tmp_path / "a.npz", options=QUIET)
+    with pytest.raises(InputError, match="units: found 1000000000, expected 1,048,576 at most"):
+        fit_kmeans(files, tmp_path / "c.npz", model=checkpoint, units=10**9, max_frames=10**10, options=QUIET)
     with pytest.raises(InputError, match="frames are too few for 4000 units"):
         fit_kmeans(files[:1], tmp_path / "c.npz", model=checkpoint, layer=2, units=4000, options=QUIET)
     (tmp_path / "bad.npz").write_bytes(b"PK\x03\x04")

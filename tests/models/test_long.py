@@ -98,6 +98,8 @@ def test_a_window_as_long_as_the_recording_changes_nothing() -> None:
         ({"window": 0.001}, "window = 0.001 s is shorter than a frame of 0.0025 s"),
         ({"window": 1.0, "context": -1.0}, "context = -1.0 s needs to be at least 0"),
         ({"context": 1.0}, "goes with a window"),
+        ({"window": float("inf")}, "window = inf is no number of seconds"),
+        ({"window": 1.0, "context": float("nan")}, "context = nan is no number of seconds"),
     ],
 )
 def test_wrong_windows(options: dict[str, float], message: str) -> None:

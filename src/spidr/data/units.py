@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from spidr.config import InputError, first_line, parse_json
-from spidr.data.json_lines import check_memory, read_lines
+from spidr.config import InputError, check_memory, first_line, parse_json
+from spidr.data.json_lines import read_lines
 
 Units = dict[str, NDArray[np.int64]]
 """Name of a recording → its units, one per frame."""

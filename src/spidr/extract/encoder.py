@@ -48,6 +48,9 @@ BATCH_SECONDS = 240.0
 LONG = 120 * SAMPLE_RATE
 """Longer recordings (in samples) get all threads of a CPU, one after the other, so that none is the last one alone."""
 
+MAX_SECONDS = 1_000_000
+MAX_THREADS = 1024
+
 NEAR = 3e-5
 """Two scores are near each other if they differ by less than this share of (1 + the range of the frame's scores). More
 than ten times the largest change of a score by batching that was seen in float32."""
@@ -85,12 +88,12 @@ class Options:
     def __post_init__(self) -> None:
         for name in ("batch_seconds", "window", "context"):
             value = getattr(self, name)
-            if value is not None and (value < 0 or (value == 0 and name == "window")):
-                raise InputError(f"{name}: found {value}, expected seconds")
+            if value is not None and not (0 <= value <= MAX_SECONDS and (value > 0 or name != "window")):
+                raise InputError(f"{name}: found {value}, expected seconds, {MAX_SECONDS:,} at most")
         if self.context is not None and self.window is None:
             raise InputError(f"context: found {self.context}, but there is no window that it could be the context of")
-        if self.threads is not None and self.threads < 1:
-            raise InputError(f"threads: found {self.threads}, expected 1 or more")
+        if self.threads is not None and not 1 <= self.threads <= MAX_THREADS:
+            raise InputError(f"threads: found {self.threads}, expected 1 to {MAX_THREADS:,}")
 
     def run_config(self) -> RunConfig:
         """What :func:`spidr.environment.environment` wants to know; only the device counts."""

@@ -28,6 +28,8 @@ from spidr.models import DinoSR
 from spidr.models.hub import open_archive
 from spidr.tools.files import atomic_write, make_folder
 
+MAX_UNITS = 2**20
+
 
 @dataclass(frozen=True)
 class KMeans:
@@ -145,6 +147,8 @@ def fit_kmeans(
         raise InputError(f"{output}: the name of a k-means model must end in .npz.")
     if not 0 <= seed < 2**32:
         raise InputError(f"seed: found {seed}, expected an integer between 0 and 2^32 - 1")
+    if units > MAX_UNITS:
+        raise InputError(f"units: found {units}, expected {MAX_UNITS:,} at most")
     if units < 1 or max_frames < units:
         raise InputError(f"{units} units of {max_frames} frames: there must be a unit, and a frame for each at least")
     with environment(options.run_config()) as env:
