@@ -6,7 +6,6 @@ May import its siblings, ``spidr.config`` and ``spidr.tools``.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 
@@ -22,10 +21,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = _build_parser().parse_args(argv)
     try:
+        from spidr.environment import ranks
         from spidr.extract import Options, extract_features, extract_units, fit_kmeans
         from spidr.tools.logging import run_log
 
-        with run_log(int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))):
+        with run_log(ranks()[0]):
             options = Options(
                 device=args.device,
                 dtype=args.dtype,
