@@ -109,6 +109,7 @@ WRONG: list[tuple[dict[str, str], Given, str]] = [
     (SLURM, {"SLURM_JOB_NODELIST": None}, "SLURM_JOB_NODELIST is not set, but"),
     (SLURM, {"SLURM_JOB_NODELIST": "node[", "PATH": "/nowhere"}, "SLURM_JOB_NODELIST = 'node[': scontrol does not tel"),
     (SLURM, {"SLURM_CPUS_PER_TASK": "all"}, "SLURM_CPUS_PER_TASK is 'all', not a number"),
+    (SLURM, {"SLURM_NTASKS": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_CPUS_PER_TASK": "0"}, "_TASK is 0"),
 ]
 
 

@@ -123,6 +123,8 @@ def ranks() -> tuple[int, int, int]:
         InputError: Some of the variables are missing, no numbers, or contradict each other.
     """
     environ = os.environ
+    if "SLURM_CPUS_PER_TASK" in environ:
+        _number("SLURM_CPUS_PER_TASK", 1, MAX_PROCESSES)
     if "RANK" in environ or "WORLD_SIZE" in environ:
         world_size = _number("WORLD_SIZE", 1, MAX_PROCESSES)
         rank = _number("RANK", 0, world_size - 1, "WORLD_SIZE")
@@ -149,8 +151,7 @@ def _use_slurm() -> None:
     if "RANK" in environ:
         return
     if "OMP_NUM_THREADS" not in environ:  # as torchrun does: tasks must not compete for the same cores
-        given = "SLURM_CPUS_PER_TASK" in environ
-        torch.set_num_threads(_number("SLURM_CPUS_PER_TASK", 1, MAX_PROCESSES) if given else 1)
+        torch.set_num_threads(int(environ.get("SLURM_CPUS_PER_TASK", "1")))
     if "MASTER_ADDR" not in environ:
         environ["MASTER_ADDR"] = _first_host(_needed("SLURM_JOB_NODELIST"))
     if "MASTER_PORT" not in environ:

@@ -196,7 +196,8 @@ def _sbatch(submission: Submission) -> str:
     except OSError as error:
         raise InputError(f"sbatch cannot be run: {error.strerror}. Is this a machine of a SLURM cluster?") from None
     if done.returncode:
-        raise InputError(f"sbatch refused the job: {done.stderr.strip() or f'exit status {done.returncode}'}")
+        said = "; ".join(line.strip() for line in done.stderr.splitlines() if line.strip())
+        raise InputError(f"sbatch refused the job: {said or f'exit status {done.returncode}'}")
     return done.stdout.strip().split(";")[0]
 
 
