@@ -536,6 +536,11 @@ def test_kmeans(model: DinoSR, checkpoint: Path, tmp_path: Path) -> None:
         extract_units(files, tmp_path / "x.jsonl", model=checkpoint, layer=3, kmeans=tmp_path / "a.npz", options=QUIET)
     with pytest.raises(InputError, match="units: found 1000000000, expected 1,048,576 at most"):
         fit_kmeans(files, tmp_path / "c.npz", model=checkpoint, units=10**9, max_frames=10**10, options=QUIET)
+    (tmp_path / "years.csv").write_text(f"fileid,path,num_samples\na,{files[0]},{10**14}\n")
+    with pytest.raises(InputError, match=r"^1000000000000 frames: would take .* GiB"):
+        fit_kmeans(
+            tmp_path / "years.csv", tmp_path / "c.npz", model=checkpoint, layer=2, max_frames=10**12, options=QUIET
+        )
     with pytest.raises(InputError, match="frames are too few for 4000 units"):
         fit_kmeans(files[:1], tmp_path / "c.npz", model=checkpoint, layer=2, units=4000, options=QUIET)
     (tmp_path / "bad.npz").write_bytes(b"PK\x03\x04")

@@ -264,7 +264,7 @@ class DataConfig(_Settings):
     random_seed: NonNegative = 0
     bucket_method: Literal["uniform", "percentile"] = "uniform"
     alignments_path: Text | None = None
-    global_batch_length: Positive | None = None
+    global_batch_length: Annotated[int, _between(1, 10**10)] | None = None
     on_error: Literal["raise", "skip"] = "raise"
 
     RULES: ClassVar = (

@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from spidr.config import InputError, first_line, parse_json
+from spidr.config import InputError, check_memory, first_line, parse_json
 from spidr.environment import environment
 from spidr.extract.encoder import Encoder, Options, Skipped
 from spidr.extract.outputs import names_of, record, report
@@ -158,6 +158,7 @@ def fit_kmeans(
         encoder = Encoder(model, layer, options, env, codebook=False)
         shapes = encoder.model.feature_extractor
         total = sum(shapes.num_frames(item.num_samples) for item in items)
+        check_memory(4 * min(total, max_frames) * encoder.model.cfg.encoder_embed_dim, f"{max_frames} frames")
         share, drawn, skipped = min(1.0, max_frames / max(1, total)), {}, Skipped()
         with closing(encoder.run(encoder.plan(items), encoder.features, "Features")) as results:
             for encoded in results:
