@@ -264,13 +264,17 @@ def test_resampling_keeps_what_can_be_kept(rate: int, tmp_path: Path) -> None:
         (["DIR", "OUT.jsonl", "--model", "wav2vec"], "wav2vec: neither a file nor a published model (spidr_base, "),
         (["DIR", "OUT.jsonl", "--window", "0"], "window: found 0.0, expected seconds, more than 0"),
         (["DIR", "OUT.jsonl", "--window", "-1"], "window: found -1.0, expected seconds, more than 0"),
-        (["DIR", "OUT.jsonl", "--window", "inf"], "window: found inf, expected seconds, more than 0"),
+        (
+            ["DIR", "OUT.jsonl", "--window", "inf"],
+            "window: found inf, expected seconds, more than 0, 1,000,000 at most",
+        ),
         (["DIR", "OUT.jsonl", "--window", "nan"], "window: found nan, expected seconds, more than 0"),
         (["DIR/a.wav", "OUT.jsonl", "--window", "0.001"], "window = 0.001 s is shorter than a frame of 0.02 s"),
         (["DIR", "OUT.jsonl", "--window", "1", "--context", "inf"], "context: found inf, expected seconds, 0 or more"),
         (["DIR", "OUT.jsonl", "--window", "1", "--context", "nan"], "context: found nan, expected seconds, 0 or more"),
         (["DIR", "OUT.jsonl", "--window", "1", "--context", "-2"], "context: found -2.0, expected seconds, 0 or more"),
         (["DIR", "OUT.jsonl", "--batch-seconds", "nan"], "batch_seconds: found nan, expected seconds, 0 or more"),
+        (["DIR", "OUT.jsonl", "--batch-seconds", "1e9"], "batch_seconds: found 1000000000.0, expected seconds, 0 or"),
         (["DIR", "OUT.jsonl", "--threads", "0"], "threads: found 0, expected 1 to 1,000"),
         (["DIR", "OUT.jsonl", "--threads", "1001"], "threads: found 1001, expected 1 to 1,000"),
         (["DIR", "OUT.jsonl", "--threads", "9" * 30], f"threads: found {'9' * 30}, expected 1 to 1,000"),
@@ -611,6 +615,13 @@ def test_kmeans(model: DinoSR, checkpoint: Path, tmp_path: Path) -> None:
     assert (tmp_path / "alone.jsonl").read_bytes() == (tmp_path / "batched.jsonl").read_bytes()
     with pytest.raises(InputError, match="the centroids are of layer 2 of"):
         extract_units(files, tmp_path / "x.jsonl", model=checkpoint, layer=3, kmeans=tmp_path / "a.npz", options=QUIET)
+    with pytest.raises(InputError, match="units: found 1000000000, expected 1,048,576 at most"):
+        fit_kmeans(files, tmp_path / "c.npz", model=checkpoint, units=10**9, max_frames=10**10, options=QUIET)
+    (tmp_path / "years.csv").write_text(f"fileid,path,num_samples\na,{files[0]},{10**14}\n")
+    with pytest.raises(InputError, match=r"^1000000000000 frames: would take .* GiB"):
+        fit_kmeans(
+            tmp_path / "years.csv", tmp_path / "c.npz", model=checkpoint, layer=2, max_frames=10**12, options=QUIET
+        )
     with pytest.raises(InputError, match="frames are too few for 4000 units"):
         fit_kmeans(files[:1], tmp_path / "c.npz", model=checkpoint, layer=2, units=4000, options=QUIET)
     (tmp_path / "bad.npz").write_bytes(b"PK\x03\x04")
