@@ -58,6 +58,7 @@ def test_models_need_torch_and_numpy_only_and_touch_nothing(tmp_path: Path) -> N
         "spidr.evaluate",
         "spidr.export",
         "spidr.report",
+        "spidr.warm_start",
         "spidr.data.write_manifest",
         "spidr.tools.metrics_queue",
     ],
@@ -90,6 +91,7 @@ MAY_IMPORT = {
     "train": {
         *("config", "models", "data", "environment", "optimizer", "checkpoint", "compiled", "validate", "run", "tools")
     },
+    "warm_start": {"config", "models", "data", "environment", "optimizer", "tools"},
     "export": {"config", "models", "tools"},
     "metrics_queue": {"config", "slurm", "tools"},  # a command line of its own
     "__main__": {"config", "data", "environment", "slurm", "train", "tools"},
