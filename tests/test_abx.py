@@ -144,9 +144,7 @@ def test_bad_item_files(tmp_path: Path, content: str, message: str) -> None:
 def test_without_fastabx(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     items = read_items(write_items(tmp_path / "a.item", *phones("s1", "A")))
     monkeypatch.setitem(sys.modules, "fastabx", None)
-    with pytest.raises(
-        InputError, match=r"^ABX is computed by fastabx, which .* needs Python 3\.12 or newer: pip install"
-    ):
+    with pytest.raises(InputError, match=r"^`fastabx` is missing: .* 'spidr\[abx\]'` \(Python 3\.12 or newer\)$"):
         Scorer(items)
     with pytest.raises(InputError, match="cannot be read"):
         read_items(tmp_path / "gone.item")

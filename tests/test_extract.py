@@ -546,7 +546,7 @@ def test_without_scikit_learn(
         monkeypatch.setitem(sys.modules, name, None)
     file, out = noise(tmp_path / "a.wav"), tmp_path / "k.npz"
     assert main(["kmeans", str(file), str(out), "--model", str(checkpoint), "--layer", "3"]) == 2
-    assert capsys.readouterr().err == "error: sklearn is not installed: pip install 'spidr[extract]'\n"
+    assert capsys.readouterr().err == "error: `sklearn` is missing: install it with `pip install 'spidr[extract]'`\n"
 
 
 # ---------------------------------------------------------------------------------------------------- in pieces

@@ -1,36 +1,45 @@
 """What the package is as a whole: what it imports, prints and touches, and how its modules depend on each other."""
 
 import ast
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from spidr.config import InputError, read_config, to_dict
+from spidr.lazy import command_needs, needs_extra
+from spidr.models import build_model
+from tiny_run import write_config, write_recordings
 
 SOURCE = Path(__file__).parents[1] / "src" / "spidr"
-OPTIONAL = (
-    "fastabx",
-    "matplotlib",
-    "praatio",
-    "onnxscript",
-    "polars",
-    "safetensors",
-    "soundfile",
-    "submitit",
-    "torchcodec",
-    "tqdm",
-)
-OPTIONAL += ("transformers", "viztracer", "wandb")
+EXTRAS = {
+    "train": {"polars", "praatio", "soundfile", "submitit", "torchcodec", "tqdm", "viztracer", "wandb"},
+    "extract": {"polars", "sklearn", "soundfile", "torchcodec", "tqdm"},
+    "plot": {"cycler", "matplotlib"},
+    "abx": {"fastabx"},
+    "export": {"onnx", "onnxruntime", "onnxscript", "safetensors", "transformers"},
+}
+OPTIONAL = set().union(*EXTRAS.values())
 
-IMPORT_MODELS = f"""
-import logging, os, sys
+REFUSE = """
+import sys
 
 class Refuse:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {OPTIONAL!r}:
-            raise ModuleNotFoundError(name)
+    def __init__(self, names):
+        self.names = names
 
-sys.meta_path.insert(0, Refuse())
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in self.names:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+"""
+
+IMPORT_MODELS = f"""{REFUSE}
+import logging, os
+
+sys.meta_path.insert(0, Refuse({OPTIONAL!r}))
 import torch
 loggers, threads = set(logging.root.manager.loggerDict), torch.get_num_threads()
 import spidr.models
@@ -49,6 +58,18 @@ def test_models_need_torch_and_numpy_only_and_touch_nothing(tmp_path: Path) -> N
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
 
 
+def run_without(missing: set[str], folder: Path, module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """``python -m module`` where some packages are not installed."""
+    code = f"""{REFUSE}
+import runpy
+sys.meta_path.insert(0, Refuse({sorted(missing)!r}))
+sys.argv[1:] = {list(arguments)!r}
+runpy.run_module({module!r}, run_name="__main__", alter_sys=True)
+"""
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder, check=False)
+
+
 @pytest.mark.parametrize(
     "module",
     [
@@ -63,38 +84,110 @@ def test_models_need_torch_and_numpy_only_and_touch_nothing(tmp_path: Path) -> N
         "spidr.tools.metrics_queue",
     ],
 )
-def test_help(module: str, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", module, "--help"]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
-    assert result.returncode == 0
+def test_help_needs_no_extra_and_does_not_wait_for_torch(module: str, tmp_path: Path) -> None:
+    result = run_without(OPTIONAL | {"torch"}, tmp_path, module, "--help")
+    assert (result.returncode, result.stderr) == (0, "")
     assert result.stdout.startswith(f"usage: python -m {module} ")
     assert not list(tmp_path.iterdir())
 
 
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with something for every command to begin with."""
+    folder = tmp_path_factory.mktemp("inputs")
+    manifest = write_recordings(folder / "recordings", count=2)
+    cfg = read_config(write_config(folder, manifest))
+    (folder / "run").mkdir()
+    (folder / "run" / "config.json").write_text(json.dumps(to_dict(cfg)))
+    line = {"step": 1, "group": "train", "loss": 1.0}
+    (folder / "run" / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    torch.save({"model": build_model(cfg=cfg.model).state_dict()}, folder / "run" / "step_1.pt")
+    (folder / "units.jsonl").write_text('{"fileid": "a", "units": [1]}\n')
+    (folder / "phones.jsonl").write_text('{"fileid": "a", "phones": ["A", "A"]}\n')
+    (folder / "phones.TextGrid").write_text("no grid")
+    (folder / "a.item").write_text("#file onset offset #phone prev-phone next-phone speaker\na 0 1 A B C s\n")
+    (folder / "units.parquet").write_bytes(b"no table")
+    return folder
+
+
+SUBMIT = ("run.json", "-A", "a", "-N", "1", "-G", "1", "--dump", "dump")
+
+
+@pytest.mark.parametrize(
+    ("missing", "extra", "command"),
+    [
+        ("polars", "train", ("spidr", "run.json")),
+        ("soundfile", "train", ("spidr", "run.json")),
+        ("polars", "train", ("spidr", "run.json", "--dry-run")),
+        ("submitit", "train", ("spidr", *SUBMIT)),
+        ("polars", "train", ("spidr", *SUBMIT)),
+        ("soundfile", "train", ("spidr.train", "run.json")),
+        ("tqdm", "train", ("spidr.train", "run.json")),
+        ("tqdm", "train", ("spidr.warm_start", "run.json", "warm.pt")),
+        ("soundfile", "train", ("spidr.warm_start", "run.json", "warm/warm.pt")),
+        ("polars", "train", ("spidr.data.write_manifest", "recordings", "m.csv")),
+        ("soundfile", "train", ("spidr.data.write_manifest", "recordings", "m.csv")),
+        ("soundfile", "extract", ("spidr.extract", "features", "recordings", "out")),
+        ("polars", "extract", ("spidr.extract", "units", "recordings", "out.jsonl")),
+        ("sklearn", "extract", ("spidr.extract", "kmeans", "recordings", "out.npz")),
+        ("polars", "train", ("spidr.evaluate", "units", "units.parquet", "phones.jsonl")),
+        ("praatio", "train", ("spidr.evaluate", "units", "units.jsonl", "phones.TextGrid")),
+        ("fastabx", "abx", ("spidr.evaluate", "abx", "units.jsonl", "a.item")),
+        ("soundfile", "train", ("spidr.evaluate", "model", "run/step_1.pt", "recordings.csv", "phones.jsonl")),
+        ("matplotlib", "train,plot", ("spidr.report", "run")),
+        ("polars", "train,plot", ("spidr.report", "run")),
+        ("safetensors", "export", ("spidr.export", "safetensors", "run/step_1.pt", "out.safetensors")),
+        ("safetensors", "export", ("spidr.export", "transformers", "run/step_1.pt", "out")),
+        ("onnxscript", "export", ("spidr.export", "onnx", "run/step_1.pt", "out.onnx")),
+        ("wandb", "train", ("spidr.tools.metrics_queue", "run", "--entity", "e")),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else value,
+)
+def test_commands_say_which_extra_is_missing(missing: str, extra: str, command: tuple[str, ...], inputs: Path) -> None:
+    before = sorted(inputs.rglob("*"))
+    result = run_without({missing}, inputs, *command)
+    note = " (Python 3.12 or newer)" if extra == "abx" else ""
+    assert result.stderr == f"error: `{missing}` is missing: install it with `pip install 'spidr[{extra}]'`{note}\n"
+    assert (result.returncode, result.stdout) == (2, "")
+    assert sorted(inputs.rglob("*")) == before
+
+
+def test_missing_packages_of_modules_and_of_ours() -> None:
+    message = r"^`cycler` is missing: install it with `pip install 'spidr\[train,plot\]'`$"
+    with pytest.raises(InputError, match=message), needs_extra("train,plot"):
+        raise ModuleNotFoundError("No module named 'cycler.a'", name="cycler.a")
+    for context in (needs_extra("train"), command_needs("train", "__main__"), command_needs("train", "spidr.train")):
+        with pytest.raises(ModuleNotFoundError), context:
+            import spidr.nothing  # type: ignore[import-not-found]  # noqa: F401
+    with pytest.raises(ModuleNotFoundError), command_needs("train", "spidr.train"):
+        raise ModuleNotFoundError("No module named 'polars'", name="polars")
+
+
 MAY_IMPORT = {
     "config": set(),
-    "lazy": set(),
+    "lazy": {"config"},
     "models": {"config", "lazy"},
     "data": {"config", "lazy"},
-    "tools": {"config"},
+    "tools": {"config", "lazy"},
     "environment": {"config", "tools"},
     "optimizer": {"config"},
     "checkpoint": {"config", "models", "tools"},
     "compiled": {"config", "models"},
-    "abx": {"config", "data"},
-    "evaluate": {"config", "models", "data", "environment", "validate", "abx"},
-    "report": {"config", "models", "data", "environment", "validate", "tools"},
+    "abx": {"config", "lazy", "data"},
+    "evaluate": {"config", "lazy", "models", "data", "environment", "validate", "abx"},
+    "report": {"config", "lazy", "models", "data", "environment", "validate", "tools"},
     "validate": {"config", "models", "data", "environment", "tools"},
-    "extract": {"config", "models", "data", "environment", "tools"},
-    "slurm": {"config", "environment", "tools", "train", "validate"},
+    "extract": {"config", "lazy", "models", "data", "environment", "tools"},
+    "slurm": {"config", "lazy", "environment", "tools", "train", "validate"},
     "run": {"config", "models", "data", "environment", "optimizer", "checkpoint", "validate", "slurm", "tools"},
     "train": {
-        *("config", "models", "data", "environment", "optimizer", "checkpoint", "compiled", "validate", "run", "tools")
+        *("config", "lazy", "models", "data", "environment", "optimizer", "checkpoint"),
+        *("compiled", "validate", "run", "tools"),
     },
-    "warm_start": {"config", "models", "data", "environment", "optimizer", "tools"},
-    "export": {"config", "models", "tools"},
+    "warm_start": {"config", "lazy", "models", "data", "environment", "optimizer", "tools"},
+    "export": {"config", "lazy", "models", "tools"},
     "metrics_queue": {"config", "slurm", "tools"},  # a command line of its own
-    "__main__": {"config", "data", "environment", "slurm", "train", "tools"},
+    "__main__": {"config", "lazy", "data", "environment", "slurm", "train", "tools"},
 }
 """Arrows point one way. ``run`` starts validation jobs; what the jobs call is imported inside them."""
 

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from spidr.config import DEFAULT_CONV_LAYER_CONFIG, Config, read_config
-from spidr.report.__main__ import main, newest_checkpoint, spans, spectrogram
+from spidr.report.__main__ import main
+from spidr.report.contents import newest_checkpoint, spans, spectrogram
 from spidr.report.figures import curves, utterance
 from spidr.tools.metrics import read_metrics
 from spidr.train import train

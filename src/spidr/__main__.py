@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from spidr.config import Config, InputError, SlurmConfig, read_config
+from spidr.lazy import needs_extra
 
 DESCRIPTION = """\
 Train SpidR or DinoSR. With -A, -N and -G every configuration becomes a SLURM job; without SLURM options they are
@@ -81,7 +82,8 @@ def _check_folders(configs: dict[str, Config]) -> None:
 
 
 def _check_manifests(configs: Sequence[Config]) -> None:
-    from spidr.data import read_manifest
+    with needs_extra("train"):
+        from spidr.data import read_manifest
 
     for path in {data.manifest for config in configs for data in (config.data, *config.validation.values())}:
         read_manifest(path)
@@ -106,7 +108,8 @@ def _on_slurm(configs: Sequence[Config], options: dict[str, object], dump: Path 
         submission = slurm.prepare(name, len(configs), folder, settings, copy_code=copy_code)
         sys.stdout.write(f"{shlex.join(submission.command)} <<'EOF'\n{submission.script}EOF\n")
         return 0
-    from spidr.train import train
+    with needs_extra("train"):
+        from spidr.train import train
 
     jobs = [(train, (config,)) for config in configs]
     job_id, folder = slurm.submit(name, jobs, dump, settings, copy_code=copy_code)
@@ -124,13 +127,14 @@ def _here(configs: dict[str, Config], *, dry_run: bool) -> int:
         for path, config in configs.items():
             sys.stdout.write(f"{path}: trains here, in {config.run.dir}\n")
         return 0
+    with needs_extra("train"):
+        from spidr.train import train
+
     for path, config in configs.items():
         gpus = _gpus_to_spread_over(config)
         if gpus > 1:
             _train_on_gpus(path, gpus)
         else:
-            from spidr.train import train
-
             train(config)
     return 0
 

@@ -2,8 +2,8 @@
 
 Through fastabx, imported here only. Error rates, between 0 and 1: lower is better, chance is 0.5. The triplets are
 those of ZeroSpeech 2021 (arXiv 2011.11588): A and X are the same phone, B another one, all with the same phones before
-and after; spoken by one speaker ("within"), or X by another than A and B ("across"). May import ``spidr.config`` and
-``spidr.data``.
+and after; spoken by one speaker ("within"), or X by another than A and B ("across"). May import ``spidr.config``,
+``spidr.lazy`` and ``spidr.data``.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from spidr.config import InputError
 from spidr.data.alignments import match_names
+from spidr.lazy import needs_extra
 
 if TYPE_CHECKING:
     import polars as pl
@@ -121,13 +122,8 @@ class Scorer:
         max_x_across: int | None = 5,
         context: Literal["within", "any"] = "within",
     ) -> None:
-        try:
+        with needs_extra("abx", " (Python 3.12 or newer)"):
             import fastabx
-        except ImportError:
-            raise InputError(
-                "ABX is computed by fastabx, which is not installed and needs Python 3.12 or newer: "
-                'pip install "spidr[abx]"'
-            ) from None
         for name, size in (("max_size_group", max_size_group), ("max_x_across", max_x_across)):
             if size is not None and not 2 <= size < 2**31:
                 raise InputError(f"{name}: found {size}, expected an integer of at least 2, or all of them")

@@ -26,6 +26,7 @@ from spidr.config import SAMPLE_RATE, InputError, first_line
 from spidr.data.alignments import FRAME_STEP, match_alignments, match_names, read_alignments
 from spidr.data.json_lines import check_memory
 from spidr.data.units import read_units
+from spidr.lazy import needs_extra
 from spidr.models.metrics import UnitsQuality, units_quality
 
 if TYPE_CHECKING:
@@ -193,12 +194,13 @@ def evaluate_model(
     Raises:
         InputError: A file cannot be read, nothing is aligned, or the model has no such layer.
     """
-    from tqdm import tqdm
+    with needs_extra("train"):
+        from tqdm import tqdm
 
-    from spidr.abx import Scorer
-    from spidr.data import speech_dataset
-    from spidr.environment import Environment, choose_device
-    from spidr.validate import codebooks_quality, encode_rows, phones_of_rows
+        from spidr.abx import Scorer
+        from spidr.data import speech_dataset
+        from spidr.environment import Environment, choose_device
+        from spidr.validate import codebooks_quality, encode_rows, phones_of_rows
 
     total = len(model.student.layers)
     chosen = list(range(1, total + 1)) if layers is None else sorted(set(layers))

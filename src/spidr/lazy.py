@@ -1,12 +1,16 @@
-"""Packages whose names are imported when they are first used, so that no command waits for what it does not need.
+"""What is imported late or may not be there: names imported when they are first used, and packages of an extra.
 
-Importing torch takes seconds. Imports nothing of the package itself.
+Importing torch takes seconds, so no command waits for what it does not need. Imports ``spidr.config`` only.
 """
 
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
+
+from spidr.config import InputError
 
 
 def lazy_names(package: str, modules: dict[str, str]) -> Callable[[str], Any]:
@@ -30,3 +34,47 @@ def lazy_names(package: str, modules: dict[str, str]) -> Callable[[str], Any]:
         return value
 
     return get
+
+
+@contextmanager
+def needs_extra(extra: str, note: str = "") -> Iterator[None]:
+    """Around imports: a package that is not installed is wrong input, and the message says what installs it.
+
+    Args:
+        extra: The optional dependencies of this package that it is one of, ``"train"`` or several: ``"train,plot"``.
+        note: What else is to be known.
+
+    Raises:
+        InputError: A module of another package is missing.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package in ("", "spidr"):
+            raise
+        raise InputError(f"`{package}` is missing: install it with `pip install 'spidr[{extra}]'`{note}") from None
+
+
+@contextmanager
+def command_needs(extra: str, module_name: str) -> Iterator[None]:
+    """Around imports at the top of a module that is a command too, as which it says what is missing.
+
+    Args:
+        extra: See :func:`needs_extra`.
+        module_name: Its ``__name__``.
+
+    Raises:
+        ModuleNotFoundError: As ever, if it is imported as a module.
+        SystemExit: With status 2, if it is run as a command.
+    """
+    if module_name != "__main__":
+        yield
+        return
+    try:
+        with needs_extra(extra):
+            yield
+    except InputError as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # all processes of a machine find the same
+            sys.stderr.write(f"error: {error}\n")
+        sys.exit(2)

@@ -4,8 +4,8 @@ submitit runs a job: each of its tasks loads a pickled call from the job folder 
 ours, because submitit writes names and options into ``#SBATCH`` lines, where a line break in one of them would hand the
 rest to the shell. Here they are arguments of ``sbatch``, no shell in between, and everything in the script is quoted.
 
-May import ``spidr.config``, ``spidr.tools`` and, in a job, ``spidr.environment`` and ``spidr.validate``. submitit is
-imported when something is submitted, torch only inside a job.
+May import ``spidr.config``, ``spidr.lazy``, ``spidr.tools`` and, in a job, ``spidr.environment`` and
+``spidr.validate``. submitit is imported when something is submitted, torch only inside a job.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from spidr.config import Config, InputError, ResumeConfig, SlurmConfig, read_table
+from spidr.lazy import needs_extra
 from spidr.tools.files import make_folder
 from spidr.tools.metrics import read_metrics
 
@@ -112,10 +113,8 @@ def submit(
     Raises:
         InputError: If the job folder cannot be written or sbatch refuses. Nothing is left behind then.
     """
-    try:
+    with needs_extra("train"):
         from submitit.core.utils import DelayedSubmission, JobPaths
-    except ImportError:
-        raise InputError('submitting to SLURM needs submitit: pip install "spidr[train]"') from None
     launch_time = datetime.now(UTC)
     folder = _make_job_folder(dump, job_name, launch_time)
     try:

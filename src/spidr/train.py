@@ -18,23 +18,36 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
-from torch.optim import AdamW
-from torch.optim.lr_scheduler import LambdaLR
-
-from spidr.compiled import Compiled
 from spidr.config import SAMPLE_RATE, Config, DinoSRConfig, InputError, conv_length, read_config
-from spidr.data import Batch, build_dataloader
-from spidr.data.loader import SpeechLoader
-from spidr.environment import Environment, Preempted, StopFlag, environment, seed_step
-from spidr.models import DinoSR
-from spidr.models.codebook import count_perplexity
-from spidr.models.flops import step_flops
-from spidr.models.hub import build_model, load_into, load_weights, recorded_config
-from spidr.optimizer import build_optimizer, drop_frozen
-from spidr.run import Run
+from spidr.lazy import command_needs
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser("python -m spidr.train", description="Train, as one of torchrun's processes.")
+    parser.add_argument("config", help="configuration file, TOML or JSON")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    _arguments()  # whoever asks for help need not wait for torch
+
+with command_needs("train", __name__):
+    import torch
+    from torch import Tensor, nn
+    from torch.nn.parallel import DistributedDataParallel
+    from torch.optim import AdamW
+    from torch.optim.lr_scheduler import LambdaLR
+
+    from spidr.compiled import Compiled
+    from spidr.data import Batch, build_dataloader
+    from spidr.data.loader import SpeechLoader
+    from spidr.environment import Environment, Preempted, StopFlag, environment, seed_step
+    from spidr.models import DinoSR
+    from spidr.models.codebook import count_perplexity
+    from spidr.models.flops import step_flops
+    from spidr.models.hub import build_model, load_into, load_weights, recorded_config
+    from spidr.optimizer import build_optimizer, drop_frozen
+    from spidr.run import Run
 
 Measured = dict[str, Tensor | float]
 
@@ -381,10 +394,8 @@ def wrap(model: DinoSR, cfg: Config, env: Environment) -> Callable[..., Any]:
 
 def main() -> int:
     """Command line of ``python -m spidr.train``. Returns the exit status."""
-    parser = argparse.ArgumentParser("python -m spidr.train", description="Train, as one of torchrun's processes.")
-    parser.add_argument("config", help="configuration file, TOML or JSON")
     try:
-        cfg = read_config(parser.parse_args().config)
+        cfg = read_config(_arguments().config)
     except InputError as error:
         # All processes of a machine find the same: one of them says so.
         return say_why(error) if os.environ.get("LOCAL_RANK", "0") == "0" else 2

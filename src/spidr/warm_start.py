@@ -6,8 +6,8 @@ and projection first learn by regression to put out 13 cepstra (MFCC), turned by
 width; codebooks and all else are as when a run of CONFIG begins. No labels are used. What is gained: docs/decisions.md,
 "It learns".
 
-May import ``spidr.config``, ``spidr.models``, ``spidr.data``, ``spidr.environment``, ``spidr.optimizer`` and
-``spidr.tools``; torch only where it is used, so that ``--help`` does not wait for it.
+May import ``spidr.config``, ``spidr.models``, ``spidr.data``, ``spidr.environment``, ``spidr.optimizer``,
+``spidr.lazy`` and ``spidr.tools``; torch only where it is used, so that ``--help`` does not wait for it.
 """
 
 from __future__ import annotations
@@ -19,10 +19,12 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import chain, count, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from spidr.config import SAMPLE_RATE, Config, DinoSRConfig, InputError, read_config, to_dict
+from spidr.lazy import needs_extra
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -82,12 +84,12 @@ class Targets:
         import torch
 
         self.shapes, dim = cfg.extractor_conv_layer_config, cfg.encoder_embed_dim
-        count = min(CEPSTRA, dim)
-        frames = torch.cat([self._cepstra(batch) for _, batch in zip(range(MOMENTS_BATCHES), loader.epoch(0))]).double()  # noqa: B905
+        kept = min(CEPSTRA, dim)
+        frames = torch.cat([self._cepstra(batch) for batch in islice(loader.epoch(0), MOMENTS_BATCHES)]).double()
         self.mean, std = frames.mean(0).float(), frames.std(0, correction=0).float().clamp(min=1e-5)
-        draw = torch.randn(dim, count, generator=torch.Generator().manual_seed(seed))
-        rotation = torch.linalg.qr(draw).Q.T * (SCALE * math.sqrt(dim / count))
-        self.map = rotation / std[:count].unsqueeze(1)
+        draw = torch.randn(dim, kept, generator=torch.Generator().manual_seed(seed))
+        rotation = torch.linalg.qr(draw).Q.T * (SCALE * math.sqrt(dim / kept))
+        self.map = rotation / std[:kept].unsqueeze(1)
 
     def _cepstra(self, batch: Batch) -> Tensor:
         return frames_of(batch, cepstra(batch.waveforms, self.shapes))
@@ -123,7 +125,10 @@ def warm_start(cfg: Config, output: Path, *, steps: int = 600, device: str = "au
     import torch
     from torch import nn
 
-    from spidr.data import build_dataloader
+    with needs_extra("train"):
+        from tqdm import tqdm
+
+        from spidr.data import build_dataloader
     from spidr.environment import choose_device
     from spidr.models import build_model
     from spidr.optimizer import build_optimizer
@@ -142,9 +147,10 @@ def warm_start(cfg: Config, output: Path, *, steps: int = 600, device: str = "au
     optimizer, scaler, scheduler = build_optimizer(trained, optimizer_cfg)
     dtype = getattr(torch, optimizer_cfg.dtype)
     losses: list[Tensor] = []
+    interval = 0.5 if sys.stderr.isatty() else 60
     try:
         targets = Targets(cfg.model, loader, cfg.run.random_seed)
-        for cpu_batch in _batches(loader, steps):
+        for cpu_batch in tqdm(_batches(loader, steps), "warm start", steps, unit="step", mininterval=interval):
             batch = cpu_batch.to(target_device, non_blocking=True)
             with torch.autocast(target_device.type, dtype, enabled=optimizer_cfg.mixed_precision):
                 features, _ = model.project(batch.waveforms, batch.attention_mask, batch.lengths)
@@ -175,16 +181,7 @@ def warm_start(cfg: Config, output: Path, *, steps: int = 600, device: str = "au
 
 def _batches(loader: SpeechLoader, steps: int) -> Iterator[Batch]:
     """So many batches, of as many epochs as that takes."""
-    from tqdm import tqdm
-
-    with tqdm(total=steps, desc="warm start", unit="step", mininterval=0.5 if sys.stderr.isatty() else 60) as bar:
-        epoch = 0
-        while bar.n < steps:
-            for batch in loader.epoch(epoch):
-                if bar.n < steps:
-                    yield batch
-                    bar.update()
-            epoch += 1
+    return islice(chain.from_iterable(map(loader.epoch, count())), steps)
 
 
 def _check_output(output: Path, config: bytes) -> None:

@@ -1,6 +1,6 @@
 """Manifests, audio, batches and masks: everything between recordings on disk and the tensors a model is trained on.
 
-Names are imported when they are first used. May import ``spidr.config``.
+Names are imported when they are first used. May import ``spidr.config`` and ``spidr.lazy``.
 """
 
 from typing import TYPE_CHECKING

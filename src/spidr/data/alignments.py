@@ -1,6 +1,7 @@
 """Phone alignments: which phone is spoken when.
 
-JSON lines, and Praat's TextGrids through praatio, imported here only. May import ``spidr.config`` and its siblings.
+JSON lines, and Praat's TextGrids through praatio, imported here only. May import ``spidr.config``,
+``spidr.lazy`` and its siblings.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from spidr.config import InputError, first_line, parse_json
 from spidr.data.json_lines import check_memory, read_lines
+from spidr.lazy import needs_extra
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -96,10 +98,8 @@ def _read_lines(path: Path) -> Alignments:
 
 
 def _read_grid(path: Path, tier: str | None) -> list[str]:
-    try:
+    with needs_extra("train"):
         from praatio import textgrid
-    except ImportError:
-        raise InputError(f"{path}: TextGrids are read by praatio; install it: pip install praatio.") from None
     try:
         grid = textgrid.openTextgrid(str(path), includeEmptyIntervals=True)
     except OSError:

@@ -1,4 +1,7 @@
-"""Reading discrete units: one sequence for each recording. May import ``spidr.config`` and its siblings."""
+"""Reading discrete units: one sequence for each recording.
+
+May import ``spidr.config``, ``spidr.lazy`` and its siblings.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from numpy.typing import NDArray
 
 from spidr.config import InputError, first_line, parse_json
 from spidr.data.json_lines import check_memory, read_lines
+from spidr.lazy import needs_extra
 
 Units = dict[str, NDArray[np.int64]]
 """Name of a recording → its units, one per frame."""
@@ -58,7 +62,8 @@ def _rows(path: Path) -> Iterator[tuple[int, Any]]:
             except ValueError as error:
                 raise InputError(f"{path}: row {number}: not JSON ({error}).") from None
         return
-    import polars as pl  # takes longer to import than most files of units to read
+    with needs_extra("train"):
+        import polars as pl  # takes longer to import than most files of units to read
 
     try:
         rows = pl.read_parquet(escape(str(path))).to_dicts()

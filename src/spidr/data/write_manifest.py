@@ -2,7 +2,7 @@
 
 ``python -m spidr.data.write_manifest DATASET OUTPUT [--ext .wav] [--fairseq] [--stats]``
 
-May import ``spidr.config`` and its siblings.
+May import ``spidr.config``, ``spidr.lazy`` and its siblings.
 """
 
 from __future__ import annotations
@@ -19,15 +19,43 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import polars as pl
-from tqdm import tqdm
-
 from spidr.config import InputError
-from spidr.data.audio import Recording, num_samples, statistics
-from spidr.data.manifest import ARCHIVE, REQUIRED, STATISTICS
+from spidr.lazy import command_needs
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
+
+
+def _arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m spidr.data.write_manifest",
+        description="Write the manifest of a folder of recordings, or of an uncompressed tar archive of them.",
+    )
+    parser.add_argument("dataset", help="folder or .tar")
+    parser.add_argument("output", help="manifest to write: .csv, .jsonl or, with --fairseq, .tsv")
+    parser.add_argument("--ext", nargs="+", default=[".wav"], help="extensions of the recordings (default: .wav)")
+    parser.add_argument("--fairseq", action="store_true", help="write fairseq's format")
+    parser.add_argument(
+        "--stats",
+        action="store_true",
+        help="also write mean and standard deviation of each recording, so that training on parts of hour-long "
+        "recordings need not decode the whole (slower: decodes everything now)",
+    )
+    args = parser.parse_args(argv)
+    if args.fairseq and (args.stats or not os.path.isdir(args.dataset)):  # noqa: PTH112
+        parser.error("--fairseq is for folders and has no --stats")
+    return args
+
+
+if __name__ == "__main__":
+    _arguments()  # help needs nothing else
+
+with command_needs("train", __name__):
+    import polars as pl
+    from tqdm import tqdm
+
+    from spidr.data.audio import Recording, num_samples, statistics
+    from spidr.data.manifest import ARCHIVE, REQUIRED, STATISTICS
 
 CHUNK = 256
 """Recordings per task of a thread."""
@@ -264,24 +292,8 @@ def _replacing(output: Path) -> Iterator[Path]:
 
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m spidr.data.write_manifest",
-        description="Write the manifest of a folder of recordings, or of an uncompressed tar archive of them.",
-    )
-    parser.add_argument("dataset", help="folder or .tar")
-    parser.add_argument("output", help="manifest to write: .csv, .jsonl or, with --fairseq, .tsv")
-    parser.add_argument("--ext", nargs="+", default=[".wav"], help="extensions of the recordings (default: .wav)")
-    parser.add_argument("--fairseq", action="store_true", help="write fairseq's format")
-    parser.add_argument(
-        "--stats",
-        action="store_true",
-        help="also write mean and standard deviation of each recording, so that training on parts of hour-long "
-        "recordings need not decode the whole (slower: decodes everything now)",
-    )
-    args = parser.parse_args(argv)
+    args = _arguments(argv)
     is_folder = os.path.isdir(args.dataset)  # noqa: PTH112
-    if args.fairseq and (args.stats or not is_folder):
-        parser.error("--fairseq is for folders and has no --stats")
     write: Callable[..., None] = write_manifest if is_folder else write_manifest_tar
     try:
         if args.fairseq:

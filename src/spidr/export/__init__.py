@@ -1,10 +1,25 @@
 """A trained encoder for other software: safetensors, ONNX, or a folder that ``transformers`` loads.
 
-May import ``spidr.config``, ``spidr.models`` and ``spidr.tools``. What the formats need is the extra ``export``.
+Names are imported when they are first used. May import ``spidr.config``, ``spidr.lazy``, ``spidr.models`` and
+``spidr.tools``. What the formats need is the extra ``export``.
 """
 
-from spidr.export.onnx_file import export_onnx
-from spidr.export.safetensors_file import export_safetensors
-from spidr.export.transformers_folder import export_transformers
+from typing import TYPE_CHECKING
+
+from spidr.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from spidr.export.onnx_file import export_onnx
+    from spidr.export.safetensors_file import export_safetensors
+    from spidr.export.transformers_folder import export_transformers
+else:
+    __getattr__ = lazy_names(
+        __name__,
+        {
+            "export_onnx": "onnx_file",
+            "export_safetensors": "safetensors_file",
+            "export_transformers": "transformers_folder",
+        },
+    )
 
 __all__ = ["export_onnx", "export_safetensors", "export_transformers"]

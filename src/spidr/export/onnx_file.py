@@ -1,4 +1,4 @@
-"""An encoder as one ONNX file. May import ``spidr.config``, ``spidr.models`` and ``spidr.tools``."""
+"""An encoder as one ONNX file. May import ``spidr.config``, ``spidr.lazy``, ``spidr.models`` and ``spidr.tools``."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import spidr
 from spidr.config import InputError, conv_length
+from spidr.lazy import needs_extra
 from spidr.models import DinoSR, SpidR
 from spidr.models.extractor import ConvLayer, FeatureExtractor
 from spidr.models.weights_file import config_metadata
@@ -47,10 +48,8 @@ def export_onnx(model: DinoSR, output: str | Path, *, layers: Sequence[int] | No
         InputError: If there is no such layer, the weights are too many for one ONNX file, the file cannot be written,
             or onnx and onnxscript are not installed.
     """
-    try:
+    with needs_extra("export"):
         import onnxscript  # noqa: F401 (torch.onnx needs it)
-    except ImportError:
-        raise InputError("onnx and onnxscript are not installed: pip install 'spidr[export]'") from None
     total = len(model.student.layers)
     layers = [model.best_layer] if layers is None else sorted(set(layers))
     for layer in layers:

@@ -1,11 +1,28 @@
 """Features and units of a corpus: ``python -m spidr.extract features|units|kmeans``.
 
-May import ``spidr.config``, ``spidr.data``, ``spidr.models``, ``spidr.environment`` and ``spidr.tools``.
+Names are imported when they are first used. May import ``spidr.config``, ``spidr.lazy``, ``spidr.data``,
+``spidr.models``, ``spidr.environment`` and ``spidr.tools``.
 """
 
-from spidr.extract.encoder import Options, Skipped
-from spidr.extract.features import extract_features
-from spidr.extract.kmeans import fit_kmeans
-from spidr.extract.units import extract_units
+from typing import TYPE_CHECKING
+
+from spidr.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from spidr.extract.encoder import Options, Skipped
+    from spidr.extract.features import extract_features
+    from spidr.extract.kmeans import fit_kmeans
+    from spidr.extract.units import extract_units
+else:
+    __getattr__ = lazy_names(
+        __name__,
+        {
+            "Options": "encoder",
+            "Skipped": "encoder",
+            "extract_features": "features",
+            "extract_units": "units",
+            "fit_kmeans": "kmeans",
+        },
+    )
 
 __all__ = ["Options", "Skipped", "extract_features", "extract_units", "fit_kmeans"]

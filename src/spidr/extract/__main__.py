@@ -1,6 +1,6 @@
 """The command line: ``python -m spidr.extract features|units|kmeans``.
 
-May import its siblings, ``spidr.config`` and ``spidr.tools``.
+May import its siblings, ``spidr.config``, ``spidr.lazy`` and ``spidr.tools``.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from spidr.config import InputError
+from spidr.lazy import needs_extra
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -22,8 +23,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = _build_parser().parse_args(argv)
     try:
-        from spidr.extract import Options, extract_features, extract_units, fit_kmeans
-        from spidr.tools.logging import run_log
+        with needs_extra("extract"):
+            from spidr.extract import Options, extract_features, extract_units, fit_kmeans
+            from spidr.tools.logging import run_log
 
         with run_log(int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))):
             options = Options(
@@ -53,12 +55,6 @@ def main(argv: Sequence[str] | None = None) -> int:
                 )
     except InputError as error:
         sys.stderr.write(f"error: {error}\n")
-        return 2
-    except ModuleNotFoundError as error:
-        missing = str(error.name).partition(".")[0]
-        if missing == "spidr":
-            raise
-        sys.stderr.write(f"error: {missing} is not installed: pip install 'spidr[extract]'\n")
         return 2
     except KeyboardInterrupt:
         sys.stderr.write("interrupted; the same command goes on where it stopped\n")

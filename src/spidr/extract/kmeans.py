@@ -1,7 +1,7 @@
 """k-means on the features of a layer: other units than those of the codebooks.
 
-May import ``spidr.config``, ``spidr.environment``, ``spidr.models``, ``spidr.tools`` and its siblings. Only here:
-scikit-learn.
+May import ``spidr.config``, ``spidr.lazy``, ``spidr.environment``, ``spidr.models``, ``spidr.tools`` and its siblings.
+Only here: scikit-learn.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from spidr.environment import environment
 from spidr.extract.encoder import Encoder, Options, Skipped
 from spidr.extract.outputs import names_of, record, report
 from spidr.extract.sources import find_items
+from spidr.lazy import needs_extra
 from spidr.models import DinoSR
 from spidr.models.hub import open_archive
 from spidr.tools.files import atomic_write, make_folder
@@ -138,7 +139,8 @@ def fit_kmeans(
     Raises:
         InputError: The input or model is wrong, there are fewer frames than clusters, or there are several processes.
     """
-    from sklearn.cluster import MiniBatchKMeans
+    with needs_extra("extract"):
+        from sklearn.cluster import MiniBatchKMeans
 
     options, output = options or Options(), Path(output)
     if output.suffix != ".npz":

@@ -1,6 +1,6 @@
-"""The models: tensors in, tensors out. Needs torch and numpy only; imports ``spidr.config`` and nothing else.
+"""The models: tensors in, tensors out. Needs torch and numpy only.
 
-Names are imported when they are first used.
+Names are imported when they are first used. Imports ``spidr.config`` and ``spidr.lazy`` and nothing else.
 """
 
 from typing import TYPE_CHECKING

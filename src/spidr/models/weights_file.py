@@ -1,6 +1,6 @@
 """The safetensors format: weights without code, with the model's configuration in the header.
 
-Imports ``spidr.config`` only; the ``safetensors`` package is imported by the functions that need it.
+Imports ``spidr.config`` and ``spidr.lazy`` only; the ``safetensors`` package is imported by the functions that need it.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from types import ModuleType
 from torch import Tensor
 
 from spidr.config import DinoSRConfig, InputError, SpidRConfig, model_config
+from spidr.lazy import needs_extra
 
 SUFFIX = ".safetensors"
 
@@ -65,8 +66,6 @@ def config_metadata(cfg: DinoSRConfig) -> dict[str, str]:
 
 
 def _library() -> ModuleType:
-    try:
+    with needs_extra("export"):
         import safetensors
-    except ImportError:
-        raise InputError("safetensors is not installed: pip install 'spidr[export]'") from None
     return safetensors

@@ -1,4 +1,4 @@
 """What surrounds training: logging, meters, metrics sinks and the profiler.
 
-Each may import ``spidr.config`` and its siblings.
+Each may import ``spidr.config``, ``spidr.lazy`` and its siblings.
 """

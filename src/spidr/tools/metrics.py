@@ -1,7 +1,7 @@
 """Metrics of a run: ``metrics.jsonl``, the source of truth, and wandb, which follows it.
 
 A line is a flat JSON object with ``step``, ``group`` ("train" or the name of a validation set) and values. May import
-``spidr.config`` and ``spidr.tools.files``.
+``spidr.config``, ``spidr.lazy`` and ``spidr.tools.files``.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from spidr.config import InputError, parse_json
+from spidr.lazy import needs_extra
 from spidr.tools.files import atomic_write
 
 logger = logging.getLogger(__name__)
@@ -127,8 +128,7 @@ class WandbSink:
         if mode == "disabled":
             return
         try:
-            import wandb
-
+            wandb = import_wandb()
             state = json.loads(self.state_path.read_text()) if self.state_path.exists() else {}
             self.pushed = {group: step for group, step in state.get("pushed", {}).items() if isinstance(step, int)}
             self.id = state.get("id") or secrets.token_hex(4)
@@ -137,6 +137,8 @@ class WandbSink:
                 settings=wandb.Settings(console="off", silent=True, init_timeout=TIMEOUT),
             )  # fmt: skip
             self._save()
+        except InputError as error:
+            logger.warning("%s; training goes on without wandb", error)
         except Exception:
             logger.warning("wandb is not available; training goes on without it", exc_info=True)
             self.run = None
@@ -168,15 +170,25 @@ class WandbSink:
             finish.join(TIMEOUT)
 
 
+def import_wandb() -> Any:
+    """The package.
+
+    Raises:
+        InputError: It is not installed.
+    """
+    with needs_extra("train"):
+        import wandb
+
+    return wandb
+
+
 def find_wandb_run(project: str, name: str, run_id: str | None) -> Any:
     """The run that wandb has under an id, or the one finished run of a name.
 
     Raises:
         InputError: If there is none, or several, or wandb cannot be asked.
     """
-    import wandb
-
-    api = wandb.Api()
+    api = import_wandb().Api()
     try:
         if run_id is not None:
             return api.run(f"{project}/{run_id}")

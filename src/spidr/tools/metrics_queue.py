@@ -19,7 +19,7 @@ from typing import Any
 
 from spidr.config import Config, InputError, parse_json, read_config, to_dict
 from spidr.slurm import ValidationJobs
-from spidr.tools.metrics import MetricsFile, WandbSink, find_wandb_run, read_metrics
+from spidr.tools.metrics import MetricsFile, WandbSink, find_wandb_run, import_wandb, read_metrics
 
 
 def push_metrics(folder: Path, entity: str, run_id: str | None = None) -> int:
@@ -40,6 +40,7 @@ def push_metrics(folder: Path, entity: str, run_id: str | None = None) -> int:
     if not os.path.isfile(folder / "config.json"):  # noqa: PTH113 (False for all that cannot be a file)
         raise InputError(f"{folder}: not a run folder, it has no config.json")
     cfg = read_config(folder / "config.json")
+    import_wandb()
     metrics = MetricsFile(folder / "metrics.jsonl", sys.maxsize)
     jobs = ValidationJobs(folder)
     jobs.forget_lost()

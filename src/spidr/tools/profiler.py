@@ -1,10 +1,12 @@
-"""A trace of two training steps for VizTracer's viewer. Imports nothing else of the package."""
+"""A trace of two training steps for VizTracer's viewer. Imports ``spidr.lazy`` only."""
 
 from __future__ import annotations
 
 import logging
 from pathlib import Path
 from typing import Any
+
+from spidr.lazy import needs_extra
 
 logger = logging.getLogger(__name__)
 
@@ -18,21 +20,27 @@ class StepProfiler:
     Args:
         folder: The run folder.
         enabled: Without it, nothing is recorded.
+
+    Raises:
+        InputError: VizTracer is not installed.
     """
 
     def __init__(self, folder: Path, *, enabled: bool) -> None:
         self.path = folder / "trace.html"
         self.enabled = enabled
         self._tracer: Any = None
+        if enabled:  # now: what is missing should not stop the run in the middle
+            with needs_extra("train"):
+                from viztracer import VizTracer
+
+                self._tracer_class = VizTracer
 
     def __call__(self, step: int) -> None:
         """Start or stop recording, given the number of steps done."""
         if not self.enabled:
             return
         if step == FIRST_STEP:
-            from viztracer import VizTracer
-
-            self._tracer = VizTracer(output_file=str(self.path), verbose=0, log_torch=True)
+            self._tracer = self._tracer_class(output_file=str(self.path), verbose=0, log_torch=True)
             self._tracer.start()
         elif step == FIRST_STEP + NUM_STEPS:
             self.stop()

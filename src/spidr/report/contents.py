@@ -1,0 +1,323 @@
+"""What is on the page: gathered from a run folder, and written as ``index.html`` and its figures as PNG.
+
+May import ``spidr.config``, ``spidr.data``, ``spidr.environment``, ``spidr.models``, ``spidr.tools``,
+``spidr.validate`` and its siblings.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from spidr.config import SAMPLE_RATE, Config, DataConfig, InputError, read_config, to_dict
+from spidr.data import speech_dataset
+from spidr.data.alignments import FRAME_STEP, read_alignments
+from spidr.environment import Environment, choose_device
+from spidr.models import DinoSR, build_model
+from spidr.models.hub import load_into, load_weights
+from spidr.models.metrics import proba_phone_code
+from spidr.report import figures
+from spidr.report.page import Page
+from spidr.tools.files import atomic_write, make_folder
+from spidr.tools.metrics import Line, read_metrics
+from spidr.validate import encode_rows, frame_step, layer_names, phones_of_rows
+
+SHOWN_SECONDS = 3.0
+"""How much of the utterance is shown."""
+
+MEASURED_PER_STEP = {
+    "Loss": ("loss",),
+    "Gradient norm": ("grad_norm",),
+    "Learning rate": ("lr",),
+    "EMA decay": ("ema_decay",),
+    "Audio seconds per second": ("audio_seconds_per_second",),
+    "Share of time waiting for data": ("data_wait_share",),
+}
+QUALITY = {
+    "pnmi": "PNMI",
+    "phone_purity": "Phone purity",
+    "cluster_purity": "Cluster purity",
+    "unit_ppl": "Perplexity of the units",
+    "active_codewords": "Active codewords",
+    "bitrate": "Bits per second",
+}
+
+
+def curve(lines: Sequence[Line], key: str) -> tuple[list[float], list[float]]:
+    """Steps and values of a metric, where there is one."""
+    known = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
+    return [step for step, _ in known], [value for _, value in known]
+
+
+def by_layer(lines: Sequence[Line], name: str) -> figures.Curves:
+    """The curves of a metric that each codebook has."""
+    keys = {key for line in lines for key in line if key.startswith(f"{name}_l") and key[len(name) + 2 :].isdigit()}
+    return {
+        f"layer {layer}": curve(lines, f"{name}_l{layer}")
+        for layer in sorted(int(key[len(name) + 2 :]) for key in keys)
+    }
+
+
+@dataclass
+class Report:
+    """Collects the page and its figures."""
+
+    folder: Path
+    cfg: Config
+    lines: list[Line]
+
+    def __post_init__(self) -> None:
+        self.page = Page(f"{self.cfg.run.wandb_project} / {self.cfg.run.wandb_name}")
+        self.drawn: list[figures.Drawn] = []
+
+    def add(self, drawn: figures.Drawn, description: str) -> None:
+        """Put a figure on the page and keep it for its PNG."""
+        self.drawn.append(drawn)
+        self.page.figure(drawn, description)
+
+    def group(self, name: str) -> list[Line]:
+        """The lines of a group."""
+        return [line for line in self.lines if line["group"] == name]
+
+    # ------------------------------------------------------------------------------------------------- from metrics
+
+    def summary(self) -> None:
+        """What was trained and how far it is."""
+        cfg = self.cfg
+        step = max((line["step"] for line in self.lines), default=0)
+        model = cfg.model
+        self.page.text(
+            f"{'SpidR' if cfg.run.model_type == 'spidr' else 'DinoSR'}, {model.encoder_num_layers} layers of "
+            f"{model.encoder_embed_dim}, {model.num_codebooks} codebooks of {model.codebook_size}. "
+            f"Step {step:,} of {cfg.optimizer.max_steps:,}."
+        )
+        _, speeds = curve(self.group("train"), "audio_seconds_per_second")
+        trained = f"Trained at {np.median(speeds):,.0f} seconds of audio a second (median). " if speeds else ""
+        self.page.text(f"{trained}Folder: {self.folder}", note=True)
+
+    def training(self) -> None:
+        """Losses, rates, throughput, and the use of the codebooks."""
+        train = self.group("train")
+        if not train:
+            self.page.text("The run has logged nothing yet.", note=True)
+            return
+        panels: dict[str, figures.Curves] = {}
+        for title, keys in MEASURED_PER_STEP.items():
+            known = {key: curve(train, key) for key in keys}
+            if any(x for x, _ in known.values()):
+                panels[title] = known
+        panels["Loss"] = {"training": curve(train, "loss")} | {
+            name: curve(self.group(name), "loss") for name in self.cfg.validation if self.group(name)
+        }
+        self.page.heading("Training")
+        self.add(
+            figures.curves("training", panels), "Loss, gradient norm, learning rate, EMA decay and throughput by step"
+        )
+        self.page.heading("Codebooks in training batches")
+        names = {
+            "target_ppl": "Perplexity of the targets",
+            "pred_ppl": "Perplexity of the predictions",
+            "active_codewords": "Active codewords",
+        }
+        use = {title: by_layer(train, name) for name, title in names.items()}
+        self.add(figures.curves("codebooks", use), "Perplexities and active codewords of each layer by step")
+
+    def quality(self, group: str) -> None:
+        """Unit quality over time, and its last values."""
+        lines = self.group(group)
+        panels = {title: by_layer(lines, name) for name, title in QUALITY.items()}
+        panels = {title: curves for title, curves in panels.items() if curves}
+        if not panels:
+            self.page.text(
+                f"No unit quality: [validation.{group}] has no alignments_path or is yet to come.", note=True
+            )
+            return
+        self.page.heading(f"Units of {group}")
+        self.add(figures.curves(f"units-{group}", panels), f"Quality of the units of {group} by step")
+        layers = list(next(iter(panels.values())))
+        rows = [[layer, *(f"{panels[title][layer][1][-1]:.4g}" for title in panels)] for layer in layers]
+        self.page.text(f"At step {lines[-1]['step']:,}:")
+        self.page.table(["", *panels], rows)
+
+    # ------------------------------------------------------------------------------------------------- from the model
+
+    def units(self, group: str, layer: int | None, max_minutes: float, device: str) -> None:
+        """P(phone | unit) and one utterance, of the newest checkpoint."""
+        checkpoint = newest_checkpoint(self.folder)
+        if checkpoint is None:
+            self.page.text("No checkpoint, so no units to show.", note=True)
+            return
+        data = self.cfg.validation[group]
+        try:
+            self._units(group, data, checkpoint, layer, max_minutes, device)
+        except InputError as error:
+            # The data may be gone from this machine; what the metrics tell is still worth a report.
+            sys.stderr.write(f"warning: no units in the report: {error}\n")
+            self.page.text(f"Units are not shown: {error}", note=True)
+
+    def _units(
+        self, group: str, data: DataConfig, checkpoint: Path, layer: int | None, max_minutes: float, device: str
+    ) -> None:
+        env = Environment(0, 0, 1, choose_device(device))
+        model = load(self.cfg, checkpoint).to(env.device)
+        numbers = [int(name[1:]) for name in layer_names(model)]
+        chosen = self._layer(group, layer, numbers)
+        dataset = speech_dataset(data.manifest, normalize=data.normalize)
+        phones = phones_of_rows(dataset.manifest, read_alignments(data.alignments_path)) if data.alignments_path else {}
+        lengths = dataset.manifest["num_samples"].to_numpy()
+        rows = np.array(sorted(phones) or range(len(dataset)))
+        rows = rows[np.cumsum(lengths[rows]) <= max_minutes * 60 * SAMPLE_RATE]
+        if not len(rows):
+            raise InputError(f"no recording of {data.manifest} fits into --max-minutes {max_minutes:g}")
+        encoded = encode_rows(model, dataset, rows.tolist(), data.max_batch_length, env)
+        units = {row: codebooks for row, codebooks, _ in encoded}
+        step, size = frame_step(model), model.cfg.codebook_size
+        if phones:
+            codebook = numbers.index(chosen)
+            aligned: Any = {str(row): (phones[row], u[codebook].numpy()) for row, u in units.items()}
+            num_phones = len({phone for row in units for phone in phones[row]})
+            matrix, names, columns = proba_phone_code(
+                aligned,
+                num_units=size,
+                num_phones=num_phones,
+                only_active=True,
+                frame_step=step,
+                alignment_step=FRAME_STEP,
+            )
+            self.page.heading(f"Which phones the units of layer {chosen} stand for")
+            title = (
+                f"{len(columns)} of {size} units active in {lengths[list(units)].sum() / SAMPLE_RATE / 60:.1f} minutes"
+            )
+            self.add(
+                figures.heat_map("phones", matrix.numpy(), names, title), "Probability of each phone given each unit"
+            )
+        # One of middling length shows speech rather than a single word.
+        row = sorted(units, key=lengths.__getitem__)[len(units) // 2]
+        self.page.heading("One utterance")
+        waveform = dataset[row]
+        shown = min(SHOWN_SECONDS, len(waveform) / SAMPLE_RATE)
+        of_units = {f"layer {n}": spans(units[row][k].tolist(), step / 1000, shown) for k, n in enumerate(numbers)}
+        self.add(
+            figures.utterance(
+                "utterance",
+                spectrogram(waveform[: int(shown * SAMPLE_RATE)]),
+                shown,
+                spans(phones[row], FRAME_STEP / 1000, shown) if row in phones else [],
+                of_units,
+                f"{dataset.manifest['fileid'][row]}, first {shown:.1f} s",
+            ),
+            "Spectrogram, phones and units of an utterance",
+        )
+
+    def _layer(self, group: str, layer: int | None, numbers: list[int]) -> int:
+        """The layer asked for, else the one with the best PNMI at the end, else the last."""
+        if layer is not None:
+            if layer not in numbers:
+                raise InputError(
+                    f"layer {layer} has no codebook; those of layers {numbers[0]} to {numbers[-1]} have one"
+                )
+            return layer
+        last = next((line for line in reversed(self.group(group)) if f"pnmi_l{numbers[0]}" in line), {})
+        return max(numbers, key=lambda number: (last.get(f"pnmi_l{number}") or 0, number))
+
+    def configuration(self) -> None:
+        """All settings."""
+        self.page.heading("Configuration")
+        for section, table in to_dict(self.cfg).items():
+            flat = table if section != "validation" else {f"{n}.{k}": v for n, t in table.items() for k, v in t.items()}
+            self.page.folded(section, {key: json.dumps(value) for key, value in flat.items()})
+
+    def write(self, output: Path) -> Path:
+        """Write the page and the PNGs."""
+        make_folder(output)
+        for drawn in self.drawn:
+            with atomic_write(output / f"{drawn.name}.png") as file:
+                file.write(drawn.png)
+        with atomic_write(output / "index.html") as file:
+            file.write(self.page.html().encode())
+        return output / "index.html"
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """``final.pt``, else the ``step_N.pt`` of the highest step."""
+    if (folder / "final.pt").exists():
+        return folder / "final.pt"
+    steps = [path for path in folder.glob("step_*.pt") if path.stem[5:].isdigit()]
+    return max(steps, key=lambda path: int(path.stem[5:]), default=None)
+
+
+def load(cfg: Config, checkpoint: Path) -> DinoSR:
+    """The model of a checkpoint, without what hooks may have added to it."""
+    model = build_model(cfg=cfg.model)
+    known = model.state_dict().keys()
+    load_into(model, {k: v for k, v in load_weights(checkpoint).items() if k in known}, checkpoint)
+    return model.eval()
+
+
+def spans(labels: Sequence[Any], step: float, duration: float) -> list[tuple[Any, float, float]]:
+    """Runs of the same label as (label, start, end) in seconds, up to a duration."""
+    found, position = [], 0
+    for label, run in groupby(labels):
+        start, position = position, position + len(list(run))
+        if start * step < duration:
+            found.append((label, start * step, min(position * step, duration)))
+    return found
+
+
+def spectrogram(waveform: torch.Tensor) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """Power in dB, (257 frequencies up to 8 kHz, frames of 5 ms)."""
+    spectrum = torch.stft(waveform, 512, 80, 400, torch.hann_window(400), return_complex=True)
+    decibels: np.ndarray[Any, np.dtype[np.float32]] = (10 * spectrum.abs().square().clamp(min=1e-10).log10()).numpy()
+    return decibels
+
+
+def make_report(
+    run: Path,
+    output: Path | None = None,
+    *,
+    group: str | None = None,
+    layer: int | None = None,
+    max_minutes: float = 30.0,
+    device: str = "auto",
+) -> Path:
+    """Write the report of a run, also of one that is still training.
+
+    Args:
+        run: The run folder.
+        output: Where to; None: ``report`` in the run folder.
+        group: The validation set whose units are shown; None: the first that has alignments, else the first.
+        layer: Whose units the heat map shows; None: the best.
+        max_minutes: How much of that set to encode at most.
+        device: As ``run.device``.
+
+    Returns:
+        The page.
+
+    Raises:
+        InputError: No run folder, or no such set.
+    """
+    if not os.path.isfile(run / "config.json"):  # noqa: PTH113 (False for all that cannot be a file)
+        raise InputError(f"{run}: not a run folder, it has no config.json")
+    cfg = read_config(run / "config.json")
+    report = Report(run, cfg, sorted(read_metrics(run / "metrics.jsonl"), key=lambda line: line["step"]))
+    if group is not None and group not in cfg.validation:
+        raise InputError(f"{run}: no validation set {group!r}; there are: {', '.join(cfg.validation) or 'none'}")
+    aligned = [name for name, data in cfg.validation.items() if data.alignments_path]
+    group = group or next(iter([*aligned, *cfg.validation]), None)
+    report.summary()
+    report.training()
+    for name in cfg.validation:
+        report.quality(name)
+    if group is not None:
+        report.units(group, layer, max_minutes, device)
+    report.configuration()
+    return report.write(output or run / "report")
