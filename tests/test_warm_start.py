@@ -41,7 +41,7 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config(folder: Path, manifest: Path, name: str = "run", **sections: dict[str, Any]) -> Path:
-    sections.setdefault("optimizer", {"lr": 3e-3, "max_steps": 3})
+    sections.setdefault("optimizer", {"max_steps": 3})
     model = {"extractor_mode": "group_norm", "extractor_conv_bias": True, "codebook_init": "data"}
     return write_config(folder, manifest, name, model=model, **sections)
 
@@ -167,12 +167,13 @@ def test_refused_before_anything_is_trained(
     assert f"{warm}: exists" in refused(capsys, path, warm)
     other = refused(capsys, config(tmp_path, manifest, run={"random_seed": 3}), warm.with_name("other.pt"))
     assert f"{warm.with_name('config.json')}: is of another run" in other
+    assert "lr: found nan" in refused(capsys, path, tmp_path / "warm.pt", "--lr", "nan")
     assert "must end in .pt" in refused(capsys, path, tmp_path / "warm.safetensors")
     assert "no-manifest.csv" in refused(capsys, config(tmp_path, tmp_path / "no-manifest.csv"), tmp_path / "warm.pt")
     assert not (tmp_path / "warm.pt").exists()
 
 
 def test_a_loss_that_is_not_finite(manifest: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = config(tmp_path, manifest, optimizer={"lr": 1e30})
-    assert "lower optimizer.lr" in refused(capsys, path, tmp_path / "warm.pt", "--steps", "20")
+    path = config(tmp_path, manifest)
+    assert "lower --lr" in refused(capsys, path, tmp_path / "warm.pt", "--steps", "20", "--lr", "1e30")
     assert not (tmp_path / "warm.pt").exists()
