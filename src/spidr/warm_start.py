@@ -140,7 +140,7 @@ def warm_start(cfg: Config, output: Path, *, steps: int = 600, lr: float = LR, d
 
     config = json.dumps(to_dict(cfg), indent=2).encode()
     _check_output(output, config)
-    target_device = choose_device(device, 0)
+    target_device = choose_device(device)
     torch.manual_seed(cfg.run.random_seed)
     model = build_model(cfg=cfg.model, model_type=cfg.run.model_type).to(target_device).train()
     trained = nn.ModuleList([model.feature_extractor, model.feature_projection])
@@ -211,9 +211,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="First weights for a small model and little speech: the extractor learns to put out cepstra. An "
         "extra, no part of SpidR or DinoSR as published. Name OUTPUT in run.init_ckpt of CONFIG.",
     )
-    parser.add_argument(
-        "config", metavar="CONFIG", help="the run's configuration: model, data, seed, rate and precision count"
-    )
+    parser.add_argument("config", metavar="CONFIG", help="the run's configuration: model, data, seed, precision count")
     parser.add_argument("output", metavar="OUTPUT", type=Path, help="a .pt file; config.json is written beside it")
     parser.add_argument("--steps", type=int, default=600, help="(default: %(default)s)")
     parser.add_argument("--lr", type=float, default=LR, help="highest learning rate (default: %(default)s)")
