@@ -1,19 +1,22 @@
 """Does a small model learn phonetic units from an hour of speech? SpidR, DinoSR and k-means, on the same speakers.
 
-    python benchmarks/learning.py SPEECH OUTPUT [--only baselines] [--seeds 0 1 2]
+    python benchmarks/learning.py SPEECH OUTPUT [--only baselines] [--seeds 0 1 2] [--starts random warm]
 
 SPEECH holds ``audio/``, ``alignments.jsonl`` (with speaker, gender and duration) and ``phoneme.item``. The speakers are
 split, 45 minutes to train on, the others to validate; everything is measured on the latter. OUTPUT gets the manifests,
 the runs, ``results.jsonl`` (one line for each system, seed and layer) and ``table.md``. The baselines take a minute,
-each of the trainings four on one core; what is in ``results.jsonl`` is not done again, and an interrupted run goes on.
+each of the trainings four on one core, a warm start (:mod:`spidr.warm_start`) two; what is in ``results.jsonl`` is not
+done again, and an interrupted run goes on.
 """
 
 import argparse
+import itertools
 import json
 import resource
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +26,7 @@ import torch
 from sklearn.cluster import MiniBatchKMeans
 
 from spidr.abx import ABX, Scorer, read_items
-from spidr.config import SAMPLE_RATE, read_config, to_dict
+from spidr.config import DEFAULT_CONV_LAYER_CONFIG, SAMPLE_RATE, read_config, to_dict
 from spidr.data import read_manifest, speech_dataset
 from spidr.data.alignments import read_alignments
 from spidr.environment import Environment
@@ -32,10 +35,10 @@ from spidr.models import DinoSR, build_model
 from spidr.models.codebook import standardise
 from spidr.models.metrics import units_quality
 from spidr.validate import encode_rows
+from spidr.warm_start import cepstra, log_mel
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN_MINUTES = 45
-MELS = 80
 MEASURES = ("pnmi", "active_codewords", "units_abx_within", "units_abx_across", "abx_within", "abx_across")
 STATES = {"untrained": "step_0.pt", "trained": "final.pt"}
 Features = dict[str, np.ndarray]
@@ -83,30 +86,11 @@ def prepare(speech: Path, output: Path) -> None:
 # Features and k-means
 
 
-def log_mel(waveform: torch.Tensor) -> np.ndarray:
-    """(T, 80) log-mel energies of 25 ms every 20 ms, the frames of the models, standardised over the recording."""
-    power = (
-        torch.stft(waveform, 512, 320, 400, torch.hann_window(400), center=False, return_complex=True).abs().square()
-    )
-    features = (mel_filters() @ power).clamp(min=1e-6).log().T
-    return ((features - features.mean(0)) / features.std(0)).numpy()
-
-
-def mel_filters() -> torch.Tensor:
-    """(80, 257) triangles on the mel scale, 2595 log10(1 + f / 700), from 0 to 8 kHz."""
-    edges = 700 * (10 ** (torch.linspace(0, 2595 * np.log10(1 + 8000 / 700), MELS + 2) / 2595) - 1)
-    frequencies = torch.linspace(0, SAMPLE_RATE / 2, 257)
-    rising = (frequencies - edges[:-2, None]) / (edges[1:-1] - edges[:-2])[:, None]
-    falling = (edges[2:, None] - frequencies) / (edges[2:] - edges[1:-1])[:, None]
-    return torch.minimum(rising, falling).clamp(min=0)
-
-
-def log_mels(manifest: Path) -> Features:
-    """Of all recordings of a manifest. The STFT without padding at its ends leaves out a frame that is not whole."""
+def spectral(manifest: Path, compute: Callable[..., torch.Tensor]) -> Features:
+    """Log-mel energies or cepstra at the models' frames, standardised over each recording."""
     dataset = speech_dataset(manifest, normalize=True)
-    # 512 samples for the FFT, of which the window fills the middle 400.
-    pad = torch.nn.functional.pad
-    return {name: log_mel(pad(dataset[i], (56, 56))) for i, name in enumerate(dataset.manifest["fileid"])}
+    frames = (compute(dataset[i].unsqueeze(0), DEFAULT_CONV_LAYER_CONFIG)[0] for i in range(len(dataset)))
+    return {name: standardise(x).numpy() for name, x in zip(dataset.manifest["fileid"], frames, strict=True)}
 
 
 def model_features(model: DinoSR, manifest: Path, layers: list[int]) -> dict[int, Features]:
@@ -179,30 +163,44 @@ def measure(output: Path, of_features: ABX, units: dict[str, np.ndarray], size: 
 
 
 def baselines(output: Path, sizes: list[int], seeds: list[int], results: Results, scorer: Scorer) -> None:
-    """k-means on log-mel frames."""
-    train, valid = log_mels(output / "train.csv"), log_mels(output / "valid.csv")
-    of_features = scorer.score(valid)
-    for size in sizes:
-        for seed in seeds:
-            if not results.has(f"k-means {size}, log-mel", seed):
-                units = k_means(train, valid, size, seed)
-                results.add(f"k-means {size}, log-mel", seed, [measure(output, of_features, units, size, scorer)])
+    """k-means on log-mel frames and on cepstra."""
+    for name, compute in (("log-mel", log_mel), ("cepstra", cepstra)):
+        train, valid = (spectral(output / f"{split}.csv", compute) for split in ("train", "valid"))
+        of_features = scorer.score(valid)
+        for size in sizes:
+            for seed in seeds:
+                if not results.has(f"k-means {size}, {name}", seed):
+                    units = k_means(train, valid, size, seed)
+                    results.add(f"k-means {size}, {name}", seed, [measure(output, of_features, units, size, scorer)])
 
 
-def train(output: Path, config: Path, seed: int) -> Path:
-    """Train a configuration, if that is not done yet, and return the run's folder."""
+def train(output: Path, config: Path, start: str, seed: int) -> tuple[Path, str]:
+    """Train a configuration, if that is not done yet, and return the run's folder and what to call the system."""
     cfg = to_dict(read_config(config))
-    name = f"{config.stem}-{seed}"
+    system = config.stem if start == "random" else f"{config.stem}, {start}"
+    name = system.replace(", ", "-") + f"-{seed}"
     cfg["run"] |= {"workdir": str(output), "wandb_project": "runs", "wandb_name": name, "random_seed": seed}
     cfg["data"] |= {"manifest": str(output / "train.csv"), "random_seed": seed}
     cfg["validation"] = {}  # measured afterwards
+    path = output / f"{name}.json"
+    if start == "warm":
+        warm = output / "warm" / name / "warm.pt"
+        cfg["run"]["init_ckpt"], cfg["model"]["freeze_step"] = str(warm), 0
+        path.write_text(json.dumps(cfg))
+        if not warm.exists():
+            timed(f"{name}, warm start", "spidr.warm_start", path, warm)
     run = output / "runs" / name
     if not (run / "final.pt").exists():
-        (output / f"{name}.json").write_text(json.dumps(cfg))
-        before = cpu_minutes()
-        subprocess.run([sys.executable, "-m", "spidr", str(output / f"{name}.json")], check=True)
-        print(f"{name}: {cpu_minutes() - before:.1f} minutes of processor time", flush=True)
-    return run
+        path.write_text(json.dumps(cfg))
+        timed(name, "spidr", path)
+    return run, system
+
+
+def timed(name: str, module: str, *arguments: Path) -> None:
+    """Run a module and say what it cost."""
+    before = cpu_minutes()
+    subprocess.run([sys.executable, "-m", module, *map(str, arguments)], check=True)
+    print(f"{name}: {cpu_minutes() - before:.1f} minutes of processor time", flush=True)
 
 
 def cpu_minutes() -> float:
@@ -254,6 +252,7 @@ def main() -> None:
         nargs="*",
         default=[ROOT / "configs" / "small-spidr.toml", ROOT / "configs" / "small-dinosr.toml"],
     )
+    parser.add_argument("--starts", nargs="+", choices=("random", "warm"), default=["random", "warm"])
     parser.add_argument("--only", choices=("baselines", "models"))
     args = parser.parse_args()
     output = args.output.resolve()
@@ -264,11 +263,12 @@ def main() -> None:
     if args.only != "baselines":
         runs = []
         for seed in args.seeds:
-            for config in args.configs:
-                run = train(output, config, seed)
+            for start, config in itertools.product(args.starts, args.configs):
+                run, name = train(output, config, start, seed)
                 for state, checkpoint in STATES.items():
-                    measure_units(output, run / checkpoint, f"{config.stem}, {state}", seed, results)
-                runs.append((run / STATES["trained"], f"k-means on {config.stem}", seed))
+                    measure_units(output, run / checkpoint, f"{name}, {state}", seed, results)
+                    if start == "warm" or state == "trained":
+                        runs.append((run / checkpoint, f"k-means on {name}, {state}", seed))
                 (output / "table.md").write_text(results.table())
         for path, system, seed in runs:
             measure_k_means(output, path, system, seed, results, scorer)

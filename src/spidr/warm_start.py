@@ -1,0 +1,233 @@
+"""A warm start: ``python -m spidr.warm_start CONFIG OUTPUT.pt`` writes first weights for ``run.init_ckpt``.
+
+An extra of this package, no part of SpidR or DinoSR as published. The first targets of both come from random
+convolutions and say little about phones, and an hour of speech does not take a training far beyond them. Here extractor
+and projection first learn by regression to put out 13 cepstra (MFCC), turned by a random rotation into the model's
+width; codebooks and all else are as when a run of CONFIG begins. No labels are used. What is gained: docs/decisions.md,
+"It learns".
+
+May import ``spidr.config``, ``spidr.models``, ``spidr.data``, ``spidr.environment``, ``spidr.optimizer``,
+``spidr.lazy`` and ``spidr.tools``; torch only where it is used, so that ``--help`` does not wait for it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import chain, count, islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from spidr.config import SAMPLE_RATE, Config, DinoSRConfig, InputError, read_config, to_dict
+from spidr.lazy import needs_extra
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from spidr.data import Batch
+    from spidr.data.loader import SpeechLoader
+
+CEPSTRA = 13
+MELS = 80
+SCALE = 0.5
+"""Standard deviation of the projected features."""
+
+LR = 6e-3
+"""Far more than a training takes: with 1e-3, half of the variance is left after 600 steps instead of a third."""
+
+MOMENTS_BATCHES = 200
+"""Batches of which the mean and variance of the cepstra are taken: an hour of speech at 20 s each."""
+
+
+def log_mel(waveforms: Tensor, shapes: Sequence[tuple[int, int, int]]) -> Tensor:
+    """Log-mel energies of what each frame of an extractor sees.
+
+    Args:
+        waveforms: (B, S) float, 16 kHz.
+        shapes: (out_channels, kernel, stride) of the extractor's convolutions: a frame is a Hann window of their
+            receptive field (25 ms in the base models), and frames are as many, at the same places.
+
+    Returns:
+        (B, T, 80).
+    """
+    import torch
+
+    field, hop = 1, math.prod(stride for _, _, stride in shapes)
+    for _, kernel, stride in reversed(shapes):
+        field = (field - 1) * stride + kernel
+    size = 1 << (field - 1).bit_length()
+    window = torch.hann_window(field, device=waveforms.device)
+    power = torch.fft.rfft(waveforms.unfold(1, field, hop) * window, size).abs().square()
+    # Triangles on the mel scale, 2595 log10(1 + f / 700), from 0 to 8 kHz.
+    edges = 700 * (10 ** torch.linspace(0, math.log10(1 + SAMPLE_RATE / 1400), MELS + 2) - 1)
+    bins = torch.linspace(0, SAMPLE_RATE / 2, size // 2 + 1).unsqueeze(1)
+    rising = (bins - edges[:-2]) / (edges[1:-1] - edges[:-2])
+    falling = (edges[2:] - bins) / (edges[2:] - edges[1:-1])
+    return (power @ torch.minimum(rising, falling).clamp(min=0).to(power)).clamp(min=1e-6).log()
+
+
+def cepstra(waveforms: Tensor, shapes: Sequence[tuple[int, int, int]]) -> Tensor:
+    """The first 13 cepstra, (B, T, 13): the DCT of :func:`log_mel`."""
+    import torch
+
+    mels = log_mel(waveforms, shapes)
+    phases = (torch.arange(MELS).unsqueeze(1) + 0.5) * torch.arange(CEPSTRA) * (math.pi / MELS)
+    return mels @ (phases.cos() * math.sqrt(2 / MELS)).to(mels)
+
+
+class Targets:
+    """What the projection shall put out: cepstra, standardised over the corpus, as features of std ``SCALE``."""
+
+    def __init__(self, cfg: DinoSRConfig, loader: SpeechLoader, seed: int) -> None:
+        import torch
+
+        self.shapes, dim = cfg.extractor_conv_layer_config, cfg.encoder_embed_dim
+        kept = min(CEPSTRA, dim)
+        frames = torch.cat([self._cepstra(batch) for batch in islice(loader.epoch(0), MOMENTS_BATCHES)]).double()
+        self.mean, std = frames.mean(0).float(), frames.std(0, correction=0).float().clamp(min=1e-5)
+        draw = torch.randn(dim, kept, generator=torch.Generator().manual_seed(seed))
+        rotation = torch.linalg.qr(draw).Q.T * (SCALE * math.sqrt(dim / kept))
+        self.map = rotation / std[:kept].unsqueeze(1)
+
+    def _cepstra(self, batch: Batch) -> Tensor:
+        return frames_of(batch, cepstra(batch.waveforms, self.shapes))
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """(N, D), for the frames of a batch that exist."""
+        found = self._cepstra(batch) - self.mean.to(batch.waveforms.device)
+        return found[:, : len(self.map)] @ self.map.to(found.device)
+
+
+def frames_of(batch: Batch, x: Tensor) -> Tensor:
+    """(B, T, C) to (N, C), without the padding."""
+    mask = batch.attention_mask
+    return x.flatten(0, 1) if mask is None else x[mask[:, 0, 0]]
+
+
+def warm_start(cfg: Config, output: Path, *, steps: int = 600, lr: float = LR, device: str = "auto") -> float:
+    """Train extractor and projection of a new model, in one process, and save the model and its ``config.json``.
+
+    Args:
+        cfg: Of the run to start: its model, data, seed, and the optimiser's settings other than its schedule count. A
+            step is one batch, never several.
+        output: The checkpoint, ``.pt``. It must not exist, nor another run's ``config.json`` beside it.
+        steps: How many.
+        lr: The highest rate; it rises over the first tenth of the steps and falls to nothing by a cosine.
+        device: As ``run.device``.
+
+    Returns:
+        The mean squared error as a share of the targets' variance, over the last tenth of the steps.
+
+    Raises:
+        InputError: Something the user gave is wrong, or the loss is not finite.
+    """
+    import torch
+    from torch import nn
+
+    with needs_extra("train"):
+        from tqdm import tqdm
+
+        from spidr.data import build_dataloader
+    from spidr.environment import choose_device
+    from spidr.models import build_model
+    from spidr.optimizer import build_optimizer
+    from spidr.tools.files import atomic_write
+
+    config = json.dumps(to_dict(cfg), indent=2).encode()
+    _check_output(output, config)
+    target_device = choose_device(device)
+    torch.manual_seed(cfg.run.random_seed)
+    model = build_model(cfg=cfg.model, model_type=cfg.run.model_type).to(target_device).train()
+    trained = nn.ModuleList([model.feature_extractor, model.feature_projection])
+    loader = build_dataloader(cfg.data, None, conv_layer_config=cfg.model.extractor_conv_layer_config)
+    optimizer_cfg = replace(
+        cfg.optimizer, lr=lr, max_steps=steps, warmup_steps=steps // 10, scheduler="cosine", final_lr_scale=0.0
+    )
+    optimizer, scaler, scheduler = build_optimizer(trained, optimizer_cfg)
+    dtype = getattr(torch, optimizer_cfg.dtype)
+    losses: list[Tensor] = []
+    interval = 0.5 if sys.stderr.isatty() else 60
+    try:
+        targets = Targets(cfg.model, loader, cfg.run.random_seed)
+        for cpu_batch in tqdm(_batches(loader, steps), "warm start", steps, unit="step", mininterval=interval):
+            batch = cpu_batch.to(target_device, non_blocking=True)
+            with torch.autocast(target_device.type, dtype, enabled=optimizer_cfg.mixed_precision):
+                features, _ = model.project(batch.waveforms, batch.attention_mask, batch.lengths)
+            loss = (frames_of(batch, features).float() - targets(batch)).square().mean() / SCALE**2
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(trained.parameters(), optimizer_cfg.max_norm)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            scheduler.step()
+            losses.append(loss.detach())
+        if cfg.model.codebook_init == "data":
+            batch = next(loader.epoch(0)).to(target_device)
+            generator = torch.Generator().manual_seed(cfg.run.random_seed)
+            model.init_codebooks(batch.waveforms, attention_mask=batch.attention_mask, generator=generator)
+    finally:
+        loader.close()
+    left = torch.stack(losses[-max(1, steps // 10) :]).mean().item()
+    if not math.isfinite(left):
+        raise InputError(f"after {steps} steps the loss is {left}: lower --lr, which is {lr:g}")
+    with atomic_write(output.with_name("config.json")) as file:
+        file.write(config)
+    with atomic_write(output) as file:
+        torch.save({"model": {name: value.cpu() for name, value in model.state_dict().items()}}, file)
+    return left
+
+
+def _batches(loader: SpeechLoader, steps: int) -> Iterator[Batch]:
+    """So many batches, of as many epochs as that takes."""
+    return islice(chain.from_iterable(map(loader.epoch, count())), steps)
+
+
+def _check_output(output: Path, config: bytes) -> None:
+    """Refuse what cannot be written, or what would be taken for another model, before anything is trained."""
+    from spidr.tools.files import make_folder
+
+    if output.suffix != ".pt":
+        raise InputError(f"{output}: the name must end in .pt")
+    if os.path.exists(output):  # noqa: PTH110 (this knows no name that is too long)
+        raise InputError(f"{output}: exists; choose another output")
+    make_folder(output.parent)
+    beside = output.with_name("config.json")
+    if beside.exists() and beside.read_bytes() != config:
+        raise InputError(f"{beside}: is of another run, so the checkpoint needs a folder of its own")
+    if not os.access(output.parent, os.W_OK):
+        raise InputError(f"{output.parent}: cannot be written to; choose another output")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line. Returns the exit status."""
+    parser = argparse.ArgumentParser(
+        "python -m spidr.warm_start",
+        description="First weights for a small model and little speech: the extractor learns to put out cepstra. An "
+        "extra, no part of SpidR or DinoSR as published. Name OUTPUT in run.init_ckpt of CONFIG.",
+    )
+    parser.add_argument("config", metavar="CONFIG", help="the run's configuration: model, data, seed, precision count")
+    parser.add_argument("output", metavar="OUTPUT", type=Path, help="a .pt file; config.json is written beside it")
+    parser.add_argument("--steps", type=int, default=600, help="(default: %(default)s)")
+    parser.add_argument("--lr", type=float, default=LR, help="highest learning rate (default: %(default)s)")
+    parser.add_argument("--device", choices=("auto", "cuda", "mps", "cpu"), help="(default: run.device of CONFIG)")
+    args = parser.parse_args(argv)
+    try:
+        if args.steps < 1:
+            raise InputError(f"--steps must be at least 1, not {args.steps}")
+        cfg = read_config(args.config)
+        left = warm_start(cfg, args.output, steps=args.steps, lr=args.lr, device=args.device or cfg.run.device)
+    except InputError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    sys.stdout.write(f"{args.output}: {left:.3f} of the cepstra's variance is left after {args.steps} steps\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
