@@ -4,6 +4,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -74,9 +75,22 @@ def test_wrong_lengths(lengths: list[int], message: str) -> None:
         tiny_model().get_codebooks(padded(), lengths=lengths)
 
 
-def test_waveforms_must_be_a_batch() -> None:
-    with pytest.raises(InputError, match=r"waveforms must be \(batch, samples\), not of shape \(3000,\)"):
-        tiny_model().get_codebooks(torch.randn(3000))
+@pytest.mark.parametrize("method", ["forward", "get_codebooks", "get_intermediate_outputs", "encode", "units"])
+@pytest.mark.parametrize(
+    ("waveforms", "lengths", "message"),
+    [
+        (torch.zeros(3000), None, r"waveforms must be \(batch, samples\), not of shape \(3000,\)"),
+        (torch.zeros(1, 1, 3000), None, r"waveforms must be \(batch, samples\), not of shape \(1, 1, 3000\)"),
+        (torch.zeros(1, 3000, dtype=torch.int16), None, r"waveforms must be floats, about -1 to 1, not torch\.int16"),
+        (torch.zeros(2, 3000), [3000], r"lengths must be \(2,\), not of shape \(1,\)"),
+        (torch.zeros(2, 3000), torch.tensor([[3000], [3000]]), r"lengths must be \(2,\), not of shape \(2, 1\)"),
+    ],
+    ids=["one-dimensional", "with-channels", "integers", "too-few-lengths", "lengths-in-a-column"],
+)
+def test_waveforms_must_be_a_batch(method: str, waveforms: Tensor, lengths: Any, message: str) -> None:
+    options: dict[str, Any] = {"layer": 4} if method in ("encode", "units") else {}
+    with pytest.raises(InputError, match=message):
+        getattr(tiny_model(), method)(waveforms, lengths=lengths, **options)
 
 
 # ------------------------------------------------------------------------------------------------------ training

@@ -115,15 +115,11 @@ class DinoSR(nn.Module):
             (B, T, D) and the mask, or None if every frame exists.
 
         Raises:
-            InputError: If a length gives no frame or exceeds S.
+            InputError: If the shapes are others, the samples are no floats, or a length gives no frame or exceeds S.
         """
-        if waveforms.ndim != 2:
-            raise InputError(f"waveforms must be (batch, samples), not of shape {tuple(waveforms.shape)}")
+        lengths = _check_waveforms(waveforms, lengths)
         shapes, samples = self.feature_extractor.shapes, waveforms.shape[1]
         if lengths is not None:
-            lengths = torch.as_tensor(lengths)
-            if lengths.shape != waveforms.shape[:1]:
-                raise InputError(f"lengths must be ({waveforms.shape[0]},), not of shape {tuple(lengths.shape)}")
             if attention_mask is None:
                 for row, length in enumerate(lengths.tolist()):
                     if length > samples:
@@ -519,9 +515,9 @@ class DinoSR(nn.Module):
         self, waveforms: Tensor, lengths: Tensor | Sequence[int] | None, *, normalize: bool
     ) -> tuple[Tensor, Tensor]:
         """The waveforms, standardised if asked for, and the number of frames of each."""
+        lengths = _check_waveforms(waveforms, lengths)
         batch, samples = waveforms.shape
-        given = torch.full((batch,), samples) if lengths is None else torch.as_tensor(lengths)
-        given = given.to(waveforms.device)
+        given = (torch.full((batch,), samples) if lengths is None else lengths).to(waveforms.device)
         if normalize:
             exists = torch.arange(samples, device=waveforms.device) < given.unsqueeze(1)
             count = given.unsqueeze(1)
@@ -532,6 +528,20 @@ class DinoSR(nn.Module):
             var = centred.square().sum(1, keepdim=True, dtype=exact) / count
             waveforms = centred * torch.rsqrt(var + 1e-5).to(waveforms.dtype)
         return waveforms, conv_length(self.feature_extractor.shapes, given)
+
+
+def _check_waveforms(waveforms: Tensor, lengths: Tensor | Sequence[int] | None) -> Tensor | None:
+    """Refuse what is no batch of waveforms; values are not looked at. Returns the lengths as a tensor."""
+    if waveforms.ndim != 2:
+        raise InputError(f"waveforms must be (batch, samples), not of shape {tuple(waveforms.shape)}")
+    if not waveforms.is_floating_point():
+        raise InputError(f"waveforms must be floats, about -1 to 1, not {waveforms.dtype}")
+    if lengths is None:
+        return None
+    lengths = torch.as_tensor(lengths)
+    if lengths.shape != waveforms.shape[:1]:
+        raise InputError(f"lengths must be ({waveforms.shape[0]},), not of shape {tuple(lengths.shape)}")
+    return lengths
 
 
 class _NoTeacher(Transformer):
