@@ -112,8 +112,7 @@ def _weighted_means(measured: list[Measured]) -> dict[str, list[float]]:
 
 def layer_names(model: DinoSR) -> list[str]:
     """Suffixes ``l1``, ``l2``, … of the layers that have a codebook, for the names of metrics."""
-    first = len(model.student.layers) - model.num_codebooks + 1
-    return [f"l{first + k}" for k in range(model.num_codebooks)]
+    return [f"l{layer}" for layer in model.codebook_layers]
 
 
 def validate_set(

@@ -83,6 +83,12 @@ class DinoSR(nn.Module):
         """Number of codebooks K; codebook ``k`` belongs to layer ``num_layers - K + k`` (from 0)."""
         return len(self.codebooks)
 
+    @property
+    def codebook_layers(self) -> range:
+        """The layers that have a codebook, counted from 1: the last K."""
+        last = len(self.student.layers)
+        return range(last - self.num_codebooks + 1, last + 1)
+
     def _codebooks(self) -> list[Codebook]:
         return [cast("Codebook", codebook) for codebook in self.codebooks]
 
@@ -461,7 +467,7 @@ class DinoSR(nn.Module):
             InputError: If the layer has no codebook, or as :meth:`encode`.
         """
         layer = self._layer(layer)
-        first = len(self.student.layers) - self.num_codebooks + 1
+        first = self.codebook_layers.start
         if layer < first:
             raise InputError(f"layer {layer} has no codebook; layers {first} to {len(self.student.layers)} have one")
         head = cast("nn.Sequential", self.heads[layer - first])[0]

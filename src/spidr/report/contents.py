@@ -28,7 +28,7 @@ from spidr.report import figures
 from spidr.report.page import Page
 from spidr.tools.files import atomic_write, make_folder
 from spidr.tools.metrics import Line, read_metrics
-from spidr.validate import encode_rows, frame_step, layer_names, load_trained, phones_of_rows
+from spidr.validate import encode_rows, frame_step, load_trained, phones_of_rows
 
 SHOWN_SECONDS = 3.0
 """How much of the utterance is shown."""
@@ -168,7 +168,7 @@ class Report:
     ) -> None:
         env = Environment(0, 0, 1, choose_device(device))
         model = load_trained(self.cfg, checkpoint).to(env.device)
-        numbers = [int(name[1:]) for name in layer_names(model)]
+        numbers = model.codebook_layers
         chosen = self._layer(group, layer, numbers)
         dataset = speech_dataset(data.manifest, normalize=data.normalize)
         phones = phones_of_rows(dataset.manifest, read_alignments(data.alignments_path)) if data.alignments_path else {}
@@ -217,7 +217,7 @@ class Report:
             "Spectrogram, phones and units of an utterance",
         )
 
-    def _layer(self, group: str, layer: int | None, numbers: list[int]) -> int:
+    def _layer(self, group: str, layer: int | None, numbers: range) -> int:
         """The layer asked for, else the one with the best PNMI at the end, else the last."""
         if layer is not None:
             if layer not in numbers:
