@@ -204,7 +204,7 @@ MAY_IMPORT = {
     "compiled": {"config", "models"},
     "abx": {"config", "lazy", "data"},
     "evaluate": {"config", "lazy", "models", "data", "environment", "validate", "abx"},
-    "report": {"config", "lazy", "models", "data", "environment", "validate", "tools"},
+    "report": {"config", "lazy", "models", "data", "environment", "checkpoint", "validate", "tools"},
     "validate": {"config", "models", "data", "environment", "tools"},
     "extract": {"config", "lazy", "models", "data", "environment", "tools"},
     "slurm": {"config", "lazy", "environment", "tools", "train", "validate"},

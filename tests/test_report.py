@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import struct
 import xml.etree.ElementTree as ET
 from pathlib import Path
@@ -155,10 +156,32 @@ def test_a_tone_in_the_spectrogram() -> None:
     assert np.isfinite(decibels).all()
 
 
-def test_newest_checkpoint(tmp_path: Path) -> None:
+def test_newest_checkpoint(cfg: Config, tmp_path: Path) -> None:
+    assert newest_checkpoint(cfg.run.dir) == cfg.run.dir / "final.pt"
     assert newest_checkpoint(tmp_path) is None
-    for name in ("step_9.pt", "step_10.pt", "step_x.pt"):
-        (tmp_path / name).touch()
-    assert newest_checkpoint(tmp_path) == tmp_path / "step_10.pt"
-    (tmp_path / "final.pt").touch()
+    checkpoint = torch.load(cfg.run.dir / "final.pt", weights_only=True)
+    assert checkpoint["step"] == 6
+    torch.save({"model": checkpoint["model"]}, tmp_path / "final.pt")
     assert newest_checkpoint(tmp_path) == tmp_path / "final.pt"
+    (tmp_path / "final.pt").unlink()
+    for step in (5, 6, 10):
+        torch.save(checkpoint | {"step": step}, tmp_path / f"step_{step}.pt")
+    (tmp_path / "step_x.pt").touch()
+    assert newest_checkpoint(tmp_path) == tmp_path / "step_10.pt"
+
+
+def test_a_run_that_went_on_after_its_end(cfg: Config, tmp_path: Path) -> None:
+    """``final.pt`` of six steps is older than what came when the run was given more of them."""
+    run = tmp_path / "run"
+    shutil.copytree(cfg.run.dir, run)
+    checkpoint = torch.load(run / "final.pt", weights_only=True)
+    # Codewords so far away that everything is nearest to the first one.
+    for name, value in checkpoint["model"].items():
+        if name.startswith("heads."):
+            value.zero_()
+            if name.endswith("bias"):
+                value[0] = 1
+    torch.save(checkpoint | {"step": 9}, run / "step_9.pt")
+    assert newest_checkpoint(run) == run / "step_9.pt"
+    assert main([str(run), "--device", "cpu"]) == 0
+    assert "1 of 12 units active" in (run / "report" / "index.html").read_text()

@@ -305,6 +305,88 @@ def test_training_goes_on_while_sbatch_hangs_and_when_it_refuses(
     assert (cfg.run.dir / "final.pt").exists()
 
 
+SUBMIT_AND_FORK = """
+import os, sys, threading, time
+from pathlib import Path
+from spidr.config import SlurmConfig
+from spidr.slurm import submit
+
+def submit_many():
+    for index in range(10):
+        submit(str(index), [(print, ("x",))], sys.argv[1], SlurmConfig("a", 1, 1), copy_code=False)
+
+thread = threading.Thread(target=submit_many)
+thread.start()
+children = []
+while thread.is_alive() and len(children) < 2000 and not Path(sys.argv[2]).exists():
+    children.append(os.fork())
+    if not children[-1]:
+        time.sleep(100)
+        os._exit(0)
+    time.sleep(0.002)
+thread.join(20)
+print("held up" if thread.is_alive() else "submitted", flush=True)
+for child in children:
+    os.kill(child, 9)
+"""
+
+
+@pytest.mark.usefixtures("fake_sbatch")
+def test_workers_forked_meanwhile_do_not_hold_up_a_submission(tmp_path: Path) -> None:
+    """They inherit whatever files are open, and live for hours."""
+    command = [sys.executable, "-W", "ignore", "-c", SUBMIT_AND_FORK, str(tmp_path / "dump"), str(tmp_path / "stop")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "submitted\n"
+    assert len(list((tmp_path / "dump").iterdir())) == 10
+
+
+SUBMIT_ONCE = """
+import signal, sys
+from spidr.config import SlurmConfig
+from spidr.slurm import submit
+
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+    signal.signal(number, lambda *_: None)
+print(submit("x", [(print, ("x",))], sys.argv[1], SlurmConfig("a", 1, 1), copy_code=False)[0])
+"""
+
+
+@pytest.mark.usefixtures("fake_sbatch")
+def test_signals_to_a_job_do_not_end_its_submissions(tmp_path: Path) -> None:
+    """A preemption's signal may come to all processes of the group, or to all below the job."""
+    started, gate, program = tmp_path / "started", tmp_path / "gate", tmp_path / "bin/sbatch"
+    # Not sh, which unblocks what the program that it stands for leaves blocked.
+    program.write_text(f"#!/bin/bash\necho $$ > {started}\nuntil [ -e {gate} ]; do sleep 0.05; done\necho 34\n")
+    command = [sys.executable, "-c", SUBMIT_ONCE, str(tmp_path / "dump")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+        assert wait_for(lambda: started.exists() and started.read_text().endswith("\n"), 60)
+        for number in (Signals.SIGTERM, Signals.SIGUSR1, Signals.SIGUSR2, Signals.SIGINT):
+            os.killpg(process.pid, number)
+            os.kill(int(started.read_text()), number)
+        time.sleep(0.5)
+        gate.touch()
+        assert process.communicate() == ("34\n", None)
+    assert process.returncode == 0
+
+
+@pytest.mark.usefixtures("fake_sbatch")
+def test_whoever_interrupts_a_submission_ends_it(tmp_path: Path) -> None:
+    started, program = tmp_path / "started", tmp_path / "bin/sbatch"
+    program.write_text(f"#!/bin/sh\necho $$ > {started}\nexec sleep 100\n")
+    config = write_config(tmp_path, write_recordings(tmp_path / "data", count=2))
+    options = ["-A", "a", "-N", "1", "-G", "1", "--dump", str(tmp_path / "dump")]
+    command = [sys.executable, "-m", "spidr", str(config), *options]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert wait_for(lambda: started.exists() and started.read_text().endswith("\n"), 60)
+        process.send_signal(Signals.SIGINT)
+        assert "interrupted" in process.communicate()[1]
+    assert process.returncode == 130
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(started.read_text()), 0)
+    assert not list((tmp_path / "dump").iterdir())
+
+
 def test_a_submission_that_was_cut_off_is_no_job(tmp_path: Path) -> None:
     (tmp_path / "validation").mkdir()
     (tmp_path / "validation/step_5.pending").touch()
@@ -437,6 +519,43 @@ def test_signal_before_the_job_has_begun(cluster: Cluster, tmp_path: Path) -> No
     job = cluster.wait(job_id)
     assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), logs(folder)
     assert ran.read_text() == "x"
+
+
+def test_a_job_that_is_told_to_stop_still_submits(cluster: Cluster, tmp_path: Path) -> None:
+    """Its validation, that is, with an sbatch that takes its time."""
+    submitting, submitted = tmp_path / "submitting", tmp_path / "submitted"
+    program = tmp_path / "bin/sbatch"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/bash\ntouch {submitting}\nsleep 4\nexec {shutil.which("sbatch")} "$@"\n')
+    program.chmod(0o755)
+
+    def train() -> None:
+        import signal
+
+        from spidr.environment import Preempted
+
+        if submitted.exists():
+            return
+        signal.signal(signal.SIGUSR2, signal.default_int_handler)
+        os.environ["PATH"] = f"{program.parent}:{os.environ['PATH']}"
+
+        def validate() -> None:
+            job_id, _ = submit("inner", [((tmp_path / "validated").touch, ())], tmp_path, ONE_TASK, copy_code=False)
+            submitted.write_text(job_id)
+
+        try:
+            threading.Thread(target=validate, name=slurm.SUBMITTING).start()
+            time.sleep(100)
+        except KeyboardInterrupt:
+            raise Preempted(signal.SIGUSR2) from None
+
+    job_id, folder = submit("outer", [(train, ())], tmp_path, ONE_TASK, copy_code=False)
+    assert wait_for(submitting.exists, 60), logs(folder)
+    cluster.run("scancel", "--signal=USR2", job_id)
+    job = cluster.wait(job_id)
+    assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), logs(folder)
+    assert cluster.wait(submitted.read_text())["JobState"] == "COMPLETED", logs(folder)
+    assert (tmp_path / "validated").exists()
 
 
 def test_cancelled_job_stays_cancelled(cluster: Cluster, tmp_path: Path) -> None:

@@ -22,10 +22,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 from spidr.config import Config, InputError, ResumeConfig, SlurmConfig, read_table
@@ -187,16 +188,51 @@ mkdir -p {shlex.quote(str(folder))}/"{variable}"
 
 def _sbatch(submission: Submission) -> str:
     """Hand a submission to SLURM. Returns the job id."""
-    command = submission.command
     try:
-        done = subprocess.run(
-            command, input=submission.script, env=clean_environment(), capture_output=True, text=True, check=False
-        )
+        done = run_apart(submission.command, clean_environment(), submission.script)
     except OSError as error:
         raise InputError(f"sbatch cannot be run: {error.strerror}. Is this a machine of a SLURM cluster?") from None
     if done.returncode:
-        raise InputError(f"sbatch refused the job: {done.stderr.strip() or f'exit status {done.returncode}'}")
-    return done.stdout.strip().split(";")[0]
+        reason = done.stderr.decode(errors="replace").strip() or f"exit status {done.returncode}"
+        raise InputError(f"sbatch refused the job: {reason}")
+    return done.stdout.decode().strip().split(";")[0]
+
+
+def run_apart(command: list[str], environment: Mapping[str, str], text: str = "") -> subprocess.CompletedProcess[bytes]:
+    """Run a program from inside a training run, which forks workers and gets signals while the program runs.
+
+    A worker forked meanwhile would inherit the pipes to and from the program, those of :mod:`subprocess` itself too,
+    and hold them open for as long as it lives: here are files, and nothing to wait for but the program's end. It has a
+    session of its own and blocks the signals that ask a run to stop: SLURM sends those to all processes of a job.
+
+    Args:
+        command: The program, found on the path, and its arguments.
+        environment: Its environment.
+        text: Its standard input.
+
+    Raises:
+        OSError: It cannot be run.
+    """
+    with TemporaryFile() as stdin, TemporaryFile() as stdout, TemporaryFile() as stderr:
+        stdin.write(os.fsencode(text))
+        stdin.seek(0)
+        files = [(os.POSIX_SPAWN_DUP2, file.fileno(), number) for number, file in enumerate((stdin, stdout, stderr))]
+        blocked = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2}
+        process = os.posix_spawnp(command[0], command, environment, file_actions=files, setsid=True, setsigmask=blocked)
+        try:
+            ended, status = 0, 0
+            while not ended:  # in small pieces, since signals do not interrupt waitpid once polars has been imported
+                time.sleep(0.02)
+                ended, status = os.waitpid(process, os.WNOHANG)
+        except BaseException:  # Ctrl-C in a terminal, which the program does not see
+            os.kill(process, signal.SIGKILL)
+            os.waitpid(process, 0)
+            raise
+        outputs = []
+        for file in (stdout, stderr):
+            file.seek(0)
+            outputs.append(file.read())
+    return subprocess.CompletedProcess(command, os.waitstatus_to_exitcode(status), *outputs)
 
 
 def clean_environment() -> dict[str, str]:
@@ -259,9 +295,9 @@ def describe_checkout(folder: Path) -> dict[str, bytes]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
 
     def git(*args: str) -> bytes:
-        return subprocess.run(
-            ["git", "-C", str(folder), *args], env=environment, capture_output=True, check=True
-        ).stdout
+        done = run_apart(["git", "-C", str(folder), *args], environment)
+        done.check_returncode()
+        return done.stdout
 
     try:
         git("ls-files", "--error-unmatch", "__init__.py")
@@ -338,11 +374,11 @@ def requeue(job_id: str, *, attempts: int = 10) -> bool:
         if state not in (None, "RUNNING"):
             break
         if state:
-            done = subprocess.run(["scontrol", "requeue", job_id], capture_output=True, text=True, check=False)
+            done = run_apart(["scontrol", "requeue", job_id], os.environ)
             if done.returncode == 0:
                 logger.info("job %s goes back into the queue", job_id)
                 return True
-            error = done.stderr.strip()
+            error = done.stderr.decode(errors="replace").strip()
     logger.warning("job %s is not requeued, its state is %s. %s", job_id, state or "unknown", error)
     return False
 
@@ -351,12 +387,12 @@ def _job_state(job_id: str) -> str | None:
     """A job's state if it waits or runs, "" once it has ended, None if SLURM does not answer."""
     command = ["squeue", "--noheader", f"--jobs={job_id}", "--format=%T"]
     try:
-        asked = subprocess.run(command, capture_output=True, text=True, check=False)
+        asked = run_apart(command, os.environ)
     except OSError:
         return None
     if asked.returncode == 0:
-        return asked.stdout.strip()
-    return "" if "Invalid job id" in asked.stderr else None
+        return asked.stdout.decode().strip()
+    return "" if b"Invalid job id" in asked.stderr else None
 
 
 # --------------------------------------------------------------------------------------------------------------------

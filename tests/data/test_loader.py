@@ -173,6 +173,23 @@ def test_validation_draws_follow_the_recording(cfg: DataConfig) -> None:
     assert any(starts[10_000].values())
 
 
+@pytest.mark.parametrize("padding", [False, True])
+def test_validation_masks_the_channels_of_a_recording_whatever_it_is_batched_with(
+    cfg: DataConfig, padding: bool
+) -> None:
+    masking = MaskingConfig(mask_channel_prob=0.3, mask_channel_length=8)
+    masks: list[dict[int, bytes]] = []
+    for size in (8_000, 20_000, 40_000):
+        sized = replace(cfg, enable_padding=padding, max_batch_length=size)
+        masks.append({})
+        for batch in build_validation_dataloader(sized, masking, channels=64):
+            assert batch.channel_mask is not None
+            rows = batch.rows.tolist()
+            masks[-1] |= {row: mask.numpy().tobytes() for row, mask in zip(rows, batch.channel_mask, strict=True)}
+    assert masks[0] == masks[1] == masks[2]
+    assert len(set(masks[0].values())) > len(masks[0]) // 2
+
+
 # What can go wrong
 
 

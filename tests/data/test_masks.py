@@ -188,6 +188,42 @@ def test_draws_by_row_do_not_depend_on_the_batch(spans: Spans) -> None:
     np.testing.assert_array_equal(indices[fewest], alone[0])
 
 
+@given(
+    spans=st.sampled_from(STRATEGIES),
+    lengths=st.lists(st.integers(20, 150), min_size=1, max_size=6),
+    more=st.lists(st.integers(20, 150), max_size=6),
+    seed=st.integers(0, 2**32),
+)
+@settings(max_examples=200, deadline=None)
+def test_masks_of_a_row_are_nested_whatever_it_is_batched_with(
+    spans: Spans, lengths: list[int], more: list[int], seed: int
+) -> None:
+    """A row's frames are put into an order that is its own; the batch decides only how many of the first are kept."""
+
+    def draw(lengths: list[int]) -> list[set[int]]:
+        rngs = [np.random.default_rng((seed, row)) for row in range(len(lengths))]
+        return [set(row) for row in spans.draw(np.array(lengths), rngs).tolist()]
+
+    for some, other in zip(draw(lengths), draw([*lengths, *more]), strict=False):
+        assert other <= some
+
+
+@given(rows=st.permutations(range(8)), sizes=st.lists(st.integers(1, 4), min_size=8), seed=st.integers(0, 2**32))
+@settings(max_examples=100, deadline=None)
+def test_channels_of_a_row_do_not_depend_on_the_batch(rows: list[int], sizes: list[int], seed: int) -> None:
+    masks = MaskGenerator(MaskingConfig(mask_channel_prob=0.3, mask_channel_length=8))
+
+    def draw(rows: list[int]) -> np.ndarray:
+        return masks.draw_channels(len(rows), 64, [np.random.default_rng((seed, row)) for row in rows])
+
+    whole, at = draw(list(range(8))), 0
+    for size in sizes:
+        part = rows[at : at + size]
+        at += size
+        if part:
+            np.testing.assert_array_equal(draw(part), whole[part])
+
+
 def test_public_generator() -> None:
     masks = MaskGenerator(MaskingConfig())
     padding = torch.zeros(3, 100, dtype=torch.bool)

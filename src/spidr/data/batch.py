@@ -215,11 +215,12 @@ class Collator:
 
     def _mask(self, batch: Batch, frames: NDArray[np.int64], rngs: list[np.random.Generator]) -> Batch:
         assert self.masks is not None
-        indices = torch.from_numpy(self.masks.draw(frames, rngs))
-        mask = torch.zeros(len(frames), batch.max_frames, dtype=torch.bool).scatter_(1, indices, value=True)
         channel_mask = None
         if self.masks.masks_channels and self.channels is not None:
+            # Before the frames: how much is drawn for those depends on the batch that a row was cropped in.
             channel_mask = torch.from_numpy(self.masks.draw_channels(len(frames), self.channels, rngs))
+        indices = torch.from_numpy(self.masks.draw(frames, rngs))
+        mask = torch.zeros(len(frames), batch.max_frames, dtype=torch.bool).scatter_(1, indices, value=True)
         return replace(batch, mask=mask, mask_indices=indices, channel_mask=channel_mask)
 
     def _load(self, recording: Recording, length: int) -> _Loaded:

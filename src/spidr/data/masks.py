@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     Integers = NDArray[np.integer[Any]]
 
 Generators = Sequence[np.random.Generator]
-"""One generator for a whole batch, or one for each of its rows: then a row's draws do not depend on the others."""
+"""One generator for a whole batch, or one for each of its rows: then a row's draws do not depend on the others, only
+how many of the frames drawn are kept does."""
 
 
 class MaskGenerator:
@@ -31,8 +32,9 @@ class MaskGenerator:
 
     For an utterance of ``t`` frames, ``n = max(2, floor(mask_prob * t / mask_length + u))`` spans are drawn, with ``u``
     uniform in [0, 1); then all rows of the batch keep as many masked frames as the row with the fewest. The same holds
-    for channels, without the minimum of 2. The strategies for span lengths and ``no_mask_overlap`` are those of
-    wav2vec 2.0 (https://arxiv.org/abs/2006.11477) in fairseq.
+    for channels, without the minimum of 2; but rows with generators of their own keep all their channels. The
+    strategies for span lengths and ``no_mask_overlap`` are those of wav2vec 2.0 (https://arxiv.org/abs/2006.11477) in
+    fairseq.
     """
 
     def __init__(self, cfg: MaskingConfig) -> None:
@@ -99,7 +101,8 @@ class MaskGenerator:
     def draw_channels(self, rows: int, channels: int, rngs: Generators) -> NDArray[np.bool_]:
         """Mask of the channels of each row: bool (rows, channels)."""
         mask = np.zeros((rows, channels), dtype=np.bool_)
-        np.put_along_axis(mask, self._channels.draw(np.full(rows, channels), rngs), values=True, axis=1)
+        for part, rng in zip(np.split(mask, len(rngs)), rngs, strict=True):
+            np.put_along_axis(part, self._channels.draw(np.full(len(part), channels), [rng]), values=True, axis=1)
         return mask
 
 
