@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
+import json
 import os
 import pickle
 import resource
 import subprocess
 import sys
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,8 @@ import soundfile
 import torch
 
 from processes import CONTEXT, free_port
+from spidr.data import read_manifest
+from spidr.data.write_manifest import write_manifest_tar
 from tiny_run import write_config, write_recordings
 
 Break = Callable[[Path, Path], dict[str, Any] | None]
@@ -56,6 +61,31 @@ def _nan(folder: Path, manifest: Path) -> None:
     samples, rate = soundfile.read(_first_recording(manifest), dtype="float32")
     samples[100] = float("nan")
     soundfile.write(_first_recording(manifest), samples, rate, subtype="FLOAT")
+
+
+def _huge_samples(folder: Path, manifest: Path) -> None:
+    """Their squares would be infinite, and all that is standardised by them zero."""
+    samples, rate = soundfile.read(_first_recording(manifest), dtype="float32")
+    soundfile.write(_first_recording(manifest), samples * np.float32(1e30), rate, subtype="FLOAT")
+
+
+def _damaged_in_archive(folder: Path, manifest: Path) -> None:
+    """AIFF by the name of WAV; one says that a chunk ends before it begins, which leads libsndfile to before the file.
+
+    It reads members of archives by Python's functions, from which no error can come out but as a traceback.
+    """
+    with tarfile.open(folder / "a.tar", "w") as archive:
+        for wav in sorted((manifest.parent / "audio").iterdir()):
+            file = io.BytesIO()
+            soundfile.write(file, *soundfile.read(wav), format="AIFF")
+            content = file.getvalue()
+            info = tarfile.TarInfo(wav.name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    write_manifest_tar(folder / "a.tar", manifest)
+    with (folder / "a.tar").open("r+b") as tar:
+        tar.seek(read_manifest(manifest)["byte_offset"][2] + 31)
+        tar.write(b"\xff" * 8)
 
 
 def _truncated_flac(folder: Path, manifest: Path) -> None:
@@ -99,7 +129,28 @@ def _other_shape(folder: Path, manifest: Path) -> dict[str, Any]:
     return {"run": {"init_ckpt": str(folder / "other.pt")}}
 
 
+def _setting(section: str, **values: Any) -> Break:
+    return lambda folder, manifest: {section: values}
+
+
 BEFORE_THE_FOLDER = [
+    (_setting("model", encoder_embed_dim=10**9), "model.encoder_embed_dim: found 1000000000, accepted: an integer of"),
+    (
+        _setting("model", encoder_embed_dim=65_536, encoder_num_layers=1000, encoder_ff_interm_features=1_000_000),
+        "a model of encoder_embed_dim = 65536, encoder_num_layers = 1000, encoder_ff_interm_features = 1000000: would",
+    ),
+    (
+        _setting("model", extractor_conv_layer_config=[[16, 10, 5], [65_536, 3, 2], [65_536, 60_000, 2]]),
+        "a model of extractor_conv_layer_config = [(16, 10, 5), (65536, 3, 2), (65536, 60000, 2)]: would take",
+    ),
+    (
+        _setting("model", encoder_embed_dim=65_536, encoder_pos_conv_kernel=65_536, encoder_pos_conv_depth=1),
+        "a model of encoder_embed_dim = 65536, encoder_pos_conv_kernel = 65536, encoder_pos_conv_depth = 1, encoder_",
+    ),
+    (
+        _setting("model", encoder_embed_dim=65_536, codebook_size=1_000_000),
+        "a model of codebook_size = 1000000, num_codebooks = 3, encoder_embed_dim = 65536: would take",
+    ),
     (_missing_manifest, "manifest.csv: the manifest does not exist"),
     (_missing_column, "manifest.csv: column 'num_samples' is missing"),
     (_short, "manifest.csv: no recording has min_sample_size (12000) samples"),
@@ -116,6 +167,8 @@ WHILE_READING = [
     (_truncated_flac, ".flac: "),
     (_rewrite(channels=2), ".wav: the recording has 2 channels"),
     (_rewrite(rate=8000), ".wav: the sample rate is 8000 Hz"),
+    (_huge_samples, ".wav: the recording holds samples that are not finite"),
+    (_damaged_in_archive, "a.tar:"),
 ]
 
 
@@ -178,6 +231,20 @@ def test_found_in_a_recording(tmp_path: Path, break_it: Break, message: str) -> 
     config = write_config(tmp_path, manifest, **sections)
     assert_refused(*run(config, "spidr.train"), message)
     assert not list(tmp_path.rglob(".*.tmp"))
+
+
+def test_damaged_recordings_in_an_archive_are_skipped(tmp_path: Path) -> None:
+    manifest = write_recordings(tmp_path / "data", count=6)
+    _damaged_in_archive(tmp_path, manifest)
+    data = {"on_error": "skip", "num_workers": 1}
+    config = write_config(tmp_path, manifest, data=data, optimizer={"max_steps": 2})
+    document = json.loads(config.read_text())
+    config.write_text(json.dumps(document | {"validation": {}}))
+    status, printed = run(config)
+    assert status == 0, printed
+    assert printed.count("Skipped: ") == 1
+    assert "a.tar:2.wav: " in printed
+    assert "Traceback" not in printed
 
 
 def test_checkpoint_of_another_shape(tmp_path: Path) -> None:

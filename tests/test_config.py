@@ -302,8 +302,8 @@ def strategy(model: type[DinoSRConfig]) -> st.SearchStrategy[Config]:
         manifest=name,
         min_sample_size=st.integers(0, 100),
         max_sample_size=st.integers(100, 1000),
-        max_batch_length=st.integers(1000, 2**40),
-        global_batch_length=st.none() | st.integers(1, 2**40),
+        max_batch_length=st.integers(1000, 2**31 - 1),
+        global_batch_length=st.none() | st.integers(1, 10**10),
         alignments_path=st.none() | name,
         bucket_method=st.sampled_from(["uniform", "percentile"]),
     )
@@ -324,7 +324,7 @@ def strategy(model: type[DinoSRConfig]) -> st.SearchStrategy[Config]:
             model,
             encoder_dropout=probability,
             ema_start_decay=probability,
-            extractor_conv_layer_config=st.lists(st.tuples(*[st.integers(1, 9)] * 3), min_size=1),
+            extractor_conv_layer_config=st.lists(st.tuples(*[st.integers(1, 9)] * 3), min_size=1, max_size=9),
             ema_exclude_layers=st.lists(name),
         ),
         optimizer=st.builds(OptimizerConfig, lr=st.floats(0, 1e300), betas=st.tuples(st.floats(0, 0.5), st.just(0.5))),
@@ -377,6 +377,11 @@ def test_what_is_written_is_read_back(tmp_path: Path, model: type[DinoSRConfig],
         ("data", {"min_sample_size": 400_000}, "data.min_sample_size: must not exceed max_sample_size (found min_samp"),
         ("data", {"min_sample_size": -1}, "data.min_sample_size: found -1, accepted: an integer of at least 0"),
         ("data", {"global_batch_length": 0}, "data.global_batch_length: found 0, accepted: an integer of at least 1"),
+        (
+            "data",
+            {"global_batch_length": 10**12},
+            "data.global_batch_length: found 1000000000000, accepted: an integer",
+        ),
         ("optimizer", {"lr": "fast"}, "optimizer.lr: found 'fast', accepted: a finite number of at least 0"),
         ("optimizer", {"lr": float("nan")}, "optimizer.lr: found nan, accepted: a finite number"),
         ("optimizer", {"max_norm": float("inf")}, "optimizer.max_norm: found inf, accepted: a finite number above 0"),
@@ -425,6 +430,39 @@ def test_what_is_written_is_read_back(tmp_path: Path, model: type[DinoSRConfig],
 def test_one_problem(write, section: str, values: dict[str, Any], expected: str) -> None:
     (found,) = problems(write(document(**{section: values})))
     assert found.startswith(expected)
+
+
+SIZES = {
+    "data": (
+        "num_buckets", "min_sample_size", "max_sample_size", "max_batch_length", "num_workers", "prefetch_factor",
+    ),
+    "model": (
+        "encoder_embed_dim", "encoder_pos_conv_kernel", "encoder_pos_conv_groups", "encoder_pos_conv_depth",
+        "encoder_num_layers", "encoder_num_heads", "encoder_ff_interm_features", "codebook_size", "num_codebooks",
+    ),
+    "masking": (
+        "mask_length", "mask_other", "mask_min_space", "mask_channel_length", "mask_channel_other",
+        "mask_channel_min_space",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("section", "key"), [(section, key) for section, keys in SIZES.items() for key in keys])
+@pytest.mark.parametrize("size", [2**31, 10**12])
+def test_absurd_sizes(write, section: str, key: str, size: int) -> None:
+    (found,) = problems(write(document(**{section: {key: size}})))
+    assert re.match(rf"{section}\.{key}: found {size}, accepted: .* (at most|and) [\d,]+$", found)
+
+
+@pytest.mark.parametrize("at", [0, 1, 2])
+def test_absurd_convolutions(write, at: int) -> None:
+    shape = [16, 10, 5]
+    shape[at] = 10**9
+    (found,) = problems(write(document(model={"extractor_conv_layer_config": [shape]})))
+    assert found.startswith("model.extractor_conv_layer_config: found [[")
+    assert found.endswith("at most 65,536 with 1 to 100 layers")
+    (found,) = problems(write(document(model={"extractor_conv_layer_config": [[16, 1, 1]] * 101})))
+    assert found.startswith("model.extractor_conv_layer_config: found [[")
 
 
 def test_setting_of_the_other_model(write) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import subprocess
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -14,15 +15,21 @@ import torch
 
 from processes import free_port
 from spidr.config import InputError, RunConfig
-from spidr.environment import StopFlag, _ranks, choose_device, environment, seed_step
+from spidr.environment import StopFlag, _use_slurm, choose_device, environment, ranks, seed_step
+from tiny_run import write_config, write_recordings
 
 VARIABLES = (
-    "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "SLURM_STEP_ID", "SLURM_PROCID", "SLURM_LOCALID",
-    "SLURM_NTASKS", "SLURM_JOB_ID", "SLURM_JOB_NODELIST",
+    "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "SLURM_STEP_ID",
+    "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS", "SLURM_JOB_ID", "SLURM_JOB_NODELIST", "SLURM_CPUS_PER_TASK",
 )  # fmt: skip
 SLURM = {
     "SLURM_STEP_ID": "0", "SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NTASKS": "8", "SLURM_JOB_ID": "123456",
     "SLURM_JOB_NODELIST": "node[03-04]",
+}  # fmt: skip
+
+TORCHRUN = {
+    "RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "29500",
 }  # fmt: skip
 
 
@@ -36,13 +43,13 @@ def variables(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 
 def test_alone(variables: pytest.MonkeyPatch) -> None:
-    assert _ranks() == (0, 0, 1)
+    assert ranks() == (0, 0, 1)
 
 
 def test_torchrun_comes_before_slurm(variables: pytest.MonkeyPatch) -> None:
-    for name, value in {**SLURM, "RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4"}.items():
+    for name, value in {**SLURM, **TORCHRUN, "RANK": "3"}.items():
         variables.setenv(name, value)
-    assert _ranks() == (3, 1, 4)
+    assert ranks() == (3, 1, 4)
 
 
 def test_slurm_job_step(variables: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -55,7 +62,8 @@ def test_slurm_job_step(variables: pytest.MonkeyPatch, tmp_path: Path) -> None:
     variables.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     for name, value in SLURM.items():
         variables.setenv(name, value)
-    assert _ranks() == (5, 1, 8)
+    assert ranks() == (5, 1, 8)
+    _use_slurm()
     assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == ("node03", str(20_000 + 123456 % 20_000))
 
 
@@ -63,7 +71,98 @@ def test_slurm_allocation_without_a_step_is_alone(variables: pytest.MonkeyPatch)
     for name, value in SLURM.items():
         if name != "SLURM_STEP_ID":
             variables.setenv(name, value)
-    assert _ranks() == (0, 0, 1)
+    assert ranks() == (0, 0, 1)
+
+
+Given = dict[str, str | None]
+WRONG: list[tuple[dict[str, str], Given, str]] = [
+    (TORCHRUN, {"WORLD_SIZE": None}, "WORLD_SIZE is not set, but RANK, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MAS"),
+    (TORCHRUN, {"RANK": None}, "RANK is not set, but WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_P"),
+    (TORCHRUN, {"RANK": "x"}, "RANK is 'x', not a number"),
+    (TORCHRUN, {"RANK": ""}, "RANK is empty"),
+    (TORCHRUN, {"RANK": "-1"}, "RANK is '-1', not a number"),
+    (TORCHRUN, {"RANK": "1.0"}, "RANK is '1.0', not a number"),
+    (TORCHRUN, {"RANK": "9" * 5000}, "RANK is '9999"),
+    (TORCHRUN, {"RANK": "4"}, "RANK is 4, but with WORLD_SIZE = 4 it must be 0 to 3"),
+    (TORCHRUN, {"WORLD_SIZE": "0"}, "WORLD_SIZE is 0, but it must be 1 to 1000000"),
+    (TORCHRUN, {"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two', not a number"),
+    (TORCHRUN, {"WORLD_SIZE": "9" * 15}, "WORLD_SIZE is 999999999999999, but it must be"),
+    (TORCHRUN, {"LOCAL_RANK": "gpu0"}, "LOCAL_RANK is 'gpu0', not a number"),
+    (TORCHRUN, {"LOCAL_RANK": "2"}, "LOCAL_RANK is 2, but with LOCAL_WORLD_SIZE = 2 it must be 0 to 1"),
+    (TORCHRUN, {"LOCAL_RANK": "4", "LOCAL_WORLD_SIZE": None}, "LOCAL_RANK is 4, but with WORLD_SIZE = 4 it must be"),
+    (TORCHRUN, {"LOCAL_WORLD_SIZE": "5"}, "LOCAL_WORLD_SIZE is 5, but with WORLD_SIZE = 4 it must be 1 to 4"),
+    (TORCHRUN, {"MASTER_ADDR": None}, "MASTER_ADDR is not set, but RANK, WORLD_SIZE"),
+    (TORCHRUN, {"MASTER_ADDR": " "}, "MASTER_ADDR is empty"),
+    (TORCHRUN, {"MASTER_PORT": None}, "MASTER_PORT is not set, but RANK, WORLD_SIZE"),
+    (TORCHRUN, {"MASTER_PORT": "http"}, "MASTER_PORT is 'http', not a number"),
+    (TORCHRUN, {"MASTER_PORT": "65536"}, "MASTER_PORT is 65536, but it must be 1 to 65535"),
+    ({"LOCAL_RANK": "1"}, {}, "RANK is not set, but LOCAL_RANK is"),
+    (SLURM, {"SLURM_PROCID": None}, "SLURM_PROCID is not set, but SLURM_STEP_ID, SLURM_NTASKS, SLURM_LOCALID, SLURM_"),
+    (SLURM, {"SLURM_PROCID": "one"}, "SLURM_PROCID is 'one', not a number"),
+    (SLURM, {"SLURM_PROCID": "8"}, "SLURM_PROCID is 8, but with SLURM_NTASKS = 8 it must be 0 to 7"),
+    (SLURM, {"SLURM_NTASKS": None}, "SLURM_NTASKS is not set, but"),
+    (SLURM, {"SLURM_NTASKS": "many"}, "SLURM_NTASKS is 'many', not a number"),
+    (SLURM, {"SLURM_LOCALID": None}, "SLURM_LOCALID is not set, but"),
+    (SLURM, {"SLURM_LOCALID": "9"}, "SLURM_LOCALID is 9, but with SLURM_NTASKS = 8 it must be 0 to 7"),
+    (SLURM, {"SLURM_JOB_ID": None, "MASTER_ADDR": "h"}, "SLURM_JOB_ID is not set, but"),
+    (SLURM, {"SLURM_JOB_ID": "job", "MASTER_ADDR": "h"}, "SLURM_JOB_ID is 'job', not a number"),
+    (SLURM, {"SLURM_JOB_NODELIST": None}, "SLURM_JOB_NODELIST is not set, but"),
+    (SLURM, {"SLURM_JOB_NODELIST": "node[", "PATH": "/nowhere"}, "SLURM_JOB_NODELIST = 'node[': scontrol does not tel"),
+    (SLURM, {"SLURM_CPUS_PER_TASK": "all"}, "SLURM_CPUS_PER_TASK is 'all', not a number"),
+    (SLURM, {"SLURM_NTASKS": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_CPUS_PER_TASK": "0"}, "_TASK is 0"),
+]
+
+
+@pytest.mark.parametrize(("launcher", "changes", "message"), WRONG)
+def test_variables_that_cannot_be(
+    variables: pytest.MonkeyPatch, launcher: dict[str, str], changes: Given, message: str
+) -> None:
+    variables.delenv("OMP_NUM_THREADS", raising=False)
+    for name, value in (launcher | changes).items():
+        if value is not None:
+            variables.setenv(name, value)
+    with pytest.raises(InputError) as info:
+        environment(RunConfig("runs", "project", "name", device="cpu")).__enter__()
+    assert message in str(info.value)
+    assert "\n" not in str(info.value)
+    assert len(str(info.value)) < 500
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            {"RANK": "0"},
+            "error: the environment variable WORLD_SIZE is not set, but RANK is: start the processes with ",
+        ),
+        (
+            {"RANK": "3", "WORLD_SIZE": "2"},
+            "error: the environment variable RANK is 3, but with WORLD_SIZE = 2 it must",
+        ),
+        (
+            {"SLURM_STEP_ID": "0"},
+            "error: the environment variable SLURM_NTASKS is not set, but SLURM_STEP_ID is: start",
+        ),
+    ],
+)
+@pytest.mark.parametrize("module", ["spidr", "spidr.train", "spidr.extract"])
+def test_command_lines_with_wrong_variables(tmp_path: Path, module: str, given: dict[str, str], message: str) -> None:
+    """Through the real programs, which end at once, with one line and a status of 2."""
+    manifest = write_recordings(tmp_path / "data", count=2)
+    arguments = ["features", str(manifest), str(tmp_path / "out"), "--model=x", "--layer=1"]
+    if module != "spidr.extract":
+        arguments = [str(write_config(tmp_path, manifest))]
+    others = {name: value for name, value in os.environ.items() if name not in VARIABLES}
+    path = os.pathsep.join(map(os.path.abspath, sys.path))
+    done = subprocess.run(
+        [sys.executable, "-m", module, *arguments],
+        env=others | given | {"PYTHONPATH": path}, cwd=tmp_path,
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert next(line for line in done.stderr.splitlines() if line).startswith(message)
+    assert len(done.stderr.split("\n")) <= 3
+    assert sorted(path.name for path in tmp_path.iterdir()) in (["data"], ["data", "run.json"])
 
 
 @pytest.mark.parametrize(("name", "module"), [("cuda", torch.cuda), ("mps", torch.backends.mps)])

@@ -273,6 +273,10 @@ def test_some_layers_of_a_model_without_items(corpus: Path, tmp_path: Path, caps
     assert float(lines[3].split("|")[2]) > 0  # PNMI
     assert main([*arguments, "--layers", "5"]) == 2
     assert capsys.readouterr().err == "error: layer must be between 1 and 4, not 5\n"
+    for length in ("0", "-1", "100000000000"):
+        assert main([*arguments, "--max-batch-length", length]) == 2
+        message = f"error: max_batch_length: found {length}, expected 1 to 2,147,483,647 samples\n"
+        assert capsys.readouterr().err == message
     write_lines(tmp_path / "phones.jsonl", {"fileid": "other", "phones": ["A"]})
     assert main([*arguments[:3], str(tmp_path / "phones.jsonl")]) == 2
     assert "aligns no recording" in capsys.readouterr().err

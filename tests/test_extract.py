@@ -274,6 +274,11 @@ def test_resampling_keeps_what_can_be_kept(rate: int, tmp_path: Path) -> None:
         (["DIR", "OUT.jsonl", "--threads", "0"], "threads: found 0, expected 1 to 1,000"),
         (["DIR", "OUT.jsonl", "--threads", "1001"], "threads: found 1001, expected 1 to 1,000"),
         (["DIR", "OUT.jsonl", "--threads", "9" * 30], f"threads: found {'9' * 30}, expected 1 to 1,000"),
+        (
+            ["DIR", "OUT.jsonl", "--window", "1e7"],
+            "window: found 10000000.0, expected seconds, more than 0, at most 1,000,0",
+        ),
+        (["DIR", "OUT.jsonl", "--batch-seconds", "1e9"], "expected seconds, 0 or more, at most 1,000,000"),
         (["DIR", "OUT.jsonl", "--context", "1"], "there is no window"),
         (["DIR", "OUT.jsonl", "--kmeans", "none.npz"], "none.npz: does not exist; write it with"),
         (["EMPTY", "OUT.jsonl"], "no file's name ends like that of a recording"),
@@ -611,6 +616,13 @@ def test_kmeans(model: DinoSR, checkpoint: Path, tmp_path: Path) -> None:
     assert (tmp_path / "alone.jsonl").read_bytes() == (tmp_path / "batched.jsonl").read_bytes()
     with pytest.raises(InputError, match="the centroids are of layer 2 of"):
         extract_units(files, tmp_path / "x.jsonl", model=checkpoint, layer=3, kmeans=tmp_path / "a.npz", options=QUIET)
+    with pytest.raises(InputError, match="units: found 1000000000, expected 1,048,576 at most"):
+        fit_kmeans(files, tmp_path / "c.npz", model=checkpoint, units=10**9, max_frames=10**10, options=QUIET)
+    (tmp_path / "years.csv").write_text(f"fileid,path,num_samples\na,{files[0]},{10**14}\n")
+    with pytest.raises(InputError, match=r"^1000000000000 frames: would take .* GiB"):
+        fit_kmeans(
+            tmp_path / "years.csv", tmp_path / "c.npz", model=checkpoint, layer=2, max_frames=10**12, options=QUIET
+        )
     with pytest.raises(InputError, match="frames are too few for 4000 units"):
         fit_kmeans(files[:1], tmp_path / "c.npz", model=checkpoint, layer=2, units=4000, options=QUIET)
     (tmp_path / "bad.npz").write_bytes(b"PK\x03\x04")

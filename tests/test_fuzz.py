@@ -345,12 +345,16 @@ ITEMS = b"#file onset offset #phone prev-phone next-phone speaker\na 0.1 0.2 AH 
 ODD_TIMES = ["1/0", "1e999999999", "-1", "nan", "inf", "0x1", "1_0", "1" * 5000, "٣", "1e-400", "", "0.3"]
 
 
-@given(st.one_of(damaged(ITEMS), st.sampled_from(ODD_TIMES).map(lambda t: ITEMS.replace(b"0.1", t.encode()))))
-@cases(150)
-def test_items(content: bytes) -> None:
+def check_items(content: bytes) -> None:
     with folder_of("x.item", content) as path:
         if (items := attempt(lambda: read_items(path), path)) is not None:
             assert all(0 <= onset <= offset for onset, offset in items.times)
+
+
+@given(st.one_of(damaged(ITEMS), st.sampled_from(ODD_TIMES).map(lambda t: ITEMS.replace(b"0.1", t.encode()))))
+@cases(150)
+def test_items(content: bytes) -> None:
+    check_items(content)
 
 
 UNITS = [{"fileid": "a", "units": [1, 2, 3]}, {"audio": "/x/b.wav", "units": [4, 5], "durations": [2, 1]}]
@@ -487,9 +491,7 @@ def damaged_archive(draw: st.DrawFn) -> bytes:
     return bytes(content)
 
 
-@given(st.one_of(damaged_archive(), st.deferred(lambda: damaged(archive()))))
-@cases(200)
-def test_archives(content: bytes) -> None:
+def check_archive(content: bytes) -> None:
     with tempfile.TemporaryDirectory() as folder:
         tar, output = Path(folder) / "a.tar", Path(folder) / "m.csv"
         tar.write_bytes(content)
@@ -501,6 +503,12 @@ def test_archives(content: bytes) -> None:
                 assert row["byte_offset"] + row["byte_size"] <= len(content)
                 samples = attempt(lambda place=place: read_audio(place), tar)
                 assert samples is None or len(samples) == row["num_samples"]
+
+
+@given(st.one_of(damaged_archive(), st.deferred(lambda: damaged(archive()))))
+@cases(200)
+def test_archives(content: bytes) -> None:
+    check_archive(content)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -650,11 +658,15 @@ def damaged_safetensors(draw: st.DrawFn) -> bytes:
     return struct.pack("<Q", len(header)) + header + content[8 + size :]
 
 
+def check_safetensors(content: bytes) -> None:
+    with folder_of("m.safetensors", content) as path:
+        attempt(lambda: load_encoder(path), path)
+
+
 @given(st.deferred(damaged_safetensors))
 @cases(120)
 def test_safetensors(content: bytes) -> None:
-    with folder_of("m.safetensors", content) as path:
-        attempt(lambda: load_encoder(path), path)
+    check_safetensors(content)
 
 
 @cache
@@ -682,14 +694,18 @@ def other_centroids(draw: st.DrawFn) -> bytes:
     return file.getvalue()
 
 
-@given(st.one_of(st.deferred(lambda: damaged(centroids())), other_centroids()))
-@cases(120)
-def test_kmeans(content: bytes) -> None:
+def check_kmeans(content: bytes) -> None:
     with folder_of("k.npz", content) as path:
         if (found := attempt(lambda: KMeans.load(path), path)) is not None:
             assert found.centroids.dtype == np.float32
             assert np.isfinite(found.centroids).all()
             assert found.layer == found.made["layer"]
+
+
+@given(st.one_of(st.deferred(lambda: damaged(centroids())), other_centroids()))
+@cases(120)
+def test_kmeans(content: bytes) -> None:
+    check_kmeans(content)
 
 
 @cache

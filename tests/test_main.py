@@ -196,10 +196,13 @@ def test_one_process_per_gpu(config: Path, tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr("spidr.train.train", lambda cfg: calls.append((cfg.run.wandb_name, 1)))
     assert main([str(config)]) == 0
     monkeypatch.setenv("RANK", "0")
+    assert main([str(auto)]) == 2
+    monkeypatch.setenv("WORLD_SIZE", "1")
     assert main([str(auto)]) == 0
     monkeypatch.delenv("RANK")
-    monkeypatch.setenv("SLURM_STEP_ID", "0")
-    monkeypatch.setenv("SLURM_NTASKS", "4")
+    monkeypatch.delenv("WORLD_SIZE")
+    for name, value in (("STEP_ID", "0"), ("PROCID", "0"), ("LOCALID", "0"), ("NTASKS", "4")):
+        monkeypatch.setenv(f"SLURM_{name}", value)
     assert main([str(auto)]) == 0
     assert calls[1:] == [("run", 1), ("auto", 1), ("auto", 1)]
 

@@ -454,6 +454,63 @@ def test_array_with_hostile_names_from_inside_a_job(cluster: Cluster, tmp_path: 
     assert not list(tmp_path.rglob("pwned"))
 
 
+@pytest.mark.timeout(600)
+def test_hostile_configuration(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names and paths that are shell code, of the run, its data and the job: it trains, and validates in a job."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / HOSTILE
+    manifest = write_recordings(folder / "data", count=6)
+    config = write_config(
+        folder,
+        manifest,
+        HOSTILE,
+        run={"wandb_project": HOSTILE, "slurm_validation": {"account": HOSTILE, "nodes": 1, "gpus_per_node": 1}},
+        optimizer={"max_steps": 2, "warmup_steps": 1},
+    )
+    done = cluster.run(
+        *(sys.executable, "-m", "spidr", str(config), "-A", HOSTILE, "-N", "1", "-G", "2", "--dump", str(folder / "d")),
+        cwd=tmp_path,
+        env=cluster.env | {"PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))},
+    )
+    assert done.returncode == 0, done.stderr
+    job_id = done.stdout.removeprefix("Submitted job ").split(": ")[0]
+    (job_folder,) = (folder / "d").iterdir()
+    assert cluster.wait(job_id, seconds=300)["JobState"] == "COMPLETED", logs(job_folder)
+    run_dir = folder / HOSTILE / HOSTILE
+    assert (run_dir / "final.pt").is_file()
+    jobs = ValidationJobs(run_dir)
+    assert wait_for(lambda: not jobs.pending(), 200), logs(run_dir / "validation")
+    collected = {line["step"] for line in [*jobs.collect(), *read_metrics(run_dir / "metrics.jsonl")]}
+    assert {0, 2} <= collected
+    assert wait_for(lambda: cluster.run("squeue", "-h").stdout == "", 60)
+    assert not list(tmp_path.rglob("pwned"))
+
+
+@pytest.mark.parametrize("option", ["-C", "-p", "--mem-per-gpu", "-q", "-t", "-c", "-N", "-G"])
+def test_hostile_options(
+    cluster: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, option: str
+) -> None:
+    """What SLURM does not refuse, such as a quality of service where nothing counts jobs, it takes as a name."""
+    monkeypatch.chdir(tmp_path)
+    config = write_config(tmp_path, write_recordings(tmp_path / "data", count=2), optimizer={"max_steps": 1})
+    dump = tmp_path / "dump"
+    try:
+        status = main([str(config), "-A", "a", "-N", "1", "-G", "1", option, HOSTILE, "--dump", str(dump)])
+    except SystemExit as end:  # not even a number
+        status = end.code
+    captured = capsys.readouterr()
+    if status == 0:
+        assert option == "-q"
+        job_id = captured.out.removeprefix("Submitted job ").split(": ")[0]
+        cluster.run("scancel", job_id)
+        cluster.wait(job_id)
+    else:
+        assert status == 2
+        assert len([line for line in captured.err.splitlines() if "error: " in line]) == 1, captured.err
+        assert not dump.exists() or not list(dump.iterdir())
+    assert not list(tmp_path.rglob("pwned"))
+
+
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
@@ -471,6 +528,7 @@ def test_refused(
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.startswith("error: sbatch refused the job: ")
+    assert captured.err.count("\n") == 1
     assert reason in captured.err
     assert not list(dump.iterdir())
     assert cluster.run("squeue", "-h").stdout == ""

@@ -150,7 +150,9 @@ def _gpus_to_spread_over(config: Config) -> int:
     """How many processes to start: none if this is one of several already."""
     import torch
 
-    several = "RANK" in os.environ or ("SLURM_STEP_ID" in os.environ and os.environ.get("SLURM_NTASKS", "1") != "1")
+    from spidr.environment import ranks
+
+    several = ranks()[2] > 1 or "RANK" in os.environ
     return 0 if several or config.run.device not in ("auto", "cuda") else torch.cuda.device_count()
 
 

@@ -13,11 +13,15 @@ import difflib
 import json
 import logging
 import math
+import os
 import reprlib
+import resource
 import tomllib
 import types
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -69,6 +73,31 @@ def first_line(error: BaseException) -> str:
     return next(iter(str(error).splitlines()), "")[:200] or type(error).__name__
 
 
+def check_memory(size: int, place: str) -> None:
+    """Refuse what a few bytes of a file ask for but no machine has.
+
+    Args:
+        size: Bytes that would be needed.
+        place: Where that is asked for.
+
+    Raises:
+        InputError: It is more than half of the memory that there is for this process.
+    """
+    if size > _memory() // 2:
+        raise InputError(f"{place}: would take {size / 2**30:,.1f} GiB, more than half of the memory there is.")
+
+
+@cache
+def _memory() -> int:
+    sizes = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit != resource.RLIM_INFINITY:
+        sizes.append(limit)
+    with suppress(OSError, ValueError):  # ValueError: "max"
+        sizes.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return min(sizes)
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # What a field accepts
 
@@ -94,10 +123,24 @@ def _is_folder_name(name: str) -> bool:
     return name not in ("", ".", "..") and not any(c in name for c in "/\\\0") and len(name.encode()) <= 255
 
 
+def _between(low: int, high: int) -> Accepts:
+    """Sizes: without an upper bound, a slip of the keyboard would end in a lack of memory far from here."""
+    return Accepts(f"of at least {low} and at most {high:,}", lambda n: low <= n <= high)
+
+
+MAX_SAMPLES = 2**31 - 1
+"""Samples of a recording or batch at most: 37 hours. Lengths are held in 32 bits."""
+
 Positive = Annotated[int, Accepts("of at least 1", lambda n: n >= 1)]
 NonNegative = Annotated[int, Accepts("of at least 0", lambda n: n >= 0)]
 NonNegativeFloat = Annotated[float, Accepts("of at least 0", lambda x: x >= 0)]
 PositiveFloat = Annotated[float, Accepts("above 0", lambda x: x > 0)]
+Width = Annotated[int, _between(1, 2**16)]
+Layers = Annotated[int, _between(1, 1000)]
+Span = Annotated[int, _between(1, 1_000_000)]
+Space = Annotated[int, _between(0, 1_000_000)]
+SpanSpread = Annotated[float, Accepts("between 0 and 1,000,000", lambda x: 0 <= x <= 1_000_000)]
+Samples = Annotated[int, _between(1, MAX_SAMPLES)]
 Probability = Annotated[float, Accepts("between 0 and 1", lambda x: 0 <= x <= 1)]
 Text = Annotated[str, Accepts("that is not empty", lambda s: bool(s) and "\0" not in s)]
 FolderName = Annotated[str, Accepts("that can name one folder (no '/', '\\' or '..')", _is_folder_name)]
@@ -154,11 +197,11 @@ class SlurmConfig(_Settings):
     """What to ask SLURM for. ``time`` is in minutes."""
 
     account: str
-    nodes: Positive
-    gpus_per_node: Positive
+    nodes: Annotated[int, _between(1, 100_000)]
+    gpus_per_node: Annotated[int, _between(1, 1000)]
     qos: Text | None = None
-    time: Positive | None = None
-    cpus_per_task: Positive | None = None
+    time: Annotated[int, _between(1, 10_000_000)] | None = None
+    cpus_per_task: Annotated[int, _between(1, 10_000)] | None = None
     mem_per_gpu: Text | None = None
     constraint: Text | None = None
     partition: Text | None = None
@@ -209,19 +252,19 @@ class DataConfig(_Settings):
     enable_padding: bool = False
     rand_crop: bool = True
     normalize: bool = True
-    num_buckets: Positive = 1000
-    min_sample_size: NonNegative = 2000
-    max_sample_size: Positive = 320_000
-    max_batch_length: Positive = 3_800_000
+    num_buckets: Annotated[int, _between(1, 1_000_000)] = 1000
+    min_sample_size: Annotated[int, _between(0, MAX_SAMPLES)] = 2000
+    max_sample_size: Samples = 320_000
+    max_batch_length: Samples = 3_800_000
     drop_last: bool = False
-    num_workers: NonNegative = 10
+    num_workers: Annotated[int, _between(0, 1000)] = 10
     pin_memory: bool = False
-    prefetch_factor: Positive = 2
+    prefetch_factor: Annotated[int, _between(1, 1000)] = 2
     persistent_workers: bool = True
     random_seed: NonNegative = 0
     bucket_method: Literal["uniform", "percentile"] = "uniform"
     alignments_path: Text | None = None
-    global_batch_length: Positive | None = None
+    global_batch_length: Annotated[int, _between(1, 10**10)] | None = None
     on_error: Literal["raise", "skip"] = "raise"
 
     RULES: ClassVar = (
@@ -283,25 +326,25 @@ class DinoSRConfig(_Settings):
     extractor_mode: Literal["layer_norm", "group_norm"] = "layer_norm"  # [extractor_mode]
     extractor_conv_bias: bool = False  # [conv_bias]
     extractor_conv_layer_config: Annotated[
-        list[tuple[Positive, Positive, Positive]], Accepts("with at least one layer", bool)
+        list[tuple[Width, Width, Width]], Accepts("with 1 to 100 layers", lambda layers: 1 <= len(layers) <= 100)
     ] = field(default_factory=lambda: list(DEFAULT_CONV_LAYER_CONFIG))
-    encoder_embed_dim: Positive = 768  # [encoder_embed_dim]
+    encoder_embed_dim: Width = 768  # [encoder_embed_dim]
     encoder_projection_dropout: Probability = 0.0  # [dropout_input]
-    encoder_pos_conv_kernel: Positive = 95  # [conv_pos]
-    encoder_pos_conv_groups: Positive = 16  # [conv_pos_groups]
-    encoder_pos_conv_depth: Positive = 5  # [pos_conv_depth]
-    encoder_num_layers: Positive = 12  # [encoder_layers]
-    encoder_num_heads: Positive = 12  # [encoder_attention_heads]
+    encoder_pos_conv_kernel: Width = 95  # [conv_pos]
+    encoder_pos_conv_groups: Width = 16  # [conv_pos_groups]
+    encoder_pos_conv_depth: Layers = 5  # [pos_conv_depth]
+    encoder_num_layers: Layers = 12  # [encoder_layers]
+    encoder_num_heads: Width = 12  # [encoder_attention_heads]
     encoder_attention_dropout: Probability = 0.1  # [attention_dropout]
-    encoder_ff_interm_features: Positive = 3072  # [encoder_ffn_embed_dim]
+    encoder_ff_interm_features: Annotated[int, _between(1, 2**20)] = 3072  # [encoder_ffn_embed_dim]
     encoder_ff_interm_dropout: Probability = 0.0  # [activation_dropout]
     encoder_dropout: Probability = 0.1  # [dropout]
     encoder_layer_norm_first: bool = False  # [layer_norm_first]
     encoder_layer_drop: Probability = 0.05  # [encoder_layerdrop]
     encoder_qkv_bias: bool = False  # always true in fairseq
-    codebook_size: Annotated[int, Accepts("of at least 2", lambda n: n >= 2)] = 256  # [codebook_size]
+    codebook_size: Annotated[int, _between(2, 2**20)] = 256  # [codebook_size]
     codebook_decay: NonNegativeFloat = 0.9  # [codebook_decay]
-    num_codebooks: Positive = 8  # [average_top_k_layers]
+    num_codebooks: Layers = 8  # [average_top_k_layers]
     ema_start_decay: Probability = 0.999  # [ema_decay]
     ema_final_decay: Probability = 0.9999  # [ema_end_decay]
     ema_final_step: NonNegative = 30_000  # [ema_anneal_end_step]
@@ -351,16 +394,16 @@ class MaskingConfig(_Settings):
 
     mask_prob: Annotated[float, Accepts("in (0, 1]", lambda p: 0 < p <= 1)] = 0.8
     mask_selection: MaskingStrategy = "static"
-    mask_other: NonNegativeFloat = 0.0
-    mask_length: Positive = 10
+    mask_other: SpanSpread = 0.0
+    mask_length: Span = 10
     no_mask_overlap: bool = False
-    mask_min_space: NonNegative = 1
+    mask_min_space: Space = 1
     mask_channel_prob: Probability = 0.0
     mask_channel_selection: MaskingStrategy = "static"
-    mask_channel_other: NonNegativeFloat = 0.0
-    mask_channel_length: Positive = 10
+    mask_channel_other: SpanSpread = 0.0
+    mask_channel_length: Span = 10
     no_mask_channel_overlap: bool = False
-    mask_channel_min_space: NonNegative = 1
+    mask_channel_min_space: Space = 1
 
     RULES: ClassVar = (
         Rule(

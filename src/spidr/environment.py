@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -34,6 +35,15 @@ MEETING_TIMEOUT = timedelta(minutes=10)
 
 COLLECTIVE_TIMEOUT = timedelta(hours=1)
 """Long: slow data or a slow disk of one process is no reason to end the run, and dead ones are found in other ways."""
+
+
+MAX_PROCESSES = 1_000_000
+TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+SLURM_VARIABLES = (
+    "SLURM_STEP_ID", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_JOB_ID", "SLURM_JOB_NODELIST",
+    "SLURM_CPUS_PER_TASK",
+)  # fmt: skip
+REMEDY = "start the processes with torchrun or srun, or unset these variables to run one alone"
 
 
 class Preempted(SystemExit):
@@ -106,30 +116,88 @@ class Environment:
         return values
 
 
-def _ranks() -> tuple[int, int, int]:
-    """(rank, local rank, number of processes) from torchrun, else from a SLURM job step, else alone.
+def ranks() -> tuple[int, int, int]:
+    """(rank, local rank, number of processes) from torchrun's variables, else from a SLURM job step's, else alone.
 
-    A SLURM job step without torchrun's variables gets them set here, for ``init_process_group``.
+    Raises:
+        InputError: Some of the variables are missing, no numbers, or contradict each other.
     """
     environ = os.environ
-    if "RANK" in environ and "WORLD_SIZE" in environ:
-        return int(environ["RANK"]), int(environ.get("LOCAL_RANK", 0)), int(environ["WORLD_SIZE"])
-    if "SLURM_STEP_ID" in environ and "SLURM_PROCID" in environ and environ.get("SLURM_STEP_ID", "").isdigit():
-        world_size = int(environ["SLURM_NTASKS"])
+    if "SLURM_CPUS_PER_TASK" in environ:
+        _number("SLURM_CPUS_PER_TASK", 1, MAX_PROCESSES)
+    if "RANK" in environ or "WORLD_SIZE" in environ:
+        world_size = _number("WORLD_SIZE", 1, MAX_PROCESSES)
+        rank = _number("RANK", 0, world_size - 1, "WORLD_SIZE")
+        local, bound = world_size, "WORLD_SIZE"
+        if "LOCAL_WORLD_SIZE" in environ:
+            local, bound = _number("LOCAL_WORLD_SIZE", 1, world_size, bound), "LOCAL_WORLD_SIZE"
+        local_rank = _number("LOCAL_RANK", 0, local - 1, bound) if "LOCAL_RANK" in environ else 0
         if world_size > 1:
-            if "OMP_NUM_THREADS" not in environ:  # as torchrun does: tasks must not compete for the same cores
-                torch.set_num_threads(int(environ.get("SLURM_CPUS_PER_TASK", 1)))
-            environ.setdefault("MASTER_ADDR", _first_host(environ["SLURM_JOB_NODELIST"]))
-            # The same on every node, and rarely the same for two jobs that share one.
-            environ.setdefault("MASTER_PORT", str(20_000 + int(environ["SLURM_JOB_ID"]) % 20_000))
-        return int(environ["SLURM_PROCID"]), int(environ["SLURM_LOCALID"]), world_size
+            _needed("MASTER_ADDR")
+            _number("MASTER_PORT", 1, 65_535)
+        return rank, local_rank, world_size
+    if "LOCAL_RANK" in environ:
+        _needed("RANK")
+    if environ.get("SLURM_STEP_ID", "").isdigit():  # in an allocation without a step, this process is alone
+        world_size = _number("SLURM_NTASKS", 1, MAX_PROCESSES)
+        rank = _number("SLURM_PROCID", 0, world_size - 1, "SLURM_NTASKS")
+        return rank, _number("SLURM_LOCALID", 0, world_size - 1, "SLURM_NTASKS"), world_size
     return 0, 0, 1
+
+
+def _use_slurm() -> None:
+    """In a SLURM job step without torchrun's variables, set those that say where all processes meet."""
+    environ = os.environ
+    if "RANK" in environ:
+        return
+    if "OMP_NUM_THREADS" not in environ:  # as torchrun does: tasks must not compete for the same cores
+        torch.set_num_threads(int(environ.get("SLURM_CPUS_PER_TASK", "1")))
+    if "MASTER_ADDR" not in environ:
+        environ["MASTER_ADDR"] = _first_host(_needed("SLURM_JOB_NODELIST"))
+    if "MASTER_PORT" not in environ:
+        # The same on every node, and rarely the same for two jobs that share one.
+        environ["MASTER_PORT"] = str(20_000 + _number("SLURM_JOB_ID", 0, 2**63 - 1) % 20_000)
+    _needed("MASTER_ADDR")
+    _number("MASTER_PORT", 1, 65_535)
+
+
+def _needed(name: str) -> str:
+    """What a variable says."""
+    value = os.environ.get(name, "")
+    if not value.strip():
+        what = "empty" if name in os.environ else f"not set, but {_others(name)}"
+        raise InputError(f"the environment variable {name} is {what}: {REMEDY}")
+    return value
+
+
+def _number(name: str, low: int, high: int, bound: str | None = None) -> int:
+    """What a variable says, a number between ``low`` and ``high``, which is the one that ``bound`` leaves."""
+    value = _needed(name)
+    if not re.fullmatch(r"[0-9]{1,20}", value):
+        raise InputError(f"the environment variable {name} is {value[:80]!r}, not a number: {REMEDY}")
+    if not low <= int(value) <= high:
+        text = f"with {bound} = {os.environ[bound]} it must be" if bound else "it must be"
+        raise InputError(f"the environment variable {name} is {value}, but {text} {low} to {high}: {REMEDY}")
+    return int(value)
+
+
+def _others(name: str) -> str:
+    """Which variables of the same launcher are set."""
+    family = SLURM_VARIABLES if name in SLURM_VARIABLES else TORCHRUN_VARIABLES
+    there = [other for other in family if other in os.environ and other != name]
+    return f"{', '.join(there)} {'are' if len(there) > 1 else 'is'}"
 
 
 def _first_host(nodelist: str) -> str:
     """Name of the first host of a SLURM node list such as ``node[01-04,07]``."""
-    shown = subprocess.run(["scontrol", "show", "hostnames", nodelist], capture_output=True, text=True, check=True)
-    return shown.stdout.split()[0]
+    try:
+        shown = subprocess.run(["scontrol", "show", "hostnames", nodelist], capture_output=True, text=True, check=True)
+        return shown.stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError) as error:
+        reason = (getattr(error, "stderr", None) or getattr(error, "strerror", None) or "no host").strip()
+        raise InputError(
+            f"SLURM_JOB_NODELIST = {nodelist[:80]!r}: scontrol does not tell the first host ({reason}): set MASTER_ADDR"
+        ) from None
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
@@ -185,7 +253,9 @@ def environment(run: RunConfig) -> Iterator[Environment]:
     out of the block on one of them only, and a process that has died is named by one of the others. The rest exits with
     the same status without a word.
     """
-    rank, local_rank, world_size = _ranks()
+    rank, local_rank, world_size = ranks()
+    if world_size > 1:
+        _use_slurm()
     device = choose_device(run.device, local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)

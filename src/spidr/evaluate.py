@@ -22,9 +22,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from spidr.config import SAMPLE_RATE, InputError, first_line
+from spidr.config import MAX_SAMPLES, SAMPLE_RATE, InputError, check_memory, first_line
 from spidr.data.alignments import FRAME_STEP, match_alignments, match_names, read_alignments
-from spidr.data.json_lines import check_memory
 from spidr.data.units import read_units
 from spidr.lazy import needs_extra
 from spidr.models.metrics import UnitsQuality, units_quality
@@ -202,6 +201,8 @@ def evaluate_model(
         from spidr.environment import Environment, choose_device
         from spidr.validate import codebooks_quality, encode_rows, phones_of_rows
 
+    if not 1 <= max_batch_length <= MAX_SAMPLES:
+        raise InputError(f"max_batch_length: found {max_batch_length}, expected 1 to {MAX_SAMPLES:,} samples")
     total = len(model.student.layers)
     chosen = list(range(1, total + 1)) if layers is None else sorted(set(layers))
     if wrong := [layer for layer in chosen if not 1 <= layer <= total]:

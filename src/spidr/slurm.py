@@ -193,8 +193,9 @@ def _sbatch(submission: Submission) -> str:
     except OSError as error:
         raise InputError(f"sbatch cannot be run: {error.strerror}. Is this a machine of a SLURM cluster?") from None
     if done.returncode:
-        reason = done.stderr.decode(errors="replace").strip() or f"exit status {done.returncode}"
-        raise InputError(f"sbatch refused the job: {reason}")
+        lines = done.stderr.decode(errors="replace").splitlines()
+        said = "; ".join(line.strip() for line in lines if line.strip())
+        raise InputError(f"sbatch refused the job: {said or f'exit status {done.returncode}'}")
     return done.stdout.decode().strip().split(";")[0]
 
 

@@ -398,7 +398,9 @@ def main() -> int:
         cfg = read_config(_arguments().config)
     except InputError as error:
         # All processes of a machine find the same: one of them says so.
-        return say_why(error) if os.environ.get("LOCAL_RANK", "0") == "0" else 2
+        local_rank = os.environ.get("LOCAL_RANK", "")
+        is_first = "RANK" not in os.environ or not local_rank.isdigit() or int(local_rank) == 0
+        return say_why(error) if is_first else 2
     try:
         train(cfg)
     except InputError as error:

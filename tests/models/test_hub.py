@@ -589,6 +589,17 @@ def test_build_new() -> None:
             hub.build_model(cfg=cfg, model_type=model_type)
 
 
+def test_checkpoints_of_no_model(tmp_path: Path) -> None:
+    """The file is named: of no known type, or larger than any memory by what lies beside it."""
+    path, _ = save(tmp_path, hub.build_model(cfg=SPIDR), None)
+    with pytest.raises(InputError, match=r"step_3\.pt: model_type is needed"):
+        hub.build_model(checkpoint=path)
+    table = asdict(SPIDR) | {"encoder_embed_dim": 2**16, "encoder_num_layers": 1000}
+    save(tmp_path, hub.build_model(cfg=SPIDR), {"model_type": "spidr", "model": table})
+    with pytest.raises(InputError, match=r"step_3\.pt: a model of encoder_embed_dim = 65536, .*: would take"):
+        hub.build_model(checkpoint=path)
+
+
 @pytest.mark.parametrize("model_type", ["spidr", "dinosr"])
 @pytest.mark.parametrize("form", ["run", "table", "named"])
 def test_build_from_checkpoint(tmp_path: Path, model_type: str, form: str, caplog: pytest.LogCaptureFixture) -> None:
@@ -610,7 +621,7 @@ def test_build_from_checkpoint(tmp_path: Path, model_type: str, form: str, caplo
         with pytest.raises(InputError, match=rf"config\.json: the model is of type '{model_type}', asked for was"):
             hub.build_model(model_type=other, checkpoint=path)
     else:
-        with pytest.raises(InputError, match="model_type is needed"):
+        with pytest.raises(InputError, match=r"config\.json: model_type is needed"):
             hub.build_model(checkpoint=path)
 
 

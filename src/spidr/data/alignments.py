@@ -12,8 +12,8 @@ import sys
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
-from spidr.config import InputError, first_line, parse_json
-from spidr.data.json_lines import check_memory, read_lines
+from spidr.config import InputError, check_memory, first_line, parse_json
+from spidr.data.json_lines import read_lines
 from spidr.lazy import needs_extra
 
 if TYPE_CHECKING:

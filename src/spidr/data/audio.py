@@ -300,15 +300,41 @@ def _open(source: Source) -> soundfile.SoundFile:
     return file
 
 
+class _Unfailing:
+    """Seeks as libsndfile wants it, which a damaged header may lead to before the beginning or far past any end.
+
+    An error could not come out of its call but as a traceback on standard error; it sees where it is.
+    """
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Go to a position, if it is one. Returns where it is."""
+        file: Any = super()
+        try:
+            if abs(offset) < UNKNOWN_LENGTH:
+                file.seek(offset, whence)
+        except (OSError, ValueError):
+            pass
+        position: int = file.tell()
+        return position
+
+
+class _Bytes(_Unfailing, io.BytesIO):
+    """Bytes for libsndfile."""
+
+
+class _Buffered(_Unfailing, io.BufferedReader):
+    """A file for libsndfile."""
+
+
 def _input(source: Source) -> Any:
     """What libsndfile can open: a path or a binary file object."""
     if isinstance(source, bytes):
-        return io.BytesIO(source)
+        return _Bytes(source)
     if isinstance(source, Recording):
         if (member := source.member()) is None:
             return source.path
         # A file of Python's is asked for a few kilobytes at a time, which bytes in memory answer fastest.
-        return io.BytesIO(member.readall()) if source.byte_size <= READ_AT_ONCE else io.BufferedReader(member)
+        return _Bytes(member.readall()) if source.byte_size <= READ_AT_ONCE else _Buffered(member)
     return os.fspath(source)
 
 
@@ -346,9 +372,9 @@ def _check_format(source: Source, sample_rate: int, channels: int) -> None:
 
 
 def _check_finite(source: Source, samples: NDArray[np.float32]) -> None:
-    # One sum finds NaN and infinity: both survive it.
-    if not np.isfinite(samples.sum()):
-        raise InputError(f"{_name(source)}: the recording holds samples that are not finite numbers.")
+    # One sum finds NaN and infinity, which survive it, and what is so large that its variance would be infinite.
+    if not np.isfinite(np.vdot(samples, samples)):
+        raise InputError(f"{_name(source)}: the recording holds samples that are not finite numbers or much too large.")
 
 
 def _frames(source: Source, file: soundfile.SoundFile) -> int:

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import gzip
-import os
-import resource
 import zlib
-from contextlib import suppress
-from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from spidr.config import InputError, first_line
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
 MAX_LINE = 1 << 26
 """Bytes of a line at most: a day of speech takes less, and a gzipped file of a few kilobytes could hold a gigabyte."""
@@ -43,28 +39,3 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
             raise
         reason = getattr(error, "strerror", None) or first_line(error)
         raise InputError(f"{path}: cannot be read ({reason}).") from None
-
-
-def check_memory(size: int, place: str) -> None:
-    """Refuse what a few bytes of a file ask for but no machine has.
-
-    Args:
-        size: Bytes that would be needed.
-        place: Where that is asked for.
-
-    Raises:
-        InputError: It is more than half of the memory that there is for this process.
-    """
-    if size > _memory() // 2:
-        raise InputError(f"{place}: would take {size / 2**30:.1f} GiB, more than half of the memory there is.")
-
-
-@cache
-def _memory() -> int:
-    sizes = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
-    if limit != resource.RLIM_INFINITY:
-        sizes.append(limit)
-    with suppress(OSError, ValueError):  # ValueError: "max"
-        sizes.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    return min(sizes)

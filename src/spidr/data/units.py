@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from spidr.config import InputError, first_line, parse_json
-from spidr.data.json_lines import check_memory, read_lines
+from spidr.config import InputError, check_memory, first_line, parse_json
+from spidr.data.json_lines import read_lines
 from spidr.lazy import needs_extra
 
 Units = dict[str, NDArray[np.int64]]

@@ -6,7 +6,6 @@ May import its siblings, ``spidr.config``, ``spidr.lazy`` and ``spidr.tools``.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 
@@ -24,10 +23,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _build_parser().parse_args(argv)
     try:
         with needs_extra("extract"):
+            from spidr.environment import ranks
             from spidr.extract import Options, extract_features, extract_units, fit_kmeans
             from spidr.tools.logging import run_log
 
-        with run_log(int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))):
+        with run_log(ranks()[0]):
             options = Options(
                 device=args.device,
                 dtype=args.dtype,

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import math
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -49,8 +48,8 @@ BATCH_SECONDS = 240.0
 LONG = 120 * SAMPLE_RATE
 """Longer recordings (in samples) get all threads of a CPU, one after the other, so that none is the last one alone."""
 
+MAX_SECONDS = 1_000_000
 MAX_THREADS = 1000
-"""More are more than a process may start on many machines."""
 
 NEAR = 3e-5
 """Two scores are near each other if they differ by less than this share of (1 + the range of the frame's scores). More
@@ -89,9 +88,9 @@ class Options:
     def __post_init__(self) -> None:
         for name in ("batch_seconds", "window", "context"):
             value = getattr(self, name)
-            if value is not None and not (0 <= value < math.inf and (value or name != "window")):
+            if value is not None and not (0 <= value <= MAX_SECONDS and (value > 0 or name != "window")):
                 accepted = "more than 0" if name == "window" else "0 or more"
-                raise InputError(f"{name}: found {value}, expected seconds, {accepted}")
+                raise InputError(f"{name}: found {value}, expected seconds, {accepted}, at most {MAX_SECONDS:,}")
         if self.context is not None and self.window is None:
             raise InputError(f"context: found {self.context}, but there is no window that it could be the context of")
         if self.threads is not None and not 1 <= self.threads <= MAX_THREADS:

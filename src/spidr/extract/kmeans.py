@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from spidr.config import InputError, first_line, parse_json
+from spidr.config import InputError, check_memory, first_line, parse_json
 from spidr.environment import environment
 from spidr.extract.encoder import Encoder, Options, Skipped
 from spidr.extract.outputs import names_of, record, report
@@ -28,6 +28,8 @@ from spidr.lazy import needs_extra
 from spidr.models import DinoSR
 from spidr.models.hub import check_name, open_archive
 from spidr.tools.files import atomic_write, make_folder
+
+MAX_UNITS = 2**20
 
 
 @dataclass(frozen=True)
@@ -147,6 +149,8 @@ def fit_kmeans(
         raise InputError(f"{output}: the name of a k-means model must end in .npz.")
     if not 0 <= seed < 2**32:
         raise InputError(f"seed: found {seed}, expected an integer between 0 and 2^32 - 1")
+    if units > MAX_UNITS:
+        raise InputError(f"units: found {units}, expected {MAX_UNITS:,} at most")
     if units < 1 or max_frames < units:
         raise InputError(f"{units} units of {max_frames} frames: there must be a unit, and a frame for each at least")
     check_name(model)
@@ -157,6 +161,7 @@ def fit_kmeans(
         encoder = Encoder(model, layer, options, env, codebook=False)
         shapes = encoder.model.feature_extractor
         total = sum(shapes.num_frames(item.num_samples) for item in items)
+        check_memory(4 * min(total, max_frames) * encoder.model.cfg.encoder_embed_dim, f"{max_frames} frames")
         share, drawn, skipped = min(1.0, max_frames / max(1, total)), {}, Skipped()
         with closing(encoder.run(encoder.plan(items), encoder.features, "Features")) as results:
             for encoded in results:

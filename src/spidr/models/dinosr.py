@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spidr.config import SAMPLE_RATE, DinoSRConfig, InputError, conv_length
+from spidr.config import SAMPLE_RATE, DinoSRConfig, InputError, check_memory, conv_length
 from spidr.models.codebook import Codebook, StepStatistics, assign, count_perplexity, standardise
 from spidr.models.extractor import FeatureExtractor, FeatureProjection
 from spidr.models.lean import Dropout
@@ -59,6 +59,7 @@ class DinoSR(nn.Module):
         if not isinstance(cfg, self.config_class):
             raise TypeError(f"{type(self).__name__} needs a {self.config_class.__name__}, not a {type(cfg).__name__}")
         self.cfg = cfg
+        _check_size(cfg)
         dim, shapes = cfg.encoder_embed_dim, cfg.extractor_conv_layer_config
         self.mask_embedding = nn.Parameter(torch.empty(dim).uniform_())
         self.register_buffer("current_step", torch.zeros(1, dtype=torch.int64))
@@ -557,6 +558,35 @@ def _check_waveforms(waveforms: Tensor, lengths: Tensor | Sequence[int] | None, 
     if lengths.shape != waveforms.shape[:1]:
         raise InputError(f"lengths must be ({waveforms.shape[0]},), not of shape {tuple(lengths.shape)}")
     return lengths
+
+
+def _check_size(cfg: DinoSRConfig) -> None:
+    """Refuse a model whose weights cannot be had, before the machine runs out of memory.
+
+    Raises:
+        InputError: It names the settings of the part that takes the most.
+    """
+    if torch.get_default_device().type != "cpu":  # on "meta" they take no memory, and elsewhere not ours
+        return
+    dim, shapes = cfg.encoder_embed_dim, cfg.extractor_conv_layer_config
+    channels = [1, *(width for width, _, _ in shapes)]
+    kernel = max(3, cfg.encoder_pos_conv_kernel // cfg.encoder_pos_conv_depth)
+    widths = ("encoder_embed_dim", "encoder_num_layers", "encoder_ff_interm_features")
+    parts: dict[tuple[str, ...], int] = {
+        ("extractor_conv_layer_config",): sum(channels[i] * n * k for i, (n, k, _) in enumerate(shapes))
+        + channels[-1] * dim,
+        # Student and teacher.
+        widths: 2 * cfg.encoder_num_layers * dim * (4 * dim + 2 * cfg.encoder_ff_interm_features),
+        ("encoder_embed_dim", "encoder_pos_conv_kernel", "encoder_pos_conv_depth", "encoder_pos_conv_groups"): 2
+        * cfg.encoder_pos_conv_depth
+        * kernel
+        * (dim * dim // cfg.encoder_pos_conv_groups),
+        # Heads, codebooks and the statistics of a step.
+        ("codebook_size", "num_codebooks", "encoder_embed_dim"): 3 * cfg.codebook_size * cfg.num_codebooks * dim,
+    }
+    largest = max(parts, key=lambda names: parts[names])
+    settings = ", ".join(f"{name} = {getattr(cfg, name)}" for name in largest)
+    check_memory(4 * sum(parts.values()), f"a model of {settings}")
 
 
 class _NoTeacher(Transformer):

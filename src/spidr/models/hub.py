@@ -107,11 +107,14 @@ def build_model(
         raise InputError(f"{checkpoint}: cannot read the file: No such file or directory")
     if cfg is None:
         cfg = recorded_config(Path(checkpoint), model_type) if checkpoint is not None else None
-        cfg = model_config(_required(model_type), {}) if cfg is None else cfg
+        cfg = model_config(_required(model_type, checkpoint), {}) if cfg is None else cfg
     recorded_type = "spidr" if isinstance(cfg, SpidRConfig) else "dinosr"
     if model_type not in (None, recorded_type):
         raise InputError(f"model_type is {model_type!r}, but the configuration is of a {recorded_type!r} model")
-    model = SpidR(cfg) if isinstance(cfg, SpidRConfig) else DinoSR(cfg)
+    try:
+        model = SpidR(cfg) if isinstance(cfg, SpidRConfig) else DinoSR(cfg)
+    except InputError as error:  # too large
+        raise InputError(f"{checkpoint}: {error}" if checkpoint is not None else str(error)) from None
     if checkpoint is not None:
         weights = load_weights(checkpoint)
         if _is_export(checkpoint):
@@ -174,17 +177,17 @@ def recorded_config(checkpoint: Path, model_type: str | None = None) -> DinoSRCo
         return None
     document = read_table(path)
     if "run" not in document and "model" not in document:  # the bare model table
-        return model_config(_required(model_type), document, source=str(path))
+        return model_config(_required(model_type, path), document, source=str(path))
     run = document.get("run") or document
     recorded_type = run.get("model_type") if isinstance(run, dict) else None
     if recorded_type in ("spidr", "dinosr") and model_type not in (None, recorded_type):
         raise InputError(f"{path}: the model is of type {recorded_type!r}, asked for was {model_type!r}")
-    return model_config(recorded_type or _required(model_type), document.get("model") or {}, source=str(path))
+    return model_config(recorded_type or _required(model_type, path), document.get("model") or {}, source=str(path))
 
 
-def _required(model_type: str | None) -> str:
+def _required(model_type: str | None, source: str | Path | None) -> str:
     if model_type is None:
-        raise InputError("model_type is needed: 'spidr' or 'dinosr'")
+        raise InputError(f"{f'{source}: ' if source else ''}model_type is needed: 'spidr' or 'dinosr'")
     return model_type
 
 
