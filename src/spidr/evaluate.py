@@ -230,7 +230,7 @@ def evaluate_model(
                 spool.add(names[row], outputs)
         if not units:
             raise InputError(f"{manifest}: no recording is long enough for a frame")
-        first = total - model.num_codebooks + 1
+        first = model.codebook_layers.start
         qualities = codebooks_quality(model, phones, {row: units[row] for row in phones if row in units})
         table = []
         for layer in tqdm(chosen, unit="layer", disable=not progress or scorer is None):

@@ -112,8 +112,7 @@ def _weighted_means(measured: list[Measured]) -> dict[str, list[float]]:
 
 def layer_names(model: DinoSR) -> list[str]:
     """Suffixes ``l1``, ``l2``, … of the layers that have a codebook, for the names of metrics."""
-    first = len(model.student.layers) - model.num_codebooks + 1
-    return [f"l{first + k}" for k in range(model.num_codebooks)]
+    return [f"l{layer}" for layer in model.codebook_layers]
 
 
 def validate_set(
@@ -284,6 +283,22 @@ def _pack(rows: list[int], lengths: np.ndarray, limit: int) -> list[list[int]]:
     return batches
 
 
+def load_trained(cfg: Config, checkpoint: str | Path) -> DinoSR:
+    """The model of a run's checkpoint, in eval mode and without what hooks may have added to it.
+
+    Args:
+        cfg: The run's configuration.
+        checkpoint: See :func:`spidr.models.hub.load_weights`.
+
+    Raises:
+        InputError: It cannot be read or does not fit the configuration.
+    """
+    model = build_model(cfg=cfg.model)
+    known = model.state_dict().keys()
+    load_into(model, {k: v for k, v in load_weights(checkpoint).items() if k in known}, checkpoint)
+    return model.eval()
+
+
 def run_validation(cfg: Config, resume: ResumeConfig) -> None:
     """Validate a checkpoint on all validation sets and write the results as JSON lines, complete or not at all.
 
@@ -292,11 +307,7 @@ def run_validation(cfg: Config, resume: ResumeConfig) -> None:
         resume: The checkpoint, its step and where the results go.
     """
     with environment(cfg.run) as env:
-        model = build_model(cfg=cfg.model)
-        known = model.state_dict().keys()  # hooks may have added modules to the trained model
-        weights = {name: value for name, value in load_weights(resume.checkpoint).items() if name in known}
-        load_into(model, weights, resume.checkpoint)
-        model.to(env.device)
+        model = load_trained(cfg, resume.checkpoint).to(env.device)
         lines = [
             {"step": resume.step, "group": group, **validate_set(model, data, cfg.masking, env)}
             for group, data in cfg.validation.items()

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import gc
 import io
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 from synthetic import noise, write_archive, write_audio
 
 from spidr.config import InputError
 from spidr.data import num_samples
 from spidr.data.archive import Member
-from spidr.data.audio import read_audio
+from spidr.data.audio import READ_AT_ONCE, read_audio
 
 
 def test_a_member_is_a_file(tmp_path: Path) -> None:
@@ -55,3 +58,21 @@ def test_bad_archives(tmp_path: Path) -> None:
         num_samples(member._replace(byte_size=10**9))
     with pytest.raises(InputError, match="archive does not exist"):
         num_samples(member._replace(archive=str(tmp_path / "gone.tar")))
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("padding", [0, READ_AT_ONCE])
+@pytest.mark.parametrize(("kind", "at", "change"), [("AIFF", 31, b"\xff" * 8), ("RF64", 32, b"\0\0\0\x80")])
+def test_headers_that_lead_out_of_the_archive(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], kind: str, at: int, change: bytes, padding: int
+) -> None:
+    """To before its beginning, or to where no file ends: no error is left in a function that libsndfile calls."""
+    file = io.BytesIO()
+    soundfile.write(file, noise(3000), 16_000, format=kind, subtype="PCM_16")
+    data = bytearray(file.getvalue()) + bytes(padding)
+    data[at : at + len(change)] = change
+    (member,) = write_archive(tmp_path / "t.tar", {"a.wav": bytes(data)})
+    with suppress(InputError):
+        assert len(read_audio(member)) == num_samples(member)
+    gc.collect()
+    assert capfd.readouterr() == ("", "")

@@ -168,7 +168,7 @@ def test_without_torchcodec_or_ffmpeg(tmp_path: Path, monkeypatch: pytest.Monkey
 
     for decoder in (None, without_ffmpeg):
         pretend_torchcodec(monkeypatch, decoder)
-        with pytest.raises(InputError, match="need TorchCodec and FFmpeg: `pip install torchcodec`") as error:
+        with pytest.raises(InputError, match=r"need TorchCodec and FFmpeg: `pip install 'spidr\[extract\]'`") as error:
             num_samples(file)
         assert str(error.value).startswith(str(file))
         assert "\n" not in str(error.value)

@@ -4,6 +4,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -74,21 +75,36 @@ def test_wrong_lengths(lengths: list[int], message: str) -> None:
         tiny_model().get_codebooks(padded(), lengths=lengths)
 
 
-@pytest.mark.parametrize("method", ["encode", "units", "get_codebooks", "get_intermediate_outputs", "__call__"])
+@pytest.mark.parametrize("method", ["forward", "get_codebooks", "get_intermediate_outputs", "encode", "units"])
 @pytest.mark.parametrize(
-    ("waveforms", "message"),
+    ("waveforms", "lengths", "message"),
     [
-        (torch.randn(3000), r"waveforms must be \(batch, samples\), not of shape \(3000,\)"),
-        (torch.randn(1, 1, 3000), r"waveforms must be \(batch, samples\), not of shape \(1, 1, 3000\)"),
-        (torch.ones(1, 3000, dtype=torch.int16), "waveforms must be torch.float32, not torch.int16"),
-        (torch.ones(1, 3000, dtype=torch.float64), "waveforms must be torch.float32, not torch.float64"),
-        (torch.ones(1, 3000, dtype=torch.complex64), "waveforms must be torch.float32, not torch.complex64"),
+        (torch.zeros(3000), None, r"waveforms must be \(batch, samples\), not of shape \(3000,\)"),
+        (torch.zeros(1, 1, 3000), None, r"waveforms must be \(batch, samples\), not of shape \(1, 1, 3000\)"),
+        (torch.zeros(1, 3000, dtype=torch.int16), None, r"waveforms must be floats, about -1 to 1, not torch\.int16"),
+        (
+            torch.zeros(1, 3000, dtype=torch.complex64),
+            None,
+            "waveforms must be floats, about -1 to 1, not torch.complex64",
+        ),
+        (torch.zeros(1, 3000, dtype=torch.float64), None, r"waveforms must be torch\.float32, not torch\.float64"),
+        (torch.zeros(2, 3000), [3000], r"lengths must be \(2,\), not of shape \(1,\)"),
+        (torch.zeros(2, 3000), torch.tensor([[3000], [3000]]), r"lengths must be \(2,\), not of shape \(2, 1\)"),
+    ],
+    ids=[
+        "one-dimensional",
+        "with-channels",
+        "integers",
+        "complex",
+        "float64",
+        "too-few-lengths",
+        "lengths-in-a-column",
     ],
 )
-def test_waveforms_must_be_a_batch_of_real_numbers(method: str, waveforms: Tensor, message: str) -> None:
-    options = {"layer": 4} if method in ("encode", "units") else {}
+def test_waveforms_must_be_a_batch(method: str, waveforms: Tensor, lengths: Any, message: str) -> None:
+    options: dict[str, Any] = {"layer": 4} if method in ("encode", "units") else {}
     with pytest.raises(InputError, match=message):
-        getattr(tiny_model(), method)(waveforms, **options)
+        getattr(tiny_model(), method)(waveforms, lengths=lengths, **options)
 
 
 # ------------------------------------------------------------------------------------------------------ training

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -92,6 +93,18 @@ def test_pushes_in_step_order_and_only_once(run_dir: Path, capsys: pytest.Captur
     assert_logged(run_dir, [*rows, row("dev", 15)])
 
 
+def test_collects_without_wandb(
+    run_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
+    for lines in (2, 0):
+        assert main([str(run_dir)]) == 0
+        assert capsys.readouterr().out == f"{lines} lines collected\n"
+        steps = [(line["group"], line["step"]) for line in read_metrics(run_dir / "metrics.jsonl")]
+        assert steps == [("dev", 0), ("train", 5), ("train", 10), ("dev", 5), ("dev", 10)]
+    assert not (run_dir / "wandb.json").exists()
+
+
 def test_says_what_is_still_to_come(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (run_dir / "validation/step_7.pending").write_text("12")
     assert main([str(run_dir), "--entity", "team", "--runid", "abc"]) == 0
@@ -161,4 +174,5 @@ def test_wrong_input(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert main([str(run_dir), "--entity", "team"]) == 2
     assert "no wandb run is known here; give --runid" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
-        main([str(run_dir)])
+        main([str(run_dir), "--runid", "abc"])
+    assert "--runid needs --entity" in capsys.readouterr().err

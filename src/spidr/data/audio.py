@@ -455,6 +455,6 @@ def _with_torchcodec(source: Source, function: Callable[[Any, Any], Any]) -> Any
         if isinstance(error, (ImportError, OSError)) or "libtorchcodec" in str(error):
             raise InputError(
                 f"{_name(source)}: resampling, and formats other than WAV and FLAC, need TorchCodec and FFmpeg: "
-                "`pip install torchcodec`, and install FFmpeg with conda or your system's package manager."
+                "`pip install 'spidr[extract]'`, and install FFmpeg with conda or your system's package manager."
             ) from None
         raise InputError(f"{_name(source)}: cannot be decoded ({first_line(error)}).") from None

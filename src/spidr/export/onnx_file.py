@@ -115,8 +115,7 @@ class _Encoder(nn.Module):
         model = copy.deepcopy(model).float().cpu().requires_grad_(False).drop_teacher()
         model.feature_extractor = cast("FeatureExtractor", _Convolutions(model.feature_extractor))
         self.model, self.layers = model, list(layers)
-        first = len(model.student.layers) - model.num_codebooks + 1
-        self.with_units = [layer for layer in layers if layer >= first]
+        self.with_units = [layer for layer in layers if layer in model.codebook_layers]
         self.output_names = ["frames", *(f"features_{n}" for n in layers), *(f"units_{n}" for n in self.with_units)]
         # Of two frames, since torch.export takes a dimension of 1 for a constant. The graph itself takes one, too.
         self.min_samples = next(n for n in itertools.count(1) if conv_length(model.feature_extractor.shapes, n) == 2)

@@ -50,7 +50,6 @@ LONG = 120 * SAMPLE_RATE
 
 MAX_SECONDS = 1_000_000
 MAX_THREADS = 1000
-"""More are more than a process may start on many machines."""
 
 NEAR = 3e-5
 """Two scores are near each other if they differ by less than this share of (1 + the range of the frame's scores). More
@@ -89,9 +88,9 @@ class Options:
     def __post_init__(self) -> None:
         for name in ("batch_seconds", "window", "context"):
             value = getattr(self, name)
-            if value is not None and not (0 <= value <= MAX_SECONDS and (value or name != "window")):
-                accepted = f"{'more than 0' if name == 'window' else '0 or more'}, {MAX_SECONDS:,} at most"
-                raise InputError(f"{name}: found {value}, expected seconds, {accepted}")
+            if value is not None and not (0 <= value <= MAX_SECONDS and (value > 0 or name != "window")):
+                accepted = "more than 0" if name == "window" else "0 or more"
+                raise InputError(f"{name}: found {value}, expected seconds, {accepted}, at most {MAX_SECONDS:,}")
         if self.context is not None and self.window is None:
             raise InputError(f"context: found {self.context}, but there is no window that it could be the context of")
         if self.threads is not None and not 1 <= self.threads <= MAX_THREADS:

@@ -84,6 +84,12 @@ class DinoSR(nn.Module):
         """Number of codebooks K; codebook ``k`` belongs to layer ``num_layers - K + k`` (from 0)."""
         return len(self.codebooks)
 
+    @property
+    def codebook_layers(self) -> range:
+        """The layers that have a codebook, counted from 1: the last K."""
+        last = len(self.student.layers)
+        return range(last - self.num_codebooks + 1, last + 1)
+
     def _codebooks(self) -> list[Codebook]:
         return [cast("Codebook", codebook) for codebook in self.codebooks]
 
@@ -116,14 +122,11 @@ class DinoSR(nn.Module):
             (B, T, D) and the mask, or None if every frame exists.
 
         Raises:
-            InputError: If the waveforms are not as they should be, or a length gives no frame or exceeds S.
+            InputError: If the shapes are others, the samples are no floats, or a length gives no frame or exceeds S.
         """
-        _check_waveforms(waveforms, self.mask_embedding.dtype)
+        lengths = _check_waveforms(waveforms, lengths, self.mask_embedding.dtype)
         shapes, samples = self.feature_extractor.shapes, waveforms.shape[1]
         if lengths is not None:
-            lengths = torch.as_tensor(lengths)
-            if lengths.shape != waveforms.shape[:1]:
-                raise InputError(f"lengths must be ({waveforms.shape[0]},), not of shape {tuple(lengths.shape)}")
             if attention_mask is None:
                 for row, length in enumerate(lengths.tolist()):
                     if length > samples:
@@ -465,7 +468,7 @@ class DinoSR(nn.Module):
             InputError: If the layer has no codebook, or as :meth:`encode`.
         """
         layer = self._layer(layer)
-        first = len(self.student.layers) - self.num_codebooks + 1
+        first = self.codebook_layers.start
         if layer < first:
             raise InputError(f"layer {layer} has no codebook; layers {first} to {len(self.student.layers)} have one")
         head = cast("nn.Sequential", self.heads[layer - first])[0]
@@ -522,10 +525,9 @@ class DinoSR(nn.Module):
         self, waveforms: Tensor, lengths: Tensor | Sequence[int] | None, *, normalize: bool
     ) -> tuple[Tensor, Tensor]:
         """The waveforms, standardised if asked for, and the number of frames of each."""
-        _check_waveforms(waveforms, self.mask_embedding.dtype)
+        lengths = _check_waveforms(waveforms, lengths, self.mask_embedding.dtype)
         batch, samples = waveforms.shape
-        given = torch.full((batch,), samples) if lengths is None else torch.as_tensor(lengths)
-        given = given.to(waveforms.device)
+        given = (torch.full((batch,), samples) if lengths is None else lengths).to(waveforms.device)
         if normalize:
             exists = torch.arange(samples, device=waveforms.device) < given.unsqueeze(1)
             count = given.unsqueeze(1)
@@ -536,6 +538,26 @@ class DinoSR(nn.Module):
             var = centred.square().sum(1, keepdim=True, dtype=exact) / count
             waveforms = centred * torch.rsqrt(var + 1e-5).to(waveforms.dtype)
         return waveforms, conv_length(self.feature_extractor.shapes, given)
+
+
+def _check_waveforms(waveforms: Tensor, lengths: Tensor | Sequence[int] | None, dtype: torch.dtype) -> Tensor | None:
+    """Refuse what is no batch of waveforms for a model of that type; values are not looked at.
+
+    Returns:
+        The lengths as a tensor.
+    """
+    if waveforms.ndim != 2:
+        raise InputError(f"waveforms must be (batch, samples), not of shape {tuple(waveforms.shape)}")
+    if not waveforms.is_floating_point():
+        raise InputError(f"waveforms must be floats, about -1 to 1, not {waveforms.dtype}")
+    if waveforms.dtype == torch.float64 != dtype:  # autocast does not round it either
+        raise InputError(f"waveforms must be {dtype}, not torch.float64")
+    if lengths is None:
+        return None
+    lengths = torch.as_tensor(lengths)
+    if lengths.shape != waveforms.shape[:1]:
+        raise InputError(f"lengths must be ({waveforms.shape[0]},), not of shape {tuple(lengths.shape)}")
+    return lengths
 
 
 def _check_size(cfg: DinoSRConfig) -> None:
@@ -576,18 +598,6 @@ class _NoTeacher(Transformer):
 
     def get_intermediate_outputs(self, *_: object, **__: object) -> list[Tensor]:
         raise InputError("this model has no teacher: it encodes, but cannot be trained or validated")
-
-
-def _check_waveforms(waveforms: Tensor, dtype: torch.dtype) -> None:
-    """Check that waveforms are (batch, samples) and of numbers that a model of that type computes with.
-
-    Raises:
-        InputError: They are not.
-    """
-    if waveforms.ndim != 2:
-        raise InputError(f"waveforms must be (batch, samples), not of shape {tuple(waveforms.shape)}")
-    if not waveforms.is_floating_point() or (waveforms.dtype == torch.float64 != dtype):
-        raise InputError(f"waveforms must be {dtype}, not {waveforms.dtype}")
 
 
 def _reduce_over_default_group(x: Tensor) -> None:

@@ -23,14 +23,12 @@ from spidr.config import SAMPLE_RATE, Config, DataConfig, InputError, read_confi
 from spidr.data import speech_dataset
 from spidr.data.alignments import FRAME_STEP, read_alignments
 from spidr.environment import Environment, choose_device
-from spidr.models import DinoSR, build_model
-from spidr.models.hub import load_into, load_weights
 from spidr.models.metrics import proba_phone_code
 from spidr.report import figures
 from spidr.report.page import Page
 from spidr.tools.files import atomic_write, make_folder
 from spidr.tools.metrics import Line, read_metrics
-from spidr.validate import encode_rows, frame_step, layer_names, phones_of_rows
+from spidr.validate import encode_rows, frame_step, load_trained, phones_of_rows
 
 SHOWN_SECONDS = 3.0
 """How much of the utterance is shown."""
@@ -169,8 +167,8 @@ class Report:
         self, group: str, data: DataConfig, checkpoint: Path, layer: int | None, max_minutes: float, device: str
     ) -> None:
         env = Environment(0, 0, 1, choose_device(device))
-        model = load(self.cfg, checkpoint).to(env.device)
-        numbers = [int(name[1:]) for name in layer_names(model)]
+        model = load_trained(self.cfg, checkpoint).to(env.device)
+        numbers = model.codebook_layers
         chosen = self._layer(group, layer, numbers)
         dataset = speech_dataset(data.manifest, normalize=data.normalize)
         phones = phones_of_rows(dataset.manifest, read_alignments(data.alignments_path)) if data.alignments_path else {}
@@ -219,7 +217,7 @@ class Report:
             "Spectrogram, phones and units of an utterance",
         )
 
-    def _layer(self, group: str, layer: int | None, numbers: list[int]) -> int:
+    def _layer(self, group: str, layer: int | None, numbers: range) -> int:
         """The layer asked for, else the one with the best PNMI at the end, else the last."""
         if layer is not None:
             if layer not in numbers:
@@ -252,14 +250,6 @@ def newest_checkpoint(folder: Path) -> Path | None:
     """The one that the run would go on from, else a ``final.pt`` of weights only."""
     final = folder / "final.pt"
     return Checkpointer(folder, interval=0).find_latest() or (final if final.exists() else None)
-
-
-def load(cfg: Config, checkpoint: Path) -> DinoSR:
-    """The model of a checkpoint, without what hooks may have added to it."""
-    model = build_model(cfg=cfg.model)
-    known = model.state_dict().keys()
-    load_into(model, {k: v for k, v in load_weights(checkpoint).items() if k in known}, checkpoint)
-    return model.eval()
 
 
 def spans(labels: Sequence[Any], step: float, duration: float) -> list[tuple[Any, float, float]]:

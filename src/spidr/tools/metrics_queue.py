@@ -1,7 +1,7 @@
-"""``python -m spidr.tools.metrics_queue PATH --entity E [--runid ID]``: bring a finished run on wandb up to date.
+"""``python -m spidr.tools.metrics_queue PATH [--entity E [--runid ID]]``: bring a finished run up to date.
 
-Validation jobs may end after training has. This collects their results into ``metrics.jsonl`` and pushes to wandb every
-line that it does not have, in the order of the steps.
+Validation jobs may end after training has. This collects their results into ``metrics.jsonl`` and, with an entity,
+pushes to wandb every line that it does not have, in the order of the steps.
 
 May import ``spidr.config``, ``spidr.slurm`` and its siblings.
 """
@@ -22,6 +22,31 @@ from spidr.slurm import ValidationJobs
 from spidr.tools.metrics import MetricsFile, WandbSink, find_wandb_run, import_wandb, read_metrics
 
 
+def collect_metrics(folder: Path) -> int:
+    """Collect the results of validation that have come in, and say on standard error which are yet to come.
+
+    Args:
+        folder: The folder of a run that is not training.
+
+    Returns:
+        How many lines ``metrics.jsonl`` has got.
+
+    Raises:
+        InputError: If the folder is not a run's.
+    """
+    if not os.path.isfile(folder / "config.json"):  # noqa: PTH113 (False for all that cannot be a file)
+        raise InputError(f"{folder}: not a run folder, it has no config.json")
+    metrics = MetricsFile(folder / "metrics.jsonl", sys.maxsize)
+    jobs, count = ValidationJobs(folder), 0
+    jobs.forget_lost()
+    for line in jobs.collect():
+        metrics.write(line)
+        count += 1
+    if waiting := jobs.pending():
+        sys.stderr.write(f"not validated yet: steps {', '.join(map(str, sorted(waiting)))}; run this again later\n")
+    return count
+
+
 def push_metrics(folder: Path, entity: str, run_id: str | None = None) -> int:
     """Collect what has come in and push what wandb does not have.
 
@@ -37,20 +62,12 @@ def push_metrics(folder: Path, entity: str, run_id: str | None = None) -> int:
     Raises:
         InputError: If the folder is not a run's, the run cannot be told, or wandb does not take the lines.
     """
-    if not os.path.isfile(folder / "config.json"):  # noqa: PTH113 (False for all that cannot be a file)
-        raise InputError(f"{folder}: not a run folder, it has no config.json")
-    cfg = read_config(folder / "config.json")
     import_wandb()
-    metrics = MetricsFile(folder / "metrics.jsonl", sys.maxsize)
-    jobs = ValidationJobs(folder)
-    jobs.forget_lost()
-    for line in jobs.collect():
-        metrics.write(line)
-    if waiting := jobs.pending():
-        sys.stderr.write(f"not validated yet: steps {', '.join(map(str, sorted(waiting)))}; run this again later\n")
-    lines = sorted(read_metrics(metrics.path), key=lambda line: line["step"])
+    collect_metrics(folder)
+    cfg = read_config(folder / "config.json")
+    lines = sorted(read_metrics(folder / "metrics.jsonl"), key=lambda line: line["step"])
     if not lines:
-        raise InputError(f"{metrics.path}: there is nothing to push")
+        raise InputError(f"{folder / 'metrics.jsonl'}: there is nothing to push")
     _choose_run(folder, cfg, entity, run_id)
     # Nobody asks to push to a run whose mode is "disabled" without wanting it online.
     mode: Any = os.environ.get("WANDB_MODE") or {"disabled": "online"}.get(cfg.run.wandb_mode, cfg.run.wandb_mode)
@@ -92,18 +109,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line. Returns the exit status."""
     parser = argparse.ArgumentParser("python -m spidr.tools.metrics_queue", description=__doc__.split("\n\n")[1])
     parser.add_argument("path", type=Path, help="a run's folder, or its metrics.jsonl")
-    parser.add_argument("--entity", required=True, help="wandb user or team (no default)")
+    parser.add_argument("--entity", help="wandb user or team (default: none, nothing is pushed)")
     parser.add_argument(
         "--runid", help="wandb's id of the run (default: the one finished run of that project and name)"
     )
     args = parser.parse_args(argv)
+    if args.runid is not None and args.entity is None:
+        parser.error("--runid needs --entity")
     try:
         folder = args.path.parent if args.path.name == "metrics.jsonl" else args.path
-        count = push_metrics(folder, args.entity, args.runid)
+        count = collect_metrics(folder) if args.entity is None else push_metrics(folder, args.entity, args.runid)
     except InputError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
-    sys.stdout.write(f"{count} lines pushed\n")
+    sys.stdout.write(f"{count} lines {'collected' if args.entity is None else 'pushed'}\n")
     return 0
 
 
