@@ -129,6 +129,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("inputs")
     manifest = write_recordings(folder / "recordings", count=2)
     cfg = read_config(write_config(folder, manifest))
+    write_config(folder, manifest, "profiled", run={"profile": True})
     (folder / "run").mkdir()
     (folder / "run" / "config.json").write_text(json.dumps(to_dict(cfg)))
     line = {"step": 1, "group": "train", "loss": 1.0}
@@ -157,6 +158,7 @@ SUBMIT = ("run.json", "-A", "a", "-N", "1", "-G", "1", "--dump", "dump")
         ("tqdm", "train", ("spidr.train", "run.json")),
         ("tqdm", "train", ("spidr.warm_start", "run.json", "warm.pt")),
         ("soundfile", "train", ("spidr.warm_start", "run.json", "warm/warm.pt")),
+        ("viztracer", "train", ("spidr.train", "profiled.json")),  # at once, not after a thousand steps
         ("polars", "train", ("spidr.data.write_manifest", "recordings", "m.csv")),
         ("soundfile", "train", ("spidr.data.write_manifest", "recordings", "m.csv")),
         ("soundfile", "extract", ("spidr.extract", "features", "recordings", "out")),
