@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import polars as pl
 from tqdm import tqdm
 
-from spidr.config import InputError
+from spidr.config import InputError, first_line
 from spidr.data.audio import Recording, num_samples, statistics
 from spidr.data.manifest import ARCHIVE, REQUIRED, STATISTICS
 
@@ -165,11 +165,13 @@ def _members(archive: str, suffixes: tuple[str, ...]) -> Iterator[Recording]:
                     raise InputError(f"{archive}: damaged after byte {tar.offset}; pack the archive once more.")
     except FileNotFoundError:
         raise InputError(f"{archive}: the archive does not exist.") from None
-    except tarfile.TarError as error:
+    except InputError:
+        raise
+    except (tarfile.TarError, OverflowError, ValueError) as error:  # the latter two: absurd numbers in a PAX header
         if _is_compressed(archive):
             reason = "a compressed archive; decompress it first, recordings are read from where they lie in it"
         else:
-            reason = f"not a complete tar archive ({error})"
+            reason = f"not a complete tar archive ({first_line(error)})"
         raise InputError(f"{archive}: {reason}.") from None
     except OSError as error:
         raise InputError(f"{archive}: the archive cannot be read ({error.strerror}).") from None
