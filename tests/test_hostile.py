@@ -267,6 +267,14 @@ def test_sizes_that_lie(tmp_path: Path, name: str, size: int) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["t.tar"]
 
 
+@pytest.mark.parametrize("digits", [25, 5000])
+def test_lengths_of_extended_headers_that_no_number_holds(tmp_path: Path, digits: int) -> None:
+    extended = member("x", b"9" * digits + b" path=x\n", kind=tarfile.XHDTYPE)
+    tar = pack(tmp_path / "t.tar", extended, member("a.wav", wav()))
+    with pytest.raises(InputError, match=r"t\.tar: not a complete tar archive"):
+        write_manifest_tar(tar, tmp_path / "m.csv")
+
+
 def test_sparse_members(tmp_path: Path) -> None:
     tar = pack(tmp_path / "t.tar", member("a.wav", wav(), kind=tarfile.GNUTYPE_SPARSE))
     with pytest.raises(InputError, match=r"t\.tar"):

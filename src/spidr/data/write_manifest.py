@@ -19,7 +19,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spidr.config import InputError
+from spidr.config import InputError, first_line
 from spidr.lazy import command_needs
 
 if TYPE_CHECKING:
@@ -193,11 +193,13 @@ def _members(archive: str, suffixes: tuple[str, ...]) -> Iterator[Recording]:
                     raise InputError(f"{archive}: damaged after byte {tar.offset}; pack the archive once more.")
     except FileNotFoundError:
         raise InputError(f"{archive}: does not exist; expected a folder or a .tar.") from None
-    except tarfile.TarError as error:
+    except InputError:
+        raise
+    except (tarfile.TarError, OverflowError, ValueError) as error:  # the latter two: absurd numbers in a PAX header
         if _is_compressed(archive):
             reason = "a compressed archive; decompress it first, recordings are read from where they lie in it"
         else:
-            reason = f"not a complete tar archive ({error})"
+            reason = f"not a complete tar archive ({first_line(error)})"
         raise InputError(f"{archive}: {reason}.") from None
     except OSError as error:
         raise InputError(f"{archive}: the archive cannot be read ({error.strerror}).") from None
