@@ -38,7 +38,7 @@ def recomputed(function: Callable[..., Tensor], *inputs: Any, draws: bool = Fals
 
 
 def draw_dropped(shape: Sequence[int], p: float) -> tuple[Tensor, float]:
-    """What dropout drops, out of 16 random bits for each element: ``bernoulli_`` takes ten times as long.
+    """What dropout drops, out of 16 random bits for each element: ``bernoulli_`` takes eight times as long.
 
     Args:
         shape: Of the result.
