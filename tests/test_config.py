@@ -4,6 +4,8 @@ import dataclasses
 import json
 import logging
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, get_args
 
@@ -625,3 +627,9 @@ def test_model_config() -> None:
         model_config("x", {})
     with pytest.raises(InputError, match=r"^c\.json: codebok_size: unknown key, did you mean codebook_size\?$"):
         model_config("dinosr", {"codebok_size": 3}, source="c.json")
+
+
+def test_a_system_that_does_not_tell_its_memory() -> None:
+    """Windows has no module ``resource``; models are loaded there all the same."""
+    code = "import sys; sys.modules['resource'] = None; from spidr.config import check_memory; check_memory(2**60, 'x')"
+    subprocess.run([sys.executable, "-c", code], check=True)

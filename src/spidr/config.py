@@ -15,7 +15,7 @@ import logging
 import math
 import os
 import reprlib
-import resource
+import sys
 import tomllib
 import types
 from collections.abc import Callable, Iterable, Mapping
@@ -89,6 +89,10 @@ def check_memory(size: int, place: str) -> None:
 
 @cache
 def _memory() -> int:
+    try:
+        import resource
+    except ImportError:  # on Windows, where memory is not known
+        return sys.maxsize
     sizes = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
     if limit != resource.RLIM_INFINITY:
