@@ -6,6 +6,8 @@ Imports ``spidr.config`` and its siblings only.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +24,23 @@ def _in_pieces(num_frames: int) -> bool:
     return not torch.compiler.is_compiling() and not torch.is_grad_enabled() and num_frames > LONG
 
 
+def _piecewise(function: Callable[..., Tensor], *inputs: Tensor, into: Tensor | None = None) -> Tensor:
+    """What a function gives for (B, T, ...) tensors, ``LONG`` frames at a time.
+
+    The result takes the place of ``into``, a tensor that nobody needs any more, if it is of the same type.
+    """
+    num_frames = inputs[0].shape[1]
+    out: Tensor | None = None
+    for start in range(0, num_frames, LONG):
+        part = slice(start, start + LONG)
+        found = function(*(x[:, part] for x in inputs))
+        if out is None:
+            fits = into is not None and into.dtype == found.dtype
+            out = into if fits else found.new_empty(found.shape[0], num_frames, *found.shape[2:])
+        cast("Tensor", out)[:, part] = found
+    return cast("Tensor", out)
+
+
 class PositionalConvolution(nn.Module):
     """Grouped convolutions over time whose output is added to the features: the model's only sense of position."""
 
@@ -35,6 +54,22 @@ class PositionalConvolution(nn.Module):
 
     def forward(self, x: Tensor, frame_mask: Tensor | None = None) -> Tensor:
         """(B, T, D) to (B, T, D); ``frame_mask`` (B, T, 1) is True on the frames that exist."""
+        num_frames = x.shape[1]
+        if not _in_pieces(num_frames):
+            return self._convolve(x, frame_mask)
+        around = sum(conv.kernel_size[0] // 2 for conv in self._layers())  # what a frame sees on each side
+        out = torch.empty_like(x)
+        for start in range(0, num_frames, LONG):
+            left, stop = max(0, start - around), min(start + LONG, num_frames)
+            seen = slice(left, stop + around)
+            found = self._convolve(x[:, seen], None if frame_mask is None else frame_mask[:, seen])
+            out[:, start:stop] = found[:, start - left : stop - left]
+        return out
+
+    def _layers(self) -> list[nn.Conv1d]:
+        return cast("list[nn.Conv1d]", list(self.convs))
+
+    def _convolve(self, x: Tensor, frame_mask: Tensor | None) -> Tensor:
         num_frames = x.shape[1]
         for conv in self.convs:
             if frame_mask is not None:
@@ -67,11 +102,14 @@ class Attention(nn.Module):
         # Queries, keys and values of all heads at once would be the largest tensor of all.
         weight = self.qkv.weight.unflatten(0, (3, self.num_heads, -1))
         bias = None if self.qkv.bias is None else self.qkv.bias.unflatten(0, (3, self.num_heads, -1))
-        heads = []
+        size = weight.shape[2]
+        heads: Tensor | None = None
         for head in range(self.num_heads):
             head_bias = None if bias is None else bias[:, head].flatten()
-            heads.append(self._attend(F.linear(x, weight[:, head].flatten(0, 1), head_bias), 1, attention_mask))
-        return self.proj(torch.cat(heads, dim=-1))
+            found = self._attend(F.linear(x, weight[:, head].flatten(0, 1), head_bias), 1, attention_mask)
+            heads = found.new_empty(*found.shape[:2], self.num_heads * size) if heads is None else heads
+            heads[..., head * size : (head + 1) * size] = found
+        return _piecewise(self.proj, cast("Tensor", heads), into=heads)
 
     def _attend(self, qkv: Tensor, num_heads: int, attention_mask: Tensor | None) -> Tensor:
         q, k, v = qkv.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)
@@ -94,7 +132,7 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, D) to (B, T, D)."""
         if _in_pieces(x.shape[1]):
-            return torch.cat([self.forward(piece) for piece in x.split(LONG, dim=1)], dim=1)
+            return _piecewise(self.forward, x)
         return recomputed(self._activate_and_reduce, self.intermediate_dense(x), draws=self.dropout.p > 0)
 
     def _activate_and_reduce(self, x: Tensor) -> Tensor:
@@ -123,12 +161,23 @@ class Block(nn.Module):
             The block's output and its feed-forward output before the residual addition, both (B, T, D).
         """
         if self.layer_norm_first:
-            x = x + self.dropout(self.attention(self.layer_norm(x), attention_mask))
+            attended = self.attention(self.layer_norm(x), attention_mask)
+            x = self._add(x, attended, into=attended)
             forwarded = self.feed_forward(self.final_layer_norm(x))
-            return x + self.dropout(forwarded), forwarded
-        x = self.layer_norm(x + self.dropout(self.attention(x, attention_mask)))
+            return self._add(x, forwarded, into=x), forwarded
+        attended = self.attention(x, attention_mask)
+        x = self._add(x, attended, self.layer_norm, into=attended)
         forwarded = self.feed_forward(x)
-        return self.final_layer_norm(x + self.dropout(forwarded)), forwarded
+        return self._add(x, forwarded, self.final_layer_norm, into=x), forwarded
+
+    def _add(self, x: Tensor, y: Tensor, norm: nn.Module | None = None, *, into: Tensor) -> Tensor:
+        """The residual connection, in the place of ``into`` where that saves memory."""
+
+        def add(x: Tensor, y: Tensor) -> Tensor:
+            x = x + self.dropout(y)
+            return x if norm is None else norm(x)
+
+        return _piecewise(add, x, y, into=into) if _in_pieces(x.shape[1]) else add(x, y)
 
 
 class Transformer(nn.Module):
