@@ -50,6 +50,7 @@ def test_the_transformer_in_pieces(bias: bool, monkeypatch: pytest.MonkeyPatch) 
     waveforms = batch().double()
     whole = model.get_codebooks(waveforms, lengths=LENGTHS)[1:]
     monkeypatch.setattr(transformer, "LONG", 50)
+    monkeypatch.setattr(transformer, "PIECE", 30)
     pieces = model.get_codebooks(waveforms, lengths=LENGTHS)[1:]
     for one, other in zip(whole, pieces, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-9)

@@ -437,8 +437,7 @@ class DinoSR(nn.Module):
         def encode(features: Tensor, attention_mask: Tensor | None) -> Tensor:
             return self.student.get_intermediate_outputs(features, attention_mask, layer, skip=layer - 1)[0]
 
-        waveforms, frame_lengths = self._utterances(waveforms, lengths, normalize=normalize)
-        return self._windowed(encode, waveforms, lengths, frame_lengths, window, context), frame_lengths
+        return self._windowed(encode, waveforms, lengths, window, context, normalize=normalize)
 
     @torch.no_grad()
     def units(
@@ -476,8 +475,7 @@ class DinoSR(nn.Module):
         def units(features: Tensor, attention_mask: Tensor | None) -> Tensor:
             return head(self._hidden(features, attention_mask, layer - first + 1)[-1]).argmax(-1)
 
-        waveforms, frame_lengths = self._utterances(waveforms, lengths, normalize=normalize)
-        found = self._windowed(units, waveforms, lengths, frame_lengths, window, context)
+        found, frame_lengths = self._windowed(units, waveforms, lengths, window, context, normalize=normalize)
         padding = torch.arange(found.shape[1], device=found.device) >= frame_lengths.unsqueeze(1)
         return found.masked_fill(padding, -1), frame_lengths
 
@@ -486,11 +484,16 @@ class DinoSR(nn.Module):
         function: Callable[[Tensor, Tensor | None], Tensor],
         waveforms: Tensor,
         lengths: Tensor | Sequence[int] | None,
-        frame_lengths: Tensor,
         window: float | None,
         context: float | None,
-    ) -> Tensor:
-        """What a function of (projected features, attention mask) gives, on windows of each row if asked for."""
+        *,
+        normalize: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """What a function of (projected features, attention mask) gives, on windows of each row if asked for.
+
+        Returns:
+            That, and the frames of each row.
+        """
         frame_seconds = math.prod(stride for _, _, stride in self.feature_extractor.shapes) / SAMPLE_RATE
         for name, seconds in (("window", window), ("context", context)):
             if seconds is not None and not math.isfinite(seconds):
@@ -501,19 +504,20 @@ class DinoSR(nn.Module):
             raise InputError(f"window = {window} s is shorter than a frame of {frame_seconds} s")
         if around < 0 or (context is not None and size is None):
             raise InputError(f"context = {context} s needs to be at least 0 and goes with a window")
-        features, attention_mask = self.project(waveforms, lengths=lengths)
-        if size is None or features.shape[1] <= size:
-            return function(features, attention_mask)
+        x, frame_lengths = self._utterances(waveforms, lengths, normalize=normalize)
+        x, attention_mask = self.project(x, lengths=lengths)
+        if size is None or x.shape[1] <= size:
+            return function(x, attention_mask), frame_lengths
         out: Tensor | None = None
         for row, num_frames in enumerate(frame_lengths.tolist()):
             for start in range(0, num_frames, size):
                 stop, left = min(start + size, num_frames), max(0, start - around)
-                seen = features[row : row + 1, left : min(stop + around, num_frames)]
+                seen = x[row : row + 1, left : min(stop + around, num_frames)]
                 found = function(seen, None)[0, start - left : stop - left]
                 if out is None:
-                    out = found.new_zeros(*features.shape[:2], *found.shape[1:])
+                    out = found.new_zeros(*x.shape[:2], *found.shape[1:])
                 out[row, start:stop] = found
-        return cast("Tensor", out)
+        return cast("Tensor", out), frame_lengths
 
     def _layer(self, layer: int | None) -> int:
         layer, total = self.best_layer if layer is None else layer, len(self.student.layers)

@@ -19,20 +19,23 @@ from spidr.models.lean import Dropout, attend, recomputed
 LONG = 16_384
 """Frames above which inference goes piece by piece, so that a few (T, D) tensors are all there is at a time."""
 
+PIECE = LONG // 8
+"""Frames of such a piece: the feed-forward's hidden layer takes 25 MB in the base models."""
+
 
 def _in_pieces(num_frames: int) -> bool:
     return not torch.compiler.is_compiling() and not torch.is_grad_enabled() and num_frames > LONG
 
 
 def _piecewise(function: Callable[..., Tensor], *inputs: Tensor, into: Tensor | None = None) -> Tensor:
-    """What a function gives for (B, T, ...) tensors, ``LONG`` frames at a time.
+    """What a function gives for (B, T, ...) tensors, ``PIECE`` frames at a time.
 
     The result takes the place of ``into``, a tensor that nobody needs any more, if it is of the same type.
     """
     num_frames = inputs[0].shape[1]
     out: Tensor | None = None
-    for start in range(0, num_frames, LONG):
-        part = slice(start, start + LONG)
+    for start in range(0, num_frames, PIECE):
+        part = slice(start, start + PIECE)
         found = function(*(x[:, part] for x in inputs))
         if out is None:
             fits = into is not None and into.dtype == found.dtype
@@ -131,8 +134,9 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, D) to (B, T, D)."""
-        if _in_pieces(x.shape[1]):
-            return _piecewise(self.forward, x)
+        return _piecewise(self._expand_and_reduce, x) if _in_pieces(x.shape[1]) else self._expand_and_reduce(x)
+
+    def _expand_and_reduce(self, x: Tensor) -> Tensor:
         return recomputed(self._activate_and_reduce, self.intermediate_dense(x), draws=self.dropout.p > 0)
 
     def _activate_and_reduce(self, x: Tensor) -> Tensor:
