@@ -201,7 +201,7 @@ MAY_IMPORT = {
     "config": set(),
     "lazy": {"config"},
     "models": {"config", "lazy"},
-    "data": {"config", "lazy"},
+    "data": {"config", "lazy", "tools"},
     "tools": {"config", "lazy"},
     "environment": {"config", "tools"},
     "optimizer": {"config"},

@@ -65,7 +65,6 @@ def test_every_recording_once(cfg: DataConfig) -> None:
     loader = build_dataloader(cfg, MaskingConfig())
     rows = sorted(row for batch in loader for row in batch.rows.tolist())
     assert rows == [row for row, length in enumerate(LENGTHS) if length >= 1200]
-    assert loader.dataset.file(3).endswith("00003.wav")
 
 
 def test_published_usage(cfg: DataConfig) -> None:

@@ -70,7 +70,8 @@ def test_archive_is_the_folder(corpus: Path, tmp_path: Path) -> None:
     rows = {path.removeprefix(f"{corpus}/"): i for i, path in enumerate(folder.manifest["path"])}
     for i, name in enumerate(sorted(NAMES)):
         assert folder[rows[name]].tolist() == archive[i].tolist()
-    assert archive.file(0) == f"{tmp_path}/corpus.tar:{min(NAMES)}"
+    (first,) = archive.recordings(np.array([0]))
+    assert str(first) == f"{tmp_path}/corpus.tar:{min(NAMES)}"
 
 
 def test_long_member_names_and_other_kinds_of_members(tmp_path: Path) -> None:
@@ -147,7 +148,7 @@ def test_bad_arguments(corpus: Path, tmp_path: Path) -> None:
         (write_manifest, tmp_path / "empty", csv, r"empty: no file's name ends in \.wav"),
         (write_manifest, corpus, tmp_path / "m.txt", r"m\.txt: the manifest's name must end in \.csv or \.jsonl"),
         (write_manifest, corpus, tmp_path / "folder.csv", "is a folder"),
-        (write_manifest, corpus, corpus / "notes.txt" / "m.csv", "cannot be written"),
+        (write_manifest, corpus, corpus / "notes.txt" / "m.csv", "cannot be made"),
         (write_manifest_fairseq, corpus, csv, r"must end in \.tsv"),
         (write_manifest_tar, tmp_path / "t.tar.gz", csv, r"t\.tar\.gz: a compressed archive; decompress it"),
         (write_manifest_tar, tmp_path / "t.tar.zst", csv, r"t\.tar\.zst: a compressed archive; decompress it"),

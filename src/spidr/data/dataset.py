@@ -56,10 +56,6 @@ class SpeechDataset(Dataset[Tensor]):
         columns = [self.manifest[name].gather(rows).to_list() for name in fields]
         return [Recording(**dict(zip(fields, values, strict=True))) for values in zip(*columns, strict=True)]
 
-    def file(self, row: int) -> str:
-        """Name of a row's file, ``archive:member`` inside archives, for messages."""
-        return str(self.recordings(np.array([row]))[0])
-
 
 def speech_dataset(path: str | Path, *, normalize: bool) -> SpeechDataset:
     """Recordings of the manifest at ``path``; ``[i]`` is row i's waveform, float32 (S,) at 16 kHz.

@@ -2,7 +2,7 @@
 
 ``python -m spidr.data.write_manifest DATASET OUTPUT [--ext .wav] [--fairseq] [--stats]``
 
-May import ``spidr.config``, ``spidr.lazy`` and its siblings.
+May import ``spidr.config``, ``spidr.lazy``, ``spidr.tools`` and its siblings.
 """
 
 from __future__ import annotations
@@ -14,16 +14,17 @@ import sys
 import tarfile
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from spidr.config import InputError, first_line
 from spidr.lazy import command_needs
+from spidr.tools.files import atomic_write, make_folder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
+    from contextlib import AbstractContextManager
 
 
 def _arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -100,10 +101,10 @@ def write_manifest_fairseq(
         if any(character in path for character in "\t\n\r"):
             raise InputError(f"{path!r}: fairseq's manifests cannot hold tabs and line breaks; write a .csv.")
     table = _describe([Recording(path) for path in paths], len(paths), stats=False)
-    with _replacing(output) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
-        file.write(f"{root}\n")
-        rows = table.select("path", "num_samples").iter_rows()
-        file.writelines(f"{os.path.relpath(path, root)}\t{samples}\n" for path, samples in rows)
+    rows = table.select("path", "num_samples").iter_rows()
+    with _new(output) as file:
+        file.write(f"{root}\n".encode())
+        file.writelines(f"{os.path.relpath(path, root)}\t{samples}\n".encode() for path, samples in rows)
 
 
 def write_manifest_tar(
@@ -268,28 +269,16 @@ def _check_output(output: str | Path, suffixes: tuple[str, ...]) -> Path:
 
 
 def _write_table(output: Path, table: pl.DataFrame) -> None:
-    with _replacing(output) as temporary:
+    with _new(output) as file:
         if output.suffix == ".csv":
-            table.write_csv(temporary)
+            table.write_csv(file)
         else:
-            table.write_ndjson(temporary)
+            table.write_ndjson(file)
 
 
-@contextmanager
-def _replacing(output: Path) -> Iterator[Path]:
-    """A file that takes the place of ``output`` when everything went well, and is gone otherwise."""
-    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.replace(output)
-    except OSError as error:
-        raise InputError(f"{output}: cannot be written ({error.strerror or error}).") from None
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
+def _new(output: Path) -> AbstractContextManager[IO[bytes]]:
+    make_folder(output.parent)
+    return atomic_write(output)
 
 
 def main(argv: list[str] | None = None) -> None:

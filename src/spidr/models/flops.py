@@ -49,13 +49,6 @@ def transformer_flops(cfg: DinoSRConfig, num_frames: int, num_layers: int | None
     return num_frames * (positional + layers * (linear + attention))
 
 
-def features_flops(cfg: DinoSRConfig, num_samples: int, num_layers: int | None = None) -> float:
-    """Of the features of the first layers (default all) of one utterance: 14 GFLOP a second in the base model."""
-    frames = conv_length(cfg.extractor_conv_layer_config, num_samples)
-    projection = 2.0 * cfg.extractor_conv_layer_config[-1][0] * cfg.encoder_embed_dim * frames
-    return sum(extractor_flops(cfg, num_samples)) + projection + transformer_flops(cfg, frames, num_layers)
-
-
 def step_flops(cfg: DinoSRConfig, num_samples: int, num_masked: int, *, frozen: bool = False) -> float:
     """Of one utterance in a training step: 56 GFLOP a second in the base model.
 
