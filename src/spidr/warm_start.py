@@ -1,10 +1,11 @@
 """A warm start: ``python -m spidr.warm_start CONFIG OUTPUT.pt`` writes first weights for ``run.init_ckpt``.
 
-An extra of this package, no part of SpidR or DinoSR as published. The first targets of both come from random
-convolutions and say little about phones, and an hour of speech does not take a training far beyond them. Here extractor
-and projection first learn by regression to put out 13 cepstra (MFCC), turned by a random rotation into the model's
-width; codebooks and all else are as when a run of CONFIG begins. No labels are used. What is gained: docs/decisions.md,
-"It learns".
+An extra of this package, no part of SpidR or DinoSR as published. The first targets of both come from random weights
+and say little about phones, and an hour of speech does not take a training far beyond them. Here extractor, projection
+and student first learn by regression: each layer that has a codebook learns to put out smoothed cepstra (MFCC) and
+their slopes, turned by a random rotation into the model's width. The teacher becomes a copy of the student; heads are
+as when a run of CONFIG begins, and so is the way to first codewords. No labels are used. What is gained:
+docs/decisions.md, "It learns".
 
 May import ``spidr.config``, ``spidr.models``, ``spidr.data``, ``spidr.environment``, ``spidr.optimizer``,
 ``spidr.lazy`` and ``spidr.tools``; torch only where it is used, so that ``--help`` does not wait for it.
@@ -34,11 +35,15 @@ if TYPE_CHECKING:
 
 CEPSTRA = 13
 MELS = 80
-SCALE = 0.5
-"""Standard deviation of the projected features."""
+SMOOTH = (1, 2, 3, 2, 1)
+SLOPE = (-1, -2, 0, 2, 1)
+"""Weights of five frames, 80 ms from the first to the last in the base models: about the length of a phone."""
 
-LR = 6e-3
-"""Far more than a training takes: with 1e-3, half of the variance is left after 600 steps instead of a third."""
+SLOPES_WEIGHT = 0.5
+"""Standard deviation of the slopes, as a share of that of the smoothed cepstra."""
+
+LR = 4e-3
+"""Several times what a training takes."""
 
 MOMENTS_BATCHES = 200
 """Batches of which the mean and variance of the cepstra are taken: an hour of speech at 20 s each."""
@@ -80,27 +85,53 @@ def cepstra(waveforms: Tensor, shapes: Sequence[tuple[int, int, int]]) -> Tensor
     return mels @ (phases.cos() * math.sqrt(2 / MELS)).to(mels)
 
 
+def smooth_and_slope(x: Tensor, num_frames: Tensor) -> Tensor:
+    """Weighted means over five frames and, beside them, slopes: (B, T, C) to (B, T, 2 C).
+
+    Before the first and after the last of a row's ``num_frames`` (B,), that frame counts again.
+    """
+    import torch
+
+    around, frames = len(SMOOTH) // 2, torch.arange(x.shape[1], device=x.device)
+    smooth, slope = torch.zeros_like(x), torch.zeros_like(x)
+    for offset in range(-around, around + 1):
+        index = (frames + offset).clamp(min=0).minimum(num_frames.unsqueeze(1) - 1)
+        neighbours = x.gather(1, index.unsqueeze(-1).expand_as(x))
+        smooth += neighbours * (SMOOTH[offset + around] / sum(SMOOTH))
+        slope += neighbours * (SLOPE[offset + around] / sum(map(abs, SLOPE)))
+    return torch.cat([smooth, slope], dim=-1)
+
+
 class Targets:
-    """What the projection shall put out: cepstra, standardised over the corpus, as features of std ``SCALE``."""
+    """What the layers shall put out: features of variance 1 on average.
+
+    Smoothed cepstra and slopes, each standardised over the corpus. The weights of cepstra 0, 1, 2, ... are 1, 1,
+    1/sqrt(2), 1/sqrt(3) and so on, since the lower ones tell more about phones.
+    """
 
     def __init__(self, cfg: DinoSRConfig, loader: SpeechLoader, seed: int) -> None:
         import torch
 
         self.shapes, dim = cfg.extractor_conv_layer_config, cfg.encoder_embed_dim
-        kept = min(CEPSTRA, dim)
-        frames = torch.cat([self._cepstra(batch) for batch in islice(loader.epoch(0), MOMENTS_BATCHES)]).double()
+        frames = torch.cat([self._describe(batch) for batch in islice(loader.epoch(0), MOMENTS_BATCHES)]).double()
         self.mean, std = frames.mean(0).float(), frames.std(0, correction=0).float().clamp(min=1e-5)
-        draw = torch.randn(dim, kept, generator=torch.Generator().manual_seed(seed))
-        rotation = torch.linalg.qr(draw).Q.T * (SCALE * math.sqrt(dim / kept))
-        self.map = rotation / std[:kept].unsqueeze(1)
+        weights = torch.arange(CEPSTRA).clamp(min=1).rsqrt()
+        weights = torch.cat([weights, SLOPES_WEIGHT * weights])
+        kept = weights.argsort(descending=True, stable=True)[:dim]  # the most important ones, if the model is narrow
+        draw = torch.randn(dim, len(kept), generator=torch.Generator().manual_seed(seed))
+        rotation = torch.linalg.qr(draw).Q.T * (math.sqrt(dim) / weights[kept].norm())
+        self.map = torch.zeros(2 * CEPSTRA, dim)
+        self.map[kept] = rotation * (weights / std)[kept].unsqueeze(1)
 
-    def _cepstra(self, batch: Batch) -> Tensor:
-        return frames_of(batch, cepstra(batch.waveforms, self.shapes))
+    def _describe(self, batch: Batch) -> Tensor:
+        x, mask = cepstra(batch.waveforms, self.shapes), batch.attention_mask
+        num_frames = x.new_full(x.shape[:1], x.shape[1]).long() if mask is None else mask[:, 0, 0].sum(-1)
+        return frames_of(batch, smooth_and_slope(x, num_frames))
 
     def __call__(self, batch: Batch) -> Tensor:
         """(N, D), for the frames of a batch that exist."""
-        found = self._cepstra(batch) - self.mean.to(batch.waveforms.device)
-        return found[:, : len(self.map)] @ self.map.to(found.device)
+        found = self._describe(batch)
+        return (found - self.mean.to(found)) @ self.map.to(found)
 
 
 def frames_of(batch: Batch, x: Tensor) -> Tensor:
@@ -110,7 +141,7 @@ def frames_of(batch: Batch, x: Tensor) -> Tensor:
 
 
 def warm_start(cfg: Config, output: Path, *, steps: int = 600, lr: float = LR, device: str = "auto") -> float:
-    """Train extractor and projection of a new model, in one process, and save the model and its ``config.json``.
+    """Train a new model's extractor, projection and student, in one process; save model and ``config.json``.
 
     Args:
         cfg: Of the run to start: its model, data, seed, and the optimiser's settings other than its schedule count. A
@@ -142,8 +173,9 @@ def warm_start(cfg: Config, output: Path, *, steps: int = 600, lr: float = LR, d
     _check_output(output, config)
     target_device = choose_device(device)
     torch.manual_seed(cfg.run.random_seed)
-    model = build_model(cfg=cfg.model, model_type=cfg.run.model_type).to(target_device).train()
-    trained = nn.ModuleList([model.feature_extractor, model.feature_projection])
+    model = build_model(cfg=cfg.model, model_type=cfg.run.model_type).to(target_device).eval()  # without dropout
+    trained = nn.ModuleList([model.feature_extractor, model.feature_projection, model.student])
+    skip = len(model.student.layers) - model.num_codebooks
     loader = build_dataloader(cfg.data, None, conv_layer_config=cfg.model.extractor_conv_layer_config)
     optimizer_cfg = replace(
         cfg.optimizer, lr=lr, max_steps=steps, warmup_steps=steps // 10, scheduler="cosine", final_lr_scale=0.0
@@ -157,8 +189,10 @@ def warm_start(cfg: Config, output: Path, *, steps: int = 600, lr: float = LR, d
         for cpu_batch in tqdm(_batches(loader, steps), "warm start", steps, unit="step", mininterval=interval):
             batch = cpu_batch.to(target_device, non_blocking=True)
             with torch.autocast(target_device.type, dtype, enabled=optimizer_cfg.mixed_precision):
-                features, _ = model.project(batch.waveforms, batch.attention_mask, batch.lengths)
-            loss = (frames_of(batch, features).float() - targets(batch)).square().mean() / SCALE**2
+                features, mask = model.project(batch.waveforms, batch.attention_mask, batch.lengths)
+                outputs = model.student.get_intermediate_outputs(features, mask, skip=skip)
+            found = torch.stack([frames_of(batch, output) for output in outputs])
+            loss = (found.float() - targets(batch)).square().mean()
             scaler.scale(loss).backward()
             scaler.unscale_(optimizer)
             nn.utils.clip_grad_norm_(trained.parameters(), optimizer_cfg.max_norm)
@@ -167,6 +201,7 @@ def warm_start(cfg: Config, output: Path, *, steps: int = 600, lr: float = LR, d
             optimizer.zero_grad()
             scheduler.step()
             losses.append(loss.detach())
+        model.teacher.load_state_dict(model.student.state_dict())
         if cfg.model.codebook_init == "data":
             batch = next(loader.epoch(0)).to(target_device)
             generator = torch.Generator().manual_seed(cfg.run.random_seed)
@@ -208,7 +243,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line. Returns the exit status."""
     parser = argparse.ArgumentParser(
         "python -m spidr.warm_start",
-        description="First weights for a small model and little speech: the extractor learns to put out cepstra. An "
+        description="First weights for a small model and little speech: its layers learn to put out cepstra. An "
         "extra, no part of SpidR or DinoSR as published. Name OUTPUT in run.init_ckpt of CONFIG.",
     )
     parser.add_argument("config", metavar="CONFIG", help="the run's configuration: model, data, seed, precision count")
@@ -225,7 +260,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
-    sys.stdout.write(f"{args.output}: {left:.3f} of the cepstra's variance is left after {args.steps} steps\n")
+    sys.stdout.write(f"{args.output}: {left:.3f} of the targets' variance is left after {args.steps} steps\n")
     return 0
 
 

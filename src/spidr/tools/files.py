@@ -31,8 +31,8 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
             aside.unlink(missing_ok=True)
         if (cause := _disk_error(error)) is not None:
             raise InputError(
-                f"{path}: cannot be written ({cause.strerror or cause}). What was saved before is intact: make room or choose "
-                "another folder, then run the same command again."
+                f"{path}: cannot be written ({cause.strerror or cause}). What was saved before is intact: make room or "
+                "choose another folder, then run the same command again."
             ) from error
         raise
 
