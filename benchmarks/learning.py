@@ -5,7 +5,7 @@
 SPEECH holds ``audio/``, ``alignments.jsonl`` (with speaker, gender and duration) and ``phoneme.item``. The speakers are
 split, 45 minutes to train on, the others to validate; everything is measured on the latter. OUTPUT gets the manifests,
 the runs, ``results.jsonl`` (one line for each system, seed and layer) and ``table.md``. The baselines take a minute,
-each of the trainings four on one core, a warm start (:mod:`spidr.warm_start`) two; what is in ``results.jsonl`` is not
+each of the trainings three on one core, a warm start (:mod:`spidr.warm_start`) six; what is in ``results.jsonl`` is not
 done again, and an interrupted run goes on.
 """
 
@@ -16,7 +16,7 @@ import resource
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from spidr.models import DinoSR, build_model
 from spidr.models.codebook import standardise
 from spidr.models.metrics import units_quality
 from spidr.validate import encode_rows
-from spidr.warm_start import cepstra, log_mel
+from spidr.warm_start import cepstra, log_mel, smooth_and_slope, weights
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN_MINUTES = 45
@@ -86,11 +86,17 @@ def prepare(speech: Path, output: Path) -> None:
 # Features and k-means
 
 
-def spectral(manifest: Path, compute: Callable[..., torch.Tensor]) -> Features:
-    """Log-mel energies or cepstra at the models' frames, standardised over each recording."""
+def smoothed(waveforms: torch.Tensor, shapes: Sequence[tuple[int, int, int]]) -> torch.Tensor:
+    """What a warm start imitates, before standardisation and weights."""
+    x = cepstra(waveforms, shapes)
+    return smooth_and_slope(x, torch.tensor([x.shape[1]]))
+
+
+def spectral(manifest: Path, compute: Callable[..., torch.Tensor], scale: torch.Tensor) -> Features:
+    """Log-mel energies or cepstra at the models' frames, standardised over each recording, times ``scale``."""
     dataset = speech_dataset(manifest, normalize=True)
     frames = (compute(dataset[i].unsqueeze(0), DEFAULT_CONV_LAYER_CONFIG)[0] for i in range(len(dataset)))
-    return {name: standardise(x).numpy() for name, x in zip(dataset.manifest["fileid"], frames, strict=True)}
+    return {name: (standardise(x) * scale).numpy() for name, x in zip(dataset.manifest["fileid"], frames, strict=True)}
 
 
 def model_features(model: DinoSR, manifest: Path, layers: list[int]) -> dict[int, Features]:
@@ -163,9 +169,14 @@ def measure(output: Path, of_features: ABX, units: dict[str, np.ndarray], size: 
 
 
 def baselines(output: Path, sizes: list[int], seeds: list[int], results: Results, scorer: Scorer) -> None:
-    """k-means on log-mel frames and on cepstra."""
-    for name, compute in (("log-mel", log_mel), ("cepstra", cepstra)):
-        train, valid = (spectral(output / f"{split}.csv", compute) for split in ("train", "valid"))
+    """k-means on log-mel frames, on cepstra, and on what a warm start imitates."""
+    ones = torch.ones(1)
+    for name, compute, scale in (
+        ("log-mel", log_mel, ones),
+        ("cepstra", cepstra, ones),
+        ("smoothed cepstra and slopes", smoothed, weights()),
+    ):
+        train, valid = (spectral(output / f"{split}.csv", compute, scale) for split in ("train", "valid"))
         of_features = scorer.score(valid)
         for size in sizes:
             for seed in seeds:
