@@ -176,6 +176,8 @@ def baselines(output: Path, sizes: list[int], seeds: list[int], results: Results
         ("cepstra", cepstra, ones),
         ("smoothed cepstra and slopes", smoothed, weights()),
     ):
+        if all(results.has(f"k-means {size}, {name}", seed) for size in sizes for seed in seeds):
+            continue
         train, valid = (spectral(output / f"{split}.csv", compute, scale) for split in ("train", "valid"))
         of_features = scorer.score(valid)
         for size in sizes:
@@ -240,8 +242,7 @@ def measure_k_means(output: Path, checkpoint: Path, system: str, seed: int, resu
     if results.has(system, seed):
         return
     model = build_model(checkpoint=checkpoint).eval()
-    size, total = model.cfg.codebook_size, model.cfg.encoder_num_layers
-    layers = list(range(total - model.num_codebooks + 1, total + 1))
+    size, layers = model.cfg.codebook_size, list(model.codebook_layers)
     train, valid = (model_features(model, output / f"{split}.csv", layers) for split in ("train", "valid"))
     rows: list[dict[str, Any]] = []
     for layer in layers:

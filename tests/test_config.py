@@ -536,6 +536,11 @@ def test_unparsable(write, name: str, content: str | bytes, expected: str) -> No
     assert found.startswith(expected)
 
 
+def test_a_number_that_python_does_not_write(write) -> None:
+    found = problems(write("[optimizer]\nlr = 0x" + "f" * 5000, "c.toml"))
+    assert any(line.startswith("optimizer.lr: found 0xffff") and len(line) < 200 for line in found)
+
+
 def test_unreadable(tmp_path: Path) -> None:
     assert problems(tmp_path) == ["cannot read the file: Is a directory"]
     assert problems(tmp_path / "missing.toml") == ["cannot read the file: No such file or directory"]

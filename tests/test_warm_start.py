@@ -189,6 +189,13 @@ def test_refused_before_anything_is_trained(
     assert f"{warm.with_name('config.json')}: is of another run" in other
     assert "lr: found nan" in refused(capsys, path, tmp_path / "warm.pt", "--lr", "nan")
     assert "must end in .pt" in refused(capsys, path, tmp_path / "warm.safetensors")
+    assert "name is too long" in refused(capsys, path, tmp_path / f"{'a' * 245}.pt")
+    (tmp_path / "folder" / "config.json").mkdir(parents=True)
+    assert "config.json: cannot be read" in refused(capsys, path, tmp_path / "folder" / "warm.pt")
+    large = json.loads(path.read_text())
+    large["model"]["codebook_size"] = 100_000
+    (tmp_path / "large.json").write_text(json.dumps(large))
+    assert "too few to draw 100000 codewords" in refused(capsys, tmp_path / "large.json", tmp_path / "l" / "warm.pt")
     assert "no-manifest.csv" in refused(capsys, config(tmp_path, tmp_path / "no-manifest.csv"), tmp_path / "warm.pt")
     assert not (tmp_path / "warm.pt").exists()
 

@@ -68,6 +68,14 @@ class InputError(ValueError):
     """
 
 
+def receptive_field(shapes: Iterable[tuple[int, int, int]]) -> int:
+    """Number of samples that one frame of the convolutions ``shapes`` sees."""
+    samples = 1
+    for _, kernel, stride in reversed(list(shapes)):
+        samples = (samples - 1) * stride + kernel
+    return samples
+
+
 def first_line(error: BaseException) -> str:
     """What another library's error says, short enough for a message of ours; its name if it says nothing."""
     return next(iter(str(error).splitlines()), "")[:200] or type(error).__name__
@@ -717,7 +725,13 @@ def _describe(hint: Any) -> str:
     return _NAMES.get(hint, "a table")
 
 
-_short = reprlib.Repr()
+class _Short(reprlib.Repr):
+    def repr_int(self, x: int, level: int) -> str:
+        # Python does not write more than 4,300 decimal digits, which a file may give as hexadecimal ones.
+        return super().repr_int(x, level) if x.bit_length() < 10_000 else f"{hex(x)[:40]}..."
+
+
+_short = _Short()
 _short.maxstring = _short.maxother = _short.maxlong = 80
 
 

@@ -332,7 +332,9 @@ def init_codebooks(state: State) -> None:
     """Take the first codewords from the first batch of the main process."""
     batch = next(state.loader.epoch(0)).to(state.env.device)
     generator = torch.Generator().manual_seed(state.cfg.run.random_seed)
-    state.model.init_codebooks(batch.waveforms, attention_mask=batch.attention_mask, generator=generator)
+    state.model.init_codebooks(
+        batch.waveforms, attention_mask=batch.attention_mask, lengths=batch.lengths, generator=generator
+    )
     for buffer in state.model.codebooks.buffers():
         state.env.broadcast(buffer)
 

@@ -24,7 +24,7 @@ from itertools import chain, count, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from spidr.config import SAMPLE_RATE, Config, DinoSRConfig, InputError, read_config, to_dict
+from spidr.config import SAMPLE_RATE, Config, DinoSRConfig, InputError, read_config, receptive_field, to_dict
 from spidr.lazy import needs_extra
 
 if TYPE_CHECKING:
@@ -48,6 +48,9 @@ LR = 4e-3
 STEPS = 1500
 """With 600, twice as much of the targets' variance is left."""
 
+MAX_NAME = 200
+"""Bytes of a file's name at most, some fewer than file systems take, for the name that a file has until it is whole."""
+
 MOMENTS_BATCHES = 200
 """Batches of which the mean and variance of the cepstra are taken: an hour of speech at 20 s each."""
 
@@ -65,9 +68,7 @@ def log_mel(waveforms: Tensor, shapes: Sequence[tuple[int, int, int]]) -> Tensor
     """
     import torch
 
-    field, hop = 1, math.prod(stride for _, _, stride in shapes)
-    for _, kernel, stride in reversed(shapes):
-        field = (field - 1) * stride + kernel
+    field, hop = receptive_field(shapes), math.prod(stride for _, _, stride in shapes)
     size = 1 << (field - 1).bit_length()
     window = torch.hann_window(field, device=waveforms.device)
     power = torch.fft.rfft(waveforms.unfold(1, field, hop) * window, size).abs().square()
@@ -192,8 +193,18 @@ def warm_start(cfg: Config, output: Path, *, steps: int = STEPS, lr: float = LR,
     optimizer, scaler, scheduler = build_optimizer(trained, optimizer_cfg)
     dtype = getattr(torch, optimizer_cfg.dtype)
     losses: list[Tensor] = []
+
+    def init_codebooks() -> None:
+        if cfg.model.codebook_init == "data":
+            batch = next(loader.epoch(0)).to(target_device)
+            generator = torch.Generator().manual_seed(cfg.run.random_seed)
+            model.init_codebooks(
+                batch.waveforms, attention_mask=batch.attention_mask, lengths=batch.lengths, generator=generator
+            )
+
     interval = 0.5 if sys.stderr.isatty() else 60
     try:
+        init_codebooks()  # for what it refuses
         targets = Targets(cfg.model, loader, cfg.run.random_seed)
         for cpu_batch in tqdm(_batches(loader, steps), "warm start", steps, unit="step", mininterval=interval):
             batch = cpu_batch.to(target_device, non_blocking=True)
@@ -211,10 +222,7 @@ def warm_start(cfg: Config, output: Path, *, steps: int = STEPS, lr: float = LR,
             scheduler.step()
             losses.append(loss.detach())
         model.teacher.load_state_dict(model.student.state_dict())
-        if cfg.model.codebook_init == "data":
-            batch = next(loader.epoch(0)).to(target_device)
-            generator = torch.Generator().manual_seed(cfg.run.random_seed)
-            model.init_codebooks(batch.waveforms, attention_mask=batch.attention_mask, generator=generator)
+        init_codebooks()
     finally:
         loader.close()
     left = torch.stack(losses[-max(1, steps // 10) :]).mean().item()
@@ -241,8 +249,14 @@ def _check_output(output: Path, config: bytes) -> None:
     if os.path.exists(output):  # noqa: PTH110 (this knows no name that is too long)
         raise InputError(f"{output}: exists; choose another output")
     make_folder(output.parent)
+    if len(os.fsencode(output.name)) > MAX_NAME:
+        raise InputError(f"{output}: the name is too long; choose another output")
     beside = output.with_name("config.json")
-    if beside.exists() and beside.read_bytes() != config:
+    try:
+        is_other = beside.exists() and beside.read_bytes() != config
+    except OSError as error:
+        raise InputError(f"{beside}: cannot be read ({error.strerror}); choose another folder") from None
+    if is_other:
         raise InputError(f"{beside}: is of another run, so the checkpoint needs a folder of its own")
     if not os.access(output.parent, os.W_OK):
         raise InputError(f"{output.parent}: cannot be written to; choose another output")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import struct
 import sys
 from collections.abc import Callable
@@ -45,6 +46,31 @@ def test_samples_and_ranges_are_libsndfiles(tmp_path: Path, suffix: str, subtype
         np.testing.assert_array_equal(samples, expected)
         for start, stop in ((0, 1), (20_000, 36_000), (40_000, 40_001)):
             np.testing.assert_array_equal(read_audio(source, start, stop), expected[start:stop])
+
+
+@pytest.mark.parametrize(("suffix", "subtype"), FORMATS)
+def test_names_that_are_no_utf8(tmp_path: Path, suffix: str, subtype: str) -> None:
+    path = os.fsencode(write_audio(tmp_path / f"a{suffix}", noise(500), subtype=subtype))
+    name = os.fsdecode(path.replace(b"/a.", b"/\xff."))
+    Path(os.fsdecode(path)).rename(name)
+    for source in (name, Path(name), Recording(name)):
+        assert num_samples(source) == len(read_audio(source)) == 500
+
+
+@pytest.mark.parametrize("suffix", [".wav", ".flac"])
+def test_errors_of_the_disk_name_the_recording(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"a{suffix}"
+    path.symlink_to("/proc/self/mem")  # a regular file that cannot be read
+    for read in (num_samples, read_audio, statistics):
+        with pytest.raises(InputError, match=f"a{suffix}: "):
+            read(path)
+
+
+@pytest.mark.parametrize(("suffix", "subtype"), FORMATS)
+def test_more_than_there_is(tmp_path: Path, suffix: str, subtype: str) -> None:
+    path = write_audio(tmp_path / f"a{suffix}", noise(1000), subtype=subtype)
+    with pytest.raises(InputError, match="has 1000 samples; asked for were those up to 2000"):
+        read_audio(path, 0, 2000)
 
 
 def test_int16_values_are_exact(tmp_path: Path) -> None:

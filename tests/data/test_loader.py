@@ -14,11 +14,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from spidr.config import DataConfig, InputError, MaskingConfig
 from spidr.data import Batch, build_dataloader, build_validation_dataloader
+from spidr.data.sampler import BatchSampler
 
 LENGTHS = [1000 + 137 * i for i in range(40)]
 
@@ -65,6 +67,14 @@ def test_every_recording_once(cfg: DataConfig) -> None:
     loader = build_dataloader(cfg, MaskingConfig())
     rows = sorted(row for batch in loader for row in batch.rows.tolist())
     assert rows == [row for row, length in enumerate(LENGTHS) if length >= 1200]
+
+
+def test_buckets_do_not_depend_on_the_model(cfg: DataConfig) -> None:
+    """What is too short for one frame is left out; the buckets are those of the configuration."""
+    loader = build_dataloader(cfg, None, conv_layer_config=[(8, 2500, 10)])
+    expected = BatchSampler(np.array(LENGTHS), cfg, shortest=2500).epoch(0)
+    assert [batch.rows.tolist() for batch in loader] == [rows.tolist() for rows in expected]
+    assert min(LENGTHS[row] for batch in loader for row in batch.rows.tolist()) == 1000 + 137 * 11
 
 
 def test_published_usage(cfg: DataConfig) -> None:

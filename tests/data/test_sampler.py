@@ -139,7 +139,7 @@ def test_sorted_batches(case: tuple[np.ndarray, DataConfig]) -> None:
 
 def test_nothing_is_long_enough() -> None:
     with pytest.raises(
-        InputError, match=r"m.csv: no recording has min_sample_size \(20\) samples; the longest of 2 has 9"
+        InputError, match=r"m.csv: no recording has 20 samples \(min_sample_size is 20\); the longest of 2 has 9"
     ):
         BatchSampler(np.array([3, 9]), CFG)
 

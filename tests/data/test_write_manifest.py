@@ -160,7 +160,7 @@ def test_bad_arguments(corpus: Path, tmp_path: Path) -> None:
         with pytest.raises(InputError, match=message):
             write(dataset, output)
         assert not csv.exists()
-    with pytest.raises(InputError, match=r"no member's name ends in \.flac"):
+    with pytest.raises(InputError, match=r"no file in it has a name that ends in \.flac"):
         write_manifest_tar(tmp_path / "t.tar", csv, "flac")
 
 
@@ -197,7 +197,7 @@ def test_command_line_for_archives_and_fairseq(
     assert read_manifest(tmp_path / "m.csv").height == len(NAMES) - 1
     main([str(corpus), str(tmp_path / "m.tsv"), "--fairseq"])
     assert read_manifest(tmp_path / "m.tsv").height == len(NAMES) - 1
-    for wrong in (["t.tar", "m.tsv", "--fairseq"], [str(corpus), "m.tsv", "--fairseq", "--stats"]):
+    for wrong in ([str(tmp_path / "t.tar"), "m.tsv", "--fairseq"], [str(corpus), "m.tsv", "--fairseq", "--stats"]):
         with pytest.raises(SystemExit) as exit_status:
             main(wrong)
         assert exit_status.value.code == 2

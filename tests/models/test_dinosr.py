@@ -89,6 +89,9 @@ def test_wrong_lengths(lengths: list[int], message: str) -> None:
         ),
         (torch.zeros(1, 3000, dtype=torch.float64), None, r"waveforms must be torch\.float32, not torch\.float64"),
         (torch.zeros(2, 3000), [3000], r"lengths must be \(2,\), not of shape \(1,\)"),
+        (torch.zeros(2, 3000), [3000.0, 2000.0], "lengths must be integers, not torch.float32"),
+        (torch.zeros(2, 3000), [True, True], "lengths must be integers, not torch.bool"),
+        (torch.zeros(0, 3000), None, "at least one row"),
         (torch.zeros(2, 3000), torch.tensor([[3000], [3000]]), r"lengths must be \(2,\), not of shape \(2, 1\)"),
     ],
     ids=[
@@ -98,6 +101,9 @@ def test_wrong_lengths(lengths: list[int], message: str) -> None:
         "complex",
         "float64",
         "too-few-lengths",
+        "lengths-in-seconds",
+        "lengths-as-a-mask",
+        "empty",
         "lengths-in-a-column",
     ],
 )
@@ -333,13 +339,15 @@ def test_spidrs_last_norm_has_no_part_in_the_loss(norm_first: bool) -> None:
 # ------------------------------------------------------------------------------------------------------- codebooks
 
 
-def test_codebooks_from_data_are_frames_of_the_teacher() -> None:
-    model = tiny_model()
-    waveforms = padded()
+@pytest.mark.parametrize("mode", ["layer_norm", "group_norm"])
+def test_codebooks_from_data_are_frames_of_the_teacher(mode: str) -> None:
+    model = tiny_model(extractor_mode=mode)
+    waveforms, lengths = padded(), torch.tensor(LENGTHS)
     frames = torch.arange(num_frames(model, 3000))
     mask = (frames < torch.tensor([num_frames(model, n) for n in LENGTHS])[:, None])[:, None, None]
-    model.init_codebooks(waveforms, attention_mask=mask, generator=torch.Generator().manual_seed(0))
-    features, _ = model.project(waveforms)
+    generator = torch.Generator().manual_seed(0)
+    model.init_codebooks(waveforms, attention_mask=mask, lengths=lengths, generator=generator)
+    features, _ = model.project(waveforms, mask, lengths)
     outputs = model.teacher.get_intermediate_outputs(features, mask)[-3:]
     for codebook, output in zip(model.codebooks, outputs, strict=True):
         assert torch.equal(codebook.counts, torch.ones(12))

@@ -90,6 +90,8 @@ def test_one_number_of_frames_for_ints_and_tensors(samples: int) -> None:
 def test_too_short() -> None:
     with pytest.raises(InputError, match="20 samples are too short"):
         FeatureExtractor("layer_norm", SHAPES, bias=False)(torch.randn(1, 20))
+    with pytest.raises(InputError, match="at least one row"):
+        FeatureExtractor("layer_norm", SHAPES, bias=False)(torch.randn(0, 2000))
 
 
 def test_group_norm_with_lengths_sees_only_the_utterance() -> None:

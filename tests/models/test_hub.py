@@ -220,7 +220,7 @@ def test_several_at_once(server: Server, cache: Path) -> None:
         ([1, 2], "expected a dictionary with the weights under 'model'"),
         ({"model": {}}, "not the weights of this SpidR: missing: mask_embedding"),
         ({"model": {"mask_embedding": 3}}, "found a int at mask_embedding"),
-        ({"model": {"a": torch.eye(3).to_sparse()}}, "found a Tensor at a"),
+        ({"model": {"a": torch.eye(3).to_sparse()}}, "found another kind at a"),
     ],
 )
 def test_wrong_content(server: Server, cache: Path, content: Any, message: str) -> None:
@@ -587,6 +587,18 @@ def test_build_new() -> None:
     for cfg, model_type in ((SPIDR, "dinosr"), (DINOSR, "spidr"), (DINOSR, "x")):
         with pytest.raises(InputError, match="but the configuration is of a"):
             hub.build_model(cfg=cfg, model_type=model_type)
+
+
+@pytest.mark.parametrize("kind", ["meta", "nested", "sparse"])
+def test_tensors_that_are_no_weights(tmp_path: Path, kind: str) -> None:
+    odd = {
+        "meta": torch.empty(3, device="meta"),
+        "nested": torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+        "sparse": torch.eye(3).to_sparse(),
+    }
+    torch.save({"model": {"heads.0.0.bias": odd[kind]}}, tmp_path / "odd.pt")
+    with pytest.raises(InputError, match=r"odd\.pt: damaged or no checkpoint \(expected only plain tensors"):
+        hub.load_weights(tmp_path / "odd.pt")
 
 
 def test_checkpoints_of_no_model(tmp_path: Path) -> None:

@@ -34,6 +34,16 @@ def test_leaves_nothing_when_it_fails(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.parametrize("error", [InputError("the input is missing"), KeyboardInterrupt()])
+def test_other_errors_stay_what_they_are(tmp_path: Path, error: BaseException) -> None:
+    with pytest.raises(type(error)) as caught, atomic_write(tmp_path / "file"):  # noqa: PT012
+        try:
+            (tmp_path / "missing").read_bytes()
+        except OSError:
+            raise error from None
+    assert caught.value is error
+
+
 def test_full_disk_while_torch_saves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The real thing: /dev/full takes no byte."""
     opened = Path.open
@@ -50,5 +60,6 @@ def test_folder_that_is_missing(tmp_path: Path) -> None:
 def test_remains_of_killed_processes_are_removed(tmp_path: Path) -> None:
     (tmp_path / ".step_3.pt.77.tmp").touch()
     (tmp_path / "step_2.pt").touch()
+    (tmp_path / ".a.tmp").mkdir()  # not of atomic_write
     remove_unfinished(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["step_2.pt"]
+    assert {path.name for path in tmp_path.iterdir()} == {"step_2.pt", ".a.tmp"}

@@ -10,6 +10,7 @@ import io
 import os
 import stat
 import struct
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -82,19 +83,21 @@ def num_samples(source: Source, *, verify: bool = False) -> int:
 
     Args:
         source: A path, the bytes of an audio file, or a row of a manifest.
-        verify: Decode everything, so that a truncated or damaged recording is found. Without it, only the header of
-            WAV and FLAC is read; other formats have no exact length in their header and are always decoded.
+        verify: Decode everything, so that a damaged recording is found, or a truncated one, unless it is a WAV: of
+            that, what is there counts. Without it, only the header of WAV and FLAC is read; other formats have no exact
+            length in their header and are always decoded.
 
     Raises:
         InputError: The recording is missing, damaged or empty, or not 16 kHz mono.
     """
     if verify or not can_seek(source):
         return len(read_audio(source))
-    with _raw(source) as raw:
-        if samples := _plain_wav(raw)[1] or _plain_flac(raw):
-            return samples
-    with _open(source) as file:
-        return _frames(source, file)
+    with _reading(source):
+        with _raw(source) as raw:
+            if samples := _plain_wav(raw)[1] or _plain_flac(raw):
+                return samples
+        with _open(source) as file:
+            return _frames(source, file)
 
 
 def read_audio(source: Source, start: int = 0, stop: int | None = None) -> NDArray[np.float32]:
@@ -111,13 +114,14 @@ def read_audio(source: Source, start: int = 0, stop: int | None = None) -> NDArr
     Raises:
         InputError: The recording is missing, damaged or empty, not 16 kHz mono, or holds samples that are not finite.
     """
-    if not can_seek(source):
-        return _decode(source)[start:stop]
-    if (samples := _read_plain(source, start, stop)) is not None:
-        return samples
-    with _open(source) as file:
-        frames = _frames(source, file)
-        return _read(source, file, start, frames if stop is None else stop)
+    with _reading(source):
+        if not can_seek(source):
+            return _decode(source)[start:stop]
+        if (samples := _read_plain(source, start, stop)) is not None:
+            return samples
+        with _open(source) as file:
+            frames = _frames(source, file)
+            return _read(source, file, start, frames if stop is None else stop)
 
 
 def read_resampled(source: Source) -> NDArray[np.float32]:
@@ -162,6 +166,15 @@ def can_seek(source: Source) -> bool:
     if isinstance(source, bytes):
         return source[:4] in (b"RIFF", b"RF64", b"fLaC")
     return str(source).lower().endswith((".wav", ".flac"))
+
+
+@contextmanager
+def _reading(source: Source) -> Iterator[None]:
+    """An error of the disk becomes one that names the recording."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{_name(source)}: cannot be read ({error.strerror or error}).") from None
 
 
 def _raw(source: Source) -> io.RawIOBase | io.BytesIO:
@@ -257,7 +270,7 @@ def _blocks(source: Source) -> Iterator[NDArray[np.float32]]:
         samples = read_audio(source)
         yield from (samples[i : i + BLOCK] for i in range(0, len(samples), BLOCK))
         return
-    with _open(source) as file:
+    with _reading(source), _open(source) as file:
         frames = _frames(source, file)
         for start in range(0, frames, BLOCK):
             yield _read(source, file, start, min(start + BLOCK, frames))
@@ -332,10 +345,10 @@ def _input(source: Source) -> Any:
         return _Bytes(source)
     if isinstance(source, Recording):
         if (member := source.member()) is None:
-            return source.path
+            return os.fsencode(source.path)
         # A file of Python's is asked for a few kilobytes at a time, which bytes in memory answer fastest.
         return _Bytes(member.readall()) if source.byte_size <= READ_AT_ONCE else _Buffered(member)
-    return os.fspath(source)
+    return os.fsencode(source)  # soundfile would not take a name that is no UTF-8
 
 
 def _check_regular(path: str | Path) -> None:
@@ -399,6 +412,8 @@ def _read(source: Source, file: soundfile.SoundFile, start: int, stop: int) -> N
     except soundfile.LibsndfileError as error:
         raise InputError(f"{_name(source)}: damaged or truncated near sample {start} ({error.error_string}).") from None
     if len(samples) < stop - start:
+        if stop > file.frames:
+            raise InputError(f"{_name(source)}: has {file.frames} samples; asked for were those up to {stop}.")
         found = start + len(samples)
         raise InputError(f"{_name(source)}: truncated: the header promises {file.frames} samples, {found} can be read.")
     if dtype == "int16":

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from spidr.config import DEFAULT_CONV_LAYER_CONFIG, DataConfig, InputError, MaskingConfig
+from spidr.config import DEFAULT_CONV_LAYER_CONFIG, DataConfig, InputError, MaskingConfig, receptive_field
 from spidr.data.batch import Batch, BatchRequest, Collator
 from spidr.data.dataset import SpeechDataset, speech_dataset
 from spidr.data.sampler import BatchList, BatchSampler, sorted_batches
@@ -63,13 +63,14 @@ def build_dataloader(
         InputError: The manifest cannot be read or gives no batch, or ``global_batch_length`` cannot be had.
     """
     conv_layer_config = conv_layer_config or DEFAULT_CONV_LAYER_CONFIG
-    data_cfg = _with_one_frame(data_cfg, conv_layer_config)
+    usable = _with_one_frame(data_cfg, conv_layer_config)
     if accumulation is None:
         accumulation = _accumulation(data_cfg, world_size)
-    collator = Collator(data_cfg, mask_cfg, conv_layer_config, channels)
+    collator = Collator(usable, mask_cfg, conv_layer_config, channels)
     dataset = speech_dataset(data_cfg.manifest, normalize=data_cfg.normalize)
     lengths = dataset.manifest["num_samples"].to_numpy()
-    sampler = BatchSampler(lengths, data_cfg, world_size=world_size, accumulation=accumulation)
+    shortest = usable.min_sample_size
+    sampler = BatchSampler(lengths, data_cfg, shortest=shortest, world_size=world_size, accumulation=accumulation)
     processes = _Processes(rank, world_size, accumulation)
     return SpeechLoader(dataset, collator, sampler.epoch, processes, start_method=start_method)
 
@@ -100,9 +101,7 @@ def build_validation_dataloader(
 
 def _with_one_frame(cfg: DataConfig, conv_layer_config: Sequence[tuple[int, int, int]]) -> DataConfig:
     """Leave out recordings of which the model makes no frame."""
-    samples = 1
-    for _, kernel, stride in reversed(conv_layer_config):
-        samples = (samples - 1) * stride + kernel
+    samples = receptive_field(conv_layer_config)
     if cfg.max_sample_size < samples:
         raise InputError(f"max_sample_size is {cfg.max_sample_size}; one frame of the model needs {samples} samples.")
     return replace(cfg, min_sample_size=max(cfg.min_sample_size, samples))

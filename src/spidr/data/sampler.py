@@ -51,18 +51,20 @@ class BatchList(Sequence["Integers"]):
 class BatchSampler:
     """The batches of every epoch.
 
-    Recordings shorter than ``min_sample_size`` are left out, longer ones than ``max_sample_size`` count as that. They
-    are sorted by length into buckets and shuffled within; batches are filled bucket after bucket, up to
+    Recordings shorter than ``min_sample_size`` or ``shortest`` are left out, longer ones than ``max_sample_size`` count
+    as that. They are sorted by length into buckets and shuffled within; batches are filled bucket after bucket, up to
     ``max_batch_length`` samples, and shuffled. An epoch consists of whole rounds of ``round_size`` batches: what one
     optimiser step takes over all processes. The last one is completed with the epoch's first batches or, with
     ``drop_last``, left out. Apart from that, the list is the same for any number of processes.
     """
 
-    def __init__(self, lengths: Integers, cfg: DataConfig, *, world_size: int = 1, accumulation: int = 1) -> None:
+    def __init__(
+        self, lengths: Integers, cfg: DataConfig, *, shortest: int = 1, world_size: int = 1, accumulation: int = 1
+    ) -> None:
         self.cfg = cfg
         self.world_size = world_size
         self.round_size = world_size * accumulation
-        self._rows, self._lengths = usable_rows(lengths, cfg)
+        self._rows, self._lengths = usable_rows(lengths, cfg, shortest)
         boundaries = bucket_boundaries(self._lengths, cfg)
         # The smallest type that fits: numpy sorts 16-bit integers in linear time.
         dtype = np.uint16 if len(boundaries) < 2**16 else np.uint32
@@ -106,13 +108,14 @@ def sorted_batches(lengths: Integers, cfg: DataConfig) -> BatchList:
     return BatchList(rows[order], bounds, np.arange(len(bounds) - 1))
 
 
-def usable_rows(lengths: Integers, cfg: DataConfig) -> tuple[Integers, Integers]:
+def usable_rows(lengths: Integers, cfg: DataConfig, shortest: int = 1) -> tuple[Integers, Integers]:
     """Rows that are long enough, and their lengths cut to ``max_sample_size``."""
-    rows = np.flatnonzero(lengths >= max(1, cfg.min_sample_size)).astype(np.int32)
+    shortest = max(shortest, cfg.min_sample_size)
+    rows = np.flatnonzero(lengths >= shortest).astype(np.int32)
     if len(rows) == 0:
         raise InputError(
-            f"{cfg.manifest}: no recording has min_sample_size ({cfg.min_sample_size}) samples; the longest of "
-            f"{len(lengths)} has {np.max(lengths, initial=0)}."
+            f"{cfg.manifest}: no recording has {shortest} samples (min_sample_size is {cfg.min_sample_size}); the "
+            f"longest of {len(lengths)} has {np.max(lengths, initial=0)}."
         )
     return rows, np.minimum(lengths[rows], cfg.max_sample_size).astype(np.int32)
 

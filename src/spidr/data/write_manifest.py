@@ -43,7 +43,7 @@ def _arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "recordings need not decode the whole (slower: decodes everything now)",
     )
     args = parser.parse_args(argv)
-    if args.fairseq and (args.stats or not os.path.isdir(args.dataset)):  # noqa: PTH112
+    if args.fairseq and (args.stats or os.path.isfile(args.dataset)):  # noqa: PTH113
         parser.error("--fairseq is for folders and has no --stats")
     return args
 
@@ -110,7 +110,7 @@ def write_manifest_fairseq(
 def write_manifest_tar(
     dataset: str | Path, output: str | Path, file_extension: str | Sequence[str] = ".wav", *, stats: bool = False
 ) -> None:
-    """Write the manifest of all recordings in an uncompressed tar archive, reading it once.
+    """Write the manifest of all recordings in an uncompressed tar archive, reading it once; links are left out.
 
     Rows are sorted by member name and say where in the archive the recording is. Arguments and errors are those of
     :func:`write_manifest`.
@@ -120,7 +120,10 @@ def write_manifest_tar(
     suffixes = _suffixes(file_extension)
     table = _describe(_members(archive, suffixes), None, stats=stats)
     if table.is_empty():
-        raise InputError(f"{archive}: no member's name ends in {' or '.join(suffixes)}.")
+        raise InputError(
+            f"{archive}: no file in it has a name that ends in {' or '.join(suffixes)}. Choose another extension with "
+            "--ext; if they are links, pack the archive with --dereference --hard-dereference."
+        )
     _write_table(output, table.sort("path", "byte_offset"))
 
 
@@ -142,7 +145,7 @@ def _find(dataset: str | Path, file_extension: str | Sequence[str]) -> list[str]
         os.path.join(folder, name)  # noqa: PTH118
         for folder, _, names in os.walk(root, onerror=fail)
         for name in names
-        if name.lower().endswith(suffixes)
+        if name.lower().endswith(suffixes) and not name.startswith(".")
     ]
     if not found:
         raise InputError(

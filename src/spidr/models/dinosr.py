@@ -211,8 +211,8 @@ class DinoSR(nn.Module):
             targets = torch.stack([select(standardise(output)) for output in outputs])
             return targets, assign(targets, torch.stack([codebook.codewords for codebook in self._codebooks()]))
 
-    def _hidden(self, x: Tensor, attention_mask: Tensor | None, num_heads: int) -> list[Tensor]:  # noqa: ARG002
-        """What the first ``num_heads`` heads read: one (B, T, D) for all of them, or one for each."""
+    def _hidden(self, x: Tensor, attention_mask: Tensor | None, num_heads: int, skip: int = 0) -> list[Tensor]:  # noqa: ARG002
+        """What the first ``num_heads`` heads but ``skip`` read: one (B, T, D) for all of them, or one for each."""
         return [self.student(x, attention_mask)]
 
     def _logits(self, hidden: list[Tensor], num_heads: int) -> Tensor:
@@ -308,19 +308,25 @@ class DinoSR(nn.Module):
 
     @torch.no_grad()
     def init_codebooks(
-        self, waveforms: Tensor, *, attention_mask: Tensor | None = None, generator: torch.Generator | None = None
+        self,
+        waveforms: Tensor,
+        *,
+        attention_mask: Tensor | None = None,
+        lengths: Tensor | None = None,
+        generator: torch.Generator | None = None,
     ) -> None:
         """Take the first codewords from frames of the teacher, drawn at random without replacement.
 
         Args:
             waveforms: (B, S) float, with at least as many frames as there are codewords.
             attention_mask: As in :meth:`forward`; frames that do not exist are not drawn.
+            lengths: As in :meth:`project`.
             generator: On the CPU.
 
         Raises:
             InputError: If there are fewer frames than codewords.
         """
-        features, attention_mask = self.project(waveforms, attention_mask)
+        features, attention_mask = self.project(waveforms, attention_mask, lengths)
         batch, num_frames, dim = features.shape
         exists = torch.ones(batch, 1, num_frames, dtype=torch.bool)
         if attention_mask is not None:
@@ -473,7 +479,7 @@ class DinoSR(nn.Module):
         head = cast("nn.Sequential", self.heads[layer - first])[0]
 
         def units(features: Tensor, attention_mask: Tensor | None) -> Tensor:
-            return head(self._hidden(features, attention_mask, layer - first + 1)[-1]).argmax(-1)
+            return head(self._hidden(features, attention_mask, layer - first + 1, layer - first)[0]).argmax(-1)
 
         found, frame_lengths = self._windowed(units, waveforms, lengths, window, context, normalize=normalize)
         padding = torch.arange(found.shape[1], device=found.device) >= frame_lengths.unsqueeze(1)
@@ -559,6 +565,8 @@ def _check_waveforms(waveforms: Tensor, lengths: Tensor | Sequence[int] | None, 
     if lengths is None:
         return None
     lengths = torch.as_tensor(lengths)
+    if lengths.is_floating_point() or lengths.dtype == torch.bool:
+        raise InputError(f"lengths must be integers, not {lengths.dtype}")
     if lengths.shape != waveforms.shape[:1]:
         raise InputError(f"lengths must be ({waveforms.shape[0]},), not of shape {tuple(lengths.shape)}")
     return lengths

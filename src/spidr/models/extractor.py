@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spidr.config import InputError, conv_length
+from spidr.config import InputError, conv_length, receptive_field
 from spidr.models.lean import is_lean
 
 ConvShapes = Sequence[tuple[int, int, int]]
@@ -321,6 +321,8 @@ class FeatureExtractor(nn.Module):
             InputError: If S samples do not fill one frame.
         """
         samples = waveforms.shape[1]
+        if len(waveforms) == 0:
+            raise InputError("a batch of waveforms must have at least one row")
         if self.num_frames(samples) < 1:
             raise InputError(f"waveforms of {samples} samples are too short: they do not fill one frame")
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or waveforms.numel() <= PIECE:
@@ -330,10 +332,8 @@ class FeatureExtractor(nn.Module):
         return torch.cat([self._in_pieces(waveforms[i], None if lengths is None else lengths[i]) for i in parts])
 
     def _in_pieces(self, waveforms: Tensor, lengths: Tensor | None) -> Tensor:
-        """The same frames, exactly, from overlapping pieces: a frame sees its receptive field and nothing else."""
-        hop, field = math.prod(stride for _, _, stride in self.shapes), 1
-        for _, kernel, stride in reversed(self.shapes):
-            field = (field - 1) * stride + kernel
+        """The same frames from overlapping pieces (a group norm's up to rounding): a frame sees its receptive field."""
+        hop, field = math.prod(stride for _, _, stride in self.shapes), receptive_field(self.shapes)
         num_frames, step = self.num_frames(waveforms.shape[1]), max(1, PIECE // (len(waveforms) * hop))
         if num_frames <= step:
             return self._convolve(waveforms, lengths)

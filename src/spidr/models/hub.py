@@ -27,7 +27,7 @@ import torch
 import torch.hub
 from torch import Tensor, nn
 
-from spidr.config import DinoSRConfig, InputError, SpidRConfig, model_config, read_table
+from spidr.config import DinoSRConfig, InputError, SpidRConfig, first_line, model_config, read_table
 from spidr.models import weights_file
 from spidr.models.dinosr import DinoSR
 from spidr.models.spidr import SpidR
@@ -250,8 +250,10 @@ def _weights_of(document: Any) -> dict[str, Tensor]:
 
 def _checked(weights: dict[str, Any]) -> dict[str, Tensor]:
     for name, value in weights.items():
-        if not isinstance(value, Tensor) or value.layout is not torch.strided or value.is_quantized:
+        if not isinstance(value, Tensor):
             raise ValueError(f"expected only tensors under 'model', found a {type(value).__name__} at {name}")
+        if value.layout is not torch.strided or value.is_quantized or value.is_nested or value.is_meta:
+            raise ValueError(f"expected only plain tensors under 'model', found another kind at {name}")
         if value.nbytes > value.untyped_storage().nbytes():
             raise ValueError(f"a tensor that is larger than its data at {name}")
     return weights
@@ -304,7 +306,7 @@ def _read(path: str | Path, load: Callable[[], dict[str, Tensor]]) -> dict[str, 
         raise InputError(f"{path}: no checkpoint, or one that holds more than weights; it was not loaded") from None
     except Exception as error:
         logger.debug("%s", path, exc_info=True)
-        raise InputError(f"{path}: damaged or no checkpoint ({str(error).partition(chr(10))[0][:200]})") from None
+        raise InputError(f"{path}: damaged or no checkpoint ({first_line(error)})") from None
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -46,6 +46,6 @@ class SpidR(DinoSR):
         """Teacher decay after optimiser step ``step``."""
         return exp_ema_scheduler(step, self.cfg.ema_start_decay, self.cfg.ema_timescale, self.cfg.ema_threshold)
 
-    def _hidden(self, x: Tensor, attention_mask: Tensor | None, num_heads: int) -> list[Tensor]:
+    def _hidden(self, x: Tensor, attention_mask: Tensor | None, num_heads: int, skip: int = 0) -> list[Tensor]:
         num_layers = len(self.student.layers) - self.num_codebooks + num_heads
-        return self.student.get_intermediate_outputs(x, attention_mask, num_layers, skip=num_layers - num_heads)
+        return self.student.get_intermediate_outputs(x, attention_mask, num_layers, skip=num_layers - num_heads + skip)

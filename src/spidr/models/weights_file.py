@@ -13,7 +13,7 @@ from types import ModuleType
 
 from torch import Tensor
 
-from spidr.config import DinoSRConfig, InputError, SpidRConfig, model_config
+from spidr.config import DinoSRConfig, InputError, SpidRConfig, first_line, model_config
 from spidr.lazy import needs_extra
 
 SUFFIX = ".safetensors"
@@ -54,7 +54,7 @@ def read_config(path: str | Path) -> DinoSRConfig | None:
     except OSError as error:
         raise InputError(f"{path}: cannot read the file: {error.strerror or error}") from None
     except Exception as error:
-        raise InputError(f"{path}: damaged or no safetensors file ({str(error)[:200]})") from None
+        raise InputError(f"{path}: damaged or no safetensors file ({first_line(error)})") from None
     if not isinstance(table, dict):
         raise InputError(f"{path}: the header's 'model' is no table")
     return model_config(metadata["model_type"], table, source=str(path))

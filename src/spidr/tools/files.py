@@ -52,7 +52,8 @@ def make_folder(path: Path) -> None:
 def remove_unfinished(folder: Path) -> None:
     """Remove what killed processes have left of :func:`atomic_write` in a folder that nobody else writes to."""
     for path in folder.glob(".*.tmp"):
-        path.unlink(missing_ok=True)
+        with suppress(OSError):
+            path.unlink()
 
 
 def _rename(aside: Path, path: Path) -> None:
@@ -67,5 +68,7 @@ def _rename(aside: Path, path: Path) -> None:
 def _disk_error(error: BaseException | None) -> OSError | None:
     """The error of the file system behind an error: torch.save raises another one, about its archive."""
     while error is not None and not isinstance(error, OSError):
+        if isinstance(error, InputError) or not isinstance(error, Exception):
+            return None  # says what is wrong, or is no error
         error = error.__cause__ or error.__context__
     return error
