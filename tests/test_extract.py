@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -487,6 +488,70 @@ def test_other_settings_into_the_same_output(checkpoint: Path, tmp_path: Path) -
         extract_features(source, tmp_path / "audio", model=checkpoint, layer=3, options=QUIET)
 
 
+def test_another_recording_of_the_same_name(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    first, second = (noise(tmp_path / corpus / "s/u.wav", seed=i) for i, corpus in enumerate(("1", "2")))
+    cases: list[tuple[Any, str, str]] = [
+        (extract_features, "f", "f/recordings.json"),
+        (extract_units, "u.jsonl", "u.jsonl.recordings.json"),
+        (extract_units, "u.parquet", "u.parquet.recordings.json"),
+    ]
+    for extract, output, said in cases:
+        common: Any = {"model": checkpoint, "layer": LAYER, "options": QUIET}
+        extract("1", output, **common)
+        files = {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()}
+        with pytest.raises(InputError, match=rf"^{said}: the output of (s/)?u there is that of {first}, .* {second}\."):
+            extract("2", output, **common)
+        extract(tmp_path / "1", tmp_path / output, **common)  # the same recording
+        assert {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()} == files
+        Path(said).write_text("[]")
+        with pytest.raises(InputError, match=rf"{said}: says of which recordings .* but cannot be read"):
+            extract("1", output, **common)
+        Path(said).unlink()  # of an earlier version
+        extract("1", output, **common)
+        assert json.loads(Path(said).read_text()).popitem()[1] == str(first)
+
+
+def test_a_name_of_which_nothing_is_done(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "1").mkdir()
+    (tmp_path / "1/u.wav").write_bytes(b"no recording")
+    noise(tmp_path / "2/u.wav")
+    options = Options(on_error="skip", progress=False)
+    cases: list[tuple[Any, str]] = [(extract_features, "f"), (extract_units, "u.jsonl")]
+    for extract, output in cases:
+        common: Any = {"model": checkpoint, "layer": LAYER, "options": options}
+        assert set(extract(tmp_path / "1", tmp_path / output, **common)) == {"u"}
+        assert extract(tmp_path / "2", tmp_path / output, **common) == {}
+
+
+def test_a_corpus_that_grows(model: DinoSR, checkpoint: Path, tmp_path: Path) -> None:
+    corpus, common = tmp_path / "corpus", {"model": checkpoint, "layer": LAYER, "options": QUIET}
+
+    def unit(name: str) -> list[int]:
+        return model.units(read(corpus / name).unsqueeze(0), layer=LAYER)[0][0].tolist()
+
+    noise(corpus / "a" / "u.wav", seed=1)
+    noise(corpus / "a" / "v.wav", seed=2)
+    for name in ("u.jsonl", "u.parquet"):
+        out, found = (
+            tmp_path / name,
+            units if name == "u.jsonl" else lambda path: dict(pl.read_parquet(path).iter_rows()),
+        )
+        extract_units(corpus, out, **common)  # type: ignore[arg-type]
+        noise(corpus / "b" / "w.wav", seed=3)
+        extract_units(corpus / "b", out, **common)  # type: ignore[arg-type]
+        assert list(found(out).items()) == [("u", unit("a/u.wav")), ("v", unit("a/v.wav")), ("w", unit("b/w.wav"))]
+        extract_units(corpus / "a", out, **common)  # type: ignore[arg-type]
+        assert list(found(out)) == ["w", "u", "v"]
+        noise(corpus / "u.wav", seed=4)  # now the names of the others are longer, and `u` is another
+        with pytest.raises(InputError, match=r"the output of u there is that of .*/a/u\.wav, now .*/corpus/u\.wav"):
+            extract_units(corpus, out, **common)  # type: ignore[arg-type]
+        (corpus / "u.wav").rename(corpus / "b" / "u.wav")
+        extract_units(corpus, out, **common)  # type: ignore[arg-type]
+        assert found(out) == {name: unit(f"{name}.wav") for name in ("a/u", "a/v", "b/u", "b/w")}
+        shutil.rmtree(corpus / "b")
+
+
 # ---------------------------------------------------------------------------------------------------- interruptions
 
 
@@ -560,7 +625,7 @@ def test_killed_and_started_again(
     assert len(before) + len(read_again) == 72
     if kind == "units":
         assert out.read_bytes() == (undisturbed / "u.jsonl").read_bytes()
-        assert {p.name for p in tmp_path.iterdir()} == {"u.jsonl", "u.jsonl.json"}
+        assert {p.name for p in tmp_path.iterdir()} == {"u.jsonl", "u.jsonl.json", "u.jsonl.recordings.json"}
     else:
         assert {p.name for p in out.iterdir()} == {p.name for p in (undisturbed / "f").iterdir()}
         assert all(p.read_bytes() == (undisturbed / "f" / p.name).read_bytes() for p in out.iterdir())
