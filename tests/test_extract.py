@@ -27,7 +27,7 @@ import spidr
 from small_models import tiny_model
 from spidr.config import DEFAULT_CONV_LAYER_CONFIG, InputError
 from spidr.data.write_manifest import write_manifest, write_manifest_fairseq, write_manifest_tar
-from spidr.extract import Options, encoder, extract_features, extract_units, fit_kmeans, sources
+from spidr.extract import Options, encoder, extract_features, extract_units, fit_kmeans, kmeans, sources
 from spidr.extract.__main__ import main
 from spidr.models import DinoSR, num_frames
 
@@ -160,6 +160,34 @@ def test_long_recordings_in_windows(model: DinoSR, tmp_path: Path) -> None:
     np.testing.assert_array_equal(found, expected[0].numpy())
     whole, _ = model.encode(read(file).unsqueeze(0), layer=LAYER)
     assert not np.allclose(found, whole[0].numpy(), atol=1e-4)
+
+
+@pytest.mark.parametrize("seconds", [None, 60.0])
+def test_recordings_of_unknown_length_go_alone(
+    seconds: float | None, model: DinoSR, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A manifest that says 0, where it is not checked: in windows all the same, and k-means draws no more frames."""
+    files = [noise(tmp_path / f"{i}.wav", samples, seed=i) for i, samples in enumerate((160_000, 96_000, 8000))]
+    lines = [f"{file.stem},{file},{0 if i < 2 else 8000}" for i, file in enumerate(files)]
+    (tmp_path / "m.csv").write_text("\n".join(["fileid,path,num_samples", *lines]))
+    options = Options(window=2.0, context=0.5, batch_seconds=seconds, resample=True, progress=False)
+    together = []
+    original = encoder.Encoder.features
+
+    def features(self: encoder.Encoder, waveforms: list[torch.Tensor]) -> list[torch.Tensor]:
+        together.append(len(waveforms))
+        return original(self, waveforms)
+
+    monkeypatch.setattr(encoder.Encoder, "features", features)
+    extract_features(tmp_path / "m.csv", tmp_path / "f", model=checkpoint, layer=LAYER, options=options)
+    assert together == [1, 1, 1]
+    for file in files:
+        expected, _ = model.encode(read(file).unsqueeze(0), layer=LAYER, window=2.0, context=0.5)
+        np.testing.assert_array_equal(np.load(tmp_path / "f" / f"{file.stem}.npy"), expected[0].numpy())
+    out = tmp_path / "k.npz"
+    fit_kmeans(tmp_path / "m.csv", out, model=checkpoint, layer=2, units=4, max_frames=50, options=options)
+    with np.load(out) as archive:
+        assert json.loads(str(archive["made"]))["frames"] == 50
 
 
 def test_bfloat16(model: DinoSR, tmp_path: Path) -> None:
@@ -666,7 +694,7 @@ def test_kmeans(model: DinoSR, checkpoint: Path, tmp_path: Path) -> None:
         centroids, made = a["centroids"], json.loads(str(a["made"]))
     assert centroids.shape == (10, 32)
     assert made["layer"] == 2
-    assert 4000 < made["frames"] < 6000
+    assert 4000 < made["frames"] <= 5000
     for name, options in (("alone", QUIET), ("batched", batched)):
         out = tmp_path / f"{name}.jsonl"
         extract_units(files, out, model=checkpoint, kmeans=tmp_path / "a.npz", options=options)
@@ -681,20 +709,73 @@ def test_kmeans(model: DinoSR, checkpoint: Path, tmp_path: Path) -> None:
     assert (tmp_path / "alone.jsonl").read_bytes() == (tmp_path / "batched.jsonl").read_bytes()
     with pytest.raises(InputError, match="the centroids are of layer 2 of"):
         extract_units(files, tmp_path / "x.jsonl", model=checkpoint, layer=3, kmeans=tmp_path / "a.npz", options=QUIET)
-    with pytest.raises(InputError, match="units: found 1000000000, expected 1,048,576 at most"):
+    with pytest.raises(InputError, match=r"^units: found 1000000000, expected 2 to 1,048,576$"):
         fit_kmeans(files, tmp_path / "c.npz", model=checkpoint, units=10**9, max_frames=10**10, options=QUIET)
+    with pytest.raises(InputError, match=r"^units: found 1, expected 2 to 1,048,576$"):
+        fit_kmeans(files, tmp_path / "c.npz", model=checkpoint, units=1, options=QUIET)
+    with pytest.raises(InputError, match=r"^max_frames: found 9, expected 10 at least, a frame for each unit$"):
+        fit_kmeans(files, tmp_path / "c.npz", model=checkpoint, units=10, max_frames=9, options=QUIET)
     (tmp_path / "years.csv").write_text(f"fileid,path,num_samples\na,{files[0]},{10**14}\n")
     with pytest.raises(InputError, match=r"^1000000000000 frames: would take .* GiB"):
         fit_kmeans(
             tmp_path / "years.csv", tmp_path / "c.npz", model=checkpoint, layer=2, max_frames=10**12, options=QUIET
         )
-    with pytest.raises(InputError, match="frames are too few for 4000 units"):
+    with pytest.raises(InputError, match="frames are too few for 4000 units: give more recordings"):
         fit_kmeans(files[:1], tmp_path / "c.npz", model=checkpoint, layer=2, units=4000, options=QUIET)
     (tmp_path / "bad.npz").write_bytes(b"PK\x03\x04")
     np.savez(tmp_path / "flat.npz", centroids=centroids[0], made=json.dumps(made))
-    for name, reason in (("bad", ""), ("flat", "not a matrix of finite numbers")):
+    np.savez(tmp_path / "one.npz", centroids=centroids[:1], made=json.dumps(made))
+    for name, reason in (
+        ("bad", ""),
+        ("flat", "not a matrix of finite numbers"),
+        ("one", "there are no two centroids"),
+    ):
         with pytest.raises(InputError, match=rf"{name}\.npz: no k-means model .*{reason}"):
             extract_units(files, tmp_path / "x.jsonl", model=checkpoint, kmeans=tmp_path / f"{name}.npz", options=QUIET)
+
+
+def test_kmeans_of_what_cannot_be_encoded(checkpoint: Path, tmp_path: Path) -> None:
+    for name in ("a.wav", "b.wav"):
+        (tmp_path / name).write_bytes(b"no recording")
+    options = Options(on_error="skip", progress=False)
+    with pytest.raises(InputError, match=r"^none of 2 recordings could be encoded, the first one for this: .*a\.wav"):
+        fit_kmeans(tmp_path, tmp_path / "k.npz", model=checkpoint, layer=2, units=2, options=options)
+
+
+def test_kmeans_of_too_few_frames_by_choice(checkpoint: Path, tmp_path: Path) -> None:
+    files = [noise(tmp_path / f"{i}.wav", 160_000, seed=i) for i in range(2)]
+    for seed in range(10):  # of 998 frames, about 100 are drawn
+        try:
+            fit_kmeans(
+                files,
+                tmp_path / "k.npz",
+                model=checkpoint,
+                layer=2,
+                units=100,
+                max_frames=100,
+                seed=seed,
+                options=QUIET,
+            )
+        except InputError as error:
+            assert re.fullmatch(r"\d\d frames are too few for 100 units: raise max_frames \(100\)", str(error))  # noqa: PT017
+            return
+    pytest.fail("never too few")
+
+
+def test_frames_are_drawn_whatever_the_order() -> None:
+    recordings = {f"{i}": np.arange(1000, dtype=np.float32)[:, None] + 1000 * i for i in range(20)}
+    found = []
+    for names in (list(recordings), list(recordings)[::-1]):
+        draw, most = kmeans._Draw(500, 1.0, 0), 0
+        for name in names:
+            draw.add(name, recordings[name])
+            most = max(most, draw.count)
+        draw.reduce()
+        assert most <= 625
+        assert draw.count == 500
+        found.append({name: frames.tolist() for name, (_, frames) in draw.drawn.items()})
+    assert found[0] == found[1]
+    assert all(5 < len(frames) < 60 for frames in found[0].values())
 
 
 def test_without_scikit_learn(

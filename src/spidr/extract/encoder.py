@@ -227,14 +227,17 @@ class Encoder:
     # ------------------------------------------------------------------------------------------------- all of them
 
     def plan(self, items: Sequence[Item]) -> list[list[Item]]:
-        """Batches, long recordings first: the same list for any number of processes."""
+        """Batches, long recordings first: the same list for any number of processes.
+
+        One of unknown length goes alone: it may be longer than a batch, or than a window, which batches do not have.
+        """
         seconds = self.options.batch_seconds
         if seconds is None:
             seconds = 0.0 if self.env.device.type == "cpu" else BATCH_SECONDS
         batches: list[list[Item]] = []
         for item in sorted(items, key=lambda item: (-item.num_samples, item.name)):
             longest = batches[-1][0].num_samples if batches else 0
-            fits = bool(batches) and (len(batches[-1]) + 1) * longest <= seconds * SAMPLE_RATE
+            fits = item.num_samples > 0 and bool(batches) and (len(batches[-1]) + 1) * longest <= seconds * SAMPLE_RATE
             if fits and not (self.options.window and longest > self.options.window * SAMPLE_RATE):
                 batches[-1].append(item)
             else:
