@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import random
@@ -335,6 +336,23 @@ def test_wrong_input(
     assert message in error
     assert "Traceback" not in error
     assert not (tmp_path / "OUT.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "accepted"),
+    [
+        ("device", "gpu", "auto, cuda, mps or cpu"),
+        ("dtype", "float16", "float32, bfloat16 or auto"),
+        ("on_error", "ignore", "raise or skip"),
+        ("file_format", "numpy", "npy or pt"),
+        ("output_dtype", "bfloat16", "float32 or float16"),
+    ],
+)
+def test_wrong_choices_from_python(name: str, value: str, accepted: str, tmp_path: Path) -> None:
+    choice: Any = {name: value}
+    call: Any = functools.partial(extract_features, noise(tmp_path / "a.wav"), tmp_path / "f")
+    with pytest.raises(InputError, match=f"^{name}: found '{value}', expected {accepted}$"):
+        (call if name in ("file_format", "output_dtype") else Options)(**choice)
 
 
 @pytest.mark.parametrize("command", ["units", "features", "kmeans"])

@@ -21,7 +21,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 import numpy as np
 import torch
@@ -48,12 +48,27 @@ BATCH_SECONDS = 240.0
 LONG = 120 * SAMPLE_RATE
 """Longer recordings (in samples) get all threads of a CPU, one after the other, so that none is the last one alone."""
 
+Device = Literal["auto", "cuda", "mps", "cpu"]
+Dtype = Literal["float32", "bfloat16", "auto"]
+OnError = Literal["raise", "skip"]
+
 MAX_SECONDS = 1_000_000
 MAX_THREADS = 1000
 
 NEAR = 3e-5
 """Two scores are near each other if they differ by less than this share of (1 + the range of the frame's scores). More
 than ten times the largest change of a score by batching that was seen in float32."""
+
+
+def check_choice(name: str, value: object, choices: object) -> None:
+    """Check that an argument is one of those that a ``Literal`` lists.
+
+    Raises:
+        InputError: It is not.
+    """
+    accepted = get_args(choices)
+    if value not in accepted:
+        raise InputError(f"{name}: found {value!r}, expected {', '.join(accepted[:-1])} or {accepted[-1]}")
 
 
 @dataclass(frozen=True)
@@ -75,17 +90,19 @@ class Options:
         progress: Show a progress bar on standard error.
     """
 
-    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
-    dtype: Literal["float32", "bfloat16", "auto"] = "float32"
+    device: Device = "auto"
+    dtype: Dtype = "float32"
     batch_seconds: float | None = None
     threads: int | None = None
     window: float | None = None
     context: float | None = None
     resample: bool = False
-    on_error: Literal["raise", "skip"] = "raise"
+    on_error: OnError = "raise"
     progress: bool = True
 
     def __post_init__(self) -> None:
+        for name, choices in (("device", Device), ("dtype", Dtype), ("on_error", OnError)):
+            check_choice(name, getattr(self, name), choices)
         for name in ("batch_seconds", "window", "context"):
             value = getattr(self, name)
             if value is not None and not (0 <= value <= MAX_SECONDS and (value > 0 or name != "window")):

@@ -16,7 +16,7 @@ import torch
 
 from spidr.config import InputError
 from spidr.environment import environment
-from spidr.extract.encoder import Encoded, Encoder, Options, Skipped, ahead
+from spidr.extract.encoder import Encoded, Encoder, Options, Skipped, ahead, check_choice
 from spidr.extract.outputs import (
     check_record,
     check_recordings,
@@ -31,6 +31,9 @@ from spidr.models import DinoSR
 from spidr.models.hub import check_name
 from spidr.tools.files import atomic_write, make_folder, remove_unfinished
 
+FileFormat = Literal["npy", "pt"]
+OutputDtype = Literal["float32", "float16"]
+
 RECORD = "extract.json"
 RECORDINGS = "recordings.json"
 WRITERS = 4
@@ -42,8 +45,8 @@ def extract_features(
     *,
     model: str | Path | DinoSR = "spidr_base",
     layer: int | None = None,
-    file_format: Literal["npy", "pt"] = "npy",
-    output_dtype: Literal["float32", "float16"] = "float32",
+    file_format: FileFormat = "npy",
+    output_dtype: OutputDtype = "float32",
     flat: bool = False,
     options: Options | None = None,
 ) -> Skipped:
@@ -71,6 +74,8 @@ def extract_features(
             of the same name, or a recording cannot be encoded, without ``on_error="skip"``.
     """
     options, output = options or Options(), Path(output)
+    check_choice("file_format", file_format, FileFormat)
+    check_choice("output_dtype", output_dtype, OutputDtype)
     skip = options.on_error == "skip"
     check_name(model)
     with environment(options.run_config()) as env:
