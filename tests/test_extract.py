@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -28,7 +29,8 @@ import spidr
 from small_models import tiny_model
 from spidr.config import DEFAULT_CONV_LAYER_CONFIG, InputError
 from spidr.data.write_manifest import write_manifest, write_manifest_fairseq, write_manifest_tar
-from spidr.extract import Options, encoder, extract_features, extract_units, fit_kmeans, kmeans, sources
+from spidr.extract import Options, encoder, extract_features, extract_units, features, fit_kmeans, kmeans, sources
+from spidr.extract import units as units_module
 from spidr.extract.__main__ import main
 from spidr.models import DinoSR, num_frames
 
@@ -596,6 +598,92 @@ def test_a_corpus_that_grows(model: DinoSR, checkpoint: Path, tmp_path: Path) ->
         extract_units(corpus, out, **common)  # type: ignore[arg-type]
         assert found(out) == {name: unit(f"{name}.wav") for name in ("a/u", "a/v", "b/u", "b/w")}
         shutil.rmtree(corpus / "b")
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_a_name_that_is_too_long_for_a_file(flat: bool, checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "m.csv").write_text(f"fileid,path,num_samples\n{'x' * 300},{noise(tmp_path / 'a.wav')},8000\n")
+    noise(tmp_path / "b.wav")
+    common: Any = {"model": checkpoint, "layer": LAYER, "flat": flat, "options": QUIET}
+    if not flat:  # named by its path
+        assert extract_features(tmp_path / "m.csv", tmp_path / "f", **common) == {}
+        return
+    with pytest.raises(InputError, match=r"xxx\.npy: cannot be written \(File name too long\)"):
+        extract_features(tmp_path / "m.csv", tmp_path / "f", **common)
+
+
+def test_damaged_parquet(checkpoint: Path, tmp_path: Path) -> None:
+    file, out = noise(tmp_path / "a.wav"), tmp_path / "u [1].parquet"
+    extract_units(file, out, model=checkpoint, layer=LAYER, options=QUIET)
+    extract_units(file, out, model=checkpoint, layer=LAYER, options=QUIET)
+    whole = out.read_bytes()
+    for damaged in (b"", whole[:100], whole[:50] + bytes(100) + whole[150:], bytes(len(whole))):
+        out.write_bytes(damaged)
+        with pytest.raises(InputError, match=r"u \[1\]\.parquet: cannot be read \(.*\)\. Remove it\.$"):
+            extract_units(file, out, model=checkpoint, layer=LAYER, options=QUIET)
+    out.unlink()
+    extract_units(file, out, model=checkpoint, layer=LAYER, options=QUIET)
+    assert pl.read_parquet(out.open("rb"))["fileid"].to_list() == ["a"]
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="macOS has no such names")
+def test_file_names_that_are_not_utf8(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "audio" / os.fsdecode(b"caf\xe9.wav")
+    noise(tmp_path / "a.wav", 16_000).rename(tmp_path / "b.wav")
+    file.parent.mkdir()
+    (tmp_path / "b.wav").rename(file)
+    common: Any = {"model": checkpoint, "layer": LAYER, "options": QUIET}
+    extract_features(file.parent, tmp_path / "f", **common)
+    extract_features(file.parent, tmp_path / "f", **common)
+    assert (tmp_path / "f" / f"{file.stem}.npy").exists()
+    extract_units(file.parent, tmp_path / "u.jsonl", **common)
+    extract_units(file.parent, tmp_path / "u.jsonl", **common)
+    assert set(units(tmp_path / "u.jsonl")) == {file.stem}
+    fit_kmeans(file.parent, tmp_path / "k.npz", units=2, **common)
+    monkeypatch.setattr(encoder.Encoder, "run", lambda *_: pytest.fail("encoded"))
+    arguments = ["units", str(file.parent), str(tmp_path / "u.parquet"), "--model", str(checkpoint), "--layer", "3"]
+    assert main(arguments) == 2
+    assert r"audio/caf\udce9.wav': the name is not UTF-8, which Parquet cannot hold." in capsys.readouterr().err
+
+
+def test_a_full_disk(checkpoint: Path, tmp_path: Path) -> None:
+    """Limits to the size of files stand for it."""
+    for i in range(20):
+        noise(tmp_path / "audio" / f"{i}.wav", 16_000, seed=i)
+    script = (
+        "import resource, sys; from spidr.extract.__main__ import main; "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY)); sys.exit(main())"
+    )
+    options = ["--model", checkpoint, "--layer", LAYER, "--threads", 1]
+    arguments = command("units", tmp_path / "audio", tmp_path / "u.jsonl", *options)[3:]
+    result = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 2, result.stderr
+    pattern = r"error: .*u\.jsonl\.unfinished/\d+-0\.jsonl: cannot be written \(File too large\)\. .*: make room, .*\n"
+    assert re.fullmatch(pattern, result.stderr)
+    assert main(arguments) == 0
+    assert len(rows(tmp_path / "u.jsonl")) == 20
+
+
+@pytest.mark.parametrize("kind", ["features", "units"])
+def test_no_thread_outlives_an_error(
+    kind: str, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = [noise(tmp_path / f"{i}.wav", seed=i) for i in range(30)]
+    before = set(threading.enumerate())
+
+    def fail(*_: object, **__: object) -> Any:
+        raise InputError("no room")
+
+    monkeypatch.setattr(features, "atomic_write", fail)
+    monkeypatch.setattr(units_module, "_line", fail)
+    extract: Any = extract_features if kind == "features" else extract_units
+    options = Options(threads=2, progress=False)
+    with pytest.raises(InputError, match="no room") as error:
+        extract(files, tmp_path / "out.jsonl", model=checkpoint, layer=LAYER, options=options)
+    assert set(threading.enumerate()) <= before
+    del error  # holds what was running
 
 
 # ---------------------------------------------------------------------------------------------------- interruptions

@@ -317,8 +317,12 @@ class Encoder:
             if self.env.device.type == "cpu":
                 torch.set_num_threads(threads)
 
-        loaded = ahead(self._load, batches, workers=min(4, workers + 1), depth=workers + 1)
-        yield from ahead(compute, loaded, workers=workers, depth=2 * workers, initializer=use_threads)
+        # Both are closed, or their threads would live as long as an error is held.
+        with (
+            closing(ahead(self._load, batches, workers=min(4, workers + 1), depth=workers + 1)) as loaded,
+            closing(ahead(compute, loaded, workers=workers, depth=2 * workers, initializer=use_threads)) as computed,
+        ):
+            yield from computed
 
     def _load(self, batch: list[Item]) -> list[_Loaded]:
         return [self._load_item(item) for item in batch]

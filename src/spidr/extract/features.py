@@ -109,7 +109,7 @@ def extract_features(
             return encoded
 
         results = encoder.run([batches[i] for i in pending], encoder.features, "Features")
-        with closing(ahead(write, results, workers=WRITERS, depth=WRITERS)) as written:
+        with closing(results), closing(ahead(write, results, workers=WRITERS, depth=WRITERS)) as written:
             for encoded in written:
                 skipped.note(encoded)
         skipped = gather_skipped(env, skipped)

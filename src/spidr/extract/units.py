@@ -13,11 +13,11 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from glob import escape
 from itertools import groupby
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import polars as pl
 from torch import Tensor
@@ -85,6 +85,8 @@ def extract_units(
     with environment(options.run_config()) as env:
         clusters = None if kmeans is None else KMeans.load(kmeans)
         items = find_items(names_of(sources), tree=False, resample=options.resample, skip=skip)
+        if output.suffix == ".parquet":
+            _check_utf8(items)
         if clusters is not None and layer is None:
             layer = clusters.layer
         encoder = Encoder(model, layer, options, env, codebook=clusters is None)
@@ -104,18 +106,28 @@ def extract_units(
         pending = env.broadcast_object(pending)
         skipped = Skipped()
         results = encoder.run([batches[i] for i in pending], encode, "Units")
-        with closing(results), table.part(env.rank) as part:
+        with closing(results), table.part(env.rank) as write:
             for encoded in results:
-                for item, units, _ in encoded:
-                    if units is not None:
-                        part.write(_line(item.name, units.tolist(), dedup=dedup))
-                part.flush()
+                rows = [(item.name, units.tolist()) for item, units, _ in encoded if units is not None]
+                write(b"".join(_line(name, units, dedup=dedup) for name, units in rows))
                 skipped.note(encoded)
         skipped = gather_skipped(env, skipped)
         if env.is_main:
             table.finish(items, skipped)
         report(skipped, len(items), env)
         return skipped
+
+
+def _check_utf8(items: Sequence[Item]) -> None:
+    """Check that all names are text, which is all that Parquet can hold."""
+    for item in items:
+        try:
+            item.name.encode()
+        except UnicodeEncodeError:
+            raise InputError(
+                f"{str(item.recording)!a}: the name is not UTF-8, which Parquet cannot hold. Rename the file, or "
+                "choose an output that ends in .jsonl."
+            ) from None
 
 
 def _line(fileid: str, units: list[int], *, dedup: bool) -> bytes:
@@ -164,9 +176,27 @@ class _Table:
         write_record(made, self.content)
         return done
 
-    def part(self, rank: int) -> IO[bytes]:
-        """A file for the rows of a process."""
-        return (self.unfinished / f"{time.time_ns()}-{rank}.jsonl").open("xb")
+    @contextmanager
+    def part(self, rank: int) -> Iterator[Callable[[bytes], None]]:
+        """A function that adds rows to a file of this process.
+
+        Raises:
+            InputError: It cannot be written.
+        """
+        path = self.unfinished / f"{time.time_ns()}-{rank}.jsonl"
+        with _writing(path):
+            file = path.open("xb")
+
+        def write(lines: bytes) -> None:
+            with _writing(path):
+                file.write(lines)
+                file.flush()
+
+        try:
+            yield write
+        finally:
+            with _writing(path):
+                file.close()  # writes once more what could not be written
 
     def finish(self, items: Sequence[Item], skipped: Skipped) -> None:
         """Write the table: what it has of other recordings, then the rows of ``items`` in that order."""
@@ -181,7 +211,8 @@ class _Table:
         if merged != self.path:
             metadata = {"spidr": json.dumps(self.content)}
             with atomic_write(self.path) as file:
-                pl.read_ndjson(merged, schema=self._schema()).write_parquet(file, metadata=metadata)
+                table = pl.read_ndjson(escape(str(merged)), schema=self._schema())
+                table.write_parquet(file, metadata=metadata)
         shutil.rmtree(self.unfinished)
 
     def _schema(self) -> dict[str, Any]:
@@ -209,6 +240,17 @@ class _Table:
         with path.open("rb") as file:
             file.seek(start)
             return file.read(size)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"{path}: cannot be written ({error.strerror or error}). What was done before is intact: make room, then "
+            "run the same command again."
+        ) from error
 
 
 def _scan(path: Path) -> Iterator[tuple[str, int, int]]:
