@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ import torch
 
 import spidr
 from small_models import tiny_model
-from spidr.config import DEFAULT_CONV_LAYER_CONFIG, InputError
+from spidr.config import DEFAULT_CONV_LAYER_CONFIG, DinoSRConfig, InputError, SpidRConfig
 from spidr.data.write_manifest import write_manifest, write_manifest_fairseq, write_manifest_tar
 from spidr.extract import Options, encoder, extract_features, extract_units, features, fit_kmeans, kmeans, sources
 from spidr.extract import units as units_module
@@ -686,6 +686,46 @@ def test_no_thread_outlives_an_error(
     del error  # holds what was running
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"encoder_num_heads": 2},
+        {"encoder_layer_norm_first": True},
+        {"extractor_conv_layer_config": [(16, kernel, stride + 1) for _, kernel, stride in SHAPES]},
+        {"encoder_dropout": 0.5, "encoder_attention_dropout": 0.5, "ema_timescale": 7, "codebook_decay": 0.5},
+    ],
+)
+def test_equal_weights_in_another_model(changes: dict[str, Any], tmp_path: Path) -> None:
+    """Other heads and strides give other features, settings of training do not."""
+    common: dict[str, Any] = {"extractor_conv_layer_config": SHAPES, "encoder_num_heads": 4}
+    model, other = (tiny_model("spidr", 0, **common | changed).eval() for changed in ({}, changes))
+    assert all(torch.equal(value, other.state_dict()[name]) for name, value in model.state_dict().items())
+    file = noise(tmp_path / "a.wav")
+    extract_features(file, tmp_path / "f", model=model, layer=LAYER, options=QUIET)
+    (tmp_path / "f" / "a.npy").unlink()
+    if "encoder_dropout" in changes:
+        extract_features(file, tmp_path / "f", model=other, layer=LAYER, options=QUIET)
+    else:
+        with pytest.raises(InputError, match="made with weights = "):
+            extract_features(file, tmp_path / "f", model=other, layer=LAYER, options=QUIET)
+
+
+def test_every_setting_of_a_model_is_of_its_features_or_of_training() -> None:
+    training = {
+        "encoder_projection_dropout",
+        "encoder_attention_dropout",
+        "encoder_ff_interm_dropout",
+        "encoder_dropout",
+        "encoder_layer_drop",
+        "codebook_decay",
+        "codebook_init",
+        "codebook_revive_after",
+        "freeze_step",
+    }
+    names = {field.name for config in (DinoSRConfig, SpidRConfig) for field in fields(config)}
+    assert {name for name in names - training if not name.startswith("ema_")} == set(encoder.SHAPING)
+
+
 # ---------------------------------------------------------------------------------------------------- interruptions
 
 
@@ -766,6 +806,21 @@ def test_killed_and_started_again(
     read_again.clear()
     again(prompts, out, model=checkpoint, layer=LAYER, options=QUIET)
     assert read_again == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"), [("features", "goes on where it stopped"), ("units", "goes on"), ("kmeans", "begins again")]
+)
+def test_what_an_interruption_says(
+    kind: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    name = {"features": "extract_features", "units": "extract_units", "kmeans": "fit_kmeans"}[kind]
+    monkeypatch.setattr(f"spidr.extract.{name}", interrupt)
+    assert main([kind, str(tmp_path), str(tmp_path / "out")]) == 130
+    assert capsys.readouterr().err.startswith(f"interrupted; the same command {said}")
 
 
 def test_processes_share_the_work(checkpoint: Path, prompts: Path, undisturbed: Path, tmp_path: Path) -> None:

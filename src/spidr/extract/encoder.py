@@ -14,6 +14,7 @@ May import ``spidr.config``, ``spidr.environment``, ``spidr.models`` and its sib
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
@@ -44,6 +45,24 @@ B = TypeVar("B")
 
 BATCH_SECONDS = 240.0
 """Seconds of audio in a batch on a GPU, padding included."""
+
+SHAPING = (
+    "extractor_mode",
+    "extractor_conv_bias",
+    "extractor_conv_layer_config",
+    "encoder_embed_dim",
+    "encoder_pos_conv_kernel",
+    "encoder_pos_conv_groups",
+    "encoder_pos_conv_depth",
+    "encoder_num_layers",
+    "encoder_num_heads",
+    "encoder_ff_interm_features",
+    "encoder_layer_norm_first",
+    "encoder_qkv_bias",
+    "codebook_size",
+    "num_codebooks",
+)
+"""Settings of a model that change its features or units, beside its weights. All others are of training only."""
 
 LONG = 120 * SAMPLE_RATE
 """Longer recordings (in samples) get all threads of a CPU, one after the other, so that none is the last one alone."""
@@ -168,7 +187,7 @@ class Encoder:
         self.layer = self.model.best_layer if layer is None else layer
         self.options, self.env = options, env
         total = len(self.model.student.layers)
-        first = total - self.model.num_codebooks + 1 if codebook else 1
+        first = self.model.codebook_layers.start if codebook else 1
         if not first <= self.layer <= total:
             lacks = "has no codebook" if 1 <= self.layer <= total else "does not exist"
             having = "have a codebook" if codebook else "exist"
@@ -371,8 +390,9 @@ def _has_bfloat16(device: torch.device) -> bool:
 
 
 def _fingerprint(model: DinoSR) -> str:
-    """The beginning of the SHA-256 of what the features depend on."""
-    digest = hashlib.sha256()
+    """The beginning of the SHA-256 of what features and units depend on: weights, and what is done with them."""
+    shaping = [getattr(model.cfg, name) for name in SHAPING]
+    digest = hashlib.sha256(json.dumps(shaping).encode())
     for name, value in model.state_dict().items():
         if not name.startswith(("teacher.", "codebooks.", "current_step", "mask_embedding")):
             digest.update(name.encode())
