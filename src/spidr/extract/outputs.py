@@ -84,14 +84,15 @@ def check_recordings(path: Path, items: Sequence[Item], done: Collection[str]) -
         InputError: A name that is done was another recording, or the file cannot be read or written.
     """
     known: dict[str, str] = {}
-    if done and os.path.exists(path):  # noqa: PTH110
+    if os.path.exists(path):  # noqa: PTH110
         try:
             known = parse_json(path.read_text(encoding="utf-8"))
             if not isinstance(known, dict) or not all(isinstance(place, str) for place in known.values()):
                 raise ValueError("it is no JSON object of strings")
         except (OSError, ValueError) as error:
             raise InputError(
-                f"{path}: says of which recordings the outputs are, but cannot be read ({error})."
+                f"{path}: says of which recordings the outputs are, but cannot be read ({error}). Choose another "
+                "output; if the recordings are the same, remove that file."
             ) from None
     now = {item.name: place_of(item) for item in items}
     for name, place in now.items():

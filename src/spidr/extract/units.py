@@ -201,9 +201,10 @@ class _Table:
     def finish(self, items: Sequence[Item], skipped: Skipped) -> None:
         """Write the table: what it has of other recordings, then the rows of ``items`` in that order."""
         rows = self._rows()
-        present = {place_of(item) for item in items}  # also under another name, which a larger corpus may give them
+        encoded = [item for item in items if item.name not in skipped]
+        present = {place_of(item) for item in encoded}  # also under another name, which a larger corpus may give them
         names = [name for name in rows if self.known.get(name) not in present]
-        names += [item.name for item in items if item.name not in skipped]
+        names += [item.name for item in encoded]
         write_record(self.record, self.content, skipped)  # first: a table without it would be refused
         merged = self.path if self.path.suffix == ".jsonl" else self.unfinished / "merged"
         with atomic_write(merged) as file:
