@@ -161,7 +161,7 @@ def _encode(args: argparse.Namespace, sets: Sequence[str], model: DinoSR, layer:
         write_manifest(args.librispeech / name, manifest, ".flac")
     options = Options(device=args.device)
     extract_features(manifests, output / f"layer{layer}", model=args.checkpoint, layer=layer, options=options)
-    if layer <= model.cfg.encoder_num_layers - model.num_codebooks:
+    if layer not in model.codebook_layers:
         return None
     units = output / f"layer{layer}.jsonl"
     extract_units(manifests, units, model=args.checkpoint, layer=layer, options=options)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -24,9 +27,10 @@ import torch
 
 import spidr
 from small_models import tiny_model
-from spidr.config import DEFAULT_CONV_LAYER_CONFIG, InputError
+from spidr.config import DEFAULT_CONV_LAYER_CONFIG, DinoSRConfig, InputError, SpidRConfig
 from spidr.data.write_manifest import write_manifest, write_manifest_fairseq, write_manifest_tar
-from spidr.extract import Options, encoder, extract_features, extract_units, fit_kmeans, sources
+from spidr.extract import Options, encoder, extract_features, extract_units, features, fit_kmeans, kmeans, sources
+from spidr.extract import units as units_module
 from spidr.extract.__main__ import main
 from spidr.models import DinoSR, num_frames
 
@@ -159,6 +163,34 @@ def test_long_recordings_in_windows(model: DinoSR, tmp_path: Path) -> None:
     np.testing.assert_array_equal(found, expected[0].numpy())
     whole, _ = model.encode(read(file).unsqueeze(0), layer=LAYER)
     assert not np.allclose(found, whole[0].numpy(), atol=1e-4)
+
+
+@pytest.mark.parametrize("seconds", [None, 60.0])
+def test_recordings_of_unknown_length_go_alone(
+    seconds: float | None, model: DinoSR, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A manifest that says 0, where it is not checked: in windows all the same, and k-means draws no more frames."""
+    files = [noise(tmp_path / f"{i}.wav", samples, seed=i) for i, samples in enumerate((160_000, 96_000, 8000))]
+    lines = [f"{file.stem},{file},{0 if i < 2 else 8000}" for i, file in enumerate(files)]
+    (tmp_path / "m.csv").write_text("\n".join(["fileid,path,num_samples", *lines]))
+    options = Options(window=2.0, context=0.5, batch_seconds=seconds, resample=True, progress=False)
+    together = []
+    original = encoder.Encoder.features
+
+    def features(self: encoder.Encoder, waveforms: list[torch.Tensor]) -> list[torch.Tensor]:
+        together.append(len(waveforms))
+        return original(self, waveforms)
+
+    monkeypatch.setattr(encoder.Encoder, "features", features)
+    extract_features(tmp_path / "m.csv", tmp_path / "f", model=checkpoint, layer=LAYER, options=options)
+    assert together == [1, 1, 1]
+    for file in files:
+        expected, _ = model.encode(read(file).unsqueeze(0), layer=LAYER, window=2.0, context=0.5)
+        np.testing.assert_array_equal(np.load(tmp_path / "f" / f"{file.stem}.npy"), expected[0].numpy())
+    out = tmp_path / "k.npz"
+    fit_kmeans(tmp_path / "m.csv", out, model=checkpoint, layer=2, units=4, max_frames=50, options=options)
+    with np.load(out) as archive:
+        assert json.loads(str(archive["made"]))["frames"] == 50
 
 
 def test_bfloat16(model: DinoSR, tmp_path: Path) -> None:
@@ -306,6 +338,23 @@ def test_wrong_input(
     assert message in error
     assert "Traceback" not in error
     assert not (tmp_path / "OUT.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "accepted"),
+    [
+        ("device", "gpu", "auto, cuda, mps or cpu"),
+        ("dtype", "float16", "float32, bfloat16 or auto"),
+        ("on_error", "ignore", "raise or skip"),
+        ("file_format", "numpy", "npy or pt"),
+        ("output_dtype", "bfloat16", "float32 or float16"),
+    ],
+)
+def test_wrong_choices_from_python(name: str, value: str, accepted: str, tmp_path: Path) -> None:
+    choice: Any = {name: value}
+    call: Any = functools.partial(extract_features, noise(tmp_path / "a.wav"), tmp_path / "f")
+    with pytest.raises(InputError, match=f"^{name}: found '{value}', expected {accepted}$"):
+        (call if name in ("file_format", "output_dtype") else Options)(**choice)
 
 
 @pytest.mark.parametrize("command", ["units", "features", "kmeans"])
@@ -487,6 +536,201 @@ def test_other_settings_into_the_same_output(checkpoint: Path, tmp_path: Path) -
         extract_features(source, tmp_path / "audio", model=checkpoint, layer=3, options=QUIET)
 
 
+def test_another_recording_of_the_same_name(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    first, second = (noise(tmp_path / corpus / "s/u.wav", seed=i) for i, corpus in enumerate(("1", "2")))
+    noise(tmp_path / "3" / "s/v.wav", seed=3)
+    cases: list[tuple[Any, str, str]] = [
+        (extract_features, "f", "f/recordings.json"),
+        (extract_units, "u.jsonl", "u.jsonl.recordings.json"),
+        (extract_units, "u.parquet", "u.parquet.recordings.json"),
+    ]
+    for extract, output, said in cases:
+        common: Any = {"model": checkpoint, "layer": LAYER, "options": QUIET}
+        extract("1", output, **common)
+        extract("3", output, **common)
+        with pytest.raises(InputError, match="Choose another output; if the recordings have only been moved, remove"):
+            extract("2", output, **common)  # what came between is no matter
+        extract("1", output, **common)
+        files = {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()}
+        with pytest.raises(InputError, match=rf"^{said}: the output of (s/)?u there is that of {first}, .* {second}\."):
+            extract("2", output, **common)
+        extract(tmp_path / "1", tmp_path / output, **common)  # the same recording
+        assert {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()} == files
+        Path(said).write_text("[]")
+        with pytest.raises(InputError, match=rf"{said}: says of which recordings .* but cannot be read"):
+            extract("1", output, **common)
+        Path(said).unlink()  # of an earlier version
+        extract("1", output, **common)
+        assert list(json.loads(Path(said).read_text()).values()) == [str(first)]
+
+
+def test_a_name_of_which_nothing_is_done(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "1").mkdir()
+    (tmp_path / "1/u.wav").write_bytes(b"no recording")
+    noise(tmp_path / "2/u.wav")
+    options = Options(on_error="skip", progress=False)
+    cases: list[tuple[Any, str]] = [(extract_features, "f"), (extract_units, "u.jsonl")]
+    for extract, output in cases:
+        common: Any = {"model": checkpoint, "layer": LAYER, "options": options}
+        assert set(extract(tmp_path / "1", tmp_path / output, **common)) == {"u"}
+        assert extract(tmp_path / "2", tmp_path / output, **common) == {}
+
+
+def test_a_corpus_that_grows(model: DinoSR, checkpoint: Path, tmp_path: Path) -> None:
+    corpus, common = tmp_path / "corpus", {"model": checkpoint, "layer": LAYER, "options": QUIET}
+
+    def unit(name: str) -> list[int]:
+        return model.units(read(corpus / name).unsqueeze(0), layer=LAYER)[0][0].tolist()
+
+    noise(corpus / "a" / "u.wav", seed=1)
+    noise(corpus / "a" / "v.wav", seed=2)
+    for name in ("u.jsonl", "u.parquet"):
+        out, found = (
+            tmp_path / name,
+            units if name == "u.jsonl" else lambda path: dict(pl.read_parquet(path).iter_rows()),
+        )
+        extract_units(corpus, out, **common)  # type: ignore[arg-type]
+        noise(corpus / "b" / "w.wav", seed=3)
+        extract_units(corpus / "b", out, **common)  # type: ignore[arg-type]
+        assert list(found(out).items()) == [("u", unit("a/u.wav")), ("v", unit("a/v.wav")), ("w", unit("b/w.wav"))]
+        extract_units(corpus / "a", out, **common)  # type: ignore[arg-type]
+        assert list(found(out)) == ["w", "u", "v"]
+        noise(corpus / "u.wav", seed=4)  # now the names of the others are longer, and `u` is another
+        with pytest.raises(InputError, match=r"the output of u there is that of .*/a/u\.wav, now .*/corpus/u\.wav"):
+            extract_units(corpus, out, **common)  # type: ignore[arg-type]
+        (corpus / "u.wav").rename(corpus / "b" / "u.wav")
+        extract_units(corpus, out, **common)  # type: ignore[arg-type]
+        assert found(out) == {name: unit(f"{name}.wav") for name in ("a/u", "a/v", "b/u", "b/w")}
+        shutil.rmtree(corpus / "b")
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_a_name_that_is_too_long_for_a_file(flat: bool, checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "m.csv").write_text(f"fileid,path,num_samples\n{'x' * 300},{noise(tmp_path / 'a.wav')},8000\n")
+    noise(tmp_path / "b.wav")
+    common: Any = {"model": checkpoint, "layer": LAYER, "flat": flat, "options": QUIET}
+    if not flat:  # named by its path
+        assert extract_features(tmp_path / "m.csv", tmp_path / "f", **common) == {}
+        return
+    with pytest.raises(InputError, match=r"xxx\.npy: cannot be written \(File name too long\)"):
+        extract_features(tmp_path / "m.csv", tmp_path / "f", **common)
+
+
+def test_damaged_parquet(checkpoint: Path, tmp_path: Path) -> None:
+    file, out = noise(tmp_path / "a.wav"), tmp_path / "u [1].parquet"
+    extract_units(file, out, model=checkpoint, layer=LAYER, options=QUIET)
+    extract_units(file, out, model=checkpoint, layer=LAYER, options=QUIET)
+    whole = out.read_bytes()
+    for damaged in (b"", whole[:100], whole[:50] + bytes(100) + whole[150:], bytes(len(whole))):
+        out.write_bytes(damaged)
+        with pytest.raises(InputError, match=r"u \[1\]\.parquet: cannot be read \(.*\)\. Remove it\.$"):
+            extract_units(file, out, model=checkpoint, layer=LAYER, options=QUIET)
+    out.unlink()
+    extract_units(file, out, model=checkpoint, layer=LAYER, options=QUIET)
+    assert pl.read_parquet(out.open("rb"))["fileid"].to_list() == ["a"]
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="macOS has no such names")
+def test_file_names_that_are_not_utf8(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "audio" / os.fsdecode(b"caf\xe9.wav")
+    noise(tmp_path / "a.wav", 16_000).rename(tmp_path / "b.wav")
+    file.parent.mkdir()
+    (tmp_path / "b.wav").rename(file)
+    common: Any = {"model": checkpoint, "layer": LAYER, "options": QUIET}
+    extract_features(file.parent, tmp_path / "f", **common)
+    extract_features(file.parent, tmp_path / "f", **common)
+    assert (tmp_path / "f" / f"{file.stem}.npy").exists()
+    extract_units(file.parent, tmp_path / "u.jsonl", **common)
+    extract_units(file.parent, tmp_path / "u.jsonl", **common)
+    assert set(units(tmp_path / "u.jsonl")) == {file.stem}
+    fit_kmeans(file.parent, tmp_path / "k.npz", units=2, **common)
+    monkeypatch.setattr(encoder.Encoder, "run", lambda *_: pytest.fail("encoded"))
+    arguments = ["units", str(file.parent), str(tmp_path / "u.parquet"), "--model", str(checkpoint), "--layer", "3"]
+    assert main(arguments) == 2
+    assert r"audio/caf\udce9.wav': the name is not UTF-8, which Parquet cannot hold." in capsys.readouterr().err
+
+
+def test_a_full_disk(checkpoint: Path, tmp_path: Path) -> None:
+    """Limits to the size of files stand for it."""
+    for i in range(20):
+        noise(tmp_path / "audio" / f"{i}.wav", 16_000, seed=i)
+    script = (
+        "import resource, sys; from spidr.extract.__main__ import main; "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY)); sys.exit(main())"
+    )
+    options = ["--model", checkpoint, "--layer", LAYER, "--threads", 1]
+    arguments = command("units", tmp_path / "audio", tmp_path / "u.jsonl", *options)[3:]
+    result = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 2, result.stderr
+    pattern = r"error: .*u\.jsonl\.unfinished/\d+-0\.jsonl: cannot be written \(File too large\)\. .*: make room, .*\n"
+    assert re.fullmatch(pattern, result.stderr)
+    assert main(arguments) == 0
+    assert len(rows(tmp_path / "u.jsonl")) == 20
+
+
+@pytest.mark.parametrize("kind", ["features", "units"])
+def test_no_thread_outlives_an_error(
+    kind: str, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = [noise(tmp_path / f"{i}.wav", seed=i) for i in range(30)]
+    before = set(threading.enumerate())
+
+    def fail(*_: object, **__: object) -> Any:
+        raise InputError("no room")
+
+    monkeypatch.setattr(features, "atomic_write", fail)
+    monkeypatch.setattr(units_module, "_line", fail)
+    extract: Any = extract_features if kind == "features" else extract_units
+    options = Options(threads=2, progress=False)
+    with pytest.raises(InputError, match="no room") as error:
+        extract(files, tmp_path / "out.jsonl", model=checkpoint, layer=LAYER, options=options)
+    assert set(threading.enumerate()) <= before
+    del error  # holds what was running
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"encoder_num_heads": 2},
+        {"encoder_layer_norm_first": True},
+        {"extractor_conv_layer_config": [(16, kernel, stride + 1) for _, kernel, stride in SHAPES]},
+        {"encoder_dropout": 0.5, "encoder_attention_dropout": 0.5, "ema_timescale": 7, "codebook_decay": 0.5},
+    ],
+)
+def test_equal_weights_in_another_model(changes: dict[str, Any], tmp_path: Path) -> None:
+    """Other heads and strides give other features, settings of training do not."""
+    common: dict[str, Any] = {"extractor_conv_layer_config": SHAPES, "encoder_num_heads": 4}
+    model, other = (tiny_model("spidr", 0, **common | changed).eval() for changed in ({}, changes))
+    assert all(torch.equal(value, other.state_dict()[name]) for name, value in model.state_dict().items())
+    file = noise(tmp_path / "a.wav")
+    extract_features(file, tmp_path / "f", model=model, layer=LAYER, options=QUIET)
+    (tmp_path / "f" / "a.npy").unlink()
+    if "encoder_dropout" in changes:
+        extract_features(file, tmp_path / "f", model=other, layer=LAYER, options=QUIET)
+    else:
+        with pytest.raises(InputError, match="made with weights = "):
+            extract_features(file, tmp_path / "f", model=other, layer=LAYER, options=QUIET)
+
+
+def test_every_setting_of_a_model_is_of_its_features_or_of_training() -> None:
+    training = {
+        "encoder_projection_dropout",
+        "encoder_attention_dropout",
+        "encoder_ff_interm_dropout",
+        "encoder_dropout",
+        "encoder_layer_drop",
+        "codebook_decay",
+        "codebook_init",
+        "codebook_revive_after",
+        "freeze_step",
+    }
+    names = {field.name for config in (DinoSRConfig, SpidRConfig) for field in fields(config)}
+    assert {name for name in names - training if not name.startswith("ema_")} == set(encoder.SHAPING)
+
+
 # ---------------------------------------------------------------------------------------------------- interruptions
 
 
@@ -560,13 +804,28 @@ def test_killed_and_started_again(
     assert len(before) + len(read_again) == 72
     if kind == "units":
         assert out.read_bytes() == (undisturbed / "u.jsonl").read_bytes()
-        assert {p.name for p in tmp_path.iterdir()} == {"u.jsonl", "u.jsonl.json"}
+        assert {p.name for p in tmp_path.iterdir()} == {"u.jsonl", "u.jsonl.json", "u.jsonl.recordings.json"}
     else:
         assert {p.name for p in out.iterdir()} == {p.name for p in (undisturbed / "f").iterdir()}
         assert all(p.read_bytes() == (undisturbed / "f" / p.name).read_bytes() for p in out.iterdir())
     read_again.clear()
     again(prompts, out, model=checkpoint, layer=LAYER, options=QUIET)
     assert read_again == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"), [("features", "goes on where it stopped"), ("units", "goes on"), ("kmeans", "begins again")]
+)
+def test_what_an_interruption_says(
+    kind: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    name = {"features": "extract_features", "units": "extract_units", "kmeans": "fit_kmeans"}[kind]
+    monkeypatch.setattr(f"spidr.extract.{name}", interrupt)
+    assert main([kind, str(tmp_path), str(tmp_path / "out")]) == 130
+    assert capsys.readouterr().err.startswith(f"interrupted; the same command {said}")
 
 
 def test_processes_share_the_work(checkpoint: Path, prompts: Path, undisturbed: Path, tmp_path: Path) -> None:
@@ -601,7 +860,7 @@ def test_kmeans(model: DinoSR, checkpoint: Path, tmp_path: Path) -> None:
         centroids, made = a["centroids"], json.loads(str(a["made"]))
     assert centroids.shape == (10, 32)
     assert made["layer"] == 2
-    assert 4000 < made["frames"] < 6000
+    assert 4000 < made["frames"] <= 5000
     for name, options in (("alone", QUIET), ("batched", batched)):
         out = tmp_path / f"{name}.jsonl"
         extract_units(files, out, model=checkpoint, kmeans=tmp_path / "a.npz", options=options)
@@ -616,20 +875,73 @@ def test_kmeans(model: DinoSR, checkpoint: Path, tmp_path: Path) -> None:
     assert (tmp_path / "alone.jsonl").read_bytes() == (tmp_path / "batched.jsonl").read_bytes()
     with pytest.raises(InputError, match="the centroids are of layer 2 of"):
         extract_units(files, tmp_path / "x.jsonl", model=checkpoint, layer=3, kmeans=tmp_path / "a.npz", options=QUIET)
-    with pytest.raises(InputError, match="units: found 1000000000, expected 1,048,576 at most"):
+    with pytest.raises(InputError, match=r"^units: found 1000000000, expected 2 to 1,048,576$"):
         fit_kmeans(files, tmp_path / "c.npz", model=checkpoint, units=10**9, max_frames=10**10, options=QUIET)
+    with pytest.raises(InputError, match=r"^units: found 1, expected 2 to 1,048,576$"):
+        fit_kmeans(files, tmp_path / "c.npz", model=checkpoint, units=1, options=QUIET)
+    with pytest.raises(InputError, match=r"^max_frames: found 9, expected 10 at least, a frame for each unit$"):
+        fit_kmeans(files, tmp_path / "c.npz", model=checkpoint, units=10, max_frames=9, options=QUIET)
     (tmp_path / "years.csv").write_text(f"fileid,path,num_samples\na,{files[0]},{10**14}\n")
     with pytest.raises(InputError, match=r"^1000000000000 frames: would take .* GiB"):
         fit_kmeans(
             tmp_path / "years.csv", tmp_path / "c.npz", model=checkpoint, layer=2, max_frames=10**12, options=QUIET
         )
-    with pytest.raises(InputError, match="frames are too few for 4000 units"):
+    with pytest.raises(InputError, match="frames are too few for 4000 units: give more recordings"):
         fit_kmeans(files[:1], tmp_path / "c.npz", model=checkpoint, layer=2, units=4000, options=QUIET)
     (tmp_path / "bad.npz").write_bytes(b"PK\x03\x04")
     np.savez(tmp_path / "flat.npz", centroids=centroids[0], made=json.dumps(made))
-    for name, reason in (("bad", ""), ("flat", "not a matrix of finite numbers")):
+    np.savez(tmp_path / "one.npz", centroids=centroids[:1], made=json.dumps(made))
+    for name, reason in (
+        ("bad", ""),
+        ("flat", "not a matrix of finite numbers"),
+        ("one", "there are no two centroids"),
+    ):
         with pytest.raises(InputError, match=rf"{name}\.npz: no k-means model .*{reason}"):
             extract_units(files, tmp_path / "x.jsonl", model=checkpoint, kmeans=tmp_path / f"{name}.npz", options=QUIET)
+
+
+def test_kmeans_of_what_cannot_be_encoded(checkpoint: Path, tmp_path: Path) -> None:
+    for name in ("a.wav", "b.wav"):
+        (tmp_path / name).write_bytes(b"no recording")
+    options = Options(on_error="skip", progress=False)
+    with pytest.raises(InputError, match=r"^none of 2 recordings could be encoded, the first one for this: .*a\.wav"):
+        fit_kmeans(tmp_path, tmp_path / "k.npz", model=checkpoint, layer=2, units=2, options=options)
+
+
+def test_kmeans_of_too_few_frames_by_choice(checkpoint: Path, tmp_path: Path) -> None:
+    files = [noise(tmp_path / f"{i}.wav", 160_000, seed=i) for i in range(2)]
+    for seed in range(10):  # of 998 frames, about 100 are drawn
+        try:
+            fit_kmeans(
+                files,
+                tmp_path / "k.npz",
+                model=checkpoint,
+                layer=2,
+                units=100,
+                max_frames=100,
+                seed=seed,
+                options=QUIET,
+            )
+        except InputError as error:
+            assert re.fullmatch(r"\d\d frames are too few for 100 units: raise max_frames \(100\)", str(error))  # noqa: PT017
+            return
+    pytest.fail("never too few")
+
+
+def test_frames_are_drawn_whatever_the_order() -> None:
+    recordings = {f"{i}": np.arange(1000, dtype=np.float32)[:, None] + 1000 * i for i in range(20)}
+    found = []
+    for names in (list(recordings), list(recordings)[::-1]):
+        draw, most = kmeans._Draw(500, 1.0, 0), 0
+        for name in names:
+            draw.add(name, recordings[name])
+            most = max(most, draw.count)
+        draw.reduce()
+        assert most <= 625
+        assert draw.count == 500
+        found.append({name: frames.tolist() for name, (_, frames) in draw.drawn.items()})
+    assert found[0] == found[1]
+    assert all(5 < len(frames) < 60 for frames in found[0].values())
 
 
 def test_without_scikit_learn(

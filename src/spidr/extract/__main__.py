@@ -57,7 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"error: {error}\n")
         return 2
     except KeyboardInterrupt:
-        sys.stderr.write("interrupted; the same command goes on where it stopped\n")
+        again = "begins again" if args.command == "kmeans" else "goes on where it stopped"
+        sys.stderr.write(f"interrupted; the same command {again}\n")
         return 130
     return 0
 
@@ -65,8 +66,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "python -m spidr.extract",
-        description="Features and units of recordings. The same command, started again, goes on where it stopped; "
-        "started by torchrun or as several SLURM tasks, its processes share the work.",
+        description="Features and units of recordings. Both, started again, go on where they stopped; started by "
+        "torchrun or as several SLURM tasks, their processes share the work. kmeans runs in one process and begins "
+        "again.",
     )
     commands = parser.add_subparsers(dest="command", required=True)
     common = argparse.ArgumentParser(add_help=False)

@@ -14,6 +14,7 @@ May import ``spidr.config``, ``spidr.environment``, ``spidr.models`` and its sib
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
@@ -21,7 +22,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 import numpy as np
 import torch
@@ -45,8 +46,30 @@ B = TypeVar("B")
 BATCH_SECONDS = 240.0
 """Seconds of audio in a batch on a GPU, padding included."""
 
+SHAPING = (
+    "extractor_mode",
+    "extractor_conv_bias",
+    "extractor_conv_layer_config",
+    "encoder_embed_dim",
+    "encoder_pos_conv_kernel",
+    "encoder_pos_conv_groups",
+    "encoder_pos_conv_depth",
+    "encoder_num_layers",
+    "encoder_num_heads",
+    "encoder_ff_interm_features",
+    "encoder_layer_norm_first",
+    "encoder_qkv_bias",
+    "codebook_size",
+    "num_codebooks",
+)
+"""Settings of a model that change its features or units, beside its weights. All others are of training only."""
+
 LONG = 120 * SAMPLE_RATE
 """Longer recordings (in samples) get all threads of a CPU, one after the other, so that none is the last one alone."""
+
+Device = Literal["auto", "cuda", "mps", "cpu"]
+Dtype = Literal["float32", "bfloat16", "auto"]
+OnError = Literal["raise", "skip"]
 
 MAX_SECONDS = 1_000_000
 MAX_THREADS = 1000
@@ -54,6 +77,17 @@ MAX_THREADS = 1000
 NEAR = 3e-5
 """Two scores are near each other if they differ by less than this share of (1 + the range of the frame's scores). More
 than ten times the largest change of a score by batching that was seen in float32."""
+
+
+def check_choice(name: str, value: object, choices: object) -> None:
+    """Check that an argument is one of those that a ``Literal`` lists.
+
+    Raises:
+        InputError: It is not.
+    """
+    accepted = get_args(choices)
+    if value not in accepted:
+        raise InputError(f"{name}: found {value!r}, expected {', '.join(accepted[:-1])} or {accepted[-1]}")
 
 
 @dataclass(frozen=True)
@@ -75,17 +109,19 @@ class Options:
         progress: Show a progress bar on standard error.
     """
 
-    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
-    dtype: Literal["float32", "bfloat16", "auto"] = "float32"
+    device: Device = "auto"
+    dtype: Dtype = "float32"
     batch_seconds: float | None = None
     threads: int | None = None
     window: float | None = None
     context: float | None = None
     resample: bool = False
-    on_error: Literal["raise", "skip"] = "raise"
+    on_error: OnError = "raise"
     progress: bool = True
 
     def __post_init__(self) -> None:
+        for name, choices in (("device", Device), ("dtype", Dtype), ("on_error", OnError)):
+            check_choice(name, getattr(self, name), choices)
         for name in ("batch_seconds", "window", "context"):
             value = getattr(self, name)
             if value is not None and not (0 <= value <= MAX_SECONDS and (value > 0 or name != "window")):
@@ -151,7 +187,7 @@ class Encoder:
         self.layer = self.model.best_layer if layer is None else layer
         self.options, self.env = options, env
         total = len(self.model.student.layers)
-        first = total - self.model.num_codebooks + 1 if codebook else 1
+        first = self.model.codebook_layers.start if codebook else 1
         if not first <= self.layer <= total:
             lacks = "has no codebook" if 1 <= self.layer <= total else "does not exist"
             having = "have a codebook" if codebook else "exist"
@@ -227,14 +263,17 @@ class Encoder:
     # ------------------------------------------------------------------------------------------------- all of them
 
     def plan(self, items: Sequence[Item]) -> list[list[Item]]:
-        """Batches, long recordings first: the same list for any number of processes."""
+        """Batches, long recordings first: the same list for any number of processes.
+
+        One of unknown length goes alone: it may be longer than a batch, or than a window, which batches do not have.
+        """
         seconds = self.options.batch_seconds
         if seconds is None:
             seconds = 0.0 if self.env.device.type == "cpu" else BATCH_SECONDS
         batches: list[list[Item]] = []
         for item in sorted(items, key=lambda item: (-item.num_samples, item.name)):
             longest = batches[-1][0].num_samples if batches else 0
-            fits = bool(batches) and (len(batches[-1]) + 1) * longest <= seconds * SAMPLE_RATE
+            fits = item.num_samples > 0 and bool(batches) and (len(batches[-1]) + 1) * longest <= seconds * SAMPLE_RATE
             if fits and not (self.options.window and longest > self.options.window * SAMPLE_RATE):
                 batches[-1].append(item)
             else:
@@ -297,8 +336,12 @@ class Encoder:
             if self.env.device.type == "cpu":
                 torch.set_num_threads(threads)
 
-        loaded = ahead(self._load, batches, workers=min(4, workers + 1), depth=workers + 1)
-        yield from ahead(compute, loaded, workers=workers, depth=2 * workers, initializer=use_threads)
+        # Both are closed, or their threads would live as long as an error is held.
+        with (
+            closing(ahead(self._load, batches, workers=min(4, workers + 1), depth=workers + 1)) as loaded,
+            closing(ahead(compute, loaded, workers=workers, depth=2 * workers, initializer=use_threads)) as computed,
+        ):
+            yield from computed
 
     def _load(self, batch: list[Item]) -> list[_Loaded]:
         return [self._load_item(item) for item in batch]
@@ -347,8 +390,9 @@ def _has_bfloat16(device: torch.device) -> bool:
 
 
 def _fingerprint(model: DinoSR) -> str:
-    """The beginning of the SHA-256 of what the features depend on."""
-    digest = hashlib.sha256()
+    """The beginning of the SHA-256 of what features and units depend on: weights, and what is done with them."""
+    shaping = [getattr(model.cfg, name) for name in SHAPING]
+    digest = hashlib.sha256(json.dumps(shaping).encode())
     for name, value in model.state_dict().items():
         if not name.startswith(("teacher.", "codebooks.", "current_step", "mask_embedding")):
             digest.update(name.encode())

@@ -6,7 +6,7 @@ May import ``spidr.config``, ``spidr.environment``, ``spidr.models``, ``spidr.to
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Literal
@@ -16,14 +16,26 @@ import torch
 
 from spidr.config import InputError
 from spidr.environment import environment
-from spidr.extract.encoder import Encoded, Encoder, Options, Skipped, ahead
-from spidr.extract.outputs import check_record, gather_skipped, names_of, record, report, write_record
+from spidr.extract.encoder import Encoded, Encoder, Options, Skipped, ahead, check_choice
+from spidr.extract.outputs import (
+    check_record,
+    check_recordings,
+    gather_skipped,
+    names_of,
+    record,
+    report,
+    write_record,
+)
 from spidr.extract.sources import Item, find_items
 from spidr.models import DinoSR
 from spidr.models.hub import check_name
 from spidr.tools.files import atomic_write, make_folder, remove_unfinished
 
+FileFormat = Literal["npy", "pt"]
+OutputDtype = Literal["float32", "float16"]
+
 RECORD = "extract.json"
+RECORDINGS = "recordings.json"
 WRITERS = 4
 
 
@@ -33,8 +45,8 @@ def extract_features(
     *,
     model: str | Path | DinoSR = "spidr_base",
     layer: int | None = None,
-    file_format: Literal["npy", "pt"] = "npy",
-    output_dtype: Literal["float32", "float16"] = "float32",
+    file_format: FileFormat = "npy",
+    output_dtype: OutputDtype = "float32",
     flat: bool = False,
     options: Options | None = None,
 ) -> Skipped:
@@ -45,7 +57,8 @@ def extract_features(
 
     Args:
         sources: Manifests, folders of recordings, audio files.
-        output: A folder. Files lie in it as recordings do in theirs; ``extract.json`` says how they were made.
+        output: A folder. Files lie in it as recordings do in theirs; ``extract.json`` says how they were made,
+            ``recordings.json`` of which recordings.
         model: A published model's name, a checkpoint, or a model.
         layer: Counted from 1; None: the model's best.
         file_format: "npy", or "pt" for a tensor by ``torch.save``.
@@ -57,10 +70,12 @@ def extract_features(
         The recordings that were skipped, of all processes.
 
     Raises:
-        InputError: The input or model is wrong, the output was made with other settings, or a recording cannot be
-            encoded, without ``on_error="skip"``.
+        InputError: The input or model is wrong, the output was made with other settings or has another recording
+            of the same name, or a recording cannot be encoded, without ``on_error="skip"``.
     """
     options, output = options or Options(), Path(output)
+    check_choice("file_format", file_format, FileFormat)
+    check_choice("output_dtype", output_dtype, OutputDtype)
     skip = options.on_error == "skip"
     check_name(model)
     with environment(options.run_config()) as env:
@@ -74,11 +89,11 @@ def extract_features(
 
         pending: list[int] = []
         if env.is_main:
-            _prepare(output, content)
+            done = _prepare(output, content, items, path_of)
             for folder in {path_of(item).parent for item in items}:
                 make_folder(folder)
                 remove_unfinished(folder)
-            pending = [i for i, batch in enumerate(batches) if not all(path_of(item).exists() for item in batch)]
+            pending = [i for i, batch in enumerate(batches) if any(item.name not in done for item in batch)]
         pending = env.broadcast_object(pending)
         skipped = Skipped()
 
@@ -94,7 +109,7 @@ def extract_features(
             return encoded
 
         results = encoder.run([batches[i] for i in pending], encoder.features, "Features")
-        with closing(ahead(write, results, workers=WRITERS, depth=WRITERS)) as written:
+        with closing(results), closing(ahead(write, results, workers=WRITERS, depth=WRITERS)) as written:
             for encoded in written:
                 skipped.note(encoded)
         skipped = gather_skipped(env, skipped)
@@ -104,8 +119,10 @@ def extract_features(
         return skipped
 
 
-def _prepare(output: Path, content: dict[str, object]) -> None:
-    """Make the folder, or check that it is one of the same kind."""
+def _prepare(
+    output: Path, content: dict[str, object], items: Sequence[Item], path_of: Callable[[Item], Path]
+) -> set[str]:
+    """Make the folder, or check that it is one of the same kind; returns the names of what is done."""
     path = output / RECORD
     if os.path.isfile(output):  # noqa: PTH113 (False for a name that is too long, which writing complains about)
         raise InputError(f"{output}: is a file; features need a folder.")
@@ -115,3 +132,7 @@ def _prepare(output: Path, content: dict[str, object]) -> None:
         raise InputError(f"{output}: is not empty, and there is no {RECORD} in it. Choose another folder.")
     else:
         write_record(path, content)
+    # os.path.exists: False for a name that is too long, which writing complains about.
+    done = {item.name for item in items if os.path.exists(path_of(item))}  # noqa: PTH110
+    check_recordings(output / RECORDINGS, items, done)
+    return done

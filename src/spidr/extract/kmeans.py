@@ -31,6 +31,9 @@ from spidr.tools.files import atomic_write, make_folder
 
 MAX_UNITS = 2**20
 
+SLACK = 1.25
+"""Frames in memory at most, as a multiple of those that are wanted."""
+
 
 @dataclass(frozen=True)
 class KMeans:
@@ -63,6 +66,8 @@ class KMeans:
                 centroids, made = file["centroids"], parse_json(str(file["made"]))
             if centroids.dtype != np.float32 or centroids.ndim != 2 or not np.isfinite(centroids).all():
                 raise ValueError("the centroids are not a matrix of finite numbers in float32")
+            if len(centroids) < 2:
+                raise ValueError("there are no two centroids")
             if not isinstance(made["layer"], int) or made["layer"] < 1 or not {"model", "weights"} <= made.keys():
                 raise ValueError("it does not say what it was made of")
         except FileNotFoundError:
@@ -112,6 +117,44 @@ class KMeans:
         return lambda waveforms: encoder.discretise(waveforms, scores, alone)
 
 
+class _Draw:
+    """Frames drawn at random from recordings that come one by one: of all frames, those that draw the lowest lots.
+
+    Lots are seeded by the recording, so that neither order nor batches matter.
+
+    Args:
+        limit: Frames to draw.
+        share: Of all frames, as far as their number is known.
+        seed: Of the lots.
+    """
+
+    def __init__(self, limit: int, share: float, seed: int) -> None:
+        self.limit, self.share, self.seed = limit, share, seed
+        self.drawn: dict[str, tuple[NDArray[np.float64], NDArray[np.float32]]] = {}
+        self.count = 0
+
+    def add(self, name: str, frames: NDArray[np.float32]) -> None:
+        """Draw from the frames of a recording, (T, D)."""
+        digest = hashlib.sha256(name.encode(errors="surrogatepass")).digest()
+        lots = np.random.default_rng([self.seed, *digest[:16]]).random(len(frames))
+        chosen = lots < self.share
+        self.drawn[name] = lots[chosen], frames[chosen]
+        self.count += int(chosen.sum())
+        if self.count > SLACK * self.limit:  # recordings of unknown length are no part of the share
+            self.reduce()
+
+    def reduce(self) -> None:
+        """Leave no more than the limit."""
+        if self.count > self.limit:
+            self.share = float(
+                np.partition(np.concatenate([lots for lots, _ in self.drawn.values()]), self.limit)[self.limit]
+            )
+            for name, (lots, frames) in self.drawn.items():
+                chosen = lots < self.share
+                self.drawn[name] = lots[chosen], frames[chosen]
+            self.count = sum(len(lots) for lots, _ in self.drawn.values())
+
+
 def fit_kmeans(
     sources: str | Path | Sequence[str | Path],
     output: str | Path,
@@ -130,8 +173,9 @@ def fit_kmeans(
         output: The file to write.
         model: A published model's name, a checkpoint, or a model.
         layer: Counted from 1; None: the model's best.
-        units: Number of clusters K.
-        max_frames: Frames to learn from, drawn at random from all there are; a million of the base model's are 3 GB.
+        units: Number of clusters K, 2 at least.
+        max_frames: Frames to learn from at most, drawn at random from all there are; a million of the base model's are
+            3 GB.
         seed: Of the draw and of k-means. The same seed, recordings and machine give the same centroids.
         options: How recordings are encoded.
 
@@ -139,7 +183,8 @@ def fit_kmeans(
         The recordings that were skipped.
 
     Raises:
-        InputError: The input or model is wrong, there are fewer frames than clusters, or there are several processes.
+        InputError: The input or model is wrong, no recording can be encoded, there are fewer frames than clusters, or
+            there are several processes.
     """
     with needs_extra("extract"):
         from sklearn.cluster import MiniBatchKMeans
@@ -149,10 +194,10 @@ def fit_kmeans(
         raise InputError(f"{output}: the name of a k-means model must end in .npz.")
     if not 0 <= seed < 2**32:
         raise InputError(f"seed: found {seed}, expected an integer between 0 and 2^32 - 1")
-    if units > MAX_UNITS:
-        raise InputError(f"units: found {units}, expected {MAX_UNITS:,} at most")
-    if units < 1 or max_frames < units:
-        raise InputError(f"{units} units of {max_frames} frames: there must be a unit, and a frame for each at least")
+    if not 2 <= units <= MAX_UNITS:
+        raise InputError(f"units: found {units}, expected 2 to {MAX_UNITS:,}")
+    if max_frames < units:
+        raise InputError(f"max_frames: found {max_frames}, expected {units} at least, a frame for each unit")
     check_name(model)
     with environment(options.run_config()) as env:
         if env.world_size > 1:
@@ -162,19 +207,21 @@ def fit_kmeans(
         shapes = encoder.model.feature_extractor
         total = sum(shapes.num_frames(item.num_samples) for item in items)
         check_memory(4 * min(total, max_frames) * encoder.model.cfg.encoder_embed_dim, f"{max_frames} frames")
-        share, drawn, skipped = min(1.0, max_frames / max(1, total)), {}, Skipped()
+        draw, skipped = _Draw(max_frames, min(1.0, max_frames / max(1, total)), seed), Skipped()
         with closing(encoder.run(encoder.plan(items), encoder.features, "Features")) as results:
             for encoded in results:
                 for item, features, _ in encoded:
                     if features is not None:
-                        # Seeded by the recording, so that neither order nor batches matter.
-                        digest = hashlib.sha256(item.name.encode()).digest()
-                        rng = np.random.default_rng([seed, *digest[:16]])
-                        drawn[item.name] = features[rng.random(len(features)) < share]
+                        draw.add(item.name, features)
                 skipped.note(encoded)
-        frames = np.concatenate([drawn[item.name] for item in items if item.name in drawn])
+        if not draw.drawn:
+            reason = next(iter(skipped.values()))
+            raise InputError(f"none of {len(items)} recordings could be encoded, the first one for this: {reason}")
+        draw.reduce()
+        frames = np.concatenate([draw.drawn[item.name][1] for item in items if item.name in draw.drawn])
         if len(frames) < units:
-            raise InputError(f"{len(frames)} frames are too few for {units} units: give more recordings")
+            remedy = f"raise max_frames ({max_frames})" if draw.share < 1 else "give more recordings"
+            raise InputError(f"{len(frames)} frames are too few for {units} units: {remedy}")
         found = MiniBatchKMeans(
             units, batch_size=10_000, n_init=5, max_no_improvement=100, reassignment_ratio=0.0, random_state=seed
         ).fit(frames)

@@ -1,13 +1,14 @@
-"""What both kinds of outputs have in common: the record of how they were made, and an end that all processes reach.
+"""What both kinds of outputs have in common: records of how and of what they were made, an end all processes reach.
 
-May import ``spidr.config``, ``spidr.environment``, ``spidr.tools`` and its sibling ``encoder``.
+May import ``spidr.config``, ``spidr.environment``, ``spidr.tools`` and its siblings ``encoder`` and ``sources``.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+import os
+from collections.abc import Collection, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import spidr
 from spidr.config import InputError, parse_json
 from spidr.environment import Environment
 from spidr.extract.encoder import Skipped
+from spidr.extract.sources import Item
 from spidr.tools.files import atomic_write, make_folder
 
 logger = logging.getLogger(__name__)
@@ -56,6 +58,54 @@ def write_record(path: Path, content: dict[str, Any], skipped: Skipped | None = 
     make_folder(path.parent)
     with atomic_write(path) as file:
         file.write(json.dumps(content | ({"skipped": skipped} if skipped else {}), indent=2).encode() + b"\n")
+
+
+def place_of(item: Item) -> str:
+    """Where a recording is, wherever the command is run."""
+    place = item.recording
+    full = os.path.abspath(place.archive or place.path)  # noqa: PTH100
+    return full if place.archive is None else f"{full}:{place.path}"
+
+
+def check_recordings(path: Path, items: Sequence[Item], done: Collection[str]) -> dict[str, str]:
+    """Check that what is done was made of these recordings, and write down which recording each name is.
+
+    Without that, a name that now is another recording's would silently get the output of the earlier one.
+
+    Args:
+        path: The file that says so, JSON. Outputs of earlier versions have none: then all of it is taken to be right.
+        items: The recordings.
+        done: The names of what there is.
+
+    Returns:
+        The recording of each name, also of those that are done and not among ``items``.
+
+    Raises:
+        InputError: A name that is done was another recording, or the file cannot be read or written.
+    """
+    known: dict[str, str] = {}
+    if os.path.exists(path):  # noqa: PTH110
+        try:
+            known = parse_json(path.read_text(encoding="utf-8"))
+            if not isinstance(known, dict) or not all(isinstance(place, str) for place in known.values()):
+                raise ValueError("it is no JSON object of strings")
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"{path}: says of which recordings the outputs are, but cannot be read ({error}). Choose another "
+                "output; if the recordings are the same, remove that file."
+            ) from None
+    now = {item.name: place_of(item) for item in items}
+    for name, place in now.items():
+        if name in done and known.get(name, place) != place:
+            raise InputError(
+                f"{path}: the output of {name} there is that of {known[name]}, now the name is that of {place}. Choose "
+                "another output; if the recordings have only been moved, remove that file."
+            )
+    if (both := known | now) != known:
+        make_folder(path.parent)
+        with atomic_write(path) as file:
+            file.write(json.dumps(both, indent=0).encode() + b"\n")
+    return both
 
 
 def gather_skipped(env: Environment, skipped: Skipped) -> Skipped:

@@ -35,7 +35,8 @@ class Item:
     Attributes:
         name: No other recording has the same; may have folders in it, and has no extension.
         recording: Where it is.
-        num_samples: By the manifest or the header, for batches and progress; 0 if it cannot be read.
+        num_samples: For batches and progress: by the manifest, else the header, else (MP3, Opus and other formats
+            without an exact length there) by decoding all of it; 0 if it cannot be read.
         promised: Number of samples by the manifest, if there is one.
     """
 
@@ -102,8 +103,8 @@ def find_items(sources: Sequence[str | Path], *, tree: bool, resample: bool, ski
                 return 0
             raise _with_remedy(error) from None
 
-    with ThreadPoolExecutor(min(32, (os.cpu_count() or 1) + 4)) as pool:
-        lengths = list(pool.map(measure, items, chunksize=64))
+    with ThreadPoolExecutor() as pool:
+        lengths = list(pool.map(measure, items))
     rows = zip(_unique_names(items, tree=tree), items, lengths, strict=True)
     return [Item(name, item.recording, samples, item.num_samples) for name, item, samples in rows]
 
@@ -112,8 +113,8 @@ def read_item(item: Item, *, resample: bool) -> NDArray[np.float32]:
     """All samples of a recording, float32 (S,).
 
     Raises:
-        InputError: It cannot be read, is not 16 kHz mono, without ``resample``, or not as long as the manifest says,
-            give or take a sample.
+        InputError: It cannot be read; or, without ``resample``, it is not 16 kHz mono, or not as long as the manifest
+            says, give or take a sample. With ``resample`` the length is not checked.
     """
     try:
         samples = read_resampled(item.recording) if resample else read_audio(item.recording)

@@ -1,7 +1,7 @@
 """Units of recordings, all in one table: JSON lines or Parquet.
 
 While the work goes on, every process adds lines to a file of its own in ``OUTPUT.unfinished``. At the end they become
-the table, in the order of the sources.
+the table: first the rows of other recordings that it had before, then those of the sources in their order.
 
 May import ``spidr.config``, ``spidr.environment``, ``spidr.models``, ``spidr.tools`` and its siblings.
 """
@@ -13,20 +13,30 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
+from glob import escape
 from itertools import groupby
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import polars as pl
 from torch import Tensor
 
-from spidr.config import InputError
+from spidr.config import InputError, first_line
 from spidr.environment import environment
 from spidr.extract.encoder import Encoder, Options, Skipped
 from spidr.extract.kmeans import KMeans
-from spidr.extract.outputs import check_record, gather_skipped, names_of, record, report, write_record
-from spidr.extract.sources import find_items
+from spidr.extract.outputs import (
+    check_record,
+    check_recordings,
+    gather_skipped,
+    names_of,
+    place_of,
+    record,
+    report,
+    write_record,
+)
+from spidr.extract.sources import Item, find_items
 from spidr.models import DinoSR
 from spidr.models.hub import check_name
 from spidr.tools.files import atomic_write, make_folder
@@ -51,8 +61,9 @@ def extract_units(
 
     Args:
         sources: Manifests, folders of recordings, audio files.
-        output: A ``.jsonl`` or ``.parquet`` file. How it was made is in ``OUTPUT.json``, and under "spidr" in the
-            metadata of a Parquet file.
+        output: A ``.jsonl`` or ``.parquet`` file; rows of other recordings in it are kept. How it was made is in
+            ``OUTPUT.json``, and under "spidr" in the metadata of a Parquet file; of which recordings, in
+            ``OUTPUT.recordings.json``.
         model: A published model's name, a checkpoint, or a model.
         layer: One that has a codebook, counted from 1; None: the model's best, or that of ``kmeans``.
         dedup: Merge repeated units and add ``durations``, the number of frames of each.
@@ -63,8 +74,8 @@ def extract_units(
         The recordings that were skipped, of all processes.
 
     Raises:
-        InputError: The input or model is wrong, the output was made with other settings, or a recording cannot be
-            encoded, without ``on_error="skip"``.
+        InputError: The input or model is wrong, the output was made with other settings or has another recording
+            of the same name, or a recording cannot be encoded, without ``on_error="skip"``.
     """
     options, output = options or Options(), Path(output)
     if output.suffix not in (".jsonl", ".parquet"):
@@ -74,6 +85,8 @@ def extract_units(
     with environment(options.run_config()) as env:
         clusters = None if kmeans is None else KMeans.load(kmeans)
         items = find_items(names_of(sources), tree=False, resample=options.resample, skip=skip)
+        if output.suffix == ".parquet":
+            _check_utf8(items)
         if clusters is not None and layer is None:
             layer = clusters.layer
         encoder = Encoder(model, layer, options, env, codebook=clusters is None)
@@ -88,23 +101,33 @@ def extract_units(
         batches = encoder.plan(items)
         pending: list[int] = []
         if env.is_main:
-            done = table.prepare()
+            done = table.prepare(items)
             pending = [i for i, batch in enumerate(batches) if any(item.name not in done for item in batch)]
         pending = env.broadcast_object(pending)
         skipped = Skipped()
         results = encoder.run([batches[i] for i in pending], encode, "Units")
-        with closing(results), table.part(env.rank) as part:
+        with closing(results), table.part(env.rank) as write:
             for encoded in results:
-                for item, units, _ in encoded:
-                    if units is not None:
-                        part.write(_line(item.name, units.tolist(), dedup=dedup))
-                part.flush()
+                rows = [(item.name, units.tolist()) for item, units, _ in encoded if units is not None]
+                write(b"".join(_line(name, units, dedup=dedup) for name, units in rows))
                 skipped.note(encoded)
         skipped = gather_skipped(env, skipped)
         if env.is_main:
-            table.finish([item.name for item in items if item.name not in skipped], skipped)
+            table.finish(items, skipped)
         report(skipped, len(items), env)
         return skipped
+
+
+def _check_utf8(items: Sequence[Item]) -> None:
+    """Check that all names are text, which is all that Parquet can hold."""
+    for item in items:
+        try:
+            item.name.encode()
+        except UnicodeEncodeError:
+            raise InputError(
+                f"{str(item.recording)!a}: the name is not UTF-8, which Parquet cannot hold. Rename the file, or "
+                "choose an output that ends in .jsonl."
+            ) from None
 
 
 def _line(fileid: str, units: list[int], *, dedup: bool) -> bytes:
@@ -126,50 +149,87 @@ class _Table:
         self.path, self.content = path, content
         self.record = path.with_name(f"{path.name}.json")
         self.unfinished = path.with_name(f"{path.name}.unfinished")
+        self.recordings = path.with_name(f"{path.name}.recordings.json")
+        self.known: dict[str, str] = {}
 
-    def prepare(self) -> set[str]:
+    def prepare(self, items: Sequence[Item]) -> set[str]:
         """Check that what is there was made in the same way, and return the names of the rows there are."""
-        if os.path.exists(self.path):  # noqa: PTH110 (False for a name that is too long, which writing complains about)
-            if not self.record.exists():
+        exists = os.path.exists(self.path)  # noqa: PTH110 (False for a name too long, which writing complains about)
+        if exists:
+            if not os.path.exists(self.record):  # noqa: PTH110
                 raise InputError(f"{self.path}: exists, and no {self.record.name} says how it was made. Remove it.")
             check_record(self.record, self.content)
         made = self.unfinished / "extract.json"
         if os.path.exists(made):  # noqa: PTH110
             check_record(made, self.content)
-        else:
-            shutil.rmtree(self.unfinished, ignore_errors=True)  # killed while it was being removed
-            if self.path.suffix == ".parquet" and os.path.exists(self.path):  # noqa: PTH110
-                make_folder(self.unfinished)
-                with atomic_write(self.unfinished / "0.jsonl") as file:
-                    file.writelines(_json(row) for row in pl.read_parquet(self.path).iter_rows(named=True))
-            write_record(made, self.content)
-        return set(self._rows())
+            done = set(self._rows())
+            self.known = check_recordings(self.recordings, items, done)
+            return done
+        shutil.rmtree(self.unfinished, ignore_errors=True)  # killed while it was being removed
+        table = self._read_parquet() if exists and self.path.suffix == ".parquet" else None
+        done = set(self._rows() if table is None else table["fileid"])
+        self.known = check_recordings(self.recordings, items, done)  # before anything else is written
+        if table is not None:
+            make_folder(self.unfinished)
+            with atomic_write(self.unfinished / "0.jsonl") as file:
+                file.writelines(_json(row) for row in table.iter_rows(named=True))
+        write_record(made, self.content)
+        return done
 
-    def part(self, rank: int) -> IO[bytes]:
-        """A file for the rows of a process."""
-        return (self.unfinished / f"{time.time_ns()}-{rank}.jsonl").open("xb")
+    @contextmanager
+    def part(self, rank: int) -> Iterator[Callable[[bytes], None]]:
+        """A function that adds rows to a file of this process.
 
-    def finish(self, names: list[str], skipped: Skipped) -> None:
-        """Write the table, with the rows of ``names`` in that order."""
+        Raises:
+            InputError: It cannot be written.
+        """
+        path = self.unfinished / f"{time.time_ns()}-{rank}.jsonl"
+        with _writing(path):
+            file = path.open("xb")
+
+        def write(lines: bytes) -> None:
+            with _writing(path):
+                file.write(lines)
+                file.flush()
+
+        try:
+            yield write
+        finally:
+            with _writing(path):
+                file.close()  # writes once more what could not be written
+
+    def finish(self, items: Sequence[Item], skipped: Skipped) -> None:
+        """Write the table: what it has of other recordings, then the rows of ``items`` in that order."""
         rows = self._rows()
+        encoded = [item for item in items if item.name not in skipped]
+        present = {place_of(item) for item in encoded}  # also under another name, which a larger corpus may give them
+        names = [name for name in rows if self.known.get(name) not in present]
+        names += [item.name for item in encoded]
         write_record(self.record, self.content, skipped)  # first: a table without it would be refused
         merged = self.path if self.path.suffix == ".jsonl" else self.unfinished / "merged"
         with atomic_write(merged) as file:
             file.writelines(self._read(rows[name]) for name in names)
         if merged != self.path:
-            columns = {
-                name: SCHEMA[name] for name in ("fileid", "units", *(["durations"] if self.content["dedup"] else []))
-            }
             metadata = {"spidr": json.dumps(self.content)}
             with atomic_write(self.path) as file:
-                pl.read_ndjson(merged, schema=columns).write_parquet(file, metadata=metadata)
+                table = pl.read_ndjson(escape(str(merged)), schema=self._schema())
+                table.write_parquet(file, metadata=metadata)
         shutil.rmtree(self.unfinished)
+
+    def _schema(self) -> dict[str, Any]:
+        return {name: SCHEMA[name] for name in ("fileid", "units", *(["durations"] if self.content["dedup"] else []))}
+
+    def _read_parquet(self) -> pl.DataFrame:
+        try:
+            return pl.read_parquet(escape(str(self.path))).select(list(self._schema()))
+        except (OSError, ValueError, pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
+            raise InputError(f"{self.path}: cannot be read ({first_line(error)}). Remove it.") from None
 
     def _rows(self) -> dict[str, tuple[Path, int, int]]:
         """Where the row of each recording is: file, first byte, number of bytes."""
         rows = {}
         paths = sorted(self.unfinished.glob("*.jsonl"))
-        if self.path.suffix == ".jsonl" and self.path.exists():
+        if self.path.suffix == ".jsonl" and os.path.exists(self.path):  # noqa: PTH110
             paths.append(self.path)
         for path in paths:
             for name, start, size in _scan(path):
@@ -181,6 +241,17 @@ class _Table:
         with path.open("rb") as file:
             file.seek(start)
             return file.read(size)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"{path}: cannot be written ({error.strerror or error}). What was done before is intact: make room, then "
+            "run the same command again."
+        ) from error
 
 
 def _scan(path: Path) -> Iterator[tuple[str, int, int]]:
