@@ -153,7 +153,7 @@ BEFORE_THE_FOLDER = [
     ),
     (_missing_manifest, "manifest.csv: the manifest does not exist"),
     (_missing_column, "manifest.csv: column 'num_samples' is missing"),
-    (_short, "manifest.csv: no recording has min_sample_size (12000) samples"),
+    (_short, "manifest.csv: no recording has 12000 samples"),
     (_malicious, "evil.pt: "),
     (_malicious_pickle, "evil.pt: "),
     (_other_shape, "other.pt: not the weights of this SpidR"),

@@ -659,7 +659,8 @@ def test_a_full_disk(checkpoint: Path, tmp_path: Path) -> None:
         noise(tmp_path / "audio" / f"{i}.wav", 16_000, seed=i)
     script = (
         "import resource, sys; from spidr.extract.__main__ import main; "
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY)); sys.exit(main())"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY)); code = main(); "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, [resource.RLIM_INFINITY] * 2); sys.exit(code)"
     )
     options = ["--model", checkpoint, "--layer", LAYER, "--threads", 1]
     arguments = command("units", tmp_path / "audio", tmp_path / "u.jsonl", *options)[3:]
