@@ -12,8 +12,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from spidr.config import InputError
 from spidr.extract import Options, extract_features
+from spidr.tools.errors import InputError
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -21,7 +21,7 @@ import from_results
 from matplotlib.figure import Figure
 from style import save
 
-from spidr.config import InputError
+from spidr.tools.errors import InputError
 
 ALONE: dict[int, Callable[[], Figure]] = {
     2: from_results.perplexity_while_training,

@@ -15,11 +15,11 @@ from matplotlib.patheffects import withStroke
 from sklearn.manifold import TSNE
 from style import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILLION, WIDTH, YELLOW, new_figure
 
-from spidr.config import InputError
 from spidr.data.alignments import match_alignments, read_alignments
 from spidr.data.units import read_units
 from spidr.evaluate import FeatureFolder
 from spidr.models.metrics import proba_phone_code
+from spidr.tools.errors import InputError
 
 FRAMES = 2
 """Frames of an alignment (10 ms) to one of the model (20 ms)."""

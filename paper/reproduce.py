@@ -27,7 +27,6 @@ import polars as pl
 from published import KEYS, METRICS, REPRESENTATIONS, SCHEMA, results
 
 from spidr.abx import Scorer, read_items
-from spidr.config import InputError
 from spidr.data.alignments import match_alignments, read_alignments
 from spidr.data.units import read_units
 from spidr.data.write_manifest import write_manifest
@@ -36,6 +35,7 @@ from spidr.extract import Options, extract_features, extract_units
 from spidr.models import DinoSR, SpidR
 from spidr.models.hub import load_encoder
 from spidr.models.metrics import units_quality
+from spidr.tools.errors import InputError
 from spidr.tools.files import atomic_write
 
 SETS = ("dev-clean", "dev-other")

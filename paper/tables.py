@@ -20,7 +20,7 @@ from pathlib import Path
 import polars as pl
 from published import BEST_LAYER, KEYS, METRICS, MODELS, REPRESENTATIONS, SCHEMA, pretraining_hours, results
 
-from spidr.config import InputError
+from spidr.tools.errors import InputError
 from spidr.tools.files import atomic_write
 
 LOWER_IS_BETTER = {"abx", "per", "asr"}

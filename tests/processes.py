@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from spidr.config import InputError, read_config
+from spidr.config import read_config
+from spidr.tools.errors import InputError
 from spidr.tools.metrics import read_metrics
 from tiny_run import MEASURED
 

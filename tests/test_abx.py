@@ -12,7 +12,7 @@ import pytest
 from numpy.typing import NDArray
 
 from spidr.abx import Scorer, read_items
-from spidr.config import InputError
+from spidr.tools.errors import InputError
 
 needs_fastabx = pytest.mark.skipif(sys.version_info < (3, 12), reason="fastabx needs Python 3.12")
 HEADER = "#file onset offset #phone prev-phone next-phone speaker"

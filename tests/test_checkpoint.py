@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 
 from small_models import tiny_model
 from spidr.checkpoint import Checkpointer, read_checkpoint
-from spidr.config import InputError, OptimizerConfig
+from spidr.config import OptimizerConfig
 from spidr.optimizer import build_optimizer
+from spidr.tools.errors import InputError
 
 CFG = OptimizerConfig(lr=1e-2, warmup_steps=4, hold_steps=2, decay_steps=4)
 

@@ -13,8 +13,9 @@ from torch._dynamo.utils import counters
 
 from small_models import tiny_model
 from spidr.compiled import Compiled
-from spidr.config import Config, conv_length, read_config
+from spidr.config import Config, read_config
 from spidr.models import DinoSR
+from spidr.tools.frames import conv_length
 from tiny_run import write_config
 
 SIZES = [(3, 7011), (4, 11_900), (2, 5003), (7, 4000)]

@@ -19,7 +19,6 @@ from spidr.config import (
     Config,
     DataConfig,
     DinoSRConfig,
-    InputError,
     MaskingConfig,
     MaskingStrategy,
     ModelType,
@@ -32,6 +31,7 @@ from spidr.config import (
     read_config,
     to_dict,
 )
+from spidr.tools.errors import InputError
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 MINIMAL: dict[str, Any] = {
@@ -636,5 +636,5 @@ def test_model_config() -> None:
 
 def test_a_system_that_does_not_tell_its_memory() -> None:
     """Windows has no module ``resource``; models are loaded there all the same."""
-    code = "import sys; sys.modules['resource'] = None; from spidr.config import check_memory; check_memory(2**60, 'x')"
+    code = "import sys; sys.modules['resource'] = None; from spidr.tools.untrusted import check_memory; check_memory(2**60, 'x')"
     subprocess.run([sys.executable, "-c", code], check=True)

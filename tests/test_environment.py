@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from processes import free_port
-from spidr.config import InputError, RunConfig
+from spidr.config import RunConfig
 from spidr.environment import StopFlag, _use_slurm, choose_device, environment, ranks, seed_step
+from spidr.tools.errors import InputError
 from tiny_run import write_config, write_recordings
 
 VARIABLES = (

@@ -17,13 +17,14 @@ import torch
 
 from small_models import tiny_model
 from spidr.abx import Scorer, read_items
-from spidr.config import DEFAULT_CONV_LAYER_CONFIG, InputError
+from spidr.config import DEFAULT_CONV_LAYER_CONFIG
 from spidr.data import speech_dataset
 from spidr.data.alignments import read_alignments
 from spidr.data.units import read_units
 from spidr.evaluate import main
 from spidr.models import DinoSR
 from spidr.models.metrics import units_quality
+from spidr.tools.errors import InputError
 from tiny_run import write_recordings
 
 needs_fastabx = pytest.mark.skipif(sys.version_info < (3, 12), reason="fastabx needs Python 3.12")

@@ -16,10 +16,11 @@ from torch import Tensor
 
 import spidr
 from small_models import tiny_config, tiny_model
-from spidr.config import InputError, model_config
+from spidr.config import model_config
 from spidr.export import export_onnx, export_safetensors, export_transformers
 from spidr.export.__main__ import main
 from spidr.models import DinoSR, build_model, hub
+from spidr.tools.errors import InputError
 
 OTHER = {
     "extractor_mode": "group_norm",

@@ -27,12 +27,13 @@ import torch
 
 import spidr
 from small_models import tiny_model
-from spidr.config import DEFAULT_CONV_LAYER_CONFIG, DinoSRConfig, InputError, SpidRConfig
+from spidr.config import DEFAULT_CONV_LAYER_CONFIG, DinoSRConfig, SpidRConfig
 from spidr.data.write_manifest import write_manifest, write_manifest_fairseq, write_manifest_tar
 from spidr.extract import Options, encoder, extract_features, extract_units, features, fit_kmeans, kmeans, sources
 from spidr.extract import units as units_module
 from spidr.extract.__main__ import main
 from spidr.models import DinoSR, num_frames
+from spidr.tools.errors import InputError
 
 PROMPTS = Path(__file__).parents[1] / "examples" / "quickstart" / "audio"
 LAYER = 3

@@ -35,7 +35,7 @@ from hypothesis import strategies as st
 from small_models import TINY, tiny_config, tiny_model
 from spidr.abx import read_items
 from spidr.checkpoint import Checkpointer, read_checkpoint
-from spidr.config import InputError, read_config
+from spidr.config import read_config
 from spidr.data import read_manifest
 from spidr.data.alignments import read_alignments
 from spidr.data.audio import Recording, num_samples, read_audio, read_resampled, statistics
@@ -46,6 +46,7 @@ from spidr.export import export_safetensors
 from spidr.extract.kmeans import KMeans
 from spidr.models import build_model
 from spidr.models.hub import load_encoder, load_fairseq_weights, load_weights, recorded_config
+from spidr.tools.errors import InputError
 from spidr.tools.metrics import read_metrics
 from tiny_run import write_config, write_recordings
 

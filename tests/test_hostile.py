@@ -24,7 +24,7 @@ import soundfile
 import torch
 
 from small_models import tiny_model
-from spidr.config import InputError, read_config
+from spidr.config import read_config
 from spidr.data import read_manifest
 from spidr.data.alignments import read_alignments
 from spidr.data.audio import num_samples, read_audio
@@ -34,6 +34,7 @@ from spidr.evaluate import FeatureFolder
 from spidr.extract import Options, extract_features
 from spidr.extract.kmeans import KMeans
 from spidr.models.hub import load_fairseq_weights, load_weights
+from spidr.tools.errors import InputError
 from spidr.tools.files import atomic_write
 from tiny_run import write_config, write_recordings
 
@@ -95,7 +96,7 @@ LIMITED = """\
 import resource, sys
 from pathlib import Path
 import numpy, polars, torch
-from spidr.config import InputError
+from spidr.tools.errors import InputError
 from spidr.data.alignments import read_alignments
 from spidr.data.audio import read_audio
 from spidr.data.units import read_units

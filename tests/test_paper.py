@@ -18,8 +18,9 @@ import polars as pl
 import pytest
 import torch
 
-from spidr.config import DataConfig, InputError, MaskingConfig, OptimizerConfig, read_config
+from spidr.config import DataConfig, MaskingConfig, OptimizerConfig, read_config
 from spidr.data.loader import build_dataloader
+from spidr.tools.errors import InputError
 
 ROOT = Path(__file__).parents[1]
 PAPER = ROOT / "paper"

@@ -16,10 +16,11 @@ import torch
 from processes import assert_same_run, differences
 from spidr import run as run_module
 from spidr.checkpoint import CONTENTS
-from spidr.config import Config, InputError, read_config
+from spidr.config import Config, read_config
 from spidr.environment import Preempted
 from spidr.models import DinoSR
 from spidr.tools import metrics, profiler
+from spidr.tools.errors import InputError
 from spidr.tools.metrics import read_metrics
 from spidr.train import Hooks, State, train
 from tiny_run import MEASURED, write_config, write_recordings

@@ -26,9 +26,10 @@ from hypothesis import strategies as st
 from slurm_cluster import Cluster, missing_programs, wait_for
 from spidr import slurm
 from spidr.__main__ import main
-from spidr.config import InputError, ResumeConfig, SlurmConfig, read_config
+from spidr.config import ResumeConfig, SlurmConfig, read_config
 from spidr.models import build_model
 from spidr.slurm import ValidationJobs, launch_with_submitit, submit
+from spidr.tools.errors import InputError
 from spidr.tools.metrics import read_metrics
 from spidr.tools.metrics_queue import main as push_queue
 from spidr.train import Hooks, State, train
@@ -544,7 +545,7 @@ def test_no_controller(
 
 def test_wrong_input_ends_the_job_with_one_line(cluster: Cluster, tmp_path: Path) -> None:
     def fail() -> None:
-        from spidr.config import InputError
+        from spidr.tools.errors import InputError
 
         raise InputError("x.csv: no such manifest")
 

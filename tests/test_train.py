@@ -18,16 +18,7 @@ from torch import Tensor, nn
 
 from processes import Fault, Ranks, assert_same_run, complete, outcome
 from small_models import GoldenCase
-from spidr.config import (
-    Config,
-    DataConfig,
-    InputError,
-    MaskingConfig,
-    OptimizerConfig,
-    RunConfig,
-    read_config,
-    to_dict,
-)
+from spidr.config import Config, DataConfig, MaskingConfig, OptimizerConfig, RunConfig, read_config, to_dict
 from spidr.data import Batch, build_dataloader
 from spidr.data.loader import SpeechLoader
 from spidr.environment import Environment, Preempted, StopFlag
@@ -35,6 +26,7 @@ from spidr.models import DinoSR
 from spidr.models.hub import build_model
 from spidr.optimizer import build_optimizer
 from spidr.tools import peers
+from spidr.tools.errors import InputError
 from spidr.tools.metrics import read_metrics
 from spidr.train import Hooks, State, main, model_settings, train, train_step
 from tiny_run import write_config, write_recordings

@@ -11,10 +11,11 @@ import torch
 
 from processes import Ranks
 from small_models import tiny_model
-from spidr.config import DEFAULT_CONV_LAYER_CONFIG, Config, InputError, ResumeConfig, read_config
+from spidr.config import DEFAULT_CONV_LAYER_CONFIG, Config, ResumeConfig, read_config
 from spidr.data import build_validation_dataloader
 from spidr.environment import Environment, Preempted, StopFlag
 from spidr.models.metrics import units_quality
+from spidr.tools.errors import InputError
 from spidr.tools.metrics import read_metrics
 from spidr.validate import run_validation, validate, validate_set
 from tiny_run import write_config, write_recordings

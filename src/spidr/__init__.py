@@ -1,3 +1,3 @@
-"""SpidR and DinoSR: discrete linguistic units from raw speech, learned without labels. Imports nothing."""
+"""SpidR and DinoSR: discrete linguistic units from raw speech, learned without labels."""
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"

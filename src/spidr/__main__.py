@@ -1,7 +1,4 @@
-"""The command line: train configurations here, one after the other, or submit them to SLURM as one job array.
-
-May import everything; torch only once there is something to train.
-"""
+"""The command line: train configurations here, one after the other, or submit them to SLURM as one job array."""
 
 from __future__ import annotations
 
@@ -14,8 +11,9 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from spidr.config import Config, InputError, SlurmConfig, read_config
-from spidr.lazy import needs_extra
+from spidr.config import Config, SlurmConfig, read_config
+from spidr.tools.errors import InputError
+from spidr.tools.lazy import needs_extra
 
 DESCRIPTION = """\
 Train SpidR or DinoSR. With -A, -N and -G every configuration becomes a SLURM job; without SLURM options they are

@@ -2,8 +2,7 @@
 
 Through fastabx, imported here only. Error rates, between 0 and 1: lower is better, chance is 0.5. The triplets are
 those of ZeroSpeech 2021 (arXiv 2011.11588): A and X are the same phone, B another one, all with the same phones before
-and after; spoken by one speaker ("within"), or X by another than A and B ("across"). May import ``spidr.config``,
-``spidr.lazy`` and ``spidr.data``.
+and after; spoken by one speaker ("within"), or X by another than A and B ("across").
 """
 
 from __future__ import annotations
@@ -20,9 +19,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from spidr.config import InputError
 from spidr.data.alignments import match_names
-from spidr.lazy import needs_extra
+from spidr.tools.errors import InputError
+from spidr.tools.lazy import needs_extra
 
 if TYPE_CHECKING:
     import polars as pl

@@ -1,7 +1,4 @@
-"""Checkpoints that cannot be lost: written aside, flushed and renamed; read back from the newest valid one.
-
-May import ``spidr.config``, ``spidr.tools`` and how :mod:`spidr.models.hub` reads a file.
-"""
+"""Checkpoints that cannot be lost: written aside, flushed and renamed; read back from the newest valid one."""
 
 from __future__ import annotations
 
@@ -16,8 +13,8 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from spidr.config import InputError
 from spidr.models.hub import load_verified
+from spidr.tools.errors import InputError
 from spidr.tools.files import atomic_write
 from spidr.tools.metrics import read_metrics
 

@@ -1,7 +1,4 @@
-"""The training forward through ``torch.compile``, such that a run that was stopped goes on with the same code.
-
-May import ``spidr.config`` and ``spidr.models``.
-"""
+"""The training forward through ``torch.compile``, such that a run that was stopped goes on with the same code."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Processes and devices: who this process is, what it computes on, and how it hears that it must stop.
-
-May import ``spidr.config`` and ``spidr.tools``.
-"""
+"""Processes and devices: who this process is, what it computes on, and how it hears that it must stop."""
 
 from __future__ import annotations
 
@@ -23,7 +20,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from spidr.config import InputError, RunConfig
+from spidr.config import RunConfig
+from spidr.tools.errors import InputError
 from spidr.tools.peers import Peers, connect
 
 logger = logging.getLogger(__name__)

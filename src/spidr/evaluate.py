@@ -1,8 +1,7 @@
 """How good units and features are: ``python -m spidr.evaluate units|abx|model``.
 
 Units against phone alignments (PNMI, purities, perplexity, bitrate), units or features by ABX, and a model by both, all
-its layers and codebooks in one pass over the audio. May import every module of the package but those that train; torch
-and what needs it only where it is used, since units against phones are done sooner than torch is imported.
+its layers and codebooks in one pass over the audio.
 """
 
 from __future__ import annotations
@@ -22,11 +21,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from spidr.config import MAX_SAMPLES, SAMPLE_RATE, InputError, check_memory, first_line
+from spidr.config import MAX_SAMPLES, SAMPLE_RATE
 from spidr.data.alignments import FRAME_STEP, match_alignments, match_names, read_alignments
 from spidr.data.units import read_units
-from spidr.lazy import needs_extra
 from spidr.models.metrics import UnitsQuality, units_quality
+from spidr.tools.errors import InputError, first_line
+from spidr.tools.lazy import needs_extra
+from spidr.tools.untrusted import check_memory
 
 if TYPE_CHECKING:
     import torch

@@ -1,7 +1,4 @@
-"""AdamW, its learning-rate schedules and the gradient scaler.
-
-May import ``spidr.config`` only.
-"""
+"""AdamW, its learning-rate schedules and the gradient scaler."""
 
 from __future__ import annotations
 

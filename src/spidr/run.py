@@ -1,7 +1,4 @@
-"""A run's folder and record: checkpoints, metrics, validation, progress, and going on from where it stopped.
-
-May import every module of the package but ``spidr.train``.
-"""
+"""A run's folder and record: checkpoints, metrics, validation, progress, and going on from where it stopped."""
 
 from __future__ import annotations
 
@@ -21,11 +18,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from spidr.checkpoint import Checkpointer, read_checkpoint
-from spidr.config import Config, InputError, to_dict
+from spidr.config import Config, to_dict
 from spidr.environment import Environment
 from spidr.models.flops import peak_tflops
 from spidr.slurm import ValidationJobs, validates_in_jobs
 from spidr.tools.collapse import CollapseWatch
+from spidr.tools.errors import InputError
 from spidr.tools.files import atomic_write, remove_unfinished
 from spidr.tools.logging import run_log
 from spidr.tools.metrics import Means, MetricsFile, WandbSink, read_metrics

@@ -3,9 +3,6 @@
 submitit runs a job: each of its tasks loads a pickled call from the job folder and logs there. The submission itself is
 ours, because submitit writes names and options into ``#SBATCH`` lines, where a line break in one of them would hand the
 rest to the shell. Here they are arguments of ``sbatch``, no shell in between, and everything in the script is quoted.
-
-May import ``spidr.config``, ``spidr.lazy``, ``spidr.tools`` and, in a job, ``spidr.environment`` and
-``spidr.validate``. submitit is imported when something is submitted, torch only inside a job.
 """
 
 from __future__ import annotations
@@ -29,10 +26,12 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
-from spidr.config import Config, InputError, ResumeConfig, SlurmConfig, read_table
-from spidr.lazy import needs_extra
+from spidr.config import Config, ResumeConfig, SlurmConfig
+from spidr.tools.errors import InputError
 from spidr.tools.files import make_folder
+from spidr.tools.lazy import needs_extra
 from spidr.tools.metrics import read_metrics
+from spidr.tools.untrusted import read_table
 
 logger = logging.getLogger(__name__)
 

@@ -1,7 +1,6 @@
 """Training: the loop, and the step it repeats.
 
-``python -m spidr CONFIG`` is the way in; ``torchrun … -m spidr.train CONFIG`` works too. May import every module of the
-package but the launcher.
+``python -m spidr CONFIG`` is the way in; ``torchrun … -m spidr.train CONFIG`` works too.
 """
 
 from __future__ import annotations
@@ -18,8 +17,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from spidr.config import SAMPLE_RATE, Config, DinoSRConfig, InputError, conv_length, read_config
-from spidr.lazy import command_needs
+from spidr.config import SAMPLE_RATE, Config, DinoSRConfig, read_config
+from spidr.tools.errors import InputError
+from spidr.tools.frames import conv_length
+from spidr.tools.lazy import command_needs
 
 
 def _arguments() -> argparse.Namespace:

@@ -1,8 +1,7 @@
 """How good a model is on held-out recordings: loss, perplexities and, with phone alignments, the quality of its units.
 
 Deterministic: float32, fixed batches, crops and masks seeded by the manifest's rows, and sums that do not depend on the
-order of the batches, so the same checkpoint and data give the same numbers on any number of processes. May import
-``spidr.config``, ``spidr.data``, ``spidr.models`` and ``spidr.environment``.
+order of the batches, so the same checkpoint and data give the same numbers on any number of processes.
 """
 
 from __future__ import annotations
@@ -19,14 +18,16 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from spidr.config import SAMPLE_RATE, Config, DataConfig, InputError, MaskingConfig, ResumeConfig, conv_length
+from spidr.config import SAMPLE_RATE, Config, DataConfig, MaskingConfig, ResumeConfig
 from spidr.data import Batch, build_validation_dataloader, speech_dataset
 from spidr.data.alignments import FRAME_STEP, Alignments, match_alignments, read_alignments
 from spidr.environment import Environment, Preempted, StopFlag, environment
 from spidr.models import DinoSR
 from spidr.models.hub import build_model, load_into, load_weights
 from spidr.models.metrics import UnitsQuality, units_quality
+from spidr.tools.errors import InputError
 from spidr.tools.files import atomic_write
+from spidr.tools.frames import conv_length
 
 if TYPE_CHECKING:
     import polars as pl

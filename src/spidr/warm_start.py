@@ -6,9 +6,6 @@ and student first learn by regression: each layer that has a codebook learns to 
 their slopes, turned by a random rotation into the model's width. The teacher becomes a copy of the student; heads are
 as when a run of CONFIG begins, and so is the way to first codewords. No labels are used. What is gained:
 docs/decisions.md, "It learns".
-
-May import ``spidr.config``, ``spidr.models``, ``spidr.data``, ``spidr.environment``, ``spidr.optimizer``,
-``spidr.lazy`` and ``spidr.tools``; torch only where it is used, so that ``--help`` does not wait for it.
 """
 
 from __future__ import annotations
@@ -24,8 +21,10 @@ from itertools import chain, count, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from spidr.config import SAMPLE_RATE, Config, DinoSRConfig, InputError, read_config, receptive_field, to_dict
-from spidr.lazy import needs_extra
+from spidr.config import SAMPLE_RATE, Config, DinoSRConfig, read_config, to_dict
+from spidr.tools.errors import InputError
+from spidr.tools.frames import receptive_field
+from spidr.tools.lazy import needs_extra
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from praatio import textgrid
 
-from spidr.config import InputError
 from spidr.data.alignments import match_alignments, read_alignments
+from spidr.tools.errors import InputError
 
 QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart" / "alignments.jsonl"
 

@@ -12,10 +12,10 @@ import pytest
 import soundfile
 from synthetic import noise, write_archive, write_audio
 
-from spidr.config import InputError
 from spidr.data import num_samples
 from spidr.data.archive import Member
 from spidr.data.audio import READ_AT_ONCE, read_audio
+from spidr.tools.errors import InputError
 
 
 def test_a_member_is_a_file(tmp_path: Path) -> None:

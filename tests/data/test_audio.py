@@ -18,7 +18,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from synthetic import noise, write_archive, write_audio
 
-from spidr.config import InputError
 from spidr.data import num_samples
 from spidr.data.audio import (
     Recording,
@@ -30,6 +29,7 @@ from spidr.data.audio import (
     statistics,
     statistics_of,
 )
+from spidr.tools.errors import InputError
 
 FORMATS = [(".wav", "PCM_16"), (".wav", "PCM_24"), (".wav", "FLOAT"), (".wav", "ULAW"), (".flac", "PCM_16")]
 

@@ -11,10 +11,12 @@ import pytest
 import torch
 from synthetic import noise, write_audio
 
-from spidr.config import DEFAULT_CONV_LAYER_CONFIG, DataConfig, InputError, MaskingConfig, conv_length
+from spidr.config import DEFAULT_CONV_LAYER_CONFIG, DataConfig, MaskingConfig
 from spidr.data import Batch, audio, speech_dataset
 from spidr.data import batch as batch_module
 from spidr.data.batch import BatchRequest, Collator
+from spidr.tools.errors import InputError
+from spidr.tools.frames import conv_length
 
 CFG = DataConfig("m.csv", min_sample_size=400, max_sample_size=20_000, max_batch_length=10**6)
 

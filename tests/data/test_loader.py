@@ -18,9 +18,10 @@ import numpy as np
 import pytest
 import torch
 
-from spidr.config import DataConfig, InputError, MaskingConfig
+from spidr.config import DataConfig, MaskingConfig
 from spidr.data import Batch, build_dataloader, build_validation_dataloader
 from spidr.data.sampler import BatchSampler
+from spidr.tools.errors import InputError
 
 LENGTHS = [1000 + 137 * i for i in range(40)]
 

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spidr.config import InputError
 from spidr.data import read_manifest
+from spidr.tools.errors import InputError
 
 ROWS = {"fileid": ["0017", "b"], "path": ["/a/0017.wav", "/a/b.wav"], "num_samples": [16_000, 3]}
 

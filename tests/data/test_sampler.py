@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spidr.config import DataConfig, InputError
+from spidr.config import DataConfig
 from spidr.data.sampler import BatchList, BatchSampler, bucket_boundaries, pack, sorted_batches
+from spidr.tools.errors import InputError
 
 CFG = DataConfig("m.csv", min_sample_size=20, max_sample_size=100, max_batch_length=300, num_buckets=7)
 

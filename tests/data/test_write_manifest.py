@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from synthetic import noise, write_audio
 
-from spidr.config import InputError
 from spidr.data import read_manifest, speech_dataset
 from spidr.data.write_manifest import main, write_manifest, write_manifest_fairseq, write_manifest_tar
+from spidr.tools.errors import InputError
 
 NAMES = ["0017.wav", "sub/0017.WAV", 'a "quoted", name.wav', "line\nbreak.wav", "é世.wav", " .wav", "a.b.wav", "-x.wav"]
 

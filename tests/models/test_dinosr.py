@@ -12,10 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from small_models import tiny_model
-from spidr.config import DinoSRConfig, InputError, conv_length
+from spidr.config import DinoSRConfig
 from spidr.models import DinoSR, SpidR
 from spidr.models.dinosr import ema_scheduler
 from spidr.models.spidr import exp_ema_scheduler
+from spidr.tools.errors import InputError
+from spidr.tools.frames import conv_length
 
 BOTH = pytest.mark.parametrize("model_type", ["spidr", "dinosr"])
 NO_DROPOUT = {"encoder_dropout": 0.0, "encoder_attention_dropout": 0.0, "encoder_layer_drop": 0.0}

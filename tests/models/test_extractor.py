@@ -7,8 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from spidr.config import DEFAULT_CONV_LAYER_CONFIG, InputError, conv_length
+from spidr.config import DEFAULT_CONV_LAYER_CONFIG
 from spidr.models.extractor import FeatureExtractor
+from spidr.tools.errors import InputError
+from spidr.tools.frames import conv_length
 
 SHAPES = [(8, 10, 5), (6, 3, 2), (6, 3, 2), (4, 2, 2)]
 

@@ -30,10 +30,11 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from spidr.config import Config, DataConfig, DinoSRConfig, InputError, RunConfig, SpidRConfig, to_dict
+from spidr.config import Config, DataConfig, DinoSRConfig, RunConfig, SpidRConfig, to_dict
 from spidr.models import hub
 from spidr.models.dinosr import DinoSR
 from spidr.models.spidr import SpidR
+from spidr.tools.errors import InputError
 
 SMALL: dict[str, Any] = {
     "extractor_conv_layer_config": [(8, 10, 5), (8, 3, 2)],

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from small_models import tiny_model
-from spidr.config import InputError
 from spidr.models import DinoSR, extractor, transformer
+from spidr.tools.errors import InputError
 
 SAMPLES = 9000
 LENGTHS = [SAMPLES, 1700, 90, 8000, 300]

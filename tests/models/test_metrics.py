@@ -10,7 +10,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spidr.config import InputError
 from spidr.models.metrics import (
     UnitsQuality,
     bitrate,
@@ -19,6 +18,7 @@ from spidr.models.metrics import (
     proba_phone_code,
     units_quality,
 )
+from spidr.tools.errors import InputError
 
 PHONES = ["SIL", "AA", "B", "ʃ"]
 NUM_UNITS = 5

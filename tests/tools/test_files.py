@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from spidr.config import InputError
+from spidr.tools.errors import InputError
 from spidr.tools.files import atomic_write, remove_unfinished
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from spidr.config import InputError
+from spidr.tools.errors import InputError
 from spidr.tools.metrics import Means, MetricsFile, read_metrics
 
 

@@ -1,11 +1,11 @@
 """Manifests, audio, batches and masks: everything between recordings on disk and the tensors a model is trained on.
 
-Names are imported when they are first used. May import ``spidr.config`` and ``spidr.lazy``.
+Names are imported when they are first used.
 """
 
 from typing import TYPE_CHECKING
 
-from spidr.lazy import lazy_names
+from spidr.tools.lazy import lazy_names
 
 if TYPE_CHECKING:
     from spidr.data.audio import num_samples

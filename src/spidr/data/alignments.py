@@ -1,7 +1,6 @@
 """Phone alignments: which phone is spoken when.
 
-JSON lines, and Praat's TextGrids through praatio, imported here only. May import ``spidr.config``,
-``spidr.lazy`` and its siblings.
+JSON lines, and Praat's TextGrids through praatio, imported here only.
 """
 
 from __future__ import annotations
@@ -12,9 +11,10 @@ import sys
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
-from spidr.config import InputError, check_memory, first_line, parse_json
 from spidr.data.json_lines import read_lines
-from spidr.lazy import needs_extra
+from spidr.tools.errors import InputError, first_line
+from spidr.tools.lazy import needs_extra
+from spidr.tools.untrusted import check_memory, parse_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -8,7 +8,7 @@ import stat
 from functools import lru_cache
 from typing import Any
 
-from spidr.config import InputError
+from spidr.tools.errors import InputError
 
 
 class Member(io.RawIOBase):

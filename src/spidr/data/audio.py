@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import soundfile
 
-from spidr.config import SAMPLE_RATE, InputError, first_line
+from spidr.config import SAMPLE_RATE
 from spidr.data.archive import Member
+from spidr.tools.errors import InputError, first_line
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

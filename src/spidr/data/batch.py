@@ -1,4 +1,4 @@
-"""A batch, and how it is made from recordings. May import ``spidr.config`` and its siblings."""
+"""A batch, and how it is made from recordings."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spidr.config import DataConfig, InputError, MaskingConfig, conv_length
+from spidr.config import DataConfig, MaskingConfig
 from spidr.data.audio import Recording, can_seek, num_samples, read_audio, standardize, statistics, statistics_of
 from spidr.data.masks import MaskGenerator
 from spidr.data.seeds import Draw, generator
+from spidr.tools.errors import InputError
+from spidr.tools.frames import conv_length
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

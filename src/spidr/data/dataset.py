@@ -1,4 +1,4 @@
-"""A manifest's recordings as waveforms. May import ``spidr.config`` and its siblings."""
+"""A manifest's recordings as waveforms."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from spidr.config import conv_length
 from spidr.data.audio import Recording, read_audio, standardize, statistics_of
 from spidr.data.manifest import read_manifest
+from spidr.tools.frames import conv_length
 
 if TYPE_CHECKING:
     from pathlib import Path

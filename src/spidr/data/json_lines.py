@@ -6,7 +6,7 @@ import gzip
 import zlib
 from typing import TYPE_CHECKING
 
-from spidr.config import InputError, first_line
+from spidr.tools.errors import InputError, first_line
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

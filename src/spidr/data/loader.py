@@ -1,7 +1,4 @@
-"""Batches of an epoch, made by worker processes: what a training loop iterates over.
-
-May import ``spidr.config`` and its siblings.
-"""
+"""Batches of an epoch, made by worker processes: what a training loop iterates over."""
 
 from __future__ import annotations
 
@@ -19,10 +16,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from spidr.config import DEFAULT_CONV_LAYER_CONFIG, DataConfig, InputError, MaskingConfig, receptive_field
+from spidr.config import DEFAULT_CONV_LAYER_CONFIG, DataConfig, MaskingConfig
 from spidr.data.batch import Batch, BatchRequest, Collator
 from spidr.data.dataset import SpeechDataset, speech_dataset
 from spidr.data.sampler import BatchList, BatchSampler, sorted_batches
+from spidr.tools.errors import InputError
+from spidr.tools.frames import receptive_field
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator, Sequence

@@ -1,7 +1,4 @@
-"""Reading manifests: tables that say where each recording is and how long.
-
-May import ``spidr.config`` and its siblings.
-"""
+"""Reading manifests: tables that say where each recording is and how long."""
 
 from __future__ import annotations
 
@@ -13,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
-from spidr.config import InputError, first_line, parse_json
 from spidr.data.json_lines import read_lines
+from spidr.tools.errors import InputError, first_line
+from spidr.tools.untrusted import parse_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -1,7 +1,4 @@
-"""Which frames the student does not see, and which channels: random spans, drawn for a whole batch at once.
-
-May import ``spidr.config`` and its siblings.
-"""
+"""Which frames the student does not see, and which channels: random spans, drawn for a whole batch at once."""
 
 from __future__ import annotations
 

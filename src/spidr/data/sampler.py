@@ -1,7 +1,4 @@
-"""Which recordings form which batch: a pure function of the seed and the epoch, on arrays only.
-
-May import ``spidr.config`` and its siblings.
-"""
+"""Which recordings form which batch: a pure function of the seed and the epoch, on arrays only."""
 
 from __future__ import annotations
 
@@ -11,8 +8,9 @@ from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
-from spidr.config import DataConfig, InputError
+from spidr.config import DataConfig
 from spidr.data.seeds import Draw, generator
+from spidr.tools.errors import InputError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -1,7 +1,4 @@
-"""Reading discrete units: one sequence for each recording.
-
-May import ``spidr.config``, ``spidr.lazy`` and its siblings.
-"""
+"""Reading discrete units: one sequence for each recording."""
 
 from __future__ import annotations
 
@@ -13,9 +10,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from spidr.config import InputError, check_memory, first_line, parse_json
 from spidr.data.json_lines import read_lines
-from spidr.lazy import needs_extra
+from spidr.tools.errors import InputError, first_line
+from spidr.tools.lazy import needs_extra
+from spidr.tools.untrusted import check_memory, parse_json
 
 Units = dict[str, NDArray[np.int64]]
 """Name of a recording → its units, one per frame."""

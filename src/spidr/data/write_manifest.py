@@ -1,8 +1,6 @@
 """Writing manifests: one row for each recording of a folder or of an uncompressed tar archive.
 
 ``python -m spidr.data.write_manifest DATASET OUTPUT [--ext .wav] [--fairseq] [--stats]``
-
-May import ``spidr.config``, ``spidr.lazy``, ``spidr.tools`` and its siblings.
 """
 
 from __future__ import annotations
@@ -18,9 +16,9 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from spidr.config import InputError, first_line
-from spidr.lazy import command_needs
+from spidr.tools.errors import InputError, first_line
 from spidr.tools.files import atomic_write, make_folder
+from spidr.tools.lazy import command_needs
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence

@@ -1,12 +1,11 @@
 """A trained encoder for other software: safetensors, ONNX, or a folder that ``transformers`` loads.
 
-Names are imported when they are first used. May import ``spidr.config``, ``spidr.lazy``, ``spidr.models`` and
-``spidr.tools``. What the formats need is the extra ``export``.
+Names are imported when they are first used. What the formats need is the extra ``export``.
 """
 
 from typing import TYPE_CHECKING
 
-from spidr.lazy import lazy_names
+from spidr.tools.lazy import lazy_names
 
 if TYPE_CHECKING:
     from spidr.export.onnx_file import export_onnx

@@ -1,4 +1,4 @@
-"""``python -m spidr.export safetensors|onnx|transformers MODEL OUTPUT``. May import what ``spidr.export`` may."""
+"""``python -m spidr.export safetensors|onnx|transformers MODEL OUTPUT``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from spidr.config import InputError
+from spidr.tools.errors import InputError
 
 DESCRIPTION = "Write a trained model, without its teacher, for other software."
 

@@ -1,4 +1,4 @@
-"""An encoder as one ONNX file. May import ``spidr.config``, ``spidr.lazy``, ``spidr.models`` and ``spidr.tools``."""
+"""An encoder as one ONNX file."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import spidr
-from spidr.config import InputError, conv_length
-from spidr.lazy import needs_extra
 from spidr.models import DinoSR, SpidR
 from spidr.models.extractor import ConvLayer, FeatureExtractor
 from spidr.models.weights_file import config_metadata
+from spidr.tools.errors import InputError
 from spidr.tools.files import atomic_write
+from spidr.tools.frames import conv_length
+from spidr.tools.lazy import needs_extra
 
 OPSET = 18
 MAX_BYTES = 2**31 - 1

@@ -1,13 +1,13 @@
-"""An encoder as one safetensors file. May import ``spidr.config``, ``spidr.models`` and ``spidr.tools``."""
+"""An encoder as one safetensors file."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import spidr
-from spidr.config import InputError
 from spidr.models import DinoSR
 from spidr.models.weights_file import SUFFIX, config_metadata, to_bytes
+from spidr.tools.errors import InputError
 from spidr.tools.files import atomic_write
 
 

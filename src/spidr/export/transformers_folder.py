@@ -1,4 +1,4 @@
-"""An encoder as a folder for ``transformers``. May import ``spidr.config``, ``spidr.models`` and ``spidr.tools``.
+"""An encoder as a folder for ``transformers``.
 
 ``AutoModel.from_pretrained(folder, trust_remote_code=True)`` runs the folder's own code: copies of the modules that
 compute the model, with relative imports. Neither spidr nor a network is needed.
@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import spidr
-from spidr.config import InputError, SpidRConfig
+from spidr.config import SpidRConfig
 from spidr.export.safetensors_file import export_safetensors
 from spidr.models import DinoSR
+from spidr.tools.errors import InputError
 
 SOURCE = Path(spidr.__file__).parent
 ENTRY_POINTS = ("spidr.export.configuration_spidr", "spidr.export.modeling_spidr")

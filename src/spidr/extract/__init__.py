@@ -1,12 +1,11 @@
 """Features and units of a corpus: ``python -m spidr.extract features|units|kmeans``.
 
-Names are imported when they are first used. May import ``spidr.config``, ``spidr.lazy``, ``spidr.data``,
-``spidr.models``, ``spidr.environment`` and ``spidr.tools``.
+Names are imported when they are first used.
 """
 
 from typing import TYPE_CHECKING
 
-from spidr.lazy import lazy_names
+from spidr.tools.lazy import lazy_names
 
 if TYPE_CHECKING:
     from spidr.extract.encoder import Options, Skipped

@@ -1,7 +1,4 @@
-"""The command line: ``python -m spidr.extract features|units|kmeans``.
-
-May import its siblings, ``spidr.config``, ``spidr.lazy`` and ``spidr.tools``.
-"""
+"""The command line: ``python -m spidr.extract features|units|kmeans``."""
 
 from __future__ import annotations
 
@@ -9,8 +6,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from spidr.config import InputError
-from spidr.lazy import needs_extra
+from spidr.tools.errors import InputError
+from spidr.tools.lazy import needs_extra
 
 
 def main(argv: Sequence[str] | None = None) -> int:

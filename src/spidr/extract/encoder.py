@@ -7,8 +7,6 @@ does: a matrix product may add in another order when it has more rows. So
   batches would not be faster;
 - on GPUs recordings of like length form a padded batch. Features then differ by rounding. A unit could differ where two
   codewords are nearly equal, so a recording that has such a frame goes through the model once more, alone.
-
-May import ``spidr.config``, ``spidr.environment``, ``spidr.models`` and its sibling ``sources``.
 """
 
 from __future__ import annotations
@@ -32,11 +30,13 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from spidr.config import SAMPLE_RATE, InputError, RunConfig, conv_length
+from spidr.config import SAMPLE_RATE, RunConfig
 from spidr.environment import Environment
 from spidr.extract.sources import Item, read_item
 from spidr.models import DinoSR
 from spidr.models.hub import load_encoder
+from spidr.tools.errors import InputError
+from spidr.tools.frames import conv_length
 
 logger = logging.getLogger(__name__)
 

@@ -1,7 +1,4 @@
-"""Features of recordings, one file for each.
-
-May import ``spidr.config``, ``spidr.environment``, ``spidr.models``, ``spidr.tools`` and its siblings.
-"""
+"""Features of recordings, one file for each."""
 
 from __future__ import annotations
 
@@ -14,7 +11,6 @@ from typing import Literal
 import numpy as np
 import torch
 
-from spidr.config import InputError
 from spidr.environment import environment
 from spidr.extract.encoder import Encoded, Encoder, Options, Skipped, ahead, check_choice
 from spidr.extract.outputs import (
@@ -29,6 +25,7 @@ from spidr.extract.outputs import (
 from spidr.extract.sources import Item, find_items
 from spidr.models import DinoSR
 from spidr.models.hub import check_name
+from spidr.tools.errors import InputError
 from spidr.tools.files import atomic_write, make_folder, remove_unfinished
 
 FileFormat = Literal["npy", "pt"]

@@ -1,8 +1,4 @@
-"""k-means on the features of a layer: other units than those of the codebooks.
-
-May import ``spidr.config``, ``spidr.lazy``, ``spidr.environment``, ``spidr.models``, ``spidr.tools`` and its siblings.
-Only here: scikit-learn.
-"""
+"""k-means on the features of a layer: other units than those of the codebooks."""
 
 from __future__ import annotations
 
@@ -19,15 +15,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from spidr.config import InputError, check_memory, first_line, parse_json
 from spidr.environment import environment
 from spidr.extract.encoder import Encoder, Options, Skipped
 from spidr.extract.outputs import names_of, record, report
 from spidr.extract.sources import find_items
-from spidr.lazy import needs_extra
 from spidr.models import DinoSR
 from spidr.models.hub import check_name, open_archive
+from spidr.tools.errors import InputError, first_line
 from spidr.tools.files import atomic_write, make_folder
+from spidr.tools.lazy import needs_extra
+from spidr.tools.untrusted import check_memory, parse_json
 
 MAX_UNITS = 2**20
 

@@ -1,7 +1,4 @@
-"""What both kinds of outputs have in common: records of how and of what they were made, an end all processes reach.
-
-May import ``spidr.config``, ``spidr.environment``, ``spidr.tools`` and its siblings ``encoder`` and ``sources``.
-"""
+"""What both kinds of outputs have in common: records of how and of what they were made, an end all processes reach."""
 
 from __future__ import annotations
 
@@ -16,11 +13,12 @@ from typing import Any
 import torch.distributed as dist
 
 import spidr
-from spidr.config import InputError, parse_json
 from spidr.environment import Environment
 from spidr.extract.encoder import Skipped
 from spidr.extract.sources import Item
+from spidr.tools.errors import InputError
 from spidr.tools.files import atomic_write, make_folder
+from spidr.tools.untrusted import parse_json
 
 logger = logging.getLogger(__name__)
 

@@ -1,7 +1,4 @@
-"""What is to be encoded: the recordings of manifests, folders and single files, each under a name of its own.
-
-May import ``spidr.config`` and ``spidr.data``.
-"""
+"""What is to be encoded: the recordings of manifests, folders and single files, each under a name of its own."""
 
 from __future__ import annotations
 
@@ -13,10 +10,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from spidr.config import InputError
 from spidr.data.audio import FormatError, Recording, num_samples, read_audio, read_resampled, resampled_length
 from spidr.data.dataset import SpeechDataset
 from spidr.data.manifest import read_manifest
+from spidr.tools.errors import InputError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

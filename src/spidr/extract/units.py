@@ -2,8 +2,6 @@
 
 While the work goes on, every process adds lines to a file of its own in ``OUTPUT.unfinished``. At the end they become
 the table: first the rows of other recordings that it had before, then those of the sources in their order.
-
-May import ``spidr.config``, ``spidr.environment``, ``spidr.models``, ``spidr.tools`` and its siblings.
 """
 
 from __future__ import annotations
@@ -22,7 +20,6 @@ from typing import Any
 import polars as pl
 from torch import Tensor
 
-from spidr.config import InputError, first_line
 from spidr.environment import environment
 from spidr.extract.encoder import Encoder, Options, Skipped
 from spidr.extract.kmeans import KMeans
@@ -39,6 +36,7 @@ from spidr.extract.outputs import (
 from spidr.extract.sources import Item, find_items
 from spidr.models import DinoSR
 from spidr.models.hub import check_name
+from spidr.tools.errors import InputError, first_line
 from spidr.tools.files import atomic_write, make_folder
 
 BEGINNING = '{"fileid": '

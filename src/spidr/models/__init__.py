@@ -1,12 +1,13 @@
 """The models: tensors in, tensors out. Needs torch and numpy only.
 
-Names are imported when they are first used. Imports ``spidr.config`` and ``spidr.lazy`` and nothing else.
+Names are imported when they are first used.
 """
 
 from typing import TYPE_CHECKING
 
-from spidr.config import num_frames
-from spidr.lazy import lazy_names
+from spidr.config import DEFAULT_CONV_LAYER_CONFIG
+from spidr.tools.frames import conv_length
+from spidr.tools.lazy import lazy_names
 
 if TYPE_CHECKING:
     from spidr.models.dinosr import DinoSR
@@ -24,6 +25,12 @@ else:
             "spidr_base": "hub",
         },
     )
+
+
+def num_frames(num_samples: int) -> int:
+    """Number of frames that the base models make of ``num_samples`` samples; frame ``t`` begins at ``t * 20`` ms."""
+    return conv_length(DEFAULT_CONV_LAYER_CONFIG, num_samples)
+
 
 __all__ = [
     "DinoSR",

@@ -1,7 +1,4 @@
-"""Online clustering of the teacher's layers, and the statistics that one training step gathers for it.
-
-Imports nothing else of the package.
-"""
+"""Online clustering of the teacher's layers, and the statistics that one training step gathers for it."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """DinoSR: a student predicts, for masked frames, the codewords that its EMA teacher's layers are assigned to.
 
 Source: Liu, Chang, Auli, Hsu, Glass. DinoSR: Self-Distillation and Online Clustering for Self-supervised Speech
-Representation Learning. NeurIPS 2023 (arXiv 2305.10005). Imports ``spidr.config`` and its siblings only.
+Representation Learning. NeurIPS 2023 (arXiv 2305.10005).
 """
 
 from __future__ import annotations
@@ -14,11 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spidr.config import SAMPLE_RATE, DinoSRConfig, InputError, check_memory, conv_length
+from spidr.config import SAMPLE_RATE, DinoSRConfig
 from spidr.models.codebook import Codebook, StepStatistics, assign, count_perplexity, standardise
 from spidr.models.extractor import FeatureExtractor, FeatureProjection
 from spidr.models.lean import Dropout
 from spidr.models.transformer import Transformer
+from spidr.tools.errors import InputError
+from spidr.tools.frames import conv_length
+from spidr.tools.untrusted import check_memory
 
 Reduction = Callable[[Tensor], None]
 """Sums a tensor over all processes, in place."""

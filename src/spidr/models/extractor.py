@@ -4,8 +4,6 @@ Everything is channels-last. A convolution of kernel k and stride s is ⌈k/s⌉
 input: nothing is unfolded or transposed, and each norm reads contiguous rows. The utterances of a batch lie one after
 the other in a single (rows, channels) matrix, each padded to a number of rows that all strides divide. Outputs whose
 kernel would reach into the next utterance are computed with the rest and left out at the end.
-
-Imports ``spidr.config`` and its siblings only.
 """
 
 from __future__ import annotations
@@ -19,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spidr.config import InputError, conv_length, receptive_field
 from spidr.models.lean import is_lean
+from spidr.tools.errors import InputError
+from spidr.tools.frames import conv_length, receptive_field
 
 ConvShapes = Sequence[tuple[int, int, int]]
 

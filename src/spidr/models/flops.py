@@ -7,7 +7,8 @@ by time and peak, this is the model FLOPs utilisation (MFU) of the PaLM paper (a
 
 from __future__ import annotations
 
-from spidr.config import DinoSRConfig, conv_length
+from spidr.config import DinoSRConfig
+from spidr.tools.frames import conv_length
 
 PEAK_TFLOPS: dict[str, dict[str, float]] = {
     "H200": {"bfloat16": 989.4, "float16": 989.4, "float32": 66.9},

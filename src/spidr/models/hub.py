@@ -2,7 +2,7 @@
 
 Of :mod:`spidr.models`, only this module and ``weights_file`` touch files. No code from a file is ever run: our own
 checkpoints are read with ``weights_only=True``, fairseq's with an unpickler that knows tensors and containers and
-nothing else. Imports ``spidr.config`` and its siblings only.
+nothing else.
 """
 
 from __future__ import annotations
@@ -27,10 +27,12 @@ import torch
 import torch.hub
 from torch import Tensor, nn
 
-from spidr.config import DinoSRConfig, InputError, SpidRConfig, first_line, model_config, read_table
+from spidr.config import DinoSRConfig, SpidRConfig, model_config
 from spidr.models import weights_file
 from spidr.models.dinosr import DinoSR
 from spidr.models.spidr import SpidR
+from spidr.tools.errors import InputError, first_line
+from spidr.tools.untrusted import read_table
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping

@@ -1,7 +1,6 @@
 """Operations that take less time and memory than PyTorch's own when training on a CPU.
 
-Elsewhere, and in compiled code, PyTorch's own kernels are the better ones and are used. Imports nothing else of the
-package.
+Elsewhere, and in compiled code, PyTorch's own kernels are the better ones and are used.
 """
 
 from __future__ import annotations

@@ -2,8 +2,6 @@
 
 Perplexities follow section 4 of the SpidR paper (arXiv 2512.20308), the unit quality follows HuBERT (arXiv 2106.07447,
 section 4.4): purities and the phone-normalised mutual information (PNMI) of the joint frequencies of phones and units.
-
-Imports ``spidr.config`` only, and torch where tensors come or go: what files of units are worth is a matter of numpy.
 """
 
 from __future__ import annotations
@@ -16,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from spidr.config import InputError
+from spidr.tools.errors import InputError
 
 if TYPE_CHECKING:
     from torch import Tensor

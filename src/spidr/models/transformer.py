@@ -1,7 +1,4 @@
-"""The transformer of student and teacher: positional convolutions and post-norm or pre-norm blocks.
-
-Imports ``spidr.config`` and its siblings only.
-"""
+"""The transformer of student and teacher: positional convolutions and post-norm or pre-norm blocks."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""The safetensors format: weights without code, with the model's configuration in the header.
-
-Imports ``spidr.config`` and ``spidr.lazy`` only; the ``safetensors`` package is imported by the functions that need it.
-"""
+"""The safetensors format: weights without code, with the model's configuration in the header."""
 
 from __future__ import annotations
 
@@ -13,8 +10,9 @@ from types import ModuleType
 
 from torch import Tensor
 
-from spidr.config import DinoSRConfig, InputError, SpidRConfig, first_line, model_config
-from spidr.lazy import needs_extra
+from spidr.config import DinoSRConfig, SpidRConfig, model_config
+from spidr.tools.errors import InputError, first_line
+from spidr.tools.lazy import needs_extra
 
 SUFFIX = ".safetensors"
 

@@ -1,1 +1,1 @@
-"""``python -m spidr.report RUN``: what a run has done, on one page. Imports nothing."""
+"""``python -m spidr.report RUN``: what a run has done, on one page."""

@@ -1,4 +1,4 @@
-"""The command line: ``python -m spidr.report RUN``. May import ``spidr.config``, ``spidr.lazy`` and its siblings."""
+"""The command line: ``python -m spidr.report RUN``."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from spidr.config import InputError
-from spidr.lazy import needs_extra
+from spidr.tools.errors import InputError
+from spidr.tools.lazy import needs_extra
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,8 +1,4 @@
-"""What is on the page: gathered from a run folder, and written as ``index.html`` and its figures as PNG.
-
-May import ``spidr.checkpoint``, ``spidr.config``, ``spidr.data``, ``spidr.environment``, ``spidr.models``,
-``spidr.tools``, ``spidr.validate`` and its siblings.
-"""
+"""What is on the page: gathered from a run folder, and written as ``index.html`` and its figures as PNG."""
 
 from __future__ import annotations
 
@@ -19,13 +15,14 @@ import numpy as np
 import torch
 
 from spidr.checkpoint import Checkpointer
-from spidr.config import SAMPLE_RATE, Config, DataConfig, InputError, read_config, to_dict
+from spidr.config import SAMPLE_RATE, Config, DataConfig, read_config, to_dict
 from spidr.data import speech_dataset
 from spidr.data.alignments import FRAME_STEP, read_alignments
 from spidr.environment import Environment, choose_device
 from spidr.models.metrics import proba_phone_code
 from spidr.report import figures
 from spidr.report.page import Page
+from spidr.tools.errors import InputError
 from spidr.tools.files import atomic_write, make_folder
 from spidr.tools.metrics import Line, read_metrics
 from spidr.validate import encode_rows, frame_step, load_trained, phones_of_rows

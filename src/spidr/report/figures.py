@@ -1,4 +1,4 @@
-"""The figures of a report, as SVG that takes its colours from the page, and as PNG. Imports nothing of the package.
+"""The figures of a report, as SVG that takes its colours from the page, and as PNG.
 
 Matplotlib writes colours into its SVG. Those used here stand for the page's variables (``INK``, ``GRID``, the series)
 and are replaced by them, so that one figure is readable on a light and on a dark page; PNGs have the light page's.

@@ -1,4 +1,4 @@
-"""The page of a report: one HTML file that needs no other and no network. Imports ``figures`` only."""
+"""The page of a report: one HTML file that needs no other and no network."""
 
 from __future__ import annotations
 

@@ -1,4 +1,1 @@
-"""What surrounds training: logging, meters, metrics sinks and the profiler.
-
-Each may import ``spidr.config``, ``spidr.lazy`` and its siblings.
-"""
+"""The ground floor: what the rest of the package stands on. Knows no setting."""

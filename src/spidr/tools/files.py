@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from spidr.config import InputError
+from spidr.tools.errors import InputError
 
 
 @contextmanager

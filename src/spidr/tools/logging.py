@@ -1,7 +1,4 @@
-"""Log lines of a run: on standard error and in a file of the run folder, through the package's own logger.
-
-Imports nothing else of the package.
-"""
+"""Log lines of a run: on standard error and in a file of the run folder, through the package's own logger."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Metrics of a run: ``metrics.jsonl``, the source of truth, and wandb, which follows it.
 
 A line is a flat JSON object with ``step``, ``group`` ("train" or the name of a validation set) and values. May import
-``spidr.config``, ``spidr.lazy`` and ``spidr.tools.files``.
+``spidr.config``, ``spidr.tools.lazy`` and ``spidr.tools.files``.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
-from spidr.config import InputError, first_line, parse_json
-from spidr.lazy import needs_extra
+from spidr.tools.errors import InputError, first_line
 from spidr.tools.files import atomic_write
+from spidr.tools.lazy import needs_extra
+from spidr.tools.untrusted import parse_json
 
 logger = logging.getLogger(__name__)
 

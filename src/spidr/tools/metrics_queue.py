@@ -2,8 +2,6 @@
 
 Validation jobs may end after training has. This collects their results into ``metrics.jsonl`` and, with an entity,
 pushes to wandb every line that it does not have, in the order of the steps.
-
-May import ``spidr.config``, ``spidr.slurm`` and its siblings.
 """
 
 from __future__ import annotations
@@ -17,9 +15,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from spidr.config import Config, InputError, parse_json, read_config, to_dict
+from spidr.config import Config, read_config, to_dict
 from spidr.slurm import ValidationJobs
+from spidr.tools.errors import InputError
 from spidr.tools.metrics import MetricsFile, WandbSink, find_wandb_run, import_wandb, read_metrics
+from spidr.tools.untrusted import parse_json
 
 
 def collect_metrics(folder: Path) -> int:

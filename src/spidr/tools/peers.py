@@ -1,7 +1,4 @@
-"""Processes of a run that look after each other: none waits for one that is gone, and one of them says why.
-
-Imports nothing else of the package.
-"""
+"""Processes of a run that look after each other: none waits for one that is gone, and one of them says why."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A trace of two training steps for VizTracer's viewer. Imports ``spidr.lazy`` only."""
+"""A trace of two training steps for VizTracer's viewer. Imports ``spidr.tools.lazy`` only."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from spidr.lazy import needs_extra
+from spidr.tools.lazy import needs_extra
 
 logger = logging.getLogger(__name__)
 

@@ -1,6 +1,6 @@
 """What is imported late or may not be there: names imported when they are first used, and packages of an extra.
 
-Importing torch takes seconds, so no command waits for what it does not need. Imports ``spidr.config`` only.
+Importing torch takes seconds, so no command waits for what it does not need.
 """
 
 import os
@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
-from spidr.config import InputError
+from spidr.tools.errors import InputError
 
 
 def lazy_names(package: str, modules: dict[str, str]) -> Callable[[str], Any]:

@@ -1,0 +1,30 @@
+"""Errors that a user can put right, and the text of those of other libraries."""
+
+from collections.abc import Iterable
+
+
+class InputError(ValueError):
+    """Something the user gave is wrong. The message names the file, key or row and says what to do.
+
+    Command lines print the message and exit with status 2.
+    """
+
+
+class ProblemsError(InputError):
+    """Everything that is wrong with one table, as (dotted key, text) pairs."""
+
+    def __init__(self, problems: Iterable[tuple[str, str]], source: str = "") -> None:
+        self.problems = list(problems)
+        lines = [f"{key}: {text}" if key else text for key, text in self.problems]
+        if len(lines) > 1:
+            lines = [f"{len(lines)} problems", *(f"  {line}" for line in lines)]
+        super().__init__((f"{source}: " if source else "") + "\n".join(lines))
+
+    def under(self, key: str) -> list[tuple[str, str]]:
+        """The problems with their keys seen from the enclosing table."""
+        return [(f"{key}.{inner}" if inner else key, text) for inner, text in self.problems]
+
+
+def first_line(error: BaseException) -> str:
+    """What another library's error says, short enough for a message of ours; its name if it says nothing."""
+    return next(iter(str(error).splitlines()), "")[:200] or type(error).__name__

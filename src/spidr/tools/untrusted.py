@@ -1,0 +1,108 @@
+"""Reading what anybody may have written: tables of settings, JSON, and the sizes they ask for."""
+
+import json
+import os
+import sys
+import tomllib
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from spidr.tools.errors import InputError
+from spidr.tools.schema import show, show_key
+
+
+def check_memory(size: int, place: str) -> None:
+    """Refuse what a few bytes of a file ask for but no machine has.
+
+    Args:
+        size: Bytes that would be needed.
+        place: Where that is asked for.
+
+    Raises:
+        InputError: It is more than half of the memory that there is for this process.
+    """
+    if size > _memory() // 2:
+        raise InputError(f"{place}: would take {size / 2**30:,.1f} GiB, more than half of the memory there is.")
+
+
+@cache
+def _memory() -> int:
+    try:
+        import resource
+    except ImportError:  # on Windows, where memory is not known
+        return sys.maxsize
+    sizes = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit != resource.RLIM_INFINITY:
+        sizes.append(limit)
+    with suppress(OSError, ValueError):  # ValueError: "max"
+        sizes.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return min(sizes)
+
+
+_MAX_BYTES = 2**20
+_MAX_KEY_PARTS = 100
+
+
+def read_table(path: str | Path) -> dict[str, Any]:
+    """Parse a TOML file, or a JSON file if its name ends in ``.json``, without looking at what is in it.
+
+    Raises:
+        InputError: The file is missing, unreadable, not UTF-8, not valid, or names a key twice.
+    """
+    path = Path(path)
+    kind = "JSON" if path.suffix.lower() == ".json" else "TOML"
+    try:
+        with path.open("rb") as file:
+            raw = file.read(_MAX_BYTES + 1)
+    except (OSError, ValueError) as error:  # ValueError: a NUL character in the path
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise InputError(f"{path}: cannot read the file: {reason}") from None
+    if len(raw) > _MAX_BYTES:
+        raise InputError(f"{path}: larger than {_MAX_BYTES // 2**20} MiB, so no configuration")
+    try:
+        text = raw.decode("utf-8-sig")
+        document = parse_json(text) if kind == "JSON" else _parse_toml(text)
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise InputError(f"{path}: not UTF-8 text (line {line}: byte 0x{raw[error.start]:02x})") from None
+    except ValueError as error:  # also the parsers' own errors, which say the line
+        raise InputError(f"{path}: not valid {kind}: {error}") from None
+    if not isinstance(document, dict):
+        raise InputError(f"{path}: found {show(document)}, accepted: an object of sections")
+    return document
+
+
+def parse_json(text: str) -> Any:
+    """Parse JSON that anybody may have written.
+
+    Raises:
+        ValueError: It is not valid, names a key twice, or is nested too deeply.
+    """
+
+    def table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in result:
+                raise ValueError(f"duplicate key {show_key(key)}")
+            result[key] = value
+        return result
+
+    try:
+        return json.loads(text, object_pairs_hook=table)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def _parse_toml(text: str) -> dict[str, Any]:
+    """As :func:`parse_json`."""
+    for number, line in enumerate(text.split("\n"), start=1):
+        # tomllib's time grows with the square of the parts of a key.
+        if line.partition("=")[0].count(".") > _MAX_KEY_PARTS and not line.lstrip().startswith("#"):
+            raise ValueError(f"nested too deeply (at line {number})")
+    try:
+        return tomllib.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
