@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from small_models import tiny_model
-from spidr.models import DinoSR, extractor, transformer
+from spidr.models import DinoSR, kernels, long
 from spidr.tools.errors import InputError
 
 SAMPLES = 9000
@@ -33,10 +33,10 @@ def test_the_extractor_in_pieces(mode: str, piece: int, monkeypatch: pytest.Monk
         whole = model.feature_extractor(waveforms, given)
         calls: list[int] = []
         with monkeypatch.context() as patch:
-            patch.setattr(extractor, "PIECE", piece)
-            first = model.feature_extractor.conv_layers[0]
-            patch.setattr(first, "activate", lambda *a, f=first.activate, c=calls: c.append(len(a[0])) or f(*a))
-            pieces = model.feature_extractor(waveforms, given)
+            patch.setattr(long, "SAMPLES", piece)
+            extract = kernels.extract
+            patch.setattr(kernels, "extract", lambda *a, c=calls, **k: c.append(1) or extract(*a, **k))
+            pieces = long.extract(model.feature_extractor, waveforms, given)
         assert len(calls) > 1
         torch.testing.assert_close(pieces, whole, rtol=0, atol=1e-9)
 
@@ -49,8 +49,8 @@ def test_the_transformer_in_pieces(bias: bool, monkeypatch: pytest.MonkeyPatch) 
         torch.nn.init.normal_(parameter, std=0.3)
     waveforms = batch().double()
     whole = model.get_codebooks(waveforms, lengths=LENGTHS)[1:]
-    monkeypatch.setattr(transformer, "LONG", 50)
-    monkeypatch.setattr(transformer, "PIECE", 30)
+    monkeypatch.setattr(long, "LONG", 50)
+    monkeypatch.setattr(long, "PIECE", 30)
     pieces = model.get_codebooks(waveforms, lengths=LENGTHS)[1:]
     for one, other in zip(whole, pieces, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-9)

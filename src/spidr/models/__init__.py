@@ -11,18 +11,22 @@ from spidr.tools.lazy import lazy_names
 
 if TYPE_CHECKING:
     from spidr.models.dinosr import DinoSR
+    from spidr.models.encoder import Encoder
     from spidr.models.hub import build_model, dinosr_base_original, dinosr_base_reproduced, spidr_base
     from spidr.models.spidr import SpidR
+    from spidr.tools.waveforms import standardise
 else:
     __getattr__ = lazy_names(
         __name__,
         {
             "DinoSR": "dinosr",
+            "Encoder": "encoder",
             "SpidR": "spidr",
             "build_model": "hub",
             "dinosr_base_original": "hub",
             "dinosr_base_reproduced": "hub",
             "spidr_base": "hub",
+            "standardise": "encoder",
         },
     )
 
@@ -34,10 +38,12 @@ def num_frames(num_samples: int) -> int:
 
 __all__ = [
     "DinoSR",
+    "Encoder",
     "SpidR",
     "build_model",
     "dinosr_base_original",
     "dinosr_base_reproduced",
     "num_frames",
     "spidr_base",
+    "standardise",
 ]

@@ -1,0 +1,241 @@
+"""Long recordings without gradients: piece by piece, the same numbers in little memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from spidr.models import kernels
+from spidr.models.extractor import FeatureExtractor
+from spidr.models.transformer import SelfAttention, Transformer, TransformerLayer
+from spidr.tools.frames import conv_length, receptive_field
+
+LONG = 16_384
+"""Frames above which the transformer goes piece by piece, so that a few (T, D) tensors are all there is at a time."""
+
+PIECE = LONG // 8
+"""Frames of such a piece: the feed-forward's hidden layer takes 25 MB in the base models."""
+
+SAMPLES = 320_000
+"""Samples that are convolved at a time: the first layer's output of a whole hour would fill 24 GB."""
+
+Read = Callable[[int, int], Tensor]
+"""Samples (B, stop - start) of a batch of waveforms, from ``start`` to ``stop``."""
+
+
+def extract(extractor: FeatureExtractor, waveforms: Tensor, lengths: Tensor | None = None) -> Tensor:
+    """Call a feature extractor, in pieces if the batch is large: (B, S) to (B, T, C)."""
+    samples = waveforms.shape[1]
+    if (
+        waveforms.numel() <= SAMPLES
+        or extractor.num_frames(samples) < 1
+        or not _serves(extractor)
+        or not kernels.can_extract(list(extractor.conv_layers))
+    ):
+        return extractor(waveforms) if lengths is None else extractor(waveforms, lengths)
+    layers, rows = list(extractor.conv_layers), max(1, SAMPLES // samples)
+    parts = []
+    for start in range(0, len(waveforms), rows):
+        part = waveforms[start : start + rows]
+        counted = None if lengths is None else lengths[start : start + rows]
+        if part.numel() <= SAMPLES:
+            parts.append(kernels.extract(layers, part, counted))
+        else:
+            pieces = Pieces(extractor, partial(_samples, part), samples, counted)
+            parts.append(pieces(0, pieces.num_frames))
+    return torch.cat(parts)
+
+
+def _samples(waveforms: Tensor, start: int, stop: int) -> Tensor:
+    return waveforms[:, start:stop]
+
+
+def reader(extractor: FeatureExtractor, read: Read, samples: int) -> Callable[[int, int], Tensor]:
+    """What gives the frames (B, stop - start, C) of long waveforms from ``start`` to ``stop``."""
+    if _serves(extractor) and kernels.can_extract(list(extractor.conv_layers)):
+        return Pieces(extractor, read, samples)
+    whole = extractor(read(0, samples))
+    return lambda start, stop: whole[:, start:stop]
+
+
+class Pieces:
+    """Any frames of a batch of long waveforms: a frame sees its receptive field only.
+
+    Args:
+        extractor: The feature extractor.
+        read: Reads the waveforms.
+        samples: How many samples each has.
+        lengths: Samples that count in the statistics of a group norm, (B,), gathered at once over all pieces.
+    """
+
+    def __init__(self, extractor: FeatureExtractor, read: Read, samples: int, lengths: Tensor | None = None) -> None:
+        self.layers, self.shapes, self.read = list(extractor.conv_layers), extractor.shapes, read
+        self.hop, self.field = math.prod(stride for _, _, stride in self.shapes), receptive_field(self.shapes)
+        self.num_frames = extractor.num_frames(samples)
+        self.moments = self._moments(samples, lengths) if extractor.has_group_norm else None
+
+    def __call__(self, start: int, stop: int) -> Tensor:
+        """Frames from ``start`` to ``stop``, (B, stop - start, C)."""
+        step = max(1, SAMPLES // self.hop)
+        out: Tensor | None = None
+        for first in range(start, stop, step):
+            last = min(first + step, stop)
+            piece = self.read(first * self.hop, (last - 1) * self.hop + self.field)
+            found = kernels.extract(self.layers, piece, moments=self.moments)
+            out = found.new_empty(len(found), stop - start, found.shape[2]) if out is None else out
+            out[:, first - start : last - start] = found
+        return cast("Tensor", out)
+
+    def _moments(self, samples: int, lengths: Tensor | None) -> kernels.Moments:
+        """What a group norm takes from the whole of each utterance."""
+        _, kernel, stride = self.shapes[0]
+        num_rows, step = conv_length(self.shapes[:1], samples), max(1, SAMPLES // stride)
+        moments: kernels.Moments | None = None
+        for start in range(0, num_rows, step):
+            stop = min(start + step, num_rows)
+            piece = self.read(start * stride, (stop - 1) * stride + kernel)
+            rows = kernels.first_conv(self.layers[0], piece)
+            left = None if lengths is None else (lengths - start * stride).clamp(max=piece.shape[1])
+            found = kernels.Moments.of(rows, kernels.valid_rows(piece, left, self.shapes[0], rows.shape[1]))
+            moments = found if moments is None else moments.joined(found)
+        return cast("kernels.Moments", moments)
+
+
+def outputs(
+    student: Transformer, x: Tensor, attention_mask: Tensor | None, num_layers: int | None = None, **options: Any
+) -> list[Tensor]:
+    """:meth:`Transformer.get_intermediate_outputs`, piece by piece above ``LONG`` frames."""
+    if not _is_long(student, x):
+        return student.get_intermediate_outputs(x, attention_mask, num_layers, **options)
+    return _run(student, x, attention_mask, num_layers, **options)[1]
+
+
+def output(student: Transformer, x: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """Call a transformer, piece by piece above ``LONG`` frames."""
+    if not _is_long(student, x):
+        return student(x, attention_mask)
+    return student.finish(_run(student, x, attention_mask, skip=len(student.layers))[0])
+
+
+def windows(
+    project: Callable[[int, int], Tensor],
+    function: Callable[[Tensor], Tensor],
+    num_frames: int,
+    size: int,
+    around: int,
+) -> Iterator[Tensor]:
+    """What a function gives for windows of a recording, each seen with its surroundings.
+
+    Args:
+        project: Gives projected features (B, stop - start, D) from ``start`` to ``stop``; none is asked for twice.
+        function: (B, T, D) to (B, T, ...).
+        num_frames: Frames of the recording.
+        size: Frames of a window.
+        around: Frames that are seen on each side of it.
+
+    Yields:
+        (B, t, ...) of one window after the other.
+    """
+    seen: Tensor | None = None
+    begin = end = 0
+    for start in range(0, num_frames, size):
+        stop, left = min(start + size, num_frames), max(0, start - around)
+        right = min(stop + around, num_frames)
+        parts = [] if seen is None else [seen[:, left - begin :]]
+        if right > end:
+            parts.append(project(end, right))
+        seen = torch.cat(parts, dim=1)
+        begin, end = left, right
+        yield function(seen)[:, start - left : stop - left]
+
+
+def _serves(module: nn.Module) -> bool:
+    """Whether a module may go piece by piece: in eager inference, with no hook that waits for the whole."""
+    return not torch.is_grad_enabled() and not torch.compiler.is_compiling() and kernels.untouched(module)
+
+
+def _is_long(student: Transformer, x: Tensor) -> bool:
+    return x.shape[1] > LONG and not student.training and _serves(student)
+
+
+def _run(
+    student: Transformer,
+    x: Tensor,
+    attention_mask: Tensor | None,
+    num_layers: int | None = None,
+    *,
+    before_residual: bool = True,
+    skip: int = 0,
+) -> tuple[Tensor, list[Tensor]]:
+    """:meth:`Transformer.run`: the residual stream after the first blocks, and their outputs."""
+    positions = _positions(student, x, attention_mask)
+    x = _piecewise(student.start, x, positions, into=positions)
+    found = []
+    for i, layer in enumerate(student.layers[:num_layers]):
+        x, forwarded = _block(cast("TransformerLayer", layer), x, attention_mask)
+        if i >= skip:
+            found.append(forwarded if before_residual else x)
+    return x, found
+
+
+def _piecewise(function: Callable[..., Tensor], *inputs: Tensor, into: Tensor | None = None) -> Tensor:
+    """What a function gives for (B, T, ...) tensors, ``PIECE`` frames at a time.
+
+    The result takes the place of ``into``, a tensor that nobody needs any more, if it is of the same type.
+    """
+    num_frames = inputs[0].shape[1]
+    out: Tensor | None = None
+    for start in range(0, num_frames, PIECE):
+        part = slice(start, start + PIECE)
+        found = function(*(x[:, part] for x in inputs))
+        if out is None:
+            fits = into is not None and into.dtype == found.dtype
+            out = into if fits else found.new_empty(found.shape[0], num_frames, *found.shape[2:])
+        cast("Tensor", out)[:, part] = found
+    return cast("Tensor", out)
+
+
+def _positions(student: Transformer, x: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """The positional convolutions, each piece with what its frames see on either side."""
+    convs = student.pos_conv_embed
+    around = convs.depth * (convs.layer_kernel_size // 2)
+    out = torch.empty_like(x)
+    for start in range(0, x.shape[1], LONG):
+        left, stop = max(0, start - around), min(start + LONG, x.shape[1])
+        seen = slice(left, stop + around)
+        found = convs(x[:, seen], None if attention_mask is None else attention_mask[..., :1, seen])
+        out[:, start:stop] = found[:, start - left : stop - left]
+    return out
+
+
+def _attention(module: SelfAttention, x: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """Head by head: queries, keys and values of all at once would be the largest tensor of all."""
+    weight = module.qkv.weight.unflatten(0, (3, module.num_heads, -1))
+    bias = None if module.qkv.bias is None else module.qkv.bias.unflatten(0, (3, module.num_heads, -1))
+    size = weight.shape[2]
+    heads: Tensor | None = None
+    for head in range(module.num_heads):
+        head_bias = None if bias is None else bias[:, head].flatten()
+        found = module.attend_heads(F.linear(x, weight[:, head].flatten(0, 1), head_bias), 1, attention_mask)
+        heads = found.new_empty(*found.shape[:2], module.num_heads * size) if heads is None else heads
+        heads[..., head * size : (head + 1) * size] = found
+    return _piecewise(module.proj, cast("Tensor", heads), into=heads)
+
+
+def _block(layer: TransformerLayer, x: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """A block's output and its feed-forward output; the former takes the place of the residual stream."""
+
+    def add(norm: nn.Module | None) -> Callable[[Tensor, Tensor], Tensor]:
+        return lambda x, y: x + y if norm is None else norm(x + y)
+
+    first = layer.layer_norm_first
+    attended = _attention(layer.attention, layer.layer_norm(x) if first else x, attention_mask)
+    x = _piecewise(add(None if first else layer.layer_norm), x, attended, into=attended)
+    forwarded = _piecewise(layer.feed_forward, layer.final_layer_norm(x) if first else x)
+    return _piecewise(add(None if first else layer.final_layer_norm), x, forwarded, into=x), forwarded
