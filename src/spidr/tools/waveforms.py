@@ -34,7 +34,7 @@ def moments(waveforms: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, T
     parts = [waveforms] if torch.compiler.is_compiling() else waveforms.split(BLOCK, dim=1)
 
     def total(shift: Tensor | None) -> Tensor:
-        sums, start = waveforms.new_zeros(len(waveforms), 1, dtype=exact), 0
+        sums, start = waveforms.new_zeros(waveforms.shape[0], 1, dtype=exact), 0
         for part in parts:
             value = part if shift is None else (part - shift).square()
             if lengths is not None:
