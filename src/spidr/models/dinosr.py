@@ -7,7 +7,8 @@ Representation Learning. NeurIPS 2023 (arXiv 2305.10005).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import ClassVar, Self, cast
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from spidr.config import SAMPLE_RATE, DinoSRConfig
 from spidr.models.codebook import Codebook, StepStatistics, assign, count_perplexity, standardise
 from spidr.models.extractor import FeatureExtractor, FeatureProjection
-from spidr.models.lean import Dropout
+from spidr.models.kernels import Dropout
 from spidr.models.long import Read, windows
 from spidr.models.transformer import Transformer
 from spidr.tools.errors import InputError
@@ -525,12 +526,23 @@ class DinoSR(nn.Module):
         self._check_lengths(counts, x.shape[1])
         rows = []
         for row, count in zip(x, counts.tolist(), strict=True):
-            read: Read = lambda start, stop, row=row: row[start:stop].unsqueeze(0)  # type: ignore[misc]
-            rows.append(torch.cat([*windows(self, read, count, function, size=size, context=around)], 1)[0])
+            parts = self.windows(partial(_samples, row), count, function, size=size, context=around)
+            rows.append(torch.cat([*parts], 1)[0])
         out = rows[0].new_zeros(len(rows), conv_length(self.feature_extractor.shapes, x.shape[1]), *rows[0].shape[1:])
         for row, values in enumerate(rows):
             out[row, : len(values)] = values
         return out, frame_lengths
+
+    def windows(
+        self, read: Read, num_samples: int, function: Callable[[Tensor, None], Tensor], *, size: int, context: int
+    ) -> Iterator[Tensor]:
+        """See :func:`spidr.models.long.windows`."""
+        extractor = self.feature_extractor
+        whole = extractor.mode == "group_norm"
+        yield from windows(
+            lambda x: self.project(x)[0], extractor.shapes, read, num_samples, function,
+            size=size, context=context, whole=whole,
+        )  # fmt: skip
 
     def _layer(self, layer: int | None) -> int:
         layer, total = self.best_layer if layer is None else layer, len(self.student.layers)
@@ -555,6 +567,10 @@ class DinoSR(nn.Module):
             var = centred.square().sum(1, keepdim=True, dtype=exact) / count
             waveforms = centred * torch.rsqrt(var + 1e-5).to(waveforms.dtype)
         return waveforms, conv_length(self.feature_extractor.shapes, given)
+
+
+def _samples(row: Tensor, start: int, stop: int) -> Tensor:
+    return row[start:stop].unsqueeze(0)
 
 
 def _check_waveforms(waveforms: Tensor, lengths: Tensor | Sequence[int] | None, dtype: torch.dtype) -> Tensor | None:

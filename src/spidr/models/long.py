@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from spidr.tools.frames import conv_length, receptive_field
-
-if TYPE_CHECKING:
-    from spidr.models.dinosr import DinoSR
 
 Read = Callable[[int, int], Tensor]
 """A range of a waveform, from the first sample up to the second: (1, stop - start) float."""
@@ -22,7 +18,7 @@ PIECE = 1 << 20
 
 
 def standardised(read: Read, num_samples: int) -> Read:
-    """A recording with mean 0 and variance 1, as :meth:`DinoSR.encode` standardises it, read twice for its moments."""
+    """A recording with mean 0 and variance 1, as an encoder standardises it; read twice for its moments."""
 
     def mean_of(function: Callable[[Tensor], Tensor]) -> Tensor:
         sums = [
@@ -43,35 +39,38 @@ def standardised(read: Read, num_samples: int) -> Read:
 
 @torch.no_grad()
 def windows(
-    model: DinoSR,
+    project: Callable[[Tensor], Tensor],
+    shapes: Sequence[tuple[int, int, int]],
     read: Read,
     num_samples: int,
     function: Callable[[Tensor, None], Tensor],
     *,
     size: int,
     context: int,
+    whole: bool = False,
 ) -> Iterator[Tensor]:
-    """What a function makes of the model's projected features, a window at a time.
+    """What a function makes of a model's projected features, a window at a time.
 
     Args:
-        model: Any; a group norm needs the whole waveform at once.
+        project: A waveform (1, S) to projected features (1, T, D).
+        shapes: (out_channels, kernel, stride) of the convolutions in it.
         read: The waveform, standardised.
         num_samples: Its length.
         function: Projected features (1, T, D) and no attention mask to (1, T, …).
         size: Frames in a window.
         context: Frames seen on each side of it.
+        whole: Project the whole waveform at once, as a group norm needs it.
 
     Yields:
         The function's values for each window in turn, (1, at most ``size``, …).
     """
-    shapes = model.feature_extractor.shapes
     hop, field, num_frames = math.prod(s for *_, s in shapes), receptive_field(shapes), conv_length(shapes, num_samples)
-    whole = model.project(read(0, num_samples))[0] if model.feature_extractor.mode == "group_norm" else None
+    projected = project(read(0, num_samples)) if whole else None
 
-    def project(start: int, stop: int) -> Tensor:
-        if whole is not None:
-            return whole[:, start:stop]
-        return model.project(read(start * hop, (stop - 1) * hop + field))[0]
+    def frames(start: int, stop: int) -> Tensor:
+        if projected is not None:
+            return projected[:, start:stop]
+        return project(read(start * hop, (stop - 1) * hop + field))
 
     seen, first, last = None, 0, 0  # projected features of frames first to last
     for start in range(0, num_frames, size):
@@ -79,6 +78,6 @@ def windows(
         right = min(stop + context, num_frames)
         parts = [] if seen is None else [seen[:, left - first :]]
         if right > last:
-            parts.append(project(last, right))
+            parts.append(frames(last, right))
         seen, first, last = torch.cat(parts, 1), left, right
         yield function(seen, None)[:, start - left : stop - left]
