@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import errno
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
 from spidr.tools.errors import InputError
-from spidr.tools.files import atomic_write, remove_unfinished
+from spidr.tools.files import atomic_write, check_regular, expand, find_files, remove_unfinished
 
 
 def test_replaces_at_once(tmp_path: Path) -> None:
@@ -63,3 +64,36 @@ def test_remains_of_killed_processes_are_removed(tmp_path: Path) -> None:
     (tmp_path / ".a.tmp").mkdir()  # not of atomic_write
     remove_unfinished(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"step_2.pt", ".a.tmp"}
+
+
+def test_expand(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SCRATCH", "/scratch")
+    monkeypatch.setenv("HOME", "/home/me")
+    assert expand("$SCRATCH/a") == expand("${SCRATCH}/a") == Path("/scratch/a")
+    assert expand(Path("~/a b")) == Path("/home/me/a b")
+    assert expand("a$NO_SUCH_VARIABLE~") == Path("a$NO_SUCH_VARIABLE~")
+
+
+def test_what_reading_would_wait_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path, "/dev/null"):
+        with pytest.raises(InputError, match=f"{path}: not a regular file"):
+            check_regular(path)
+    with pytest.raises(InputError, match="not the name of a file"):
+        check_regular("a\0b")
+    check_regular(tmp_path / "missing")
+
+
+def test_links_are_followed_and_loops_are_noticed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root = tmp_path / "corpus"
+    for name in ("corpus/en/1.wav", "corpus/en/._1.wav", "corpus/en/1.txt", "elsewhere/deep/2.wav"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (root / "fr").symlink_to("../elsewhere")
+    (root / "it").symlink_to(tmp_path / "elsewhere" / "deep")
+    (root / "loop").symlink_to(root)
+    (tmp_path / "elsewhere" / "deep" / "back").symlink_to("../..")
+    (root / "en" / "one.wav").symlink_to("1.wav")
+    found = find_files(root, lambda name: name.endswith(".wav"))
+    assert [os.path.relpath(path, root) for path in found] == ["en/1.wav", "en/one.wav", "fr/deep/2.wav", "it/2.wav"]
+    assert "loop: leads back to" in caplog.text

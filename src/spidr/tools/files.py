@@ -1,14 +1,70 @@
-"""Files that are complete or absent. May import ``spidr.config`` only."""
+"""Files that are complete or absent, and paths as people write them."""
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Iterator
+import stat
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
 from spidr.tools.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+
+def expand(path: str | os.PathLike[str]) -> Path:
+    """Replace ``~`` and ``$VARIABLES`` in a path; unknown ones stay as they are."""
+    return Path(os.path.expanduser(os.path.expandvars(path)))  # noqa: PTH111
+
+
+def check_regular(path: str | os.PathLike[str]) -> None:
+    """Refuse pipes, devices and folders, which reading would wait for or fail on. A missing path passes.
+
+    Raises:
+        InputError: The path exists and is no regular file, or cannot be the name of a file.
+    """
+    try:
+        mode = os.stat(path).st_mode  # noqa: PTH116
+    except OSError:
+        return
+    except ValueError as error:  # a NUL character
+        raise InputError(f"{os.fspath(path)!r}: not the name of a file ({error}).") from None
+    if not stat.S_ISREG(mode):
+        raise InputError(f"{path}: not a regular file.")
+
+
+def find_files(folder: str | os.PathLike[str], wanted: Callable[[str], bool]) -> list[str]:
+    """List the files below a folder, links followed, sorted.
+
+    Args:
+        folder: Where to look. A linked folder that leads back to one it is in is left out with a warning; hidden files
+            (``._a.wav`` from macOS) are left out without one.
+        wanted: Says of a file's name whether to list it.
+
+    Raises:
+        InputError: A folder cannot be read.
+    """
+
+    def fail(error: OSError) -> None:
+        raise InputError(f"{error.filename}: the folder cannot be read ({error.strerror}).")
+
+    found: list[str] = []
+    above = {os.fspath(folder): (os.path.realpath(folder),)}  # folder → itself and those it is in, links resolved
+    for here, folders, names in os.walk(folder, onerror=fail, followlinks=True):
+        ancestors = above.pop(here)
+        for name in list(folders):
+            path = os.path.join(here, name)  # noqa: PTH118
+            real = os.path.realpath(path) if os.path.islink(path) else os.path.join(ancestors[0], name)  # noqa: PTH114, PTH118
+            if real in ancestors:
+                logger.warning("%s: leads back to %s, which it is in; not followed.", path, real)
+                folders.remove(name)
+            else:
+                above[path] = (real, *ancestors)
+        found += [os.path.join(here, name) for name in names if not name.startswith(".") and wanted(name)]  # noqa: PTH118
+    return sorted(found)
 
 
 @contextmanager
