@@ -61,7 +61,8 @@ def find_files(folder: str | os.PathLike[str], wanted: Callable[[str], bool]) ->
         raise InputError(f"{error.filename}: the folder cannot be read ({error.strerror}).")
 
     found: list[str] = []
-    above = {os.fspath(folder): (os.path.realpath(folder),)}  # folder → itself and those it is in, links resolved
+    # Each folder: itself and those it is in, links resolved.
+    above: dict[str, tuple[str, ...]] = {os.fspath(folder): (os.path.realpath(folder),)}
     for here, folders, names in os.walk(folder, onerror=fail, followlinks=True):
         ancestors = above.pop(here)
         for name in list(folders):
