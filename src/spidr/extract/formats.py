@@ -23,7 +23,7 @@ class Row:
 
     name: str
     units: list[int]
-    path: str = ""
+    audio: str = ""
     speaker: str = ""
 
     def runs(self) -> tuple[list[int], list[int]]:
@@ -39,16 +39,18 @@ class Format(NamedTuple):
         line: A row as a line of text, with repeats merged or not.
         parse: A line back to the recording's name (None where lines have none), units and durations.
         suffix: What its files' names end in.
+        has_names: Whether lines say which recording they are of.
     """
 
     line: Callable[[Row, bool], str]
     parse: Callable[[str], tuple[str | None, list[int], list[int] | None]]
     suffix: str = ".jsonl"
+    has_names: bool = True
 
 
 def _json_format(name_key: str, units_key: str, durations_key: str, *, always_merged: bool = False) -> Format:
     def line(row: Row, merge: bool) -> str:
-        fields: dict[str, Any] = {name_key: row.path if name_key == "audio" else row.name, units_key: row.units}
+        fields: dict[str, Any] = {name_key: row.audio if name_key == "audio" else row.name, units_key: row.units}
         if merge or always_merged:
             fields[units_key], fields[durations_key] = row.runs()
         if name_key == "audio":
@@ -57,9 +59,12 @@ def _json_format(name_key: str, units_key: str, durations_key: str, *, always_me
 
     def parse(text: str) -> tuple[str | None, list[int], list[int] | None]:
         fields = json.loads(text)
-        return fields[name_key], fields[units_key], fields.get(durations_key)
+        name = fields[name_key]
+        if not isinstance(name, str):
+            raise TypeError
+        return None if name_key == "audio" else name, fields[units_key], fields.get(durations_key)
 
-    return Format(line, parse)
+    return Format(line, parse, has_names=name_key != "audio")
 
 
 def _integers(row: Row, merge: bool) -> str:
@@ -70,7 +75,11 @@ def _parse_fairseq(text: str) -> tuple[str | None, list[int], list[int] | None]:
     name, bar, units = text.rpartition("|")
     if not bar:
         raise ValueError
-    return name, [int(unit) for unit in units.split()], None
+    return name, _parse_integers(units), None
+
+
+def _parse_integers(text: str) -> list[int]:
+    return [int(unit) for unit in text.split()]
 
 
 FORMATS: dict[str, Format] = {
@@ -79,7 +88,7 @@ FORMATS: dict[str, Format] = {
     "slamkit": _json_format("file_name", "units", "duration", always_merged=True),
     "unit-hifigan": _json_format("audio", "units", "durations"),
     "fairseq": Format(lambda row, merge: f"{row.name}|{_integers(row, merge)}", _parse_fairseq, ".txt"),
-    "km": Format(_integers, lambda text: (None, [int(unit) for unit in text.split()], None), ".km"),
+    "km": Format(_integers, lambda text: (None, _parse_integers(text), None), ".km", has_names=False),
 }
 
 

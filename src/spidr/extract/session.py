@@ -14,29 +14,32 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
-from dataclasses import dataclass
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar, get_args
+from threading import Lock as ThreadLock
+from typing import Any, Literal, NamedTuple, Self, TypeVar, get_args
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
 
 from spidr.config import SAMPLE_RATE, RunConfig
 from spidr.environment import Environment
-from spidr.extract.sources import Item, read_item
+from spidr.extract.smooth import NEAR, Decoder
+from spidr.extract.sources import Item, LongRecording, read_item
 from spidr.models import DinoSR
 from spidr.models.hub import load_encoder
+from spidr.models.long import Standardised, window_frames
 from spidr.tools.errors import InputError
-from spidr.tools.frames import conv_length
+from spidr.tools.frames import conv_length, receptive_field
+from spidr.tools.progress import progress
 
 logger = logging.getLogger(__name__)
 
@@ -67,16 +70,15 @@ SHAPING = (
 LONG = 120 * SAMPLE_RATE
 """Longer recordings (in samples) get all threads of a CPU, one after the other, so that none is the last one alone."""
 
+QUIET = 10 ** (-45 / 20)
+"""Standard deviation of a recording at -45 dBFS: below, the 1e-5 added to the variance makes it quieter than others."""
+
 Device = Literal["auto", "cuda", "mps", "cpu"]
 Dtype = Literal["float32", "bfloat16", "auto"]
 OnError = Literal["raise", "skip"]
 
 MAX_SECONDS = 1_000_000
 MAX_THREADS = 1000
-
-NEAR = 3e-5
-"""Two scores are near each other if they differ by less than this share of (1 + the range of the frame's scores). More
-than ten times the largest change of a score by batching that was seen in float32."""
 
 
 def check_choice(name: str, value: object, choices: object) -> None:
@@ -101,12 +103,12 @@ class Options:
         batch_seconds: Seconds of audio in a batch, padding included; 0: one recording at a time. None: 0 on the CPU,
             else 240.
         threads: Recordings encoded at once on the CPU; None: as many as PyTorch has threads. At most 1,000.
-        window: Encode long recordings in pieces of that many seconds (see :meth:`spidr.models.DinoSR.encode`). None:
-            exact, in time that grows with the square of the length.
+        window: Encode long recordings in pieces of that many seconds, which are read one at a time (see
+            :meth:`spidr.models.DinoSR.encode`). None: exact, in time that grows with the square of the length.
         context: Seconds seen on each side of a window; None: a quarter of it.
-        resample: Convert recordings that are not 16 kHz mono (needs FFmpeg).
+        resample: Convert recordings that are not 16 kHz mono.
         on_error: "raise", or "skip" recordings that cannot be encoded.
-        progress: Show a progress bar on standard error.
+        progress: Show progress on standard error.
     """
 
     device: Device = "auto"
@@ -137,68 +139,155 @@ class Options:
         return RunConfig(workdir=".", wandb_project="spidr", wandb_name="extract", device=self.device)
 
 
-class Encoded(NamedTuple):
-    """What a recording gave, or why it gave nothing."""
-
-    item: Item
-    values: NDArray[Any] | None
-    error: str | None = None
-
-
 class Skipped(dict[str, str]):
     """Recordings that could not be encoded, by name, and why."""
 
-    def note(self, batch: list[Encoded]) -> None:
-        """Add those of a batch."""
-        for item, _, error in batch:
-            if error is not None:
-                logger.warning("Skipped: %s", error)
-                self[item.name] = error
+
+class EncodingError(InputError):
+    """A recording cannot be encoded."""
 
 
-class _Loaded(NamedTuple):
+class Encoded(NamedTuple):
+    """What a recording gave, in pieces along its frames, or why it gave nothing."""
+
     item: Item
-    waveform: Tensor | None
+    pieces: Iterable[NDArray[Any]] | None
     error: str | None = None
 
 
-Scores = Callable[[Tensor, Tensor], Tensor]
-"""Padded standardised waveforms and their lengths to scores of each unit, (B, T, V)."""
+@dataclass
+class Summary:
+    """What became of the recordings of this process.
+
+    Attributes:
+        skipped: Those that gave nothing, by name, and why.
+        done: How many gave something.
+        samples: Of those, together.
+        quiet: Names of those below -45 dBFS.
+        units: The different units there were, as far as there are few.
+    """
+
+    skipped: Skipped = field(default_factory=Skipped)
+    done: int = 0
+    samples: int = 0
+    quiet: list[str] = field(default_factory=list)
+    units: set[int] = field(default_factory=set)
+
+    def skip(self, name: str, why: str) -> None:
+        """Leave a recording out."""
+        logger.warning("Skipped: %s", why)
+        self.skipped[name] = why
+
+    @classmethod
+    def joined(cls, parts: Iterable[Summary]) -> Summary:
+        """That of all processes."""
+        total = cls()
+        for part in parts:
+            total.skipped.update(part.skipped)
+            total.done += part.done
+            total.samples += part.samples
+            total.quiet += part.quiet
+            total.units |= part.units
+        return total
+
+    def report(self, output: Path, left: int) -> None:
+        """Say what was done, and where it is.
+
+        Args:
+            output: The output.
+            left: How many recordings there were to do.
+        """
+        if not left:
+            logger.info("nothing left to do: %s has all of these recordings", output)
+            return
+        hours = self.samples / SAMPLE_RATE / 3600
+        length = f"{hours:.2f} h" if hours >= 1 else f"{60 * hours:.1f} min"
+        logger.info("%s: %d recordings (%s) encoded", output, self.done, length)
+        if self.skipped:
+            logger.warning("%d of %d recordings were skipped", len(self.skipped), left)
+        if self.quiet:
+            logger.warning(
+                "%d recordings are quieter than -45 dBFS, such as %s: standardising adds 1e-5 to the variance, so the "
+                "model hears them quieter than others; raise their volume first if that is speech",
+                len(self.quiet),
+                ", ".join(sorted(self.quiet)[:3]),
+            )
+        if self.done and len(self.units) == 1:
+            logger.warning(
+                "all frames have unit %d: the recordings are silent, or the model's weights are damaged or untrained",
+                *self.units,
+            )
 
 
-class Encoder:
-    """A model on its device, and what it gives of recordings.
+class Session:
+    """A model on its device, and what it gives of recordings; inside a ``with`` block, after which it is as before.
 
     Args:
         model: A published model's name, a checkpoint, or a model.
         layer: Counted from 1; None: the model's best.
         options: How.
         env: This process among all.
+        discrete: Give units; else features.
+        centroids: float32 (K, D), of which the nearest is a frame's unit; None: those of the layer's head.
+        penalty: What a change of unit costs (see :class:`spidr.extract.smooth.Decoder`).
 
     Raises:
         InputError: There is no such model or layer.
     """
 
     def __init__(
-        self, model: str | Path | DinoSR, layer: int | None, options: Options, env: Environment, *, codebook: bool
+        self,
+        model: str | Path | DinoSR,
+        layer: int | None,
+        options: Options,
+        env: Environment,
+        *,
+        discrete: bool = False,
+        centroids: NDArray[np.float32] | None = None,
+        penalty: float = 0.0,
     ) -> None:
         self.name = type(model).__name__ if isinstance(model, DinoSR) else str(model)
-        self.model = (model.eval() if isinstance(model, DinoSR) else load_encoder(model)).to(env.device)
+        self.model = model if isinstance(model, DinoSR) else load_encoder(model)
         self.layer = self.model.best_layer if layer is None else layer
-        self.options, self.env = options, env
+        self.options, self.env, self.discrete, self.penalty = options, env, discrete, penalty
+        has_codebook = discrete and centroids is None
         total = len(self.model.student.layers)
-        first = self.model.codebook_layers.start if codebook else 1
+        first = self.model.codebook_layers.start if has_codebook else 1
         if not first <= self.layer <= total:
             lacks = "has no codebook" if 1 <= self.layer <= total else "does not exist"
-            having = "have a codebook" if codebook else "exist"
+            having = "have a codebook" if has_codebook else "exist"
             given = f"layer {self.layer}, the default," if layer is None else f"layer {self.layer}"
             raise InputError(f"{given} {lacks}; layers {first} to {total} {having}")
+        self.shapes = self.model.feature_extractor.shapes
+        self.shortest = receptive_field(self.shapes)
+        self.window: tuple[int, int] | None = None
+        if options.window is not None:
+            self.window = window_frames(options.window, options.context, self.model.frame_seconds)
         self.bfloat16 = options.dtype == "bfloat16" or (options.dtype == "auto" and _has_bfloat16(env.device))
+        self.summary = Summary()
+        self._centroids = None if centroids is None else torch.from_numpy(centroids).to(env.device)
+        self._one_window_at_a_time = ThreadLock()
+        self._restore = ExitStack()
+
+    def __enter__(self) -> Self:
+        model = self.model
+        device, modes = next(model.parameters()).device, {module: module.training for module in model.modules()}
+
+        def restore() -> None:
+            model.to(device)
+            for module, mode in modes.items():
+                module.training = mode
+
+        self._restore.callback(restore)
+        model.eval().to(self.env.device)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._restore.close()
 
     def settings(self) -> dict[str, Any]:
-        """What the values depend on."""
-        shapes = self.model.feature_extractor.shapes
-        return {
+        """What the values depend on, and what the model is called."""
+        made = {
             "model": self.name,
             "weights": _fingerprint(self.model),
             "layer": self.layer,
@@ -206,59 +295,119 @@ class Encoder:
             "window": self.options.window,
             "context": self.options.context,
             "resample": self.options.resample,
-            "frame_seconds": float(np.prod([stride for _, _, stride in shapes])) / SAMPLE_RATE,
+            "frame_seconds": self.model.frame_seconds,
         }
+        if self.discrete:
+            made["num_units"] = self.model.cfg.codebook_size if self._centroids is None else len(self._centroids)
+            if self.penalty:
+                made["smooth"] = self.penalty
+        return made
+
+    def num_frames(self, num_samples: int) -> int:
+        """Frames of so many samples."""
+        return conv_length(self.shapes, num_samples)
 
     # ------------------------------------------------------------------------------------------------- one batch
 
-    def features(self, waveforms: list[Tensor]) -> list[Tensor]:
-        """Features of some recordings, float32 (T, D) each."""
-        if len(waveforms) == 1:
-            return [self.features_alone(waveforms[0])]
-        padded, lengths = self._pad(waveforms)
-        features, frames = self.model.encode(padded, lengths, layer=self.layer)
-        return [row[:count].float() for row, count in zip(features, frames.tolist(), strict=True)]
+    def _values(self, features: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """Projected features to the layer's (B, T, D), or to scores of units, (B, T, V), the highest the best."""
+        if self.discrete and self._centroids is None:
+            return self.model.unit_logits(features, attention_mask, self.layer).float()
+        output = self.model.layer_output(features, attention_mask, self.layer).float()
+        if self._centroids is None:
+            return output
+        with torch.autocast(output.device.type, enabled=False):  # the negative squared distance, up to that to 0
+            return 2 * output @ self._centroids.T - self._centroids.square().sum(-1)
 
-    def features_alone(self, waveform: Tensor) -> Tensor:
-        """Features of a recording, float32 (T, D): what all others must equal."""
-        options, given = self.options, waveform.to(self.env.device).unsqueeze(0)
-        features, _ = self.model.encode(given, layer=self.layer, window=options.window, context=options.context)
-        return features[0].float()
+    def _compute(self, waveforms: list[Tensor]) -> list[Tensor]:
+        """Values of some recordings, (T, …) each."""
+        dtype, device = self.model.mask_embedding.dtype, self.env.device
+        lengths = torch.tensor([len(waveform) for waveform in waveforms], device=device)
+        padded = pad_sequence(waveforms, batch_first=True).to(device, dtype)
+        given = lengths if len(waveforms) > 1 else None
+        with self._computing():
+            x, frames = self.model._utterances(padded, given, normalize=True)
+            values = self._values(*self.model.project(x, lengths=given))
+        return [row[:count] for row, count in zip(values, frames.tolist(), strict=True)]
 
-    def units(self, waveforms: list[Tensor]) -> list[Tensor]:
-        """Units of some recordings, int64 (T,) each: the most likely codewords of the layer."""
-        return self.discretise(waveforms, self._log_probabilities, self.units_alone)
+    def _windows(self, recording: LongRecording, item: Item) -> Iterator[Tensor]:
+        """Values of a recording, (T, …) a window at a time."""
+        assert self.window is not None
 
-    def units_alone(self, waveform: Tensor) -> Tensor:
-        """Units of a recording, int64 (T,): what all others must equal."""
-        options, given = self.options, waveform.to(self.env.device).unsqueeze(0)
-        units, _ = self.model.units(given, layer=self.layer, window=options.window, context=options.context)
-        return units[0]
+        def read(start: int, stop: int) -> Tensor:
+            samples = torch.from_numpy(recording.read(start, stop)).unsqueeze(0)
+            return samples.to(self.env.device, self.model.mask_embedding.dtype)
 
-    def _log_probabilities(self, padded: Tensor, lengths: Tensor) -> Tensor:
-        probabilities = self.model.get_codebooks(padded, lengths=lengths, num_layers=self.layer)[-1]
-        assert probabilities is not None
-        return probabilities.float().clamp(min=1e-30).log()
+        standardised = Standardised(read, recording.num_samples)
+        self._note_level(item, standardised.std)
+        size, context = self.window
+        windows = self.model.windows(standardised, recording.num_samples, self._values, size=size, context=context)
+        while True:
+            with self._one_window_at_a_time, self._computing():
+                values = next(windows, None)
+            if values is None:
+                return
+            yield values[0]
 
-    def discretise(self, waveforms: list[Tensor], scores: Scores, alone: Callable[[Tensor], Tensor]) -> list[Tensor]:
-        """Units of some recordings by the highest score, the same as ``alone`` gives of each."""
-        if len(waveforms) == 1:
-            return [alone(waveforms[0])]
-        padded, lengths = self._pad([F.layer_norm(waveform, waveform.shape) for waveform in waveforms])
-        of_batch = scores(padded, lengths)
-        frames = conv_length(self.model.feature_extractor.shapes, lengths).tolist()
+    @contextmanager
+    def _computing(self) -> Iterator[None]:
+        with torch.no_grad(), torch.autocast(self.env.device.type, torch.bfloat16, enabled=self.bfloat16):
+            yield
+
+    def _units(self, pieces: Iterable[Tensor], item: Item, *, batched: bool) -> NDArray[np.int32] | None:
+        """Units of the highest scores; None if they could be others without the rest of the batch."""
+        decoder, found = Decoder(self.penalty), []
+        for scores in pieces:
+            _check_finite(scores, item)
+            if self.penalty:
+                decoder.add(scores.cpu().numpy())
+                continue
+            if batched:
+                first, second = scores.topk(2).values.unbind(-1)
+                if bool((first - second < NEAR * (1 + first - scores.amin(-1))).any()):
+                    return None
+            found.append(scores.argmax(-1).cpu().numpy().astype(np.int32))
+        units = decoder.units() if self.penalty else np.concatenate(found)
+        if batched and decoder.nearly_tied:
+            return None
+        if len(self.summary.units) < 2:
+            self.summary.units.update(np.unique(units).tolist())
+        return units
+
+    def _encode(self, loaded: list[_Loaded]) -> list[Encoded]:
+        """What a batch gives."""
+        waveforms = [one.waveform for one in loaded if one.waveform is not None]
+        values = iter(self._compute(waveforms) if waveforms else [])
         found = []
-        for waveform, values, count in zip(waveforms, of_batch, frames, strict=True):
-            values = values[:count]
-            (first, second), units = values.topk(2).values.unbind(-1), values.argmax(-1)
-            near = first - second < NEAR * (1 + first - values.amin(-1))
-            redo = not self.bfloat16 and bool(near.any())
-            found.append(alone(waveform) if redo else units)
+        for item, waveform, long, error in loaded:
+            try:
+                if error is not None:
+                    found.append(Encoded(item, None, error))
+                elif long is not None:
+                    windows = self._windows(long, item)
+                    pieces = [self._units(windows, item, batched=False)] if self.discrete else _arrays(windows, item)
+                    found.append(Encoded(item, pieces))
+                elif self.discrete:
+                    batched = len(waveforms) > 1 and not self.bfloat16
+                    units = self._units([next(values)], item, batched=batched)
+                    if units is None:
+                        units = self._units(self._compute([waveform]), item, batched=False)
+                    found.append(Encoded(item, [units]))
+                else:
+                    found.append(Encoded(item, list(_arrays([next(values)], item))))
+            except InputError as problem:
+                found.append(Encoded(item, None, self.or_raise(problem)))
         return found
 
-    def _pad(self, waveforms: list[Tensor]) -> tuple[Tensor, Tensor]:
-        lengths = torch.tensor([len(waveform) for waveform in waveforms], device=self.env.device)
-        return pad_sequence(waveforms, batch_first=True).to(self.env.device), lengths
+    def or_raise(self, error: InputError) -> str:
+        """The message of an error, if recordings with errors are to be skipped."""
+        if self.options.on_error == "raise":
+            raise error
+        return str(error)
+
+    def _note_level(self, item: Item, std: float) -> None:
+        if std < QUIET:
+            self.summary.quiet.append(item.name)
 
     # ------------------------------------------------------------------------------------------------- all of them
 
@@ -274,20 +423,22 @@ class Encoder:
         for item in sorted(items, key=lambda item: (-item.num_samples, item.name)):
             longest = batches[-1][0].num_samples if batches else 0
             fits = item.num_samples > 0 and bool(batches) and (len(batches[-1]) + 1) * longest <= seconds * SAMPLE_RATE
-            if fits and not (self.options.window and longest > self.options.window * SAMPLE_RATE):
+            if fits and not self._is_long(batches[-1][0]):
                 batches[-1].append(item)
             else:
                 batches.append([item])
         return batches
 
-    def run(
-        self, batches: Sequence[list[Item]], encode: Callable[[list[Tensor]], list[Tensor]], description: str
-    ) -> Generator[list[Encoded]]:
+    def _is_long(self, item: Item) -> bool:
+        if self.window is None:
+            return False
+        return item.num_samples == 0 or self.num_frames(item.num_samples) > self.window[0]
+
+    def run(self, batches: Sequence[list[Item]], description: str) -> Generator[list[Encoded]]:
         """Encode this process's share of some batches, in their order.
 
         Args:
             batches: The batches of all processes.
-            encode: Waveforms to values, one tensor for each.
             description: What the progress bar says.
 
         Raises:
@@ -303,62 +454,66 @@ class Encoder:
         # Rank 0 shows its own share: that of the others takes about as long.
         shown = self.options.progress and self.env.rank == 0
         total = sum(item.num_samples for batch in batches for item in batch)
-        unit, seconds = ("h", 3600) if total >= 3600 * SAMPLE_RATE else ("min", 60)
-        scale = {"unit": unit, "unit_scale": 1 / seconds / SAMPLE_RATE}
+        unit, seconds = ("h of audio", 3600) if total >= 3600 * SAMPLE_RATE else ("min of audio", 60)
         try:
-            # Of no audio, a bar would stay at 0 %.
-            with tqdm(total=total, desc=description, disable=not (shown and total), bar_format=_BAR, **scale) as bar:
+            with progress(description, total, unit, 1 / seconds / SAMPLE_RATE, shown=shown) as advance:
                 for group in groups:
                     workers = 1 if group is not groups[-1] else min(at_once, len(group))
-                    with closing(self._encode(group, encode, workers, at_once // max(1, workers))) as results:
+                    with closing(self._run_group(group, workers, at_once // max(1, workers))) as results:
                         for encoded in results:
                             yield encoded
-                            bar.update(sum(result.item.num_samples for result in encoded))
+                            advance(sum(result.item.num_samples for result in encoded))
         finally:
             torch.set_num_threads(threads)
 
-    def _encode(
-        self, batches: Sequence[list[Item]], encode: Callable[[list[Tensor]], list[Tensor]], workers: int, threads: int
-    ) -> Generator[list[Encoded]]:
+    def _run_group(self, batches: Sequence[list[Item]], workers: int, threads: int) -> Generator[list[Encoded]]:
         if not batches:
             return
 
-        def compute(loaded: list[_Loaded]) -> list[Encoded]:
-            waveforms = [item.waveform for item in loaded if item.waveform is not None]
-            with torch.no_grad(), torch.autocast(self.env.device.type, torch.bfloat16, enabled=self.bfloat16):
-                values = iter(encode(waveforms) if waveforms else [])
-            return [
-                Encoded(item, None if waveform is None else next(values).cpu().numpy(), error)
-                for item, waveform, error in loaded
-            ]
-
-        def use_threads() -> None:
+        def begin() -> None:
             if self.env.device.type == "cpu":
                 torch.set_num_threads(threads)
+            elif self.env.device.type == "cuda":
+                torch.cuda.set_device(self.env.device)  # is of each thread
+
+        def load(batch: list[Item]) -> list[_Loaded]:
+            return [self._load(item) for item in batch]
 
         # Both are closed, or their threads would live as long as an error is held.
         with (
-            closing(ahead(self._load, batches, workers=min(4, workers + 1), depth=workers + 1)) as loaded,
-            closing(ahead(compute, loaded, workers=workers, depth=2 * workers, initializer=use_threads)) as computed,
+            closing(ahead(load, batches, workers=min(4, workers + 1), depth=workers + 1)) as loaded,
+            closing(ahead(self._encode, loaded, workers=workers, depth=2 * workers, initializer=begin)) as encoded,
         ):
-            yield from computed
+            yield from encoded
 
-    def _load(self, batch: list[Item]) -> list[_Loaded]:
-        return [self._load_item(item) for item in batch]
-
-    def _load_item(self, item: Item) -> _Loaded:
+    def _load(self, item: Item) -> _Loaded:
+        resample = self.options.resample
         try:
-            waveform = torch.from_numpy(read_item(item, resample=self.options.resample))
-            if conv_length(self.model.feature_extractor.shapes, len(waveform)) < 1:
-                raise InputError(f"{item.recording}: {len(waveform)} samples are too short, they do not fill one frame")
+            long = LongRecording(item, resample=resample) if self._is_long(item) else None
+            waveform = None if long is not None else torch.from_numpy(read_item(item, resample=resample))
+            count = long.num_samples if long is not None else len(waveform)
+            if self.num_frames(count) < 1:
+                raise InputError(f"{item.recording}: {count} samples are too short, they do not fill one frame")
         except InputError as error:
-            if self.options.on_error == "raise":
-                raise
-            return _Loaded(item, None, str(error))
-        return _Loaded(item, waveform)
+            return _Loaded(item, None, None, self.or_raise(error))
+        if waveform is not None:
+            self._note_level(item, float(waveform.std(correction=0)))
+        return _Loaded(item, waveform, long)
+
+    def count(self, encoded: Encoded) -> None:
+        """Note what became of a recording, when its values are where they belong."""
+        if encoded.error is not None:
+            self.summary.skip(encoded.item.name, encoded.error)
+        else:
+            self.summary.done += 1
+            self.summary.samples += encoded.item.num_samples
 
 
-_BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.2f}/{total:.2f} {unit} of audio, {elapsed} passed, {remaining} left"
+class _Loaded(NamedTuple):
+    item: Item
+    waveform: Tensor | None
+    long: LongRecording | None
+    error: str | None = None
 
 
 def ahead(
@@ -381,6 +536,22 @@ def ahead(
             yield pending.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _arrays(pieces: Iterable[Tensor], item: Item) -> Iterator[NDArray[np.float32]]:
+    try:
+        for values in pieces:
+            _check_finite(values, item)
+            yield values.cpu().numpy()
+    except InputError as error:  # a long recording is read while its features are written
+        raise EncodingError(str(error)) from None
+
+
+def _check_finite(values: Tensor, item: Item) -> None:
+    if not math.isfinite(float(values.sum(dtype=torch.float64 if values.device.type == "cpu" else None))):
+        raise InputError(
+            f"{item.recording}: the model's features of it are not finite numbers. Are the model's weights damaged?"
+        )
 
 
 def _has_bfloat16(device: torch.device) -> bool:

@@ -1,6 +1,6 @@
-"""Units by their scores: the best of each frame, or the best sequence when every change of unit has a price.
+"""The best sequence of units when every change of unit has a price.
 
-Source of the second: Kamper and van Niekerk. Towards unsupervised phone and word segmentation using self-supervised
+Source: Kamper and van Niekerk. Towards unsupervised phone and word segmentation using self-supervised
 vector-quantized neural networks. Interspeech 2021 (duration-penalised dynamic programming).
 """
 
@@ -10,12 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 NEAR = 3e-5
-"""Two scores are nearly equal if they differ by less than this share of (1 + the range of the frame's scores). More than
-ten times the largest change of a score by batching that was seen in float32."""
+"""Two scores are near each other if they differ by less than this share of (1 + the range of the frame's scores). More
+than ten times the largest change of a score by batching that was seen in float32."""
 
 
 class Decoder:
-    """Scores of frames, piece by piece, to units.
+    """Scores of frames, piece by piece, to the units of the highest total, less the price of the changes.
 
     Args:
         penalty: What each change of unit costs, λ; at 0 every frame gets the unit of its highest score.
@@ -31,20 +31,15 @@ class Decoder:
         self._leaders: list[NDArray[np.int32]] = []  # the unit of the best sequence up to each frame
         self._stays: list[NDArray[np.uint8]] = []  # packed: whether the best sequence to a unit was there before
         self._ties: list[NDArray[np.uint8]] = []
-        self._num_units = 0
 
     def add(self, scores: NDArray[np.float32]) -> None:
-        """Take the scores of the next frames, (T, V): log-probabilities or negative squared distances, up to a constant
-        of each frame."""
+        """Take the scores of the next frames, (T, V).
+
+        They are log-probabilities or negative squared distances, up to a constant of each frame.
+        """
         if len(scores) == 0:
             return
-        self._num_units = scores.shape[1]
-        top = np.partition(scores, -2, axis=1)[:, -2:]
-        tolerance = NEAR * (1 + top[:, 1] - scores.min(axis=1))
-        if self.penalty == 0:
-            self.nearly_tied |= bool((top[:, 1] - top[:, 0] < tolerance).any())
-            self._leaders.append(scores.argmax(axis=1).astype(np.int32))
-            return
+        tolerance = NEAR * (1 + scores.max(axis=1) - scores.min(axis=1))
         stays = np.empty(scores.shape, dtype=bool)
         ties = np.empty(scores.shape, dtype=bool)
         leaders = np.empty(len(scores), dtype=np.int32)
@@ -65,7 +60,7 @@ class Decoder:
     def units(self) -> NDArray[np.int32]:
         """The units of all frames, (T,)."""
         units = np.concatenate(self._leaders) if self._leaders else np.empty(0, dtype=np.int32)
-        if self.penalty == 0 or len(units) == 0:
+        if len(units) == 0:
             return units
         stays, ties, leaders = np.concatenate(self._stays), np.concatenate(self._ties), units.copy()
         unit = leaders[-1]
