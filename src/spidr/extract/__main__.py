@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from spidr.tools.command import command
 from spidr.tools.lazy import needs_extra
@@ -19,7 +19,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         from spidr.extract import Options, extract_features, extract_units, fit_kmeans
         from spidr.tools.logging import run_log
 
-    functions = {"features": extract_features, "units": extract_units, "kmeans": fit_kmeans}
+    functions: dict[str, Callable[..., object]] = {
+        "features": extract_features,
+        "units": extract_units,
+        "kmeans": fit_kmeans,
+    }
     function = functions[args.pop("command")]
     with run_log(ranks()[0]):
         args["progress"] = not args.pop("quiet")

@@ -64,6 +64,8 @@ def extract_features(
     check_choice("output_dtype", output_dtype, OutputDtype)
     check_name(model)
     folder = _FeatureFolder(expand(output), file_format, output_dtype, tree=not flat)
+    if os.path.isfile(folder.path):  # noqa: PTH113 (False for a name that is too long, which writing complains about)
+        raise InputError(f"{folder.path}: is a file; features need a folder.")
     return extract(sources, folder, chosen, lambda env: Session(model, layer, chosen, env), "Features")
 
 
@@ -84,8 +86,6 @@ class _FeatureFolder(Output):
         return self.path / f"{name}.{self.file_format}"
 
     def check_new(self) -> None:
-        if os.path.isfile(self.path):  # noqa: PTH113 (False for a name that is too long, which writing complains about)
-            raise InputError(f"{self.path}: is a file; features need a folder.")
         if os.path.isdir(self.path) and any(path.name[0] != "." for path in self.path.iterdir()):  # noqa: PTH112
             raise InputError(
                 f"{self.path}: is not empty, and there is no {self.record.name} in it. Choose another folder."

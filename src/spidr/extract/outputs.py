@@ -181,7 +181,11 @@ class Output(ABC):
                     make_folder(own)
                     _write_object(own / NAMES, dict.fromkeys(sorted(names), ""), indent=0)
                     stack.enter_context(Lock(own, "is encoding some of these recordings"))
-                yield [own, *(folder for folder in folders if folder.is_dir())]
+                try:
+                    yield [own, *(folder for folder in folders if folder.is_dir())]
+                finally:
+                    if not any(own.glob("[0-9]*.jsonl")):  # nothing is lost with it
+                        self.release([own])
                 return
 
     def release(self, folders: Sequence[Path]) -> None:

@@ -33,7 +33,7 @@ from torch.nn.utils.rnn import pad_sequence
 from spidr.config import SAMPLE_RATE, RunConfig
 from spidr.environment import Environment
 from spidr.extract.smooth import NEAR, Decoder
-from spidr.extract.sources import Item, LongRecording, read_item
+from spidr.extract.sources import TOO_SHORT, Item, LongRecording, read_item
 from spidr.models import DinoSR
 from spidr.models.hub import load_encoder
 from spidr.models.long import Standardised, window_frames
@@ -354,9 +354,9 @@ class Session:
         with torch.no_grad(), torch.autocast(self.env.device.type, torch.bfloat16, enabled=self.bfloat16):
             yield
 
-    def _units(self, pieces: Iterable[Tensor], item: Item, *, batched: bool) -> NDArray[np.int32] | None:
-        """Units of the highest scores; None if they could be others without the rest of the batch."""
-        decoder, found = Decoder(self.penalty), []
+    def _units(self, pieces: Iterable[Tensor], item: Item, *, batched: bool = False) -> tuple[NDArray[np.int32], bool]:
+        """Units of the highest scores; and, of a batch, whether other rounding could have led to others."""
+        decoder, found, nearly_tied = Decoder(self.penalty), [], False
         for scores in pieces:
             _check_finite(scores, item)
             if self.penalty:
@@ -364,40 +364,41 @@ class Session:
                 continue
             if batched:
                 first, second = scores.topk(2).values.unbind(-1)
-                if bool((first - second < NEAR * (1 + first - scores.amin(-1))).any()):
-                    return None
+                nearly_tied |= bool((first - second < NEAR * (1 + first - scores.amin(-1))).any())
             found.append(scores.argmax(-1).cpu().numpy().astype(np.int32))
         units = decoder.units() if self.penalty else np.concatenate(found)
-        if batched and decoder.nearly_tied:
-            return None
         if len(self.summary.units) < 2:
             self.summary.units.update(np.unique(units).tolist())
-        return units
+        return units, nearly_tied or decoder.nearly_tied
 
     def _encode(self, loaded: list[_Loaded]) -> list[Encoded]:
         """What a batch gives."""
-        waveforms = [one.waveform for one in loaded if one.waveform is not None]
+        waveforms = [source for _, source, _ in loaded if isinstance(source, Tensor)]
         values = iter(self._compute(waveforms) if waveforms else [])
+        batched = len(waveforms) > 1 and not self.bfloat16
         found = []
-        for item, waveform, long, error in loaded:
+        for item, source, error in loaded:
             try:
-                if error is not None:
-                    found.append(Encoded(item, None, error))
-                elif long is not None:
-                    windows = self._windows(long, item)
-                    pieces = [self._units(windows, item, batched=False)] if self.discrete else _arrays(windows, item)
-                    found.append(Encoded(item, pieces))
-                elif self.discrete:
-                    batched = len(waveforms) > 1 and not self.bfloat16
-                    units = self._units([next(values)], item, batched=batched)
-                    if units is None:
-                        units = self._units(self._compute([waveform]), item, batched=False)
-                    found.append(Encoded(item, [units]))
+                if isinstance(source, Tensor):
+                    pieces: Iterable[NDArray[Any]] | None = self._of_whole(source, next(values), item, batched=batched)
                 else:
-                    found.append(Encoded(item, list(_arrays([next(values)], item))))
+                    pieces = None if source is None else self._of_windows(source, item)
+                found.append(Encoded(item, pieces, error))
             except InputError as problem:
                 found.append(Encoded(item, None, self.or_raise(problem)))
         return found
+
+    def _of_whole(self, waveform: Tensor, values: Tensor, item: Item, *, batched: bool) -> list[NDArray[Any]]:
+        if not self.discrete:
+            return list(_arrays([values], item))
+        units, nearly_tied = self._units([values], item, batched=batched)
+        if batched and nearly_tied:
+            units, _ = self._units(self._compute([waveform]), item)
+        return [units]
+
+    def _of_windows(self, recording: LongRecording, item: Item) -> Iterable[NDArray[Any]]:
+        windows = self._windows(recording, item)
+        return [self._units(windows, item)[0]] if self.discrete else _arrays(windows, item)
 
     def or_raise(self, error: InputError) -> str:
         """The message of an error, if recordings with errors are to be skipped."""
@@ -489,16 +490,20 @@ class Session:
     def _load(self, item: Item) -> _Loaded:
         resample = self.options.resample
         try:
-            long = LongRecording(item, resample=resample) if self._is_long(item) else None
-            waveform = None if long is not None else torch.from_numpy(read_item(item, resample=resample))
-            count = long.num_samples if long is not None else len(waveform)
-            if self.num_frames(count) < 1:
-                raise InputError(f"{item.recording}: {count} samples are too short, they do not fill one frame")
+            if self._is_long(item):
+                long = LongRecording(item, resample=resample)
+                self._check_length(item, long.num_samples)
+                return _Loaded(item, long)
+            waveform = torch.from_numpy(read_item(item, resample=resample))
+            self._check_length(item, len(waveform))
         except InputError as error:
-            return _Loaded(item, None, None, self.or_raise(error))
-        if waveform is not None:
-            self._note_level(item, float(waveform.std(correction=0)))
-        return _Loaded(item, waveform, long)
+            return _Loaded(item, None, self.or_raise(error))
+        self._note_level(item, float(waveform.std(correction=0)))
+        return _Loaded(item, waveform)
+
+    def _check_length(self, item: Item, num_samples: int) -> None:
+        if self.num_frames(num_samples) < 1:
+            raise InputError(f"{item.recording}: {num_samples} samples are {TOO_SHORT}")
 
     def count(self, encoded: Encoded) -> None:
         """Note what became of a recording, when its values are where they belong."""
@@ -511,8 +516,7 @@ class Session:
 
 class _Loaded(NamedTuple):
     item: Item
-    waveform: Tensor | None
-    long: LongRecording | None
+    source: Tensor | LongRecording | None
     error: str | None = None
 
 

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from spidr.config import SAMPLE_RATE
 from spidr.data.audio import FormatError, Recording, can_seek, num_samples, read_audio, read_resampled, resampled_length
 from spidr.data.dataset import SpeechDataset
 from spidr.data.manifest import read_manifest
@@ -26,6 +25,8 @@ if TYPE_CHECKING:
 AUDIO = {".wav", ".flac", ".mp3", ".ogg", ".oga", ".opus", ".m4a", ".aac", ".wma", ".aif", ".aiff", ".webm", ".mp4"}
 BLOCK = 1 << 20
 """Samples decoded at a time where a recording cannot be read from the middle."""
+
+TOO_SHORT = "too short, they do not fill one frame"
 
 SHOWN = 10
 """Problems listed in a message."""
@@ -169,9 +170,7 @@ def name_items(items: Sequence[Item], known: Mapping[str, str], *, tree: bool) -
     return [replace(item, name=name) for item, name in zip(items, names, strict=True)]
 
 
-def measure(
-    items: Sequence[Item], *, shortest: int, resample: bool, problem: str = "too short, they do not fill one frame"
-) -> tuple[list[Item], dict[str, str]]:
+def measure(items: Sequence[Item], *, shortest: int, resample: bool) -> tuple[list[Item], dict[str, str]]:
     """Find the length of each recording, by its manifest or its header.
 
     Returns:
@@ -192,7 +191,7 @@ def measure(
             return str(error)
         # A manifest of spidr 0.1.2 may say one sample too few.
         if 0 < count < shortest - bool(item.promised):
-            return f"{item.recording}: {count} samples are {problem}"
+            return f"{item.recording}: {count} samples are {TOO_SHORT}"
         return replace(item, num_samples=count)
 
     with ThreadPoolExecutor(16) as pool:
@@ -251,7 +250,7 @@ class LongRecording:
         if can_seek(item.recording) and not resample:
             self.num_samples = num_samples(item.recording)
         else:
-            self._file = tempfile.TemporaryFile()
+            self._file = tempfile.TemporaryFile()  # noqa: SIM115 (closed with this object)
             self.num_samples = self._file.write(_read(item, resample).data) // 4
         if not resample:
             _check_length(item, self.num_samples)

@@ -39,8 +39,8 @@ def progress(
         yield lambda _: None
     elif sys.stderr is not None and sys.stderr.isatty():
         columns = shutil.get_terminal_size().columns
-        with tqdm(total=total * scale, desc=description, unit=unit, bar_format=_BAR, ncols=columns) as bar:
-            yield lambda done: bar.update(done * scale)  # type: ignore[func-returns-value]
+        with tqdm(total=total * scale, desc=description, unit=unit, bar_format=_BAR, ncols=columns, nrows=20) as bar:
+            yield lambda done: bar.update(done * scale)
     else:
         yield _Lines(description, total * scale, unit, scale)
 
