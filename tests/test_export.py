@@ -253,7 +253,7 @@ def test_command_line(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFi
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["safetensors", "hubert_base", "out.safetensors"], "neither a file nor a published model (spidr_base,"),
+        (["safetensors", "hubert_base", "out.safetensors"], "neither a file nor a published model; did you mean"),
         (["safetensors", "final.pt", "out.bin"], "must end in .safetensors"),
         (["safetensors", "final.pt", "config.json"], "exists"),
         (["transformers", "final.pt", "missing/folder"], "is in a folder that does not exist"),

@@ -35,7 +35,7 @@ _MODEL_NAMES = (
 )
 
 
-def read_fairseq_weights(path: str | Path) -> dict[str, Tensor]:
+def load_fairseq_weights(path: str | Path) -> dict[str, Tensor]:
     """Read the weights of a fairseq checkpoint of DinoSR.
 
     Args:

@@ -14,13 +14,21 @@ import torch.hub
 from torch import Tensor
 
 from spidr.config import DinoSRConfig, SpidRConfig, model_config
-from spidr.models import weights as files
 from spidr.models.dinosr import DinoSR
-from spidr.models.fairseq import read_fairseq_weights
+from spidr.models.fairseq import load_fairseq_weights
 from spidr.models.published import PUBLISHED, Published
 from spidr.models.spidr import SpidR
+from spidr.models.weights import (
+    fitting,
+    load_into,
+    read_weights,
+    type_needed,
+    type_of,
+)
+from spidr.models.weights import recorded_config as config_of_file
 from spidr.tools.download import Remote, is_remote
 from spidr.tools.errors import InputError
+from spidr.tools.files import check_file, expand
 
 logger = logging.getLogger(__name__)
 
@@ -55,17 +63,15 @@ def build_model(
         InputError: The model type is unknown or contradicts the configuration, or a file does not fit.
     """
     if checkpoint is None:
-        cfg = cfg or model_config(files.type_needed(model_type, None), {})
-        if model_type not in (None, files.type_of(cfg)):
-            raise InputError(
-                f"model_type is {model_type!r}, but the configuration is of a {files.type_of(cfg)!r} model"
-            )
+        cfg = cfg or model_config(type_needed(model_type, None), {})
+        if model_type not in (None, type_of(cfg)):
+            raise InputError(f"model_type is {model_type!r}, but the configuration is of a {type_of(cfg)!r} model")
         return _new(cfg)
     recorded = recorded_config(checkpoint, model_type)
     if recorded is not None and cfg is not None and recorded != cfg:
         logger.warning("%s: built as its config.json says, which is not the configuration given", checkpoint)
     elif recorded is None and cfg is None:
-        cfg = model_config(files.type_needed(model_type, checkpoint), {})
+        cfg = model_config(type_needed(model_type, checkpoint), {})
         logger.warning("%s: no config.json beside it, so the default model of its type is built", checkpoint)
     cfg = recorded or cfg
     assert cfg is not None
@@ -77,7 +83,7 @@ def build_model(
             raise InputError(f"{checkpoint}: {error}") from None
     if not any(name.startswith("teacher.") for name in weights):
         model.drop_teacher()
-    files.load_into(model, weights, checkpoint)
+    load_into(model, weights, checkpoint)
     if published := PUBLISHED.get(str(checkpoint)):
         model.best_layer = published.best_layer
     return model
@@ -110,7 +116,7 @@ def recorded_config(model: str | Path, model_type: str | None = None) -> DinoSRC
         if model_type not in (None, published.model_type):
             raise InputError(f"{model}: the model is of type {published.model_type!r}, asked for was {model_type!r}")
         return published.cfg
-    return files.recorded_config(find_file(model), model_type)
+    return config_of_file(find_file(model), model_type)
 
 
 def load_weights(model: str | Path) -> Weights:
@@ -128,8 +134,8 @@ def load_weights(model: str | Path) -> Weights:
     if published := PUBLISHED.get(str(model)):
         return _load_published(published)
     if is_remote(str(model)):
-        return Remote(str(model)).fetch(files.read_weights)
-    return files.read_weights(find_file(model))
+        return Remote(str(model)).fetch(read_weights)
+    return read_weights(find_file(model))
 
 
 def check_name(model: str | Path | DinoSR) -> None:
@@ -151,19 +157,19 @@ def find_file(model: str | Path) -> Path:
     if is_remote(str(model)):
         remote = Remote(str(model))
         if remote.cached() is None:
-            remote.fetch(files.read_weights)
+            remote.fetch(read_weights)
         return remote.cached() or remote.path
-    path = os.path.expanduser(os.path.expandvars(model))  # noqa: PTH111 (Path knows no variables)
-    # os.path's functions are False for all that cannot be a file, such as a name that is too long.
-    if os.path.isdir(path) and os.path.isfile(os.path.join(path, "model.safetensors")):  # noqa: PTH112, PTH113, PTH118
-        return Path(path) / "model.safetensors"
-    if os.path.exists(path):  # noqa: PTH110
-        return Path(path)
-    nearest = difflib.get_close_matches(str(model), PUBLISHED, n=1)
-    advice = f"did you mean {nearest[0]}?" if nearest else "python -m spidr.models lists those"
-    if os.path.dirname(path) or os.path.splitext(path)[1]:  # noqa: PTH120, PTH122
-        raise InputError(f"{model}: cannot read the file: No such file or directory")
-    raise InputError(f"{model}: neither a file nor a published model; {advice}")
+    path = expand(model)
+    exported = path / "model.safetensors"
+    # os.path.isfile is False for all that cannot be a file, such as a name that is too long.
+    if os.path.isfile(exported):  # noqa: PTH113
+        return exported
+    if not path.suffix and not os.path.exists(path):  # noqa: PTH110
+        nearest = difflib.get_close_matches(str(model), PUBLISHED, n=1)
+        advice = f"did you mean {nearest[0]}?" if nearest else "python -m spidr.models lists those"
+        raise InputError(f"{model}: neither a file nor a published model; {advice}")
+    check_file(path)
+    return path
 
 
 def _new(cfg: DinoSRConfig) -> DinoSR:
@@ -191,7 +197,7 @@ def _entry_point(published: Published) -> Callable[..., DinoSR]:
         with _as_at_first():
             model = _new(published.cfg)
         if pretrained:
-            files.load_into(model, _load_published(published, check_hash, progress), published.name)
+            load_into(model, _load_published(published, check_hash, progress), published.name)
         model.best_layer = published.best_layer
         return model.eval()
 
@@ -227,11 +233,10 @@ def _load_published(published: Published, check_hash: bool = False, progress: bo
     """Weights of a published model, downloaded unless they are in the cache and fit."""
     with torch.device("meta"):
         new = _new(published.cfg)
-    expected, kind = new.state_dict(), type(new).__name__
-    read = read_fairseq_weights if published.fairseq else files.read_weights
+    read = load_fairseq_weights if published.fairseq else read_weights
 
     def load(path: Path) -> Weights:
-        return files.fitting(read(path), expected, f"{path}: not the weights of this {kind}")
+        return fitting(new, read(path), path)
 
     remote = Remote(published.file, published.saved_as or published.file.rpartition("/")[2])
     return remote.fetch(load, check_hash=check_hash, progress=progress)

@@ -21,9 +21,10 @@ from torch import Tensor, nn
 
 from spidr.config import DinoSRConfig, SpidRConfig, model_config
 from spidr.tools.errors import InputError, first_line
+from spidr.tools.files import check_file
 from spidr.tools.lazy import needs_extra
-from spidr.tools.tensors import check_plain, read_tensors
-from spidr.tools.untrusted import read_table, regular
+from spidr.tools.tensors import Inert, check_plain, read_tensors
+from spidr.tools.untrusted import read_table
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +65,7 @@ def _state_dict(document: Any) -> dict[str, Tensor]:
     """The weights in what a file holds."""
     while isinstance(document, dict) and (key := next((k for k in HOLDERS if isinstance(document.get(k), dict)), None)):
         document = document[key]
-    if not isinstance(document, dict) or not any(isinstance(value, Tensor) for value in document.values()):
+    if not isinstance(document, dict) or not any(isinstance(value, (Tensor, Inert)) for value in document.values()):
         raise ValueError("expected a dictionary of weights, perhaps under 'model' or 'state_dict'")
     return {str(name): check_plain(value, str(name)) for name, value in document.items()}
 
@@ -85,8 +86,8 @@ def plain_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def guarded(path: str | Path, load: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
     """What ``load`` returns; a broken file can make it fail in any way, and each becomes an InputError."""
+    check_file(path)
     try:
-        regular(path)
         return load()
     except InputError:
         raise
@@ -168,24 +169,18 @@ def load_into(model: nn.Module, weights: Mapping[str, Tensor], source: str | Pat
     Raises:
         InputError: Entries are missing, unknown, of another shape or not finite; the message names them.
     """
-    model.load_state_dict(fitting(weights, model.state_dict(), f"{source}: not the weights of this {_kind(model)}"))
+    model.load_state_dict(fitting(model, weights, source))
 
 
-def _kind(model: nn.Module) -> str:
-    return type(model).__name__
-
-
-def fitting(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor], otherwise: str) -> dict[str, Tensor]:
-    """The weights that are expected, once it is known that they fit.
+def fitting(model: nn.Module, weights: Mapping[str, Tensor], source: str | Path) -> dict[str, Tensor]:
+    """The weights that a model needs, once it is known that they fit; see :func:`load_into`.
 
     Args:
+        model: The model, perhaps on the meta device.
         weights: Name → tensor.
-        expected: Name → tensor of the right shape, perhaps on the meta device.
-        otherwise: How the error message begins.
-
-    Raises:
-        InputError: Entries are missing, unknown, of another shape or not finite.
+        source: Where the weights come from, for messages.
     """
+    expected = model.state_dict()
     unknown, parts = [name for name in weights if name not in expected], {name.partition(".")[0] for name in expected}
     problems = [
         *_few("missing", [name for name in expected if name not in weights]),
@@ -201,16 +196,17 @@ def fitting(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor], other
     ]
     foreign = _few("of no part of the model", [name for name in unknown if name.partition(".")[0] not in parts])
     if problems:
-        raise InputError(f"{otherwise}: {'; '.join([*problems, *foreign])}")
+        raise InputError(
+            f"{source}: not the weights of this {type(model).__name__}: {'; '.join([*problems, *foreign])}"
+        )
     found = {name: weights[name] for name in expected}
     largest = {name: _largest(value) for name, value in found.items()}
-    if wrong := _few("not finite", [name for name, value in largest.items() if not value < torch.inf]):
-        raise InputError(f"{otherwise}: {wrong[0]}")
-    where = otherwise.partition(": not the weights")[0]
+    if wrong := _few("weights that are not finite", [name for name, value in largest.items() if not value < torch.inf]):
+        raise InputError(f"{source}: {wrong[0]}. Use a checkpoint from before the run diverged.")
     if foreign:
-        logger.warning("%s: left out: %s", where, foreign[0])
-    if huge := _few(f"above {LARGEST:g}", [name for name, value in largest.items() if value > LARGEST]):
-        logger.warning("%s: weights %s: has this run diverged?", where, huge[0])
+        logger.warning("%s: left out: %s", source, foreign[0])
+    if huge := _few(f"weights above {LARGEST:g}", [name for name, value in largest.items() if value > LARGEST]):
+        logger.warning("%s: %s. Has this run diverged?", source, huge[0])
     return found
 
 
@@ -264,8 +260,9 @@ def _read_safetensors(path: str | Path) -> dict[str, Tensor]:
 
 
 def _config_in_header(path: str | Path) -> DinoSRConfig | None:
+    check_file(path)
     try:
-        with _library().safe_open(os.fspath(regular(path)), framework="pt") as file:
+        with _library().safe_open(os.fspath(path), framework="pt") as file:
             metadata = file.metadata() or {}
         if not {"model_type", "model"} <= metadata.keys():
             return None

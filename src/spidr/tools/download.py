@@ -159,10 +159,11 @@ def _download(url: str, path: Path, read: Callable[[Path], T], check_hash: bool,
             resumed = file.tell() > 0
             try:
                 _append(url, file, progress)
-            finally:
                 file.flush()
+            except BaseException:
                 if not file.tell():
                     _drop(partial)
+                raise
             try:
                 _check_hash(partial, path.name if check_hash else "")
                 result = read(partial)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spidr.tools.untrusted import regular
+from spidr.tools.files import check_file
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ def load_verified(path: str | Path) -> Any:
     if is_archive(path):
         with open_archive(path) as archive:
             _verify(archive)
-    return torch.load(regular(path), map_location="cpu", weights_only=True)
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def read_tensors(path: str | Path) -> Any:
@@ -50,10 +50,8 @@ def read_tensors(path: str | Path) -> Any:
     with open_archive(path) as archive:
         _verify(archive)
         folder = next(name.removesuffix("/data.pkl") for name in archive.namelist() if name.endswith("/data.pkl"))
-        if (
-            f"{folder}/byteorder" in archive.namelist()
-            and archive.read(f"{folder}/byteorder").decode() != sys.byteorder
-        ):
+        order = f"{folder}/byteorder"
+        if order in archive.namelist() and archive.read(order).decode() != sys.byteorder:
             raise ValueError("written on a machine with another byte order")
         return _Unpickler(archive, folder).load()
 
@@ -76,7 +74,8 @@ def check_plain(value: Any, place: str) -> Tensor:
 
 def is_archive(path: str | Path) -> bool:
     """Whether a file is a zip archive, as ``torch.save`` has written since torch 1.6."""
-    return zipfile.is_zipfile(regular(path))
+    check_file(path)
+    return zipfile.is_zipfile(path)
 
 
 def open_archive(path: str | Path) -> zipfile.ZipFile:
@@ -85,7 +84,8 @@ def open_archive(path: str | Path) -> zipfile.ZipFile:
     Raises:
         Exception: Any, as from ``zipfile``, if it is no such file.
     """
-    archive = zipfile.ZipFile(regular(path))
+    check_file(path)
+    archive = zipfile.ZipFile(path)
     entries = archive.infolist()
     stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
     if not stored or sum(entry.file_size for entry in entries) > Path(path).stat().st_size:
@@ -102,12 +102,12 @@ def _verify(archive: zipfile.ZipFile) -> None:
 class Inert:
     """Stands for any object that is not a tensor or container, and takes whatever a pickle does to it."""
 
-    def __new__(cls, *_: Any, **__: Any) -> Inert:
+    def __new__(cls, *_: Any, **__: Any) -> Inert:  # noqa: D102
         return super().__new__(cls)
 
     def __init__(self, *_: Any, **__: Any) -> None: ...
 
-    def __call__(self, *_: Any, **__: Any) -> Inert:
+    def __call__(self, *_: Any, **__: Any) -> Inert:  # noqa: D102
         return self
 
     def __setstate__(self, _: Any) -> None: ...

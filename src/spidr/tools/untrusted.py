@@ -1,9 +1,7 @@
 """Reading what anybody may have written: tables of settings, JSON, and the sizes they ask for."""
 
-import errno
 import json
 import os
-import stat
 import sys
 import tomllib
 from contextlib import suppress
@@ -12,21 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from spidr.tools.errors import InputError
+from spidr.tools.files import check_file
 from spidr.tools.schema import show, show_key
-
-
-def regular(path: str | Path) -> Path:
-    """The path, if it leads to a file: opening a pipe that nobody writes to would wait for ever.
-
-    Raises:
-        OSError: It does not, or nothing is there.
-    """
-    mode = os.stat(path).st_mode  # noqa: PTH116 (its errors name the path as given)
-    if stat.S_ISDIR(mode):
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-    if not stat.S_ISREG(mode):
-        raise OSError(errno.EINVAL, "a pipe, socket or device, not a file")
-    return Path(path)
 
 
 def check_memory(size: int, place: str) -> None:
@@ -70,8 +55,9 @@ def read_table(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     kind = "JSON" if path.suffix.lower() == ".json" else "TOML"
+    check_file(path)
     try:
-        with regular(path).open("rb") as file:
+        with path.open("rb") as file:
             raw = file.read(_MAX_BYTES + 1)
     except (OSError, ValueError) as error:  # ValueError: a NUL character in the path
         reason = error.strerror if isinstance(error, OSError) else error
