@@ -255,7 +255,7 @@ def test_command_line(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFi
     [
         (
             ["safetensors", "hubert_base", "out.safetensors"],
-            "neither a file nor a published model; python -m spidr.models lists those",
+            "neither a file nor a published model",
         ),
         (["safetensors", "final.pt", "out.bin"], "must end in .safetensors"),
         (["safetensors", "final.pt", "config.json"], "exists"),

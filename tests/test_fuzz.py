@@ -230,7 +230,6 @@ def test_configuration_in_toml(text: str) -> None:
 @cases(100)
 def test_configuration_beside_a_checkpoint(text: str) -> None:
     with folder_of("config.json", text.encode("utf-8", "surrogatepass")) as path:
-        path.with_name("x.pt").touch()
         attempt(lambda: recorded_config(path.with_name("x.pt"), "spidr"), path)
 
 

@@ -193,7 +193,7 @@ def test_pickles_run_nothing(tmp_path: Path) -> None:
             torch.save(content, path, _use_new_zipfile_serialization=modern)
             with pytest.raises(InputError, match=r"x\.pt: .*no checkpoint"):
                 read_weights(path)
-            with pytest.raises(InputError, match=r"x\.pt: damaged or no checkpoint"):
+            with pytest.raises(InputError, match=r"x\.pt: .*no checkpoint"):
                 load_fairseq_weights(path)
     assert not proof.exists()
     torch.load(path, weights_only=False)  # the exploit works where it is let

@@ -67,6 +67,7 @@ def build_model(
         if model_type not in (None, type_of(cfg)):
             raise InputError(f"model_type is {model_type!r}, but the configuration is of a {type_of(cfg)!r} model")
         return _new(cfg)
+    check_name(checkpoint)
     recorded = recorded_config(checkpoint, model_type)
     if recorded is not None and cfg is not None and recorded != cfg:
         logger.warning("%s: built as its config.json says, which is not the configuration given", checkpoint)
@@ -116,7 +117,7 @@ def recorded_config(model: str | Path, model_type: str | None = None) -> DinoSRC
         if model_type not in (None, published.model_type):
             raise InputError(f"{model}: the model is of type {published.model_type!r}, asked for was {model_type!r}")
         return published.cfg
-    return config_of_file(find_file(model), model_type)
+    return config_of_file(find_file(model) if is_remote(str(model)) else _local(model), model_type)
 
 
 def load_weights(model: str | Path) -> Weights:
@@ -159,17 +160,20 @@ def find_file(model: str | Path) -> Path:
         if remote.cached() is None:
             remote.fetch(read_weights)
         return remote.cached() or remote.path
-    path = expand(model)
-    exported = path / "model.safetensors"
-    # os.path.isfile is False for all that cannot be a file, such as a name that is too long.
-    if os.path.isfile(exported):  # noqa: PTH113
-        return exported
+    path = _local(model)
     if not path.suffix and not os.path.exists(path):  # noqa: PTH110
         nearest = difflib.get_close_matches(str(model), PUBLISHED, n=1)
         advice = f"did you mean {nearest[0]}?" if nearest else "python -m spidr.models lists those"
         raise InputError(f"{model}: neither a file nor a published model; {advice}")
     check_file(path)
     return path
+
+
+def _local(model: str | Path) -> Path:
+    """The path of a model on this machine: in an exported folder that of its weights."""
+    path = expand(model)
+    # os.path.isfile is False for all that cannot be a file, such as a name that is too long.
+    return path / "model.safetensors" if os.path.isfile(path / "model.safetensors") else path  # noqa: PTH113
 
 
 def _new(cfg: DinoSRConfig) -> DinoSR:
