@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from spidr.models.published import PUBLISHED
-from spidr.tools.command import command
+from spidr.tools.command import command, write_result
 
 EPILOG = """\
 Use a name wherever a model is asked for: build_model("spidr_base") in Python, --model spidr_base on the command line,
@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     ).parse_args(argv)
     for model in PUBLISHED.values():
-        sys.stdout.write(
+        write_result(
             f"{model.name}\n  {model.about}.\n  Best layer for units: {model.best_layer}. "
             f"Weights: {model.licence}. Cite {model.citation}.\n  {model.file}\n"
         )
