@@ -18,10 +18,11 @@ from spidr.environment import environment
 from spidr.extract.session import Encoded, EncodingError, Options, Session, Skipped
 from spidr.extract.sources import Item, find_items, measure, name_items, refuse
 from spidr.models import DinoSR
-from spidr.models.hub import check_name, open_archive
+from spidr.models.hub import check_name
 from spidr.tools.errors import InputError, first_line
 from spidr.tools.files import atomic_write, expand, make_folder
 from spidr.tools.lazy import needs_extra
+from spidr.tools.tensors import open_archive
 from spidr.tools.untrusted import check_memory, parse_json
 
 MAX_UNITS = 2**20
