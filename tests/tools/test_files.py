@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from spidr.tools.errors import InputError
-from spidr.tools.files import atomic_write, check_file, expand, remove_unfinished
+from spidr.tools.files import atomic_write, check_file, expand, find_files, remove_unfinished
 
 
 def test_replaces_at_once(tmp_path: Path) -> None:
@@ -125,3 +125,18 @@ def test_a_pipe_is_no_file(tmp_path: Path) -> None:
         check_file(tmp_path)
     with pytest.raises(InputError, match="No such file"):
         check_file(tmp_path / "none")
+
+
+def test_links_are_followed_and_loops_are_noticed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root = tmp_path / "corpus"
+    for name in ("corpus/en/1.wav", "corpus/en/._1.wav", "corpus/en/1.txt", "elsewhere/deep/2.wav"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (root / "fr").symlink_to("../elsewhere")
+    (root / "it").symlink_to(tmp_path / "elsewhere" / "deep")
+    (root / "loop").symlink_to(root)
+    (tmp_path / "elsewhere" / "deep" / "back").symlink_to("../..")
+    (root / "en" / "one.wav").symlink_to("1.wav")
+    found = find_files(root, lambda name: name.endswith(".wav"))
+    assert [os.path.relpath(path, root) for path in found] == ["en/1.wav", "en/one.wav", "fr/deep/2.wav", "it/2.wav"]
+    assert "loop: leads back to" in caplog.text

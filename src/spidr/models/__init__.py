@@ -6,13 +6,14 @@ Names are imported when they are first used.
 from typing import TYPE_CHECKING
 
 from spidr.config import DEFAULT_CONV_LAYER_CONFIG
+from spidr.models.published import PUBLISHED
 from spidr.tools.frames import conv_length
 from spidr.tools.lazy import lazy_names
 
 if TYPE_CHECKING:
     from spidr.models.dinosr import DinoSR
     from spidr.models.encoder import Encoder
-    from spidr.models.hub import build_model, dinosr_base_original, dinosr_base_reproduced, spidr_base
+    from spidr.models.hub import build_model, load_encoder
     from spidr.models.spidr import SpidR
     from spidr.tools.waveforms import standardise
 else:
@@ -23,10 +24,9 @@ else:
             "Encoder": "encoder",
             "SpidR": "spidr",
             "build_model": "hub",
-            "dinosr_base_original": "hub",
-            "dinosr_base_reproduced": "hub",
-            "spidr_base": "hub",
+            "load_encoder": "hub",
             "standardise": "encoder",
+            **dict.fromkeys(PUBLISHED, "hub"),
         },
     )
 
@@ -36,14 +36,4 @@ def num_frames(num_samples: int) -> int:
     return conv_length(DEFAULT_CONV_LAYER_CONFIG, num_samples)
 
 
-__all__ = [
-    "DinoSR",
-    "Encoder",
-    "SpidR",
-    "build_model",
-    "dinosr_base_original",
-    "dinosr_base_reproduced",
-    "num_frames",
-    "spidr_base",
-    "standardise",
-]
+__all__ = ["DinoSR", "Encoder", "SpidR", "build_model", "load_encoder", "num_frames", "standardise", *PUBLISHED]

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from spidr.config import DinoSRConfig
-from spidr.models import kernels, long
 from spidr.models.codebook import (
     Codebook,
     StepStatistics,
@@ -25,6 +24,8 @@ from spidr.models.codebook import (
     reduce_over_default_group,
 )
 from spidr.models.encoder import Encoder, Lengths
+from spidr.models.kernels import Dropout, untouched
+from spidr.models.long import layer_outputs
 from spidr.models.transformer import Transformer
 from spidr.tools.errors import InputError
 
@@ -72,7 +73,7 @@ class DinoSR(Encoder):
         super().__init__(cfg)
         cfg = self.cfg
         self.register_buffer("current_step", torch.zeros(1, dtype=torch.int64))
-        self.projection_dropout = kernels.Dropout(cfg.encoder_projection_dropout)
+        self.projection_dropout = Dropout(cfg.encoder_projection_dropout)
         self.codebooks = nn.ModuleList(
             Codebook(cfg.encoder_embed_dim, cfg.codebook_size, cfg.codebook_decay) for _ in range(cfg.num_codebooks)
         )
@@ -184,7 +185,7 @@ class DinoSR(Encoder):
         if self.teacher is None:
             raise InputError("this model has no teacher: it encodes, but cannot be trained or validated")
         skip = len(self.teacher.layers) - self.num_codebooks
-        outputs = long.outputs(self.teacher, features, attention_mask, skip=skip)
+        outputs = layer_outputs(self.teacher, features, attention_mask, skip=skip)
         with torch.autocast(features.device.type, enabled=False):
             return torch.stack([select(normalise_over_time(output)) for output in outputs])
 
@@ -195,7 +196,7 @@ class DinoSR(Encoder):
         If somebody touched a codebook, they are called as modules, and what they give, (K, N, V), comes along.
         """
         with torch.autocast(targets.device.type, enabled=False):
-            if kernels.untouched(*self.codebooks):
+            if untouched(*self.codebooks):
                 return assign(targets, torch.stack([cast("Codebook", c).codewords for c in self.codebooks])), None
             one_hot = torch.stack([codebook(x).float() for codebook, x in zip(self.codebooks, targets, strict=True)])
         return one_hot.argmax(-1), one_hot

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, ClassVar, cast
 
 import numpy as np
@@ -14,13 +15,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from spidr.config import SAMPLE_RATE, DinoSRConfig
-from spidr.models import kernels, long
 from spidr.models.extractor import FeatureExtractor, FeatureProjection
+from spidr.models.kernels import exact_products, untouched
+from spidr.models.long import extract_features, final_output, frame_reader, layer_outputs, window_frames, windows
 from spidr.models.transformer import Transformer
 from spidr.tools.errors import InputError
 from spidr.tools.frames import conv_length
 from spidr.tools.untrusted import check_memory
-from spidr.tools.waveforms import moments, standardise, warn_if_quiet
+from spidr.tools.waveforms import Read, moments, standardise, warn_if_quiet
 
 Waveforms = Tensor | NDArray[Any]
 Lengths = Tensor | NDArray[Any] | Sequence[int]
@@ -34,7 +36,7 @@ class Encoder(nn.Module):
     """
 
     config_class: ClassVar[type[DinoSRConfig]] = DinoSRConfig
-    best_layer: ClassVar[int] = 5
+    best_layer: int = 5
     """The layer, counted from 1, whose units are the most phonetic in the base model."""
     heads_read_layers: ClassVar[bool] = False
     """Whether head k reads the layer of codebook k, before the residual addition, instead of the final output."""
@@ -105,14 +107,14 @@ class Encoder(nn.Module):
                 frames = torch.arange(conv_length(shapes, samples), device=waveforms.device)
                 attention_mask = (frames < conv_length(shapes, counted).unsqueeze(1))[:, None, None]
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.extractor_frozen):
-            return self.feature_projection(long.extract(self.feature_extractor, waveforms, counted)), attention_mask
+            return self.feature_projection(extract_features(self.feature_extractor, waveforms, counted)), attention_mask
 
     def _hidden(self, x: Tensor, attention_mask: Tensor | None, num_heads: int, skip: int = 0) -> list[Tensor]:
         """What the first ``num_heads`` heads but ``skip`` read: one (B, T, D) for all of them, or one for each."""
         if self.heads_read_layers:
             first = self.codebook_layers.start - 1
-            return long.outputs(self.student, x, attention_mask, first + num_heads, skip=first + skip)
-        return [long.output(self.student, x, attention_mask)]
+            return layer_outputs(self.student, x, attention_mask, first + num_heads, skip=first + skip)
+        return [final_output(self.student, x, attention_mask)]
 
     def _log_probs(self, hidden: list[Tensor], num_heads: int) -> Tensor | list[Tensor]:
         """Log-probabilities of the first K = ``num_heads`` heads, (K, ..., V) float32 or as many (..., V).
@@ -149,9 +151,9 @@ class Encoder(nn.Module):
         Returns:
             One (B, T, D) tensor a layer.
         """
-        with kernels.exact_products(waveforms.device):
+        with exact_products(waveforms.device):
             x, attention_mask = self.project(waveforms, attention_mask, lengths)
-            return long.outputs(self.student, x, attention_mask, num_layers, before_residual=before_residual)
+            return layer_outputs(self.student, x, attention_mask, num_layers, before_residual=before_residual)
 
     def get_codebooks(
         self,
@@ -181,7 +183,7 @@ class Encoder(nn.Module):
         num_heads = num_layers - (total - self.num_codebooks)
         if num_heads < 1:
             return [None] * num_layers
-        with kernels.exact_products(waveform.device):
+        with exact_products(waveform.device):
             x, attention_mask = self.project(waveform, attention_mask, lengths)
             log_probs = self._log_probs(self._hidden(x, attention_mask, num_heads), num_heads)
         per_head = [F.one_hot(p.argmax(-1), p.shape[-1]) if onehot else p.exp() for p in log_probs]
@@ -222,8 +224,8 @@ class Encoder(nn.Module):
             InputError: If there is no such layer, the waveforms are not as they should be, a length gives no frame or
                 exceeds S, or a window or context is no number of frames.
         """
-        read = self._reader(layer, units=False)
-        return self._encode(read, waveforms, lengths, window, context, normalize=normalize)
+        output = partial(self.layer_output, layer=self._layer(layer))
+        return self._encode(output, waveforms, lengths, window, context, normalize=normalize)
 
     def units(
         self,
@@ -251,60 +253,75 @@ class Encoder(nn.Module):
         Raises:
             InputError: If the layer has no codebook, or as :meth:`encode`.
         """
-        read = self._reader(layer, units=True)
-        found, frames = self._encode(read, waveforms, lengths, window, context, normalize=normalize)
+        layer, first = self._layer(layer), self.codebook_layers.start
+        if layer < first:
+            raise InputError(f"layer {layer} has no codebook; layers {first} to {len(self.student.layers)} have one")
+
+        def units(features: Tensor, attention_mask: Tensor | None) -> Tensor:
+            return self.unit_logits(features, attention_mask, layer).argmax(-1)
+
+        found, frames = self._encode(units, waveforms, lengths, window, context, normalize=normalize)
         padding = torch.arange(found.shape[1], device=found.device) >= frames.unsqueeze(1)
         return found.masked_fill(padding, -1), frames
 
-    def stream(
-        self,
-        read: long.Read,
-        num_samples: int,
-        *,
-        window: float,
-        context: float | None = None,
-        layer: int | None = None,
-        units: bool = False,
+    def layer_output(self, features: Tensor, attention_mask: Tensor | None, layer: int) -> Tensor:
+        """A layer's output before the residual addition, (B, T, D), from projected features (see :meth:`project`)."""
+        return layer_outputs(self.student, features, attention_mask, layer, skip=layer - 1)[0]
+
+    def unit_logits(self, features: Tensor, attention_mask: Tensor | None, layer: int) -> Tensor:
+        """Scores of a layer's units, (B, T, V), from projected features: what its head gives before its softmax."""
+        index = layer - self.codebook_layers.start
+        head, (hidden,) = self.heads[index], self._hidden(features, attention_mask, index + 1, index)
+        return cast("nn.Sequential", head)[0](hidden) if _are_plain([head]) else head(hidden)
+
+    @property
+    def frame_seconds(self) -> float:
+        """Seconds from one frame to the next."""
+        return math.prod(stride for _, _, stride in self.feature_extractor.shapes) / SAMPLE_RATE
+
+    def windows(
+        self, read: Read, num_samples: int, function: Callable[[Tensor, None], Tensor], *, size: int, context: int
     ) -> Iterator[Tensor]:
-        """Features or units of a recording that need not be in memory, window by window.
+        """What a function makes of projected features, a window at a time.
 
         Args:
-            read: Gives the samples (1, stop - start) from ``start`` to ``stop``, standardised over the whole recording
-                (see :func:`~spidr.models.standardise`), on the model's device.
-            num_samples: Samples of the recording.
-            window: As in :meth:`encode`, as for the other arguments.
-            context: Seconds that are seen on each side of a window.
-            layer: Counted from 1.
-            units: Give units instead of features.
+            read: The waveform, standardised.
+            num_samples: Its length.
+            function: Projected features (1, T, D) and no attention mask to (1, T, …).
+            size: Frames in a window.
+            context: Frames seen on each side of it.
 
         Yields:
-            Features (t, D) or units (t,) of one window after the other: what :meth:`encode` or :meth:`units` gives.
+            The function's values for each window in turn, (1, at most ``size``, …). Compute them :meth:`inference`.
         """
-        size, around = self._window(window, context)
-        function = self._reader(layer, units=units)
-        with self._inference():
-            windows = self._windows(function, read, num_samples, cast("int", size), around)
-        while True:
-            with self._inference():
-                found = next(windows, None)
-            if found is None:
-                return
-            yield found[0]
+        extract = frame_reader(self.feature_extractor, read, num_samples)
+        yield from windows(
+            lambda start, stop: self.feature_projection(extract(start, stop)),
+            lambda x: function(x, None),
+            self.feature_extractor.num_frames(num_samples),
+            size=size,
+            context=context,
+        )
 
-    def _reader(self, layer: int | None, *, units: bool) -> Callable[[Tensor, Tensor | None], Tensor]:
-        """What gives a layer's features or units from projected features and an attention mask."""
-        total, first = len(self.student.layers), self.codebook_layers.start
-        chosen = self.best_layer if layer is None else layer
+    @contextmanager
+    def inference(self) -> Iterator[None]:
+        """No gradient, no dropout, no TF32. Every module's mode is restored at the end."""
+        training = [module for module in self.modules() if module.training]
+        for module in training:
+            module.training = False
+        try:
+            with torch.no_grad(), exact_products(self.mask_embedding.device):
+                yield
+        finally:
+            for module in training:
+                module.training = True
+
+    def _layer(self, layer: int | None) -> int:
+        chosen, total = self.best_layer if layer is None else layer, len(self.student.layers)
         if not 1 <= chosen <= total:
             default = ", the best of the base model" if layer is None else ""
             raise InputError(f"there is no layer {chosen}{default}: choose a layer from 1 to {total}")
-        if not units:
-            return lambda x, mask: long.outputs(self.student, x, mask, chosen, skip=chosen - 1)[0]
-        if chosen < first:
-            raise InputError(f"layer {chosen} has no codebook; layers {first} to {total} have one")
-        head = self.heads[chosen - first]
-        scores = cast("nn.Sequential", head)[0] if _are_plain([head]) else head
-        return lambda x, mask: scores(self._hidden(x, mask, chosen - first + 1, chosen - first)[0]).argmax(-1)
+        return chosen
 
     def _encode(
         self,
@@ -317,7 +334,9 @@ class Encoder(nn.Module):
         normalize: bool,
     ) -> tuple[Tensor, Tensor]:
         """What a function of (projected features, attention mask) gives, and the frames of each row."""
-        size, around = self._window(window, context)
+        if window is None and context is not None:
+            raise InputError(f"context = {context} s needs to be at least 0 and goes with a window")
+        size, around = (None, 0) if window is None else window_frames(window, context, self.frame_seconds)
         x = self._as_tensor(waveforms)
         counted = _check_waveforms(x, lengths, self.mask_embedding.dtype)
         batch, samples = x.shape
@@ -326,58 +345,22 @@ class Encoder(nn.Module):
             _check_lengths(counted, samples, shapes)
             counted = counted.to(x.device)
         frames = conv_length(shapes, torch.full((batch,), samples, device=x.device) if counted is None else counted)
-        with self._inference():
+        with self.inference():
             statistics = _checked_moments(x, counted, normalize=normalize)
             if size is None or conv_length(shapes, samples) <= size:
                 x = standardise(x, counted, statistics=statistics) if normalize else x
                 return function(*self.project(x, lengths=counted)), frames
             rows = []
             for row in range(batch):
-                own = tuple(value[row : row + 1] for value in statistics)
-
-                def read(start: int, stop: int, row: int = row, own: Any = own) -> Tensor:
-                    part = x[row : row + 1, start:stop]
-                    return standardise(part, statistics=own) if normalize else part
-
+                read = partial(
+                    _samples, x[row : row + 1], [s[row : row + 1] for s in statistics] if normalize else None
+                )
                 length = samples if counted is None else int(counted[row])
-                found = torch.cat(list(self._windows(function, read, length, size, around)), dim=1)[0]
-                rows.append(found)
-        return nn.utils.rnn.pad_sequence(rows, batch_first=True), frames
-
-    def _windows(
-        self,
-        function: Callable[[Tensor, Tensor | None], Tensor],
-        read: long.Read,
-        num_samples: int,
-        size: int,
-        around: int,
-    ) -> Iterator[Tensor]:
-        """What a function gives for the windows of one recording, (1, t, ...) each."""
-        num_frames = self.feature_extractor.num_frames(num_samples)
-        if num_frames < 1:
-            raise InputError(f"waveforms of {num_samples} samples are too short: they do not fill one frame")
-        extract = long.reader(self.feature_extractor, read, num_samples)
-        return long.windows(
-            lambda start, stop: self.feature_projection(extract(start, stop)),
-            lambda x: function(x, None),
-            num_frames,
-            size,
-            around,
-        )
-
-    def _window(self, window: float | None, context: float | None) -> tuple[int | None, int]:
-        """Frames of a window, None without, and of its context."""
-        frame_seconds = math.prod(stride for _, _, stride in self.feature_extractor.shapes) / SAMPLE_RATE
-        for name, seconds in (("window", window), ("context", context)):
-            if seconds is not None and not math.isfinite(seconds):
-                raise InputError(f"{name} = {seconds} s is no number of seconds")
-        size = None if window is None else round(window / frame_seconds)
-        around = round((context if context is not None else (window or 0) / 4) / frame_seconds)
-        if size is not None and size < 1:
-            raise InputError(f"window = {window} s is shorter than a frame of {frame_seconds} s")
-        if around < 0 or (context is not None and size is None):
-            raise InputError(f"context = {context} s needs to be at least 0 and goes with a window")
-        return size, around
+                rows.append(torch.cat([*self.windows(read, length, function, size=size, context=around)], dim=1)[0])
+            out = rows[0].new_zeros(batch, conv_length(shapes, samples), *rows[0].shape[1:])
+            for row, values in enumerate(rows):
+                out[row, : len(values)] = values
+        return out, frames
 
     def _as_tensor(self, waveforms: Waveforms) -> Tensor:
         """An array in the model's type and on its device; a tensor as it is."""
@@ -389,23 +372,15 @@ class Encoder(nn.Module):
         weight = self.mask_embedding
         return torch.from_numpy(np.ascontiguousarray(array, np.float32)).to(weight.device, weight.dtype)
 
-    @contextmanager
-    def _inference(self) -> Iterator[None]:
-        """No gradient, no dropout, exact products; every module's mode is restored."""
-        training = [module for module in self.modules() if module.training]
-        for module in training:
-            module.training = False
-        try:
-            with torch.no_grad(), kernels.exact_products(self.mask_embedding.device):
-                yield
-        finally:
-            for module in training:
-                module.training = True
+
+def _samples(waveform: Tensor, statistics: Sequence[Tensor] | None, start: int, stop: int) -> Tensor:
+    part = waveform[:, start:stop]
+    return part if statistics is None else standardise(part, statistics=(statistics[0], statistics[1]))
 
 
 def _are_plain(heads: Sequence[nn.Module]) -> bool:
     """Whether heads are what they were built as, so that one product does for all."""
-    if not kernels.untouched(*heads):
+    if not untouched(*heads):
         return False
     shapes = set()
     for head in heads:

@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spidr.models import kernels
+from spidr.models.kernels import Moments, can_extract, conv_shapes, extract, known, valid_rows
 from spidr.tools.errors import InputError
 from spidr.tools.frames import conv_length
 
 
-@kernels.known
+@known
 class LayerNorm(nn.LayerNorm):
     """LayerNorm over the channels of (B, C, T)."""
 
@@ -22,7 +22,7 @@ class LayerNorm(nn.LayerNorm):
         return super().forward(x.transpose(1, 2)).transpose(1, 2)
 
 
-@kernels.known
+@known
 class GroupNorm(nn.GroupNorm):
     """GroupNorm with one group per channel of (B, C, T), over the frames that exist."""
 
@@ -34,10 +34,10 @@ class GroupNorm(nn.GroupNorm):
         if exists is None:
             exists = x.new_ones(x.shape[0], x.shape[2], dtype=torch.bool)
         frames = x.transpose(1, 2)
-        return kernels.Moments.of(frames, exists).normalise(frames, self).transpose(1, 2)
+        return Moments.of(frames, exists).normalise(frames, self).transpose(1, 2)
 
 
-@kernels.known
+@known
 class ConvLayerBlock(nn.Module):
     """A convolution without padding, its norm if any, and GELU."""
 
@@ -69,18 +69,18 @@ class ConvLayerBlock(nn.Module):
         return F.gelu(x)
 
 
-@kernels.known
+@known
 class FeatureExtractor(nn.Module):
     """A stack of convolution blocks.
 
     Args:
-        conv_layers: The blocks. Those of our own that nobody touched are computed by :func:`kernels.extract`.
+        conv_layers: The blocks. Those of ours that nobody touched are computed by ``kernels.extract``.
     """
 
     def __init__(self, conv_layers: nn.ModuleList) -> None:
         super().__init__()
         self.conv_layers = conv_layers
-        self._built = kernels.conv_shapes(cast("nn.Conv1d", layer.conv) for layer in conv_layers)
+        self._built = conv_shapes(cast("nn.Conv1d", layer.conv) for layer in conv_layers)
 
     @classmethod
     def build(cls, mode: str, shapes: Sequence[tuple[int, int, int]], *, bias: bool) -> FeatureExtractor:
@@ -108,8 +108,7 @@ class FeatureExtractor(nn.Module):
         """(out_channels, kernel, stride) of each convolution, as they are now."""
         convs = [getattr(layer, "conv", None) for layer in self.conv_layers]
         return [
-            kernels.conv_shapes([conv])[0] if isinstance(conv, nn.Conv1d) else self._built[i]
-            for i, conv in enumerate(convs)
+            conv_shapes([conv])[0] if isinstance(conv, nn.Conv1d) else self._built[i] for i, conv in enumerate(convs)
         ]
 
     @property
@@ -141,14 +140,14 @@ class FeatureExtractor(nn.Module):
         if self.num_frames(samples) < 1:
             raise InputError(f"waveforms of {samples} samples are too short: they do not fill one frame")
         layers = list(self.conv_layers)
-        if kernels.can_extract(layers):
-            return kernels.extract(layers, waveforms, lengths)
+        if can_extract(layers):
+            return extract(layers, waveforms, lengths)
         x, exists = waveforms.unsqueeze(1), None
         if lengths is not None and self.has_group_norm:
             if type(layers[0]) is not ConvLayerBlock or type(layers[0].layer_norm) is not GroupNorm:
                 return self._one_by_one(waveforms, lengths)
             shape = self.shapes[0]
-            exists = kernels.valid_rows(waveforms, lengths, shape, conv_length([shape], samples))
+            exists = valid_rows(waveforms, lengths, shape, conv_length([shape], samples))
         x = layers[0](x) if exists is None else layers[0](x, exists)
         for layer in layers[1:]:
             x = layer(x)

@@ -11,10 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spidr.models import kernels
 from spidr.models.extractor import FeatureExtractor
+from spidr.models.kernels import Moments, can_extract, extract, first_conv, untouched, valid_rows
 from spidr.models.transformer import SelfAttention, Transformer, TransformerLayer
+from spidr.tools.errors import InputError
 from spidr.tools.frames import conv_length, receptive_field
+from spidr.tools.waveforms import Read
 
 LONG = 16_384
 """Frames above which the transformer goes piece by piece, so that a few (T, D) tensors are all there is at a time."""
@@ -25,18 +27,15 @@ PIECE = LONG // 8
 SAMPLES = 320_000
 """Samples that are convolved at a time: the first layer's output of a whole hour would fill 24 GB."""
 
-Read = Callable[[int, int], Tensor]
-"""Samples (B, stop - start) of a batch of waveforms, from ``start`` to ``stop``."""
 
-
-def extract(extractor: FeatureExtractor, waveforms: Tensor, lengths: Tensor | None = None) -> Tensor:
+def extract_features(extractor: FeatureExtractor, waveforms: Tensor, lengths: Tensor | None = None) -> Tensor:
     """Call a feature extractor, in pieces if the batch is large: (B, S) to (B, T, C)."""
     samples = waveforms.shape[1]
     if (
         waveforms.numel() <= SAMPLES
         or extractor.num_frames(samples) < 1
         or not _serves(extractor)
-        or not kernels.can_extract(list(extractor.conv_layers))
+        or not can_extract(list(extractor.conv_layers))
     ):
         return extractor(waveforms) if lengths is None else extractor(waveforms, lengths)
     layers, rows = list(extractor.conv_layers), max(1, SAMPLES // samples)
@@ -45,7 +44,7 @@ def extract(extractor: FeatureExtractor, waveforms: Tensor, lengths: Tensor | No
         part = waveforms[start : start + rows]
         counted = None if lengths is None else lengths[start : start + rows]
         if part.numel() <= SAMPLES:
-            parts.append(kernels.extract(layers, part, counted))
+            parts.append(extract(layers, part, counted))
         else:
             pieces = Pieces(extractor, partial(_samples, part), samples, counted)
             parts.append(pieces(0, pieces.num_frames))
@@ -56,9 +55,9 @@ def _samples(waveforms: Tensor, start: int, stop: int) -> Tensor:
     return waveforms[:, start:stop]
 
 
-def reader(extractor: FeatureExtractor, read: Read, samples: int) -> Callable[[int, int], Tensor]:
+def frame_reader(extractor: FeatureExtractor, read: Read, samples: int) -> Callable[[int, int], Tensor]:
     """What gives the frames (B, stop - start, C) of long waveforms from ``start`` to ``stop``."""
-    if _serves(extractor) and kernels.can_extract(list(extractor.conv_layers)):
+    if _serves(extractor) and can_extract(list(extractor.conv_layers)):
         return Pieces(extractor, read, samples)
     whole = extractor(read(0, samples))
     return lambda start, stop: whole[:, start:stop]
@@ -87,27 +86,27 @@ class Pieces:
         for first in range(start, stop, step):
             last = min(first + step, stop)
             piece = self.read(first * self.hop, (last - 1) * self.hop + self.field)
-            found = kernels.extract(self.layers, piece, moments=self.moments)
+            found = extract(self.layers, piece, moments=self.moments)
             out = found.new_empty(len(found), stop - start, found.shape[2]) if out is None else out
             out[:, first - start : last - start] = found
         return cast("Tensor", out)
 
-    def _moments(self, samples: int, lengths: Tensor | None) -> kernels.Moments:
+    def _moments(self, samples: int, lengths: Tensor | None) -> Moments:
         """What a group norm takes from the whole of each utterance."""
         _, kernel, stride = self.shapes[0]
         num_rows, step = conv_length(self.shapes[:1], samples), max(1, SAMPLES // stride)
-        moments: kernels.Moments | None = None
+        moments: Moments | None = None
         for start in range(0, num_rows, step):
             stop = min(start + step, num_rows)
             piece = self.read(start * stride, (stop - 1) * stride + kernel)
-            rows = kernels.first_conv(self.layers[0], piece)
+            rows = first_conv(self.layers[0], piece)
             left = None if lengths is None else (lengths - start * stride).clamp(max=piece.shape[1])
-            found = kernels.Moments.of(rows, kernels.valid_rows(piece, left, self.shapes[0], rows.shape[1]))
+            found = Moments.of(rows, valid_rows(piece, left, self.shapes[0], rows.shape[1]))
             moments = found if moments is None else moments.joined(found)
-        return cast("kernels.Moments", moments)
+        return cast("Moments", moments)
 
 
-def outputs(
+def layer_outputs(
     student: Transformer, x: Tensor, attention_mask: Tensor | None, num_layers: int | None = None, **options: Any
 ) -> list[Tensor]:
     """:meth:`Transformer.get_intermediate_outputs`, piece by piece above ``LONG`` frames."""
@@ -116,19 +115,42 @@ def outputs(
     return _run(student, x, attention_mask, num_layers, **options)[1]
 
 
-def output(student: Transformer, x: Tensor, attention_mask: Tensor | None) -> Tensor:
+def final_output(student: Transformer, x: Tensor, attention_mask: Tensor | None) -> Tensor:
     """Call a transformer, piece by piece above ``LONG`` frames."""
     if not _is_long(student, x):
         return student(x, attention_mask)
     return student.finish(_run(student, x, attention_mask, skip=len(student.layers))[0])
 
 
+def window_frames(window: float, context: float | None, frame_seconds: float) -> tuple[int, int]:
+    """Frames in a window, and frames seen on each side of it.
+
+    Args:
+        window: Seconds.
+        context: Seconds; None: a quarter of the window.
+        frame_seconds: Seconds from one frame to the next.
+
+    Raises:
+        InputError: They are no numbers of frames.
+    """
+    for name, seconds in (("window", window), ("context", context)):
+        if seconds is not None and not math.isfinite(seconds):
+            raise InputError(f"{name} = {seconds} s is no number of seconds")
+    size, around = round(window / frame_seconds), round((window / 4 if context is None else context) / frame_seconds)
+    if size < 1:
+        raise InputError(f"window = {window} s is shorter than a frame of {frame_seconds} s")
+    if around < 0:
+        raise InputError(f"context = {context} s needs to be at least 0 and goes with a window")
+    return size, around
+
+
 def windows(
     project: Callable[[int, int], Tensor],
     function: Callable[[Tensor], Tensor],
     num_frames: int,
+    *,
     size: int,
-    around: int,
+    context: int,
 ) -> Iterator[Tensor]:
     """What a function gives for windows of a recording, each seen with its surroundings.
 
@@ -137,7 +159,7 @@ def windows(
         function: (B, T, D) to (B, T, ...).
         num_frames: Frames of the recording.
         size: Frames of a window.
-        around: Frames that are seen on each side of it.
+        context: Frames that are seen on each side of it.
 
     Yields:
         (B, t, ...) of one window after the other.
@@ -145,8 +167,8 @@ def windows(
     seen: Tensor | None = None
     begin = end = 0
     for start in range(0, num_frames, size):
-        stop, left = min(start + size, num_frames), max(0, start - around)
-        right = min(stop + around, num_frames)
+        stop, left = min(start + size, num_frames), max(0, start - context)
+        right = min(stop + context, num_frames)
         parts = [] if seen is None else [seen[:, left - begin :]]
         if right > end:
             parts.append(project(end, right))
@@ -157,7 +179,7 @@ def windows(
 
 def _serves(module: nn.Module) -> bool:
     """Whether a module may go piece by piece: in eager inference, with no hook that waits for the whole."""
-    return not torch.is_grad_enabled() and not torch.compiler.is_compiling() and kernels.untouched(module)
+    return not torch.is_grad_enabled() and not torch.compiler.is_compiling() and untouched(module)
 
 
 def _is_long(student: Transformer, x: Tensor) -> bool:

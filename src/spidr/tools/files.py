@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import errno
 import itertools
+import logging
 import os
 import re
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
 from spidr.tools.errors import InputError
 from spidr.tools.lock import Process
+
+logger = logging.getLogger(__name__)
 
 _count = itertools.count()
 _TEMPORARY = re.compile(r"\.spidr-([0-9a-f]*)-(\d+)-(\d*)-\d+\.tmp")
@@ -40,6 +43,38 @@ def why_not_written(path: str | Path, error: OSError) -> InputError:
     """The error that says why a file could not be written and what helps."""
     remedy = _REMEDIES.get(error.errno or 0, "choose another place")
     return InputError(f"{path}: cannot be written ({error.strerror or error}): {remedy}. What was saved is intact.")
+
+
+def find_files(folder: str | os.PathLike[str], wanted: Callable[[str], bool]) -> list[str]:
+    """List the files below a folder, links followed, sorted.
+
+    Args:
+        folder: Where to look. A linked folder that leads back to one it is in is left out with a warning; hidden files
+            (``._a.wav`` from macOS) are left out without one.
+        wanted: Says of a file's name whether to list it.
+
+    Raises:
+        InputError: A folder cannot be read.
+    """
+
+    def fail(error: OSError) -> None:
+        raise InputError(f"{error.filename}: the folder cannot be read ({error.strerror}).")
+
+    found: list[str] = []
+    # Each folder: itself and those it is in, links resolved.
+    above: dict[str, tuple[str, ...]] = {os.fspath(folder): (os.path.realpath(folder),)}
+    for here, folders, names in os.walk(folder, onerror=fail, followlinks=True):
+        ancestors = above.pop(here)
+        for name in list(folders):
+            path = os.path.join(here, name)  # noqa: PTH118
+            real = os.path.realpath(path) if os.path.islink(path) else os.path.join(ancestors[0], name)  # noqa: PTH114, PTH118
+            if real in ancestors:
+                logger.warning("%s: leads back to %s, which it is in; not followed.", path, real)
+                folders.remove(name)
+            else:
+                above[path] = (real, *ancestors)
+        found += [os.path.join(here, name) for name in names if not name.startswith(".") and wanted(name)]  # noqa: PTH118
+    return sorted(found)
 
 
 @contextmanager

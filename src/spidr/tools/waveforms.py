@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import warnings
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -19,6 +21,10 @@ BLOCK = 1 << 20
 _warned = False
 
 
+Read = Callable[[int, int], Tensor]
+"""Samples (B, stop - start) of waveforms, from ``start`` to ``stop``."""
+
+
 def moments(waveforms: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Mean and population variance of each utterance, summed in float64 (MPS: float32, it has no other).
 
@@ -29,22 +35,26 @@ def moments(waveforms: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, T
     Returns:
         Mean and variance, (B, 1) each.
     """
-    exact = torch.float32 if waveforms.device.type == "mps" else torch.float64
-    count = waveforms.shape[1] if lengths is None else lengths.unsqueeze(1)
     parts = [waveforms] if torch.compiler.is_compiling() else waveforms.split(BLOCK, dim=1)
+    return _moments(lambda: iter(parts), waveforms.shape[1], lengths)
 
-    def total(shift: Tensor | None) -> Tensor:
-        sums, start = waveforms.new_zeros(waveforms.shape[0], 1, dtype=exact), 0
-        for part in parts:
-            value = part if shift is None else (part - shift).square()
+
+def _moments(parts: Callable[[], Iterator[Tensor]], samples: int, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+    count = samples if lengths is None else lengths.unsqueeze(1)
+
+    def mean_of(function: Callable[[Tensor], Tensor]) -> Tensor:
+        sums, start = [], 0
+        for part in parts():
+            values = function(part)
             if lengths is not None:
-                value = value.masked_fill(_padding(part, lengths - start), 0)
-            sums = sums + value.sum(1, keepdim=True, dtype=exact)
+                values = values.masked_fill(_padding(part, lengths - start), 0)
+            exact = torch.float32 if part.device.type == "mps" else torch.float64
+            sums.append(values.sum(1, keepdim=True, dtype=exact))
             start += part.shape[1]
-        return sums
+        return torch.stack(sums).sum(0) / count
 
-    mean = total(None) / count
-    return mean, total(mean.to(waveforms.dtype)) / count
+    mean = mean_of(lambda part: part)
+    return mean, mean_of(lambda part: (part - mean.to(part.dtype)).square())
 
 
 def standardise(
@@ -64,6 +74,29 @@ def standardise(
     mean, var = moments(waveforms, lengths) if statistics is None else statistics
     out = (waveforms - mean.to(waveforms.dtype)) * torch.rsqrt(var + EPS).to(waveforms.dtype)
     return out if lengths is None else out.masked_fill(_padding(waveforms, lengths), 0)
+
+
+class Standardised:
+    """A recording with mean 0 and variance 1 that is never in memory as a whole; it is read twice for its moments.
+
+    Args:
+        read: The recording's samples (1, stop - start), which an instance then gives standardised.
+        num_samples: How many there are.
+
+    Attributes:
+        std: Its standard deviation.
+    """
+
+    def __init__(self, read: Read, num_samples: int) -> None:
+        def parts() -> Iterator[Tensor]:
+            return (read(start, min(start + BLOCK, num_samples)) for start in range(0, num_samples, BLOCK))
+
+        self._read, self._moments = read, _moments(parts, num_samples, None)
+        self.std = math.sqrt(float(self._moments[1]))
+
+    def __call__(self, start: int, stop: int) -> Tensor:
+        """Samples ``start`` to ``stop``, standardised."""
+        return standardise(self._read(start, stop), statistics=self._moments)
 
 
 def warn_if_quiet(variance: float) -> None:
