@@ -143,6 +143,7 @@ def test_memory_for_ten_minutes() -> None:
 def test_a_recording_that_is_read_piece_by_piece(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What extraction does with a file: no more of it in memory than a window and its context."""
     monkeypatch.setattr(waveforms, "BLOCK", 1000)
+    monkeypatch.setattr(long, "SAMPLES", 1000)
     model, waveform = tiny_model(extractor_mode=mode).eval(), 0.01 * batch()[:1] + 0.3
     asked = []
 
