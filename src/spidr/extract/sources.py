@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from spidr.data.audio import FormatError, Recording, num_samples, read_audio, read_resampled, resampled_length
-from spidr.data.dataset import SpeechDataset
+from spidr.data.audio import FormatError, num_samples, read_audio, read_resampled, resampled_length
+from spidr.data.dataset import recordings_of
 from spidr.data.manifest import read_manifest
+from spidr.data.recording import Recording
 from spidr.tools.errors import InputError
 
 if TYPE_CHECKING:
@@ -166,7 +167,7 @@ def _in_folder(folder: Path) -> list[_Found]:
 
 def _in_manifest(path: Path) -> list[_Found]:
     manifest = read_manifest(path)
-    recordings = SpeechDataset(manifest, normalize=False).recordings(np.arange(manifest.height))
+    recordings = recordings_of(manifest)
     files = [os.path.dirname(os.path.abspath(r.path)) for r in recordings if r.archive is None]  # noqa: PTH100, PTH120
     root = os.path.commonpath(files) if files else ""
     relative = [r.path if r.archive is not None else os.path.relpath(r.path, root) for r in recordings]
