@@ -117,9 +117,10 @@ def stream(source: Source, *, resample: bool = False, size: int = BLOCK) -> Iter
             blocks = resampled(file.blocks(size, begin, end), file.sample_rate)
         empty = True
         for block in blocks:
-            _check_finite(file.name, block)
-            empty &= len(block) == 0
-            yield block
+            if len(block) > 0:
+                _check_finite(file.name, block)
+                empty = False
+                yield block
         if empty:
             raise _no_samples(file.name)
 

@@ -51,6 +51,10 @@ OVERSHOOT = 0.5
 """Seconds by which a span may end after its recording; as in Kaldi's extract-segments."""
 
 
+_SIZES = re.compile(r"^ *(?:data|Data Size|SSND|riff|Riff size) *: (\d+) \(should be (\d+)\)", re.MULTILINE)
+"""What libsndfile notes of a file that is shorter, or longer, than its header says."""
+
+
 class Decoder:
     """A recording opened with libsndfile.
 
@@ -70,9 +74,10 @@ class Decoder:
         self._header, self._position = int(self._file.frames), 0
         # The header of an MP3 leaves it open, or gives a number that nothing keeps true.
         self.frames = self._header if self._header < UNKNOWN_LENGTH and self._file.format != "MP3" else None
-        self.seekable = bool(soundfile.SoundFile.seekable(self._file))
+        # After a seek in MP3, Vorbis and Opus, what libsndfile decodes is not what is there.
+        self.seekable = bool(soundfile.SoundFile.seekable(self._file)) and self._file.format not in ("MP3", "OGG")
         if promised := self._promised():
-            _warn(self.name, "truncated: its header promises {} bytes of samples, there are {}".format(*promised))
+            _warn(self.name, "truncated: its header promises {} bytes, there are {}".format(*promised))
 
     def close(self) -> None:
         """Close the file."""
@@ -90,10 +95,6 @@ class Decoder:
 
     def blocks(self, size: int, start: int = 0, stop: int | None = None) -> Iterator[Samples]:
         """Samples ``start`` to ``stop`` in blocks of ``size``, without holding them all where that can be avoided."""
-        if not self.seekable:
-            samples = self.read(start, stop)
-            yield from (samples[i : i + size] for i in range(0, len(samples), size))
-            return
         while stop is None or start < stop:
             end = start + size if stop is None else min(start + size, stop)
             block = self._read(start, end, clip=stop is None)
@@ -104,13 +105,18 @@ class Decoder:
 
     def _read(self, start: int, stop: int | None, *, clip: bool) -> Samples:
         """As :meth:`read`; with ``clip``, what lies past the end is left out."""
+        if stop is not None and not clip and self.frames is not None and stop > self.frames:
+            raise InputError(f"{self.name}: has {self.frames} samples; asked for were those up to {stop}.")
         end = stop if self.frames is None or not clip else min(self.frames, stop or self.frames)
-        begin = start if self.seekable else 0
+        begin = start if self.seekable or start == self._position else 0
         # libsndfile is several times as fast to int16 as to float; the product gives the same bits as its own.
         dtype = "int16" if self._file.subtype == "PCM_16" else "float32"
         try:
-            if begin != self._position:
+            if begin != self._position and self.seekable:
                 self._file.seek(begin)
+            elif begin != self._position:
+                self._file.close()
+                self._file = _open(self._source)
             samples = self._pieces(None if end is None else end - begin, dtype)
             self._position = begin + len(samples)
             broken = ""
@@ -126,7 +132,8 @@ class Decoder:
             raise InputError(f"{self.name}: damaged or truncated near sample {start} ({broken}).")
         if stop is not None and not clip and begin + len(samples) < stop:
             raise InputError(f"{self.name}: has {begin + len(samples)} samples; asked for were those up to {stop}.")
-        if self.frames is None and clip and self._position < 0.98 * self._header < UNKNOWN_LENGTH / 2:
+        at_end = clip and (end is None or begin + len(samples) < end)
+        if self.frames is None and at_end and self._position < 0.98 * self._header < UNKNOWN_LENGTH:
             _warn(self.name, f"shorter than its header says: {self._position} of {self._header} samples")
         samples = samples[start - begin :]
         return np.multiply(samples, np.float32(2**-15), dtype=np.float32) if dtype == "int16" else samples
@@ -145,10 +152,8 @@ class Decoder:
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
     def _promised(self) -> tuple[int, int] | None:
-        """Bytes of samples by a header that promises more than there are, and how many there are."""
-        for promised, there in re.findall(
-            r"^[dD]ata\b.*: (\d+) \(should be (\d+)\)", self._file.extra_info, re.MULTILINE
-        ):
+        """Bytes by a header that promises more than there are, and how many there are."""
+        for promised, there in re.findall(_SIZES, self._file.extra_info):
             if int(there) < int(promised) < PLACEHOLDER:
                 return int(promised), int(there)
         return None

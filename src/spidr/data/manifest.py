@@ -66,6 +66,8 @@ def read_manifest(path: str | Path) -> pl.DataFrame:
         raise InputError(f"{path}: the manifest does not exist. Write one with `python -m spidr.data.write_manifest`.")
     check_file(path)
     try:
+        if not _head(path).strip():
+            raise InputError(f"{path}: the manifest has no row.")
         manifest = _reader(path)(path)
     except OSError as error:
         raise InputError(f"{path}: the manifest cannot be read ({error.strerror or error}).") from None
@@ -131,8 +133,6 @@ def _read_csv(path: Path) -> pl.DataFrame:
             return pl.read_csv(escape(str(path)), infer_schema_length=1000, **options)
         except pl.exceptions.ComputeError:  # a column that is not what its first thousand values are
             return pl.read_csv(escape(str(path)), infer_schema=False, **options)
-    except pl.exceptions.NoDataError:
-        raise InputError(f"{path}: the manifest has no row.") from None
     except pl.exceptions.ComputeError:
         with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
             rows = filter(None, csv.reader(file, delimiter=separator))
@@ -150,25 +150,27 @@ def _read_jsonl(path: Path) -> pl.DataFrame:
     with path.open("rb") as file:
         if file.read(3) == codecs.BOM_UTF8:
             source = file.read()
+    first = next((_json_row(path, 1, line) for _, line in read_lines(path)), {})
+    strings = {column: pl.String for column in first if column in REQUIRED}
     try:
-        for length in (1000, None):  # None: look at all rows before deciding on the types
-            try:
-                return pl.read_ndjson(
-                    source, infer_schema_length=length, schema_overrides=dict.fromkeys(REQUIRED, pl.String)
-                )
-            except (pl.exceptions.ComputeError, pl.exceptions.SchemaError):
-                if length is None:
-                    raise
+        try:
+            return pl.read_ndjson(source, infer_schema_length=1000, schema_overrides=strings)
+        except (pl.exceptions.ComputeError, pl.exceptions.SchemaError):  # look at all rows to decide on the types
+            return pl.read_ndjson(source, infer_schema_length=None, schema_overrides=strings)
     except (pl.exceptions.PolarsError, pl.exceptions.PanicException):
         for number, (_, line) in enumerate(read_lines(path), start=1):
-            try:
-                row = parse_json(line)
-            except ValueError as error:
-                raise InputError(f"{path}: row {number} is not a line of JSON ({error}).") from None
-            if not isinstance(row, dict):
-                raise InputError(f"{path}: row {number} is not a JSON object with `path` and `num_samples`.") from None
+            _json_row(path, number, line)
         raise
-    raise AssertionError
+
+
+def _json_row(path: Path, number: int, line: str) -> dict[str, Any]:
+    try:
+        row = parse_json(line)
+    except ValueError as error:
+        raise InputError(f"{path}: row {number} is not a line of JSON ({error}).") from None
+    if not isinstance(row, dict):
+        raise InputError(f"{path}: row {number} is not a JSON object with `path` and `num_samples`.")
+    return row
 
 
 def _lines(path: Path, skip: int = 0) -> pl.Series:
@@ -286,7 +288,7 @@ def _cut(value: Any) -> str:
 def stem(path: pl.Expr) -> pl.Expr:
     """File names without folders and extension."""
     name = path.str.split("/").list.last()
-    return pl.when(name.str.contains(r"^.+\.")).then(name.str.replace(r"\.[^.]*$", "")).otherwise(name)
+    return pl.when(name.str.contains(r"(?s)^.+\.")).then(name.str.replace(r"\.[^.]*$", "")).otherwise(name)
 
 
 def _named(manifest: pl.DataFrame) -> pl.DataFrame:
@@ -327,7 +329,7 @@ def _located(manifest: pl.DataFrame, folder: Path) -> pl.DataFrame:
         if column not in manifest.columns:
             continue
         values = manifest[column]
-        is_open = ~values.str.contains(r"^/[^$]*$").fill_null(value=True)
+        is_open = ~values.str.contains(r"^(/[^$]*)?$").fill_null(value=True)
         if column == "path" and "archive" in manifest.columns:
             is_open &= manifest["archive"].is_null()
         if is_open.any():

@@ -15,7 +15,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from spidr.tools.command import command
+from spidr.tools.command import Parser, command
 from spidr.tools.errors import InputError, first_line
 from spidr.tools.files import atomic_write, check_file, expand, find_files, make_folder
 from spidr.tools.lazy import command_needs
@@ -27,15 +27,19 @@ OnError = Literal["raise", "skip"]
 
 
 def _arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m spidr.data.write_manifest",
+    parser = Parser(
+        "python -m spidr.data.write_manifest",
+        usage="%(prog)s [-h] [--ext EXT ...] [--fairseq] [--stats] [--on-error {raise,skip}] dataset [...] output",
         description="Write the manifest of folders of recordings, uncompressed tar archives (or folders of them), and "
         "lists (of paths, Kaldi's wav.scp and segments, manifests).",
-        usage="%(prog)s [-h] [--ext EXT ...] [--fairseq] [--stats] [--on-error {raise,skip}] dataset [dataset ...] "
-        "output",
+        example="python -m spidr.data.write_manifest recordings train.csv --ext .wav .flac",
     )
-    parser.add_argument("paths", nargs="*", metavar="dataset", help="folder, .tar or list; several are joined")
-    parser.add_argument("output", nargs="?", help="manifest to write: .csv, .jsonl or, with --fairseq, .tsv")
+    parser.add_argument(
+        "paths",
+        nargs="*",
+        metavar="dataset ... output",
+        help="folders, .tar files and lists; then the manifest to write: .csv, .jsonl or, with --fairseq, .tsv",
+    )
     parser.add_argument(
         "--ext", nargs="+", action="extend", help="how the recordings' names end: .flac, _mic1.wav (default: .wav)"
     )
@@ -49,10 +53,10 @@ def _arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--on-error", choices=["raise", "skip"], default="raise", help="leave out what cannot be read, and list it"
     )
-    args = parser.parse_args(argv)
-    paths = [*args.paths, *([args.output] if args.output else [])]
-    args.ext, rest = _split_extensions(args.ext or [".wav"], missing=max(0, 2 - len(paths)))
-    *args.dataset, args.output = [*rest, *paths] if len(paths) < 2 or not rest else [*paths[:-1], *rest, paths[-1]]
+    args = parser.parse_intermixed_args(argv)
+    args.ext, rest = _split_extensions(args.ext or [".wav"], missing=max(0, 2 - len(args.paths)))
+    is_last = bool(args.paths) and args.paths[-1].lower().endswith((".csv", ".jsonl", ".tsv"))
+    *args.dataset, args.output = [*rest, *args.paths] if is_last else [*args.paths, *rest] or [""]
     if not args.dataset:
         parser.error("the following arguments are required: dataset, output")
     if args.fairseq and (args.stats or len(args.dataset) > 1 or os.path.isfile(args.dataset[0])):  # noqa: PTH113
@@ -311,7 +315,7 @@ def _members(archive: str, suffixes: tuple[str, ...]) -> Iterator[tuple[str, str
     """
     try:
         with _Archive(archive) as file:
-            begin = 0
+            begin: int | None = 0
             while begin is not None:
                 file.rewind(begin)
                 with tarfile.open(fileobj=file, mode="r:") as tar:
@@ -373,6 +377,10 @@ def _describe(found: pl.DataFrame, name: str, *, stats: bool, on_error: OnError)
         **(dict(zip(("mean", "std"), moments, strict=True)) if stats else {}),
     }
     described = found.with_columns(**{name: pl.Series(values, dtype=SCHEMA[name]) for name, values in columns.items()})
+    if "start" in described.columns or "end" in described.columns:
+        # Or readers could not tell whether a length is the span's or the whole's.
+        start = pl.col("start").fill_null(0.0) if "start" in described.columns else pl.lit(0.0)
+        described = described.with_columns(start=start, end=start + pl.col("num_samples") / SAMPLE_RATE)
     order = [column for column in SCHEMA if column in described.columns]
     others = [column for column in described.columns if column not in SCHEMA]
     return Written(described.select(*order, *others).filter(pl.col("num_samples") >= 0), errors)
