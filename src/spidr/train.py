@@ -20,7 +20,7 @@ from typing import Any
 from spidr.config import SAMPLE_RATE, Config, DinoSRConfig, read_config
 from spidr.tools.errors import InputError
 from spidr.tools.frames import conv_length
-from spidr.tools.lazy import command_needs
+from spidr.tools.lazy import command_needs, names_from
 
 
 def _arguments() -> argparse.Namespace:
@@ -51,6 +51,8 @@ with command_needs("train", __name__):
     from spidr.run import Run
 
 Measured = dict[str, Tensor | float]
+
+__getattr__ = names_from(__name__, "spidr.compat.training")  # what published packages also have here
 
 MAX_SKIPPED_STEPS = 10
 """Steps in a row that float16 may skip for want of range before the run stops."""
