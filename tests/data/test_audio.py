@@ -129,8 +129,8 @@ def test_bad_recordings_are_refused_by_name(tmp_path: Path) -> None:
         "stereo.wav": "2 channels",
         "8 kHz.flac": "8000 Hz",
         "folder.wav": "it is a folder, not a file",
-        "vanished.wav": "No such file",
-        "vanished.mp3": "No such file",
+        "vanished.wav": "does not exist",
+        "vanished.mp3": "does not exist",
     }
     files = corrupt(tmp_path) | {name: tmp_path / name for name in ("vanished.wav", "vanished.mp3")}
     assert files.keys() == reasons.keys()

@@ -200,7 +200,7 @@ def partly_bad(recordings: Callable[..., Path], tmp_path: Path) -> Path:
 
 def test_raise(partly_bad: Path) -> None:
     for row, message in (
-        (1, "00001.flac: cannot be read .No such file"),
+        (1, "00001.flac: the file does not exist"),
         (3, "00003.flac: damaged"),
         (4, "300 samples, fewer"),
     ):

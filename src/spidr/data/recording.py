@@ -60,8 +60,14 @@ def file_of(source: Source) -> str | None:
     if isinstance(source, bytes) or (isinstance(source, Recording) and source.archive is not None):
         return None
     path = source.path if isinstance(source, Recording) else os.fspath(source)
-    check_file(path)
+    _check(path)
     return path
+
+
+def _check(path: str) -> None:
+    if not os.path.lexists(path):
+        raise InputError(f"{path}: the file does not exist. Was it moved since it was listed?")
+    check_file(path)
 
 
 def member_of(source: Source) -> Member | io.BytesIO:
@@ -84,7 +90,7 @@ class Member(io.RawIOBase):
     """
 
     def __init__(self, archive: str, name: str, offset: int, size: int) -> None:
-        check_file(archive)
+        _check(archive)
         try:
             status = os.stat(archive)  # noqa: PTH116
             self._archive = _open(archive, status.st_ino, status.st_mtime_ns)
