@@ -139,7 +139,12 @@ def _in_manifest(path: Path) -> list[Item]:
     lengths = manifest["num_samples"].fill_null(0).to_list() if "num_samples" in manifest.columns else [0] * len(files)
     folders = [os.path.basename(os.path.dirname(os.path.abspath(r.path))) for r in recordings]  # noqa: PTH100, PTH119, PTH120
     speakers = manifest["speaker"].to_list() if "speaker" in manifest.columns else folders
-    rows = zip(recordings, manifest["fileid"].to_list(), relative, lengths, speakers, strict=True)
+    # fairseq's manifests name recordings by their relative path.
+    names = [
+        Path(fileid).stem if r.path.endswith(fileid) and fileid.lower().endswith(AUDIO) else fileid
+        for fileid, r in zip(manifest["fileid"].to_list(), recordings, strict=True)
+    ]
+    rows = zip(recordings, names, relative, lengths, speakers, strict=True)
     return [Item(*row[:4], speaker=str(row[4])) for row in rows]
 
 
