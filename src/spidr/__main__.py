@@ -87,11 +87,17 @@ def _check_folders(configs: dict[str, Config]) -> None:
 
 
 def _check_manifests(configs: Sequence[Config]) -> None:
+    """See that manifests can be read, and their recordings as far as a look at files and some headers tells."""
     with needs_extra("train"):
-        from spidr.data import read_manifest
+        from spidr.data.manifest import read_manifest
+        from spidr.data.measure import check_recordings
 
-    for path in {data.manifest for config in configs for data in (config.data, *config.validation.values())}:
-        read_manifest(path)
+    sets = {(path, data.on_error) for config in configs for data in (config.data, *config.validation.values())
+            for path in data.manifests}  # fmt: skip
+    for path, on_error in sorted(sets):
+        manifest = read_manifest(path)
+        if on_error == "raise":
+            check_recordings(manifest, path)
 
 
 # --------------------------------------------------------------------------------------------------------------------
