@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spidr.models.kernels import is_lean
+from spidr.models.kernels import Linear, add_linear_, is_lean, linear
 from spidr.tools.errors import InputError
 from spidr.tools.frames import conv_length, receptive_field
 
@@ -37,9 +37,9 @@ def _strided_conv(frames: Tensor, taps: Tensor, stride: int) -> Tensor:
     """
     groups = frames.view(-1, stride * frames.shape[1])
     first, *rest = taps.split(groups.shape[1])
-    out = groups[:, : first.shape[0]] @ first
+    out = linear(groups[:, : first.shape[0]], first.T)
     for shift, part in enumerate(rest, start=1):
-        out[:-shift].addmm_(groups[shift:, : part.shape[0]], part)
+        add_linear_(out[:-shift], groups[shift:, : part.shape[0]], part.T)
     return out
 
 
@@ -52,16 +52,16 @@ def _strided_conv_backward(
     grad_frames = grad_taps = None
     if needed[0]:
         if first.shape[0] == groups.shape[1]:
-            grad_groups = grad @ first.T
+            grad_groups = linear(grad, first)
         else:  # the kernel is smaller than the stride: the frames in between have no gradient
-            grad_groups = F.pad(grad @ first.T, (0, groups.shape[1] - first.shape[0]))
+            grad_groups = F.pad(linear(grad, first), (0, groups.shape[1] - first.shape[0]))
         for shift, part in enumerate(rest, start=1):
-            grad_groups[shift:, : part.shape[0]].addmm_(grad[:-shift], part.T)
+            add_linear_(grad_groups[shift:, : part.shape[0]], grad[:-shift], part)
         grad_frames = grad_groups.view_as(frames)
     if needed[1]:
-        products = [groups[:, : first.shape[0]].T @ grad]
+        products = [linear(groups[:, : first.shape[0]].T, grad.T)]
         for shift, part in enumerate(rest, start=1):
-            products.append(groups[shift:, : part.shape[0]].T @ grad[:-shift])
+            products.append(linear(groups[shift:, : part.shape[0]].T, grad[:-shift].T))
         grad_taps = torch.cat(products)
     return grad_frames, grad_taps
 
@@ -146,7 +146,7 @@ class _FirstConvs(torch.autograd.Function):
         ctx.save_for_backward(kernels, first, weight, bias, taps)
         ctx.eps, ctx.stride, ctx.batch = eps, stride, batch
         return torch.cat(
-            [_normed_conv(part @ first, (weight, bias, eps), taps, stride) for part in kernels.chunk(batch)]
+            [_normed_conv(linear(part, first.T), (weight, bias, eps), taps, stride) for part in kernels.chunk(batch)]
         )
 
     @staticmethod
@@ -156,11 +156,11 @@ class _FirstConvs(torch.autograd.Function):
         totals: tuple[Tensor, ...] = ()
         grad_kernels = []
         for part, part_grad in zip(kernels.chunk(ctx.batch), grad.chunk(ctx.batch), strict=True):
-            found = _normed_conv_backward(part_grad, part @ first, (weight, bias, ctx.eps), taps, ctx.stride)
+            found = _normed_conv_backward(part_grad, linear(part, first.T), (weight, bias, ctx.eps), taps, ctx.stride)
             grad_rows, *others = found
             if ctx.needs_input_grad[0]:
-                grad_kernels.append(grad_rows @ first.T)
-            others.append(part.T @ grad_rows)
+                grad_kernels.append(linear(grad_rows, first))
+            others.append(linear(part.T, grad_rows.T))
             totals = tuple(a + b for a, b in zip(totals, others, strict=True)) if totals else tuple(others)
         grad_weight, grad_bias, grad_taps, grad_first = totals
         return (
@@ -412,7 +412,7 @@ class FeatureProjection(nn.Module):
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
         self.layer_norm = nn.LayerNorm(in_features)
-        self.projection = nn.Linear(in_features, out_features)
+        self.projection = Linear(in_features, out_features)
 
     def forward(self, frames: Tensor) -> Tensor:
         """(B, T, C) to (B, T, D)."""

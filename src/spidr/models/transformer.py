@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spidr.config import DinoSRConfig
-from spidr.models.kernels import Dropout, attend, recomputed
+from spidr.models.kernels import Dropout, Linear, attend, linear, recomputed
 
 LONG = 16_384
 """Frames above which inference goes piece by piece, so that a few (T, D) tensors are all there is at a time."""
@@ -87,8 +87,8 @@ class Attention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.dropout = dropout
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = Linear(dim, dim)
         nn.init.xavier_uniform_(self.qkv.weight, gain=1 / math.sqrt(2))
         nn.init.xavier_uniform_(self.proj.weight)
         nn.init.zeros_(self.proj.bias)
@@ -106,7 +106,7 @@ class Attention(nn.Module):
         heads: Tensor | None = None
         for head in range(self.num_heads):
             head_bias = None if bias is None else bias[:, head].flatten()
-            found = self._attend(F.linear(x, weight[:, head].flatten(0, 1), head_bias), 1, attention_mask)
+            found = self._attend(linear(x, weight[:, head].flatten(0, 1), head_bias), 1, attention_mask)
             heads = found.new_empty(*found.shape[:2], self.num_heads * size) if heads is None else heads
             heads[..., head * size : (head + 1) * size] = found
         return _piecewise(self.proj, cast("Tensor", heads), into=heads)
@@ -122,12 +122,12 @@ class FeedForward(nn.Module):
 
     def __init__(self, dim: int, hidden: int, dropout: float) -> None:
         super().__init__()
-        self.intermediate_dense = nn.Linear(dim, hidden)
+        self.intermediate_dense = Linear(dim, hidden)
         self.dropout = Dropout(dropout)
-        self.output_dense = nn.Linear(hidden, dim)
-        for linear in (self.intermediate_dense, self.output_dense):
-            nn.init.normal_(linear.weight, std=0.02)
-            nn.init.zeros_(linear.bias)
+        self.output_dense = Linear(hidden, dim)
+        for dense in (self.intermediate_dense, self.output_dense):
+            nn.init.normal_(dense.weight, std=0.02)
+            nn.init.zeros_(dense.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, D) to (B, T, D)."""
