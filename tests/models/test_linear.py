@@ -110,6 +110,7 @@ def calls_onednn(function: Any) -> bool:
     return any(event.key == "mkldnn::_linear_pointwise" for event in profile.key_averages())
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace:FutureWarning")
 def test_where_pytorch_is_left_alone() -> None:
     module, x = Linear(12, 8), random(9, 12)
     assert calls_onednn(partial(module, x))
