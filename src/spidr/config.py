@@ -9,14 +9,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from spidr.tools.errors import InputError, ProblemsError
 from spidr.tools.schema import Accepts, Rule, Settings, between, describe, from_table, show
-from spidr.tools.untrusted import read_table
+from spidr.tools.untrusted import parse_toml, read_table
 
 logger = logging.getLogger(__name__)
 
@@ -56,11 +56,11 @@ FolderName = Annotated[str, Accepts("that can name one folder (no '/', '\\' or '
 # The settings
 
 
-@dataclass(frozen=True)
-class SlurmConfig(Settings):
-    """What to ask SLURM for. ``time`` is in minutes."""
+@dataclass(frozen=True, kw_only=True)
+class SlurmConfig(Settings, Mapping[str, Any]):
+    """What to ask SLURM for. ``time`` is in minutes. It is a mapping too, of the settings that are not None."""
 
-    account: str
+    account: Annotated[str, Accepts("without a NUL character", lambda s: "\0" not in s)] | None = None
     nodes: Annotated[int, between(1, 100_000)]
     gpus_per_node: Annotated[int, between(1, 1000)]
     qos: Text | None = None
@@ -69,6 +69,19 @@ class SlurmConfig(Settings):
     mem_per_gpu: Text | None = None
     constraint: Text | None = None
     partition: Text | None = None
+
+    def __getitem__(self, name: str) -> Any:
+        return self._given[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._given)
+
+    def __len__(self) -> int:
+        return len(self._given)
+
+    @property
+    def _given(self) -> dict[str, Any]:
+        return {f.name: value for f in dataclasses.fields(self) if (value := getattr(self, f.name)) is not None}
 
 
 @dataclass(frozen=True)
@@ -333,11 +346,12 @@ _MODEL_CONFIGS: dict[str, type[DinoSRConfig]] = {"spidr": SpidRConfig, "dinosr":
 # Reading and writing
 
 
-def read_config(path: str | Path) -> Config:
+def read_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read and check a configuration file.
 
     Args:
         path: A JSON file if its name ends in ``.json``, else a TOML file. A run's ``config.json`` is one.
+        overrides: Settings in place of the file's: ``SECTION.KEY=VALUE``, the value as in TOML, or else a string.
 
     Returns:
         The settings, with the defaults where the file is silent.
@@ -346,7 +360,10 @@ def read_config(path: str | Path) -> Config:
         InputError: The file cannot be read or parsed, or some of its keys or values are wrong: one message names the
             file and, for every problem, the key, what was found and what is accepted.
     """
-    sections = {name: table for name, table in read_table(path).items() if table is not None}
+    document = read_table(path)
+    for override in overrides:
+        _override(document, override)
+    sections = {name: table for name, table in document.items() if table is not None}
     run, model_table = sections.get("run"), sections.get("model")
     model_type = run.get("model_type", "dinosr") if isinstance(run, dict) else None
     # With a wrong model_type, which is reported, SpidRConfig knows all the names there are.
@@ -371,6 +388,20 @@ def read_config(path: str | Path) -> Config:
             optimizer.warmup_steps,
         )
     return dataclasses.replace(config, model_given=None if model_table is None else frozenset(model_table))
+
+
+def _override(document: dict[str, Any], text: str) -> None:
+    """Put a setting ``SECTION.KEY=VALUE`` into a parsed configuration."""
+    key, _, value = text.partition("=")
+    *sections, name = key.strip().split(".")
+    for section in sections:
+        if not isinstance(document.get(section), dict):
+            document[section] = {}
+        document = document[section]
+    try:
+        document[name] = parse_toml(f"value = {value}")["value"]
+    except ValueError:
+        document[name] = value.strip()
 
 
 def to_dict(config: Config) -> dict[str, Any]:

@@ -300,7 +300,7 @@ def load_trained(cfg: Config, checkpoint: str | Path) -> DinoSR:
     return model.eval()
 
 
-def run_validation(cfg: Config, resume: ResumeConfig) -> None:
+def validate_existing_checkpoint(cfg: Config, resume: ResumeConfig) -> None:
     """Validate a checkpoint on all validation sets and write the results as JSON lines, complete or not at all.
 
     Args:

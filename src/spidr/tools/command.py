@@ -122,6 +122,11 @@ def lasting_stderr() -> Iterator[None]:
         yield
 
 
+class _Formatter(argparse.HelpFormatter):
+    def __init__(self, prog: str, **options: Any) -> None:
+        super().__init__(prog, max_help_position=32, **options)
+
+
 class Parser(argparse.ArgumentParser):
     """A parser whose help fits on a screen, ends with an example, and goes to the command's standard output.
 
@@ -135,7 +140,7 @@ class Parser(argparse.ArgumentParser):
         if prog is not None and Path(sys.argv[0]).name == "spidr":
             names = {f"python -m {module}": f"spidr {name}" for name, module in PROGRAMS.items()}
             prog = names.get(prog, prog)
-        super().__init__(prog, **options)
+        super().__init__(prog, formatter_class=_Formatter, **options)
         self.example = example
 
     def format_help(self) -> str:
