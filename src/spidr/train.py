@@ -20,12 +20,13 @@ from typing import Any
 from spidr.config import SAMPLE_RATE, Config, DinoSRConfig, read_config
 from spidr.tools.errors import InputError
 from spidr.tools.frames import conv_length
-from spidr.tools.lazy import command_needs
+from spidr.tools.lazy import command_needs, names_from
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m spidr.train", description="Train, as one of torchrun's processes.")
     parser.add_argument("config", help="configuration file, TOML or JSON")
+    parser.add_argument("overrides", nargs="*", help="settings that replace those of the file: SECTION.KEY=VALUE")
     return parser.parse_args()
 
 
@@ -51,6 +52,8 @@ with command_needs("train", __name__):
     from spidr.run import Run
 
 Measured = dict[str, Tensor | float]
+
+__getattr__ = names_from(__name__, "spidr.compat.training")  # what published packages also have here
 
 MAX_SKIPPED_STEPS = 10
 """Steps in a row that float16 may skip for want of range before the run stops."""
@@ -398,7 +401,7 @@ def wrap(model: DinoSR, cfg: Config, env: Environment) -> Callable[..., Any]:
 def main() -> int:
     """Command line of ``python -m spidr.train``. Returns the exit status."""
     try:
-        cfg = read_config(_arguments().config)
+        cfg = read_config((args := _arguments()).config, args.overrides)
     except InputError as error:
         # All processes of a machine find the same: one of them says so.
         local_rank = os.environ.get("LOCAL_RANK", "")

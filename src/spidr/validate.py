@@ -300,7 +300,7 @@ def load_trained(cfg: Config, checkpoint: str | Path) -> DinoSR:
     return model.eval()
 
 
-def validate_existing_checkpoint(cfg: Config, resume: ResumeConfig) -> None:
+def run_validation(cfg: Config, resume: ResumeConfig) -> None:
     """Validate a checkpoint on all validation sets and write the results as JSON lines, complete or not at all.
 
     Args:
@@ -316,3 +316,7 @@ def validate_existing_checkpoint(cfg: Config, resume: ResumeConfig) -> None:
         if env.is_main:
             with atomic_write(Path(resume.results)) as file:
                 file.writelines(json.dumps(line).encode() + b"\n" for line in lines)
+
+
+validate_existing_checkpoint = run_validation
+"""Its published name."""

@@ -64,7 +64,7 @@ def read_table(path: str | Path) -> dict[str, Any]:
         raise InputError(f"{path}: larger than {_MAX_BYTES // 2**20} MiB, so no configuration")
     try:
         text = raw.decode("utf-8-sig")
-        document = parse_json(text) if kind == "JSON" else parse_toml(text)
+        document = parse_json(text) if kind == "JSON" else _parse_toml(text)
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         raise InputError(f"{path}: not UTF-8 text (line {line}: byte 0x{raw[error.start]:02x})") from None
@@ -96,12 +96,8 @@ def parse_json(text: str) -> Any:
         raise ValueError("nested too deeply") from None
 
 
-def parse_toml(text: str) -> dict[str, Any]:
-    """Parse TOML that anybody may have written.
-
-    Raises:
-        ValueError: It is not valid or is nested too deeply.
-    """
+def _parse_toml(text: str) -> dict[str, Any]:
+    """As :func:`parse_json`."""
     for number, line in enumerate(text.split("\n"), start=1):
         # tomllib's time grows with the square of the parts of a key.
         if line.partition("=")[0].count(".") > _MAX_KEY_PARTS and not line.lstrip().startswith("#"):
@@ -110,3 +106,12 @@ def parse_toml(text: str) -> dict[str, Any]:
         return tomllib.loads(text)
     except RecursionError:
         raise ValueError("nested too deeply") from None
+
+
+def parse_toml_value(text: str) -> Any:
+    """A value as TOML writes it: a number, true, a list; what is none of them is a string."""
+    try:
+        table = _parse_toml(f"value = {text}")
+    except ValueError:
+        return text
+    return table["value"] if table.keys() == {"value"} else text
