@@ -298,8 +298,7 @@ class Run:
         for line in self.jobs.collect():
             self._write(line)
             self.checkpointer.remove_old(self.checkpointer.step)
-        for step, reason in self.jobs.new_failures().items():
-            logger.error("step %d is not validated: %s", step, reason)
+        self.jobs.report()
 
     def _print_units(self, state: State, group: str) -> None:
         lines = {line["step"]: line for line in read_metrics(self.metrics.path) if line["group"] == group}

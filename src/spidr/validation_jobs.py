@@ -49,11 +49,8 @@ class ValidationJobs:
 
     def __init__(self, run_dir: Path) -> None:
         self.folder = run_dir / "validation"
-        self._threads: list[threading.Thread] = []
+        self._threads: dict[int, threading.Thread] = {}
         self._told: set[int] = set()
-        for step in self._steps(".pending"):
-            if not self._read(step, ".pending").get("job"):
-                self._fail(step, "the run ended while the job was submitted")
 
     # ------------------------------------------------------------------------------------------------- submitting
 
@@ -73,11 +70,12 @@ class ValidationJobs:
         slurm = cfg.run.slurm_validation or validation_job_config()
         resume = ResumeConfig(step, str(checkpoint), str(self._path(step, ".jsonl")))
         thread = threading.Thread(target=self._submit, args=(cfg, resume, slurm), name=f"validation of step {step}")
-        self._threads.append(thread)
+        self._threads[step] = thread
         thread.start()
 
     def submit_again(self, cfg: Config) -> None:
         """Submit what has failed once more, if its checkpoint is still there."""
+        self.find_lost()
         for step in sorted(self.failures()):
             checkpoint = self._read(step, ".pending").get("checkpoint")
             if checkpoint and Path(checkpoint).exists():
@@ -99,8 +97,9 @@ class ValidationJobs:
 
     def close(self) -> None:
         """Wait until everything has been submitted, or refused."""
-        for thread in self._threads:
+        for thread in self._threads.values():
             thread.join()
+        self.report()
 
     # ------------------------------------------------------------------------------------------------- results
 
@@ -117,11 +116,12 @@ class ValidationJobs:
         failed = sorted(self._steps(".failed") - self._steps(".jsonl"))
         return {step: self._read(step, ".failed").get("reason", "unknown reason") for step in failed}
 
-    def new_failures(self) -> dict[int, str]:
-        """The failures that have not been asked for before."""
-        new = {step: reason for step, reason in self.failures().items() if step not in self._told}
-        self._told |= new.keys()
-        return new
+    def report(self) -> None:
+        """Log the failures that have not been logged."""
+        for step, reason in self.failures().items():
+            if step not in self._told:
+                logger.error("step %d is not validated: %s", step, reason)
+                self._told.add(step)
 
     def collect(self) -> Iterator[Line]:
         """The lines for ``metrics.jsonl`` that have come in, in the order of their steps.
@@ -141,7 +141,10 @@ class ValidationJobs:
         """Note which jobs have ended without a word: cancelled, out of memory, on a machine that died."""
         for step in self.pending():
             job = self._read(step, ".pending")
-            if job.get("job") and job_state(job["job"]) == "" and not self._path(step, ".jsonl").exists():
+            if not job.get("job"):
+                if step not in self._threads:
+                    self._fail(step, "the run ended while the job was submitted")
+            elif job_state(job["job"]) == "" and not self._path(step, ".jsonl").exists():
                 self._fail(step, f"job {job['job']} ended without results, see {job.get('log', self.folder)}")
 
     # ------------------------------------------------------------------------------------------------- files
