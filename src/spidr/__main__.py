@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "--version" in argv:
         write_result(f"spidr {__version__}\n")
         return 0
-    args = parser.parse_args(argv[1:] if argv[:1] == ["train"] else argv)
+    args = parser.parse_intermixed_args(argv[1:] if argv[:1] == ["train"] else argv)
     overrides = [word for word in args.configs if _OVERRIDE.match(word)]
     paths = [word for word in args.configs if word not in overrides]
     if not paths:
