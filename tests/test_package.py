@@ -245,6 +245,7 @@ PLACES = {
     "safetensors": {"models"},
     "sklearn": {"extract"},
     "soundfile": {"data"},
+    "soxr": {"data"},
     "submitit": {"slurm"},
     "torchcodec": {"data"},
     "transformers": {"export"},
