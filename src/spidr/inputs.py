@@ -11,7 +11,8 @@ import numpy as np
 from spidr.config import Config, DataConfig
 from spidr.data import speech_dataset
 from spidr.data.alignments import read_alignments
-from spidr.data.audio import Recording, num_samples
+from spidr.data.audio import num_samples
+from spidr.data.recording import Recording
 from spidr.models.hub import check_name
 from spidr.tools.errors import InputError
 
