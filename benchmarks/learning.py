@@ -25,7 +25,7 @@ import polars as pl
 import torch
 from sklearn.cluster import MiniBatchKMeans
 
-from spidr.abx import ABX, Scorer, read_items
+from spidr.evaluate.abx import ABX, Scorer, read_items
 from spidr.config import DEFAULT_CONV_LAYER_CONFIG, SAMPLE_RATE, read_config, to_dict
 from spidr.data import read_manifest, speech_dataset
 from spidr.data.alignments import read_alignments

@@ -31,7 +31,7 @@ with command_needs("paper", __name__):
     import polars as pl
     from published import KEYS, METRICS, REPRESENTATIONS, SCHEMA, results
 
-    from spidr.abx import Scorer, read_items
+    from spidr.evaluate.abx import Scorer, read_items
     from spidr.data.alignments import match_alignments, read_alignments
     from spidr.data.units import read_units
     from spidr.data.write_manifest import write_manifest
