@@ -119,7 +119,7 @@ class State:
 
     def freeze_if_due(self) -> None:
         """Stop training extractor and projection from ``freeze_step`` on."""
-        if self.step >= self.model.cfg.freeze_step:
+        if self.step >= self.model.freeze_step:
             self.model.freeze_extractor()
             drop_frozen(self.optimizer, self.scheduler)
 
@@ -209,7 +209,7 @@ def train_step(state: State, micro_batches: list[Batch]) -> Measured | None:
     state.scheduler.step()
     state.step += 1
     measured["ema_decay"] = model.update_ema(state.step)
-    if state.step == model.cfg.freeze_step:
+    if state.step == model.freeze_step:
         state.freeze_if_due()
         state.network = wrap(model, state.cfg, env)  # DistributedDataParallel would wait for the frozen gradients
     if state.hooks.after_step is not None:
@@ -315,6 +315,7 @@ def build_state(cfg: Config, env: Environment, stop: StopFlag, hooks: Hooks, *, 
         hooks.on_model(model)
     model.to(env.device).train()
     model.reduction = env.all_reduce
+    model.defer_codebook_updates = True  # once a step, over all its micro-batches
     loader = hooks.loader(
         cfg.data,
         cfg.masking,
