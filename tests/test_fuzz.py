@@ -726,7 +726,7 @@ def test_features(data: st.DataObject, suffix: str) -> None:
     odd = st.sampled_from(ODD_OBJECTS).map(saved) if suffix == ".pt" else st.just(b"")
     with folder_of(f"a{suffix}", data.draw(st.one_of(damaged(features(suffix)), odd))) as path:
         found = attempt(lambda: FeatureFolder(path.parent)["a"], path)
-        assert found is None or found.ndim == 2
+        assert found is None or found.ndim == 2 or found.dtype.kind in "iu"
 
 
 # --------------------------------------------------------------------------------------------------------------------

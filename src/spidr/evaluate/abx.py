@@ -259,7 +259,7 @@ def _comparable(data: torch.Tensor, distance: Distance) -> torch.Tensor:
 
 
 class FeatureFolder(Mapping[str, NDArray[Any]]):
-    """The features of a folder, one ``.npy`` or ``.pt`` file (T, D) for each recording, at any depth."""
+    """The features of a folder, one ``.npy`` or ``.pt`` file (T, D) for each recording, at any depth; units are (T,)."""
 
     def __init__(self, folder: Path) -> None:
         files = [Path(file) for file in find_files(folder, lambda name: name.endswith((".npy", ".pt")))]
@@ -282,7 +282,7 @@ class FeatureFolder(Mapping[str, NDArray[Any]]):
             raise InputError(f"{path}: no features of a recording ({first_line(error)})") from None
         if kind not in "fiu":
             raise InputError(f"{path}: features must be real numbers, not {features.dtype}")
-        if features.ndim not in (1, 2):
+        if features.ndim != 2 and not (features.ndim == 1 and kind in "iu"):
             raise InputError(f"{path}: features must be (frames, dimensions), not of shape {features.shape}")
         return features
 
