@@ -259,7 +259,7 @@ def _comparable(data: torch.Tensor, distance: Distance) -> torch.Tensor:
 
 
 class FeatureFolder(Mapping[str, NDArray[Any]]):
-    """The features of a folder, one ``.npy`` or ``.pt`` file (T, D) for each recording, at any depth; units are (T,)."""
+    """The features of a folder: a ``.npy`` or ``.pt`` file for each recording, at any depth, (T, D) or units (T,)."""
 
     def __init__(self, folder: Path) -> None:
         files = [Path(file) for file in find_files(folder, lambda name: name.endswith((".npy", ".pt")))]
