@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from spidr.config import SAMPLE_RATE, DinoSRConfig
 from spidr.models.extractor import FeatureExtractor, FeatureProjection
-from spidr.models.kernels import exact_products, linear, untouched
+from spidr.models.kernels import exact_products, linear, suits_onednn, untouched
 from spidr.models.long import extract_features, final_output, frame_reader, layer_outputs, window_frames, windows
 from spidr.models.transformer import Transformer
 from spidr.tools.errors import InputError
@@ -394,9 +394,9 @@ def _are_plain(heads: Sequence[nn.Module]) -> bool:
 
 
 def _logits(heads: Sequence[nn.Module], hidden: list[Tensor]) -> Tensor:
-    """K heads, on a GPU in one product: K tensors (..., D), or one for all, to (K, ..., V)."""
+    """K heads, in one product unless oneDNN is faster: K tensors (..., D), or one for all, to (K, ..., V)."""
     linears = cast("list[nn.Linear]", [cast("nn.Sequential", head)[0] for head in heads])
-    if len(hidden) > 1 and hidden[0].device.type == "cpu" and not torch.compiler.is_compiling():
+    if len(hidden) > 1 and suits_onednn(hidden[0], linears[0].weight):
         return torch.stack([linear(x, h.weight, h.bias) for x, h in zip(hidden, linears, strict=True)])
     weight, bias = torch.stack([h.weight for h in linears]), torch.stack([h.bias for h in linears])
     if len(hidden) == 1:

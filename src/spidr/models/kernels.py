@@ -164,7 +164,7 @@ def is_plain(*tensors: Tensor) -> bool:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``torch.nn.functional.linear``, with oneDNN where that is faster."""
-    if not _suits_onednn(x, weight):
+    if not suits_onednn(x, weight):
         return F.linear(x, weight, bias)
     tensors = (x, weight) if bias is None else (x, weight, bias)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
@@ -174,13 +174,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def add_linear_(out: Tensor, x: Tensor, weight: Tensor) -> None:
     """Add the product of matrices ``x @ weight.T`` to ``out``; without gradients."""
-    if _suits_onednn(x, weight):
+    if suits_onednn(x, weight):
         out.add_(_onednn_linear(x, weight, None))
     else:
         out.addmm_(x, weight.T)
 
 
-def _suits_onednn(x: Tensor, weight: Tensor) -> bool:
+def suits_onednn(x: Tensor, weight: Tensor) -> bool:
+    """Whether oneDNN multiplies these faster: large and float32, on the processors where it does."""
     return (
         is_plain(x, weight)
         and x.dtype == weight.dtype == torch.float32
