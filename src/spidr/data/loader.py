@@ -321,8 +321,8 @@ class _Workers:
             if not str(error).startswith("DataLoader worker"):
                 raise
             raise InputError(
-                f"A data worker died: {first_line(error).rstrip('.')}. If the machine ran out of memory, lower data.num_workers, "
-                "data.prefetch_factor or data.max_batch_length."
+                f"A data worker died: {first_line(error).rstrip('.')}. If the machine ran out of memory, lower "
+                "data.num_workers, data.prefetch_factor or data.max_batch_length."
             ) from None
 
     def _build(self) -> DataLoader[Batch | InputError]:

@@ -6,15 +6,13 @@ import os
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-import numpy as np
 import polars as pl
 from tqdm import tqdm
 
 from spidr.data.audio import num_samples
-from spidr.data.dataset import iter_recordings, recordings_of
-from spidr.data.recording import check_exists
+from spidr.data.dataset import iter_recordings
 from spidr.tools.errors import InputError
 
 if TYPE_CHECKING:
@@ -26,9 +24,6 @@ T = TypeVar("T")
 
 CHUNK = 256
 """Recordings per task of a thread."""
-
-SAMPLE = 200
-"""Recordings of which :func:`check_recordings` reads the header."""
 
 LISTED = 20
 """Problems that a message lists at most."""
@@ -101,23 +96,3 @@ def with_lengths(manifest: pl.DataFrame, name: str) -> pl.DataFrame:
         remedy = f"`python -m spidr.data.write_manifest {name} OUT.csv --on-error skip` leaves out what cannot be read."
         raise problems_of(name, errors, remedy)
     return manifest.with_columns(pl.Series("num_samples", found, dtype=pl.Int64))
-
-
-def check_recordings(manifest: pl.DataFrame, name: str) -> None:
-    """See that all recordings of a manifest exist, and that a sample of them can be read.
-
-    Raises:
-        InputError: Some do not; all of them are named, or the first of many.
-    """
-
-    def exists(recording: Recording) -> None:
-        check_exists(recording.path)
-
-    columns = [column for column in ("archive", "path") if column in manifest.columns]
-    files = manifest.select(path=pl.coalesce(columns)).unique(maintain_order=True)
-    found: list[Any] = list(measure(exists, iter_recordings(files), total=files.height, description="Files"))
-    if not any(found):
-        rows = np.linspace(0, manifest.height - 1, min(SAMPLE, manifest.height)).astype(np.int64)
-        found = list(measure(num_samples, recordings_of(manifest, rows), description="Headers"))
-    if errors := [error for error in found if isinstance(error, InputError)]:
-        raise problems_of(name, errors, "Training would stop there, unless data.on_error = 'skip'.")

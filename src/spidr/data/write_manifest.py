@@ -86,6 +86,7 @@ with command_needs("train", __name__):
     from spidr.data.decoders import AUDIO
     from spidr.data.manifest import SCHEMA, is_table, read_manifest, stem
     from spidr.data.measure import measure, problems_of
+    from spidr.data.summary import summarise
 
     if TYPE_CHECKING:
         from spidr.data.recording import Recording
