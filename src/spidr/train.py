@@ -25,6 +25,7 @@ from spidr.tools.lazy import command_needs, names_from
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m spidr.train", description="Train, as one of torchrun's processes.")
     parser.add_argument("config", help="configuration file, TOML or JSON")
+    parser.add_argument("overrides", nargs="*", help="settings that replace those of the file: SECTION.KEY=VALUE")
     return parser.parse_args()
 
 
@@ -401,7 +402,7 @@ def wrap(model: DinoSR, cfg: Config, env: Environment) -> Callable[..., Any]:
 def main() -> int:
     """Command line of ``python -m spidr.train``. Returns the exit status."""
     try:
-        cfg = read_config(_arguments().config)
+        cfg = read_config((args := _arguments()).config, args.overrides)
     except InputError as error:
         # All processes of a machine find the same: one of them says so.
         local_rank = os.environ.get("LOCAL_RANK", "")
