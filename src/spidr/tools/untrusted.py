@@ -106,3 +106,12 @@ def _parse_toml(text: str) -> dict[str, Any]:
         return tomllib.loads(text)
     except RecursionError:
         raise ValueError("nested too deeply") from None
+
+
+def parse_toml_value(text: str) -> Any:
+    """A value as TOML writes it: a number, true, a list; what is none of them is a string."""
+    try:
+        table = _parse_toml(f"value = {text}")
+    except ValueError:
+        return text
+    return table["value"] if table.keys() == {"value"} else text
