@@ -29,8 +29,8 @@ from spidr.tools.lazy import command_needs
 
 with command_needs("paper", __name__):
     import polars as pl
-    from published import KEYS, METRICS, REPRESENTATIONS, SCHEMA, results
 
+    from published import KEYS, METRICS, REPRESENTATIONS, SCHEMA, results
     from spidr.abx import Scorer, read_items
     from spidr.data.alignments import match_alignments, read_alignments
     from spidr.data.units import read_units

@@ -59,7 +59,9 @@ def main(folder: Path, steps: int) -> None:
             scheduler.step()
             step += 1
             ema_decay = model.update_ema(step)
-            setting.log(folder, rank, step, loss, outputs, grad_norm=grad_norm, lr=lr, ema_decay=ema_decay)
+            measured = {"grad_norm": grad_norm, "lr": lr, "ema_decay": ema_decay}
+            measured |= {name: outputs[name] for name in ("target_ppl", "pred_ppl")}
+            setting.log(folder, rank, step, loss, **measured)
             if rank == 0:
                 checkpointer.save(step, epoch)
     if rank == 0:

@@ -1,4 +1,4 @@
-"""What the training scripts beside this file share: data, first weights and masks that are the same for every package."""
+"""What the training scripts beside this file share: data, weights and masks that are the same for every package."""
 
 import hashlib
 import json
@@ -73,7 +73,8 @@ def prepare(folder: Path, rank: int) -> Path:
         for number in range(8):
             length = (7200, 8000)[number % 2]
             pitch = torch.rand(4, 1, generator=generator) * 0.2 + 0.01
-            sound = (torch.sin(pitch * torch.arange(length)).mean(0) + 0.3 * torch.randn(length, generator=generator)) / 4
+            noise = torch.randn(length, generator=generator)
+            sound = torch.sin(pitch * torch.arange(length)).mean(0) / 4 + noise / 13
             with wave.open(str(folder / f"{number}.wav"), "wb") as file:
                 file.setnchannels(1)
                 file.setsampwidth(2)
@@ -81,7 +82,8 @@ def prepare(folder: Path, rank: int) -> Path:
                 file.writeframes((sound.clamp(-1, 1) * 32_767).to(torch.int16).numpy().tobytes())
             rows.append(f"{number},{folder.resolve() / f'{number}.wav'},{length}")
         (folder / "manifest.csv").write_text("\n".join(rows) + "\n")
-        (folder / "config.toml").write_text(CONFIG.format(folder=folder.resolve(), batch=64_000 // dist.get_world_size()))
+        batch = 64_000 // dist.get_world_size()
+        (folder / "config.toml").write_text(CONFIG.format(folder=folder.resolve(), batch=batch))
     dist.barrier()
     return folder / "config.toml"
 
@@ -117,11 +119,11 @@ def same_masks(waveforms: torch.Tensor, mask: torch.Tensor, step: int) -> tuple[
     return waveforms, torch.zeros(keys.shape, dtype=torch.bool).scatter_(1, indices, value=True)
 
 
-def log(folder: Path, rank: int, step: int, loss: torch.Tensor, outputs: dict[str, torch.Tensor], **values: float) -> None:
+def log(folder: Path, rank: int, step: int, loss: torch.Tensor, **values: torch.Tensor | float) -> None:
     """Append a line of measurements over all processes."""
     loss = loss.detach().clone()
     dist.all_reduce(loss)
-    values |= {"loss": loss / dist.get_world_size(), "target_ppl": outputs["target_ppl"], "pred_ppl": outputs["pred_ppl"]}
+    values |= {"loss": loss / dist.get_world_size()}
     if rank == 0:
         with (folder / "losses.jsonl").open("a") as file:
             file.write(json.dumps({"step": step} | {name: float(value) for name, value in values.items()}) + "\n")
