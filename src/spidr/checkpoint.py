@@ -13,11 +13,11 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from spidr.models.hub import load_verified
 from spidr.tools.errors import InputError
 from spidr.tools.files import atomic_write
 from spidr.tools.lazy import names_from
 from spidr.tools.metrics import read_metrics
+from spidr.tools.tensors import load_verified
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,6 @@ from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 from spidr.config import SAMPLE_RATE, Config, DinoSRConfig, read_config
@@ -46,7 +45,8 @@ with command_needs("train", __name__):
     from spidr.models import DinoSR
     from spidr.models.codebook import count_perplexity
     from spidr.models.flops import step_flops
-    from spidr.models.hub import build_model, load_into, load_weights, recorded_config
+    from spidr.models.hub import build_model, load_weights, recorded_config
+    from spidr.models.weights import load_into
     from spidr.optimizer import build_optimizer, drop_frozen
     from spidr.run import Run
 
@@ -352,7 +352,7 @@ def model_settings(cfg: Config) -> DinoSRConfig:
         return cfg.model
     # A run that has begun has it in its own folder: the other one may be gone by now.
     begun = cfg.run.dir / "config.json"
-    recorded = recorded_config(begun if begun.exists() else Path(cfg.run.init_ckpt), cfg.run.model_type)
+    recorded = recorded_config(begun if begun.exists() else cfg.run.init_ckpt, cfg.run.model_type)
     if recorded is None:
         return cfg.model
     given = {name: getattr(cfg.model, name) for name in cfg.model_given or () if hasattr(recorded, name)}
