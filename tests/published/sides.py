@@ -26,11 +26,21 @@ from torch import nn
 from spidr.config import DinoSRConfig, MaskingConfig, OptimizerConfig, SpidRConfig
 
 SHAPE: dict[str, Any] = {
-    "extractor_conv_layer_config": [(16, 10, 5), (16, 8, 8), (16, 4, 4)], "encoder_embed_dim": 24,
-    "encoder_pos_conv_kernel": 9, "encoder_pos_conv_groups": 2, "encoder_pos_conv_depth": 2, "encoder_num_layers": 4,
-    "encoder_num_heads": 2, "encoder_ff_interm_features": 48, "codebook_size": 12, "num_codebooks": 2,
-    "encoder_attention_dropout": 0.0, "encoder_dropout": 0.0, "encoder_layer_drop": 0.0,
-}  # fmt: skip
+    "extractor_conv_layer_config": [(16, 10, 5), (16, 8, 8), (16, 4, 4)],
+    "encoder_embed_dim": 24,
+    "encoder_pos_conv_kernel": 9,
+    "encoder_pos_conv_groups": 2,
+    "encoder_pos_conv_depth": 2,
+    "encoder_num_layers": 4,
+    "encoder_num_heads": 2,
+    "encoder_ff_interm_features": 48,
+    "codebook_size": 12,
+    "num_codebooks": 2,
+    "encoder_attention_dropout": 0.0,
+    "encoder_dropout": 0.0,
+    "encoder_layer_drop": 0.0,
+}
+SHAPES = ({}, {"encoder_layer_norm_first": True}, {"extractor_mode": "group_norm", "encoder_qkv_bias": True})
 PROMISES = {}
 
 
@@ -114,8 +124,10 @@ def losses(folder: Path) -> Any:
         for options in ({}, {"encoder_layer_norm_first": True}):
             key, m = f"{kind} {sorted(options)}", model(kind, **options)
             for name, mask, attends in (
-                ("mask", masked(), None), ("no mask", None, None), ("padding", masked(frames=20), attention_mask([39, 30, 20]))
-            ):  # fmt: skip
+                ("mask", masked(), None),
+                ("no mask", None, None),
+                ("padding", masked(frames=20), attention_mask([39, 30, 20])),
+            ):
                 mask = mask if mask is None else nn.functional.pad(mask, (0, 39 - mask.shape[1]))
                 with torch.no_grad():
                     loss, outputs = forward(m, waveforms(), mask, attention_mask=attends)
@@ -205,9 +217,14 @@ def units(folder: Path) -> Any:
     joint, phone_names, columns = proba_phone_code(data, num_units=12, num_phones=9, only_active=True)
     return {
         "quality": list(units_quality(data, num_units=12, num_phones=9)),
-        "counts": counts.sum(1), "names": sorted(names), "joint": joint.sum(0), "rows": sorted(phone_names),
-        "columns": sorted(columns.tolist()), "bits": bitrate(num_units=256), "bits of": bitrate(num_units=12, sequences=[c for _, c in data.values()]),
-    }  # fmt: skip
+        "counts": counts.sum(1),
+        "names": sorted(names),
+        "joint": joint.sum(0),
+        "rows": sorted(phone_names),
+        "columns": sorted(columns.tolist()),
+        "bits": bitrate(num_units=256),
+        "bits of": bitrate(num_units=12, sequences=[c for _, c in data.values()]),
+    }
 
 
 @promise
@@ -221,9 +238,12 @@ def manifests(folder: Path) -> Any:
         tar.add(folder / "a", "a")
     found: dict[str, Any] = {}
     for name, arguments in {
-        "csv": ["a", "m.csv"], "options first": ["--ext", ".wav", "a", "n.csv"],
-        "any suffix": ["--ext", "_mic1.wav", "a", "o.csv"], "fairseq": ["--fairseq", "a", "m.tsv"], "tar": ["a.tar", "t.csv"],
-    }.items():  # fmt: skip
+        "csv": ["a", "m.csv"],
+        "options first": ["--ext", ".wav", "a", "n.csv"],
+        "any suffix": ["--ext", "_mic1.wav", "a", "o.csv"],
+        "fairseq": ["--fairseq", "a", "m.tsv"],
+        "tar": ["a.tar", "t.csv"],
+    }.items():
         command = [sys.executable, "-m", "spidr.data.write_manifest", *arguments]
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
         output = next(folder / a for a in arguments if a.endswith(("csv", "jsonl", "tsv")))
@@ -316,15 +336,24 @@ def building(folder: Path) -> Any:
     weights = m.state_dict()
     (folder / "run").mkdir(parents=True)
     kinds = {
-        "bare": weights, "model": {"model": weights}, "module": {"model": {f"module.{n}": v for n, v in weights.items()}},
+        "bare": weights,
+        "model": {"model": weights},
+        "module": {"model": {f"module.{n}": v for n, v in weights.items()}},
         "orig_mod": {"model": {f"_orig_mod.{n}": v for n, v in weights.items()}},
-    }  # fmt: skip
+    }
     for name, content in kinds.items():
         torch.save(content, folder / "run" / f"{name}.pt")
         for place, config in (
             ("bare table", dataclasses.asdict(cfg)),
-            ("whole", {"run": {"workdir": "w", "wandb_project": "p", "wandb_name": "n", "model_type": "spidr"}, "data": {"manifest": "m"}, "model": dataclasses.asdict(cfg)}),
-        ):  # fmt: skip
+            (
+                "whole",
+                {
+                    "run": {"workdir": "w", "wandb_project": "p", "wandb_name": "n", "model_type": "spidr"},
+                    "data": {"manifest": "m"},
+                    "model": dataclasses.asdict(cfg),
+                },
+            ),
+        ):
             (folder / "run" / "config.json").write_text(json.dumps(config))
             for path in (folder / "run" / f"{name}.pt", str(folder / "run" / f"{name}.pt")):
                 with contextlib.redirect_stdout(io.StringIO()):
@@ -359,10 +388,12 @@ def masks(folder: Path) -> Any:
     found = {}
     padding = torch.arange(400) >= torch.tensor([[400], [380], [400], [390]])
     for name, cfg in {
-        "static": MaskingConfig(), "uniform": MaskingConfig(mask_selection="uniform", mask_other=5.0),
-        "normal": MaskingConfig(mask_selection="normal", mask_other=2.0), "poisson": MaskingConfig(mask_selection="poisson"),
+        "static": MaskingConfig(),
+        "uniform": MaskingConfig(mask_selection="uniform", mask_other=5.0),
+        "normal": MaskingConfig(mask_selection="normal", mask_other=2.0),
+        "poisson": MaskingConfig(mask_selection="poisson"),
         "apart": MaskingConfig(no_mask_overlap=True, mask_prob=0.4),
-    }.items():  # fmt: skip
+    }.items():
         generator, share = MaskGenerator(cfg), []
         for seed in range(40):
             mask = generator(padding, generator=torch.Generator().manual_seed(seed))[0]
