@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from published import blocks
+from side_by_side import blocks
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "published"
 

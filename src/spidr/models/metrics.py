@@ -174,8 +174,8 @@ def proba_phone_code(
 
     Returns:
         Probabilities ``(phones, units)``, float64, every active column summing to 1; the phones of the rows, by falling
-        frequency; the units of the columns, int64, grouped by their most likely phone in the order of the rows, then by its
-        falling probability.
+        frequency; the units of the columns, int64 (units,), grouped by their most likely phone in the order of the
+        rows, then by its falling probability.
 
     Raises:
         InputError: As :func:`units_quality`.

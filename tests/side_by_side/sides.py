@@ -407,7 +407,8 @@ def configurations(folder: Path) -> Any:
     from spidr.config import read_config
 
     (folder / "c.toml").write_text(
-        '[run]\nworkdir = "w"\nwandb_project = "p"\nwandb_name = "n"\nmodel_type = "spidr"\n[data]\nmanifest = "m.csv"\n'
+        '[run]\nworkdir = "w"\nwandb_project = "p"\nwandb_name = "n"\nmodel_type = "spidr"\n'
+        '[data]\nmanifest = "m.csv"\n'
         "[model]\nema_timescale = 30000\n[optimizer]\nlr = 1\n"
     )
     cfg = read_config(folder / "c.toml")
