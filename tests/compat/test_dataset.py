@@ -134,6 +134,7 @@ def test_a_dataset_is_subclassed(manifest: Path) -> None:
     assert len(dataset) == dataset.manifest.height == 4
 
 
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")  # how torch starts workers
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_loader_of_the_parts(manifest: Path, workers: int) -> None:
     dataset = SpeechDatasetFromFiles(manifest, normalize=True)
