@@ -84,7 +84,7 @@ def test_signature(name: str) -> None:
     if not any(parameter.kind is parameter.VAR_POSITIONAL for parameter in actual.values()):
         named = [n for n, p in actual.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.POSITIONAL_ONLY)]
         assert named[: len(positional.split())] == [word.removesuffix("=") for word in positional.split()]
-    expected = [word for word in f"{positional} {keyword}".split() if word not in ("args", "kwargs")]
+    expected = [word for word in f"{positional} {keyword}".split() if word != "kwargs"]
     for word in expected:
         parameter = actual[word.removesuffix("=")]
         assert (parameter.default is not parameter.empty) == word.endswith("=")
