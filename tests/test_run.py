@@ -65,7 +65,7 @@ def test_folder_of_a_run(tmp_path: Path, manifest: Path, caplog: pytest.LogCaptu
     assert "finished 7 steps" in log
     lines = read_metrics(cfg.run.dir / "metrics.jsonl")
     assert [(line["step"], line["group"]) for line in lines] == [
-        (0, "dev"), (3, "train"), (4, "dev"), (6, "train"), (7, "dev")
+        (0, "dev"), (3, "train"), (4, "dev"), (6, "train"), (7, "train"), (7, "dev")
     ]  # fmt: skip
     per_codebook = {f"{name}_{layer}" for name in ("target_ppl", "pred_ppl") for layer in LAYERS}
     assert lines[0].keys() == {"step", "group", "loss", "target_ppl", "pred_ppl"} | per_codebook
@@ -161,7 +161,7 @@ def test_damaged_checkpoint_costs_only_time(tmp_path: Path, manifest: Path) -> N
 def test_checkpoint_that_cannot_be_used_is_an_error(tmp_path: Path, manifest: Path) -> None:
     train(read_config(write_config(tmp_path, manifest, optimizer={"max_steps": 1})))
     cfg = read_config(write_config(tmp_path, manifest, model={"encoder_num_layers": 3}))
-    with pytest.raises(InputError, match=r"final\.pt: does not fit the configured model .*another run\.wandb_name"):
+    with pytest.raises(InputError, match=r"encoder_num_layers = 4 there, 3 here.*another run\.wandb_name"):
         train(cfg)
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from spidr.tools.errors import InputError, first_line
-from spidr.tools.files import atomic_write
+from spidr.tools.files import atomic_write, why_not_written
 from spidr.tools.lazy import needs_extra
 from spidr.tools.untrusted import parse_json
 
@@ -69,11 +69,13 @@ class MetricsFile:
         path: The file.
         step: The step that the run goes on from. What a killed run wrote of later training steps is removed: it will be
             written again.
+        again: Step and group of another line that will be.
     """
 
-    def __init__(self, path: Path, step: int) -> None:
+    def __init__(self, path: Path, step: int, again: tuple[int, str] | None = None) -> None:
         self.path = path
-        kept = [line for line in read_metrics(path) if line["step"] <= step]
+        lines = read_metrics(path)
+        kept = [line for line in lines if line["step"] <= step and (line["step"], line["group"]) != again]
         self._written = {(line["step"], line["group"]) for line in kept}
         if path.exists():
             with atomic_write(path) as file:
@@ -97,7 +99,7 @@ class MetricsFile:
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
-            raise InputError(f"{self.path}: cannot be written ({error.strerror}); make room and start again") from error
+            raise why_not_written(self.path, error) from error
         self._written.add(key)
         return True
 
@@ -201,23 +203,3 @@ def find_wandb_run(project: str, name: str, run_id: str | None) -> Any:
         found = ", ".join(run.id for run in runs) or "none"
         raise InputError(f"wandb, {project}: expected one finished run {name!r}, found {found}; give --runid")
     return runs[0]
-
-
-class Means:
-    """Means over an interval, of values that come once a step, as sums that a checkpoint can hold."""
-
-    def __init__(self, state: dict[str, list[float]] | None = None) -> None:
-        self.sums: dict[str, list[float]] = state or {}
-
-    def add(self, values: dict[str, float]) -> None:
-        """Count a step's values."""
-        for name, value in values.items():
-            entry = self.sums.setdefault(name, [0.0, 0])
-            entry[0] += value
-            entry[1] += 1
-
-    def pop(self) -> dict[str, float]:
-        """The means, and start again."""
-        means = {name: total / count for name, (total, count) in self.sums.items()}
-        self.sums = {}
-        return means
