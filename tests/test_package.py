@@ -81,6 +81,7 @@ runpy.run_module({module!r}, run_name="__main__", alter_sys=True)
         "spidr.extract",
         "spidr.evaluate",
         "spidr.export",
+        "spidr.models",
         "spidr.report",
         "spidr.warm_start",
         "spidr.data.write_manifest",
@@ -230,6 +231,7 @@ MAY_IMPORT = {
 PLACES = {
     "cycler": {"report"},
     "fastabx": {"abx"},
+    "huggingface_hub": {"tools"},
     "matplotlib": {"report"},
     "onnxscript": {"export"},
     "polars": {"abx", "data", "extract"},  # tables are polars tables

@@ -18,12 +18,12 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from spidr.models.hub import load_verified
 from spidr.optimizer import Schedule, load_optimizer
 from spidr.tools.errors import InputError, first_line
 from spidr.tools.files import atomic_write, check_file, make_folder
 from spidr.tools.lazy import names_from
 from spidr.tools.metrics import read_metrics
+from spidr.tools.tensors import load_verified
 
 logger = logging.getLogger(__name__)
 

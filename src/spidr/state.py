@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +20,8 @@ from spidr.data import Batch, build_dataloader
 from spidr.data.loader import SpeechLoader
 from spidr.environment import Environment, StopFlag
 from spidr.models import DinoSR
-from spidr.models.hub import build_model, load_into, load_weights, recorded_config
+from spidr.models.hub import build_model, load_weights, recorded_config
+from spidr.models.weights import load_into
 from spidr.optimizer import Schedule, build_optimizer, drop_frozen
 from spidr.tools.errors import InputError
 from spidr.tools.meters import Last, Mean, PerCodebook, PerCodebookAndMean, Transport
@@ -178,7 +178,7 @@ def model_settings(cfg: Config) -> DinoSRConfig:
         return cfg.model
     # A run that has begun has it in its own folder: the other one may be gone by now.
     begun = cfg.run.dir / "config.json"
-    recorded = recorded_config(begun if begun.exists() else Path(cfg.run.init_ckpt), cfg.run.model_type)
+    recorded = recorded_config(begun if begun.exists() else cfg.run.init_ckpt, cfg.run.model_type)
     if recorded is None:
         return cfg.model
     given = {name: getattr(cfg.model, name) for name in cfg.model_given or () if hasattr(recorded, name)}

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from spidr.tools.errors import InputError
+from spidr.tools.files import check_file
 from spidr.tools.schema import show, show_key
 
 
@@ -54,6 +55,7 @@ def read_table(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     kind = "JSON" if path.suffix.lower() == ".json" else "TOML"
+    check_file(path)
     try:
         with path.open("rb") as file:
             raw = file.read(_MAX_BYTES + 1)
