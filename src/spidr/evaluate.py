@@ -200,7 +200,7 @@ def evaluate_model(
 
         from spidr.abx import Scorer
         from spidr.data import speech_dataset
-        from spidr.environment import Environment, choose_device
+        from spidr.environment import Environment
         from spidr.validate import codebooks_quality, encode_rows, phones_of_rows
 
     if not 1 <= max_batch_length <= MAX_SAMPLES:
@@ -211,7 +211,7 @@ def evaluate_model(
         raise InputError(f"layer must be between 1 and {total}, not {wrong[0]}")
     stride = math.prod(stride for _, _, stride in model.cfg.extractor_conv_layer_config)
     scorer = Scorer(items, frame_rate=Fraction(SAMPLE_RATE, stride)) if items is not None else None
-    env = Environment(0, 0, 1, choose_device(device))
+    env = Environment.alone(device)
     dataset = speech_dataset(manifest, normalize=True)
     phones = phones_of_rows(dataset.manifest, read_alignments(alignments, tier))
     if not phones:
