@@ -239,6 +239,7 @@ PLACES = {
     "safetensors": {"models"},
     "sklearn": {"extract"},
     "soundfile": {"data"},
+    "soxr": {"data"},
     "submitit": {"slurm"},
     "torchcodec": {"data"},
     "transformers": {"export"},

@@ -117,7 +117,7 @@ class State:
 
     def freeze_if_due(self) -> None:
         """Stop training extractor and projection from ``freeze_step`` on."""
-        if self.step >= self.model.cfg.freeze_step:
+        if self.step >= self.model.freeze_step:
             self.model.freeze_extractor()
             drop_frozen(self.optimizer, self.scheduler)
 
@@ -141,6 +141,7 @@ def build_state(cfg: Config, env: Environment, stop: StopFlag, hooks: Hooks, *, 
         hooks.on_model(model)
     model.to(env.device).train()
     model.reduction = env.all_reduce
+    model.defer_codebook_updates = True  # once a step, over all its micro-batches
     loader = hooks.loader(
         cfg.data,
         cfg.masking,

@@ -113,7 +113,7 @@ def train_step(state: State, micro_batches: list[Batch]) -> Measured | None:
     state.scheduler.step()
     state.step += 1
     measured = Measured(grad_norm=grad_norm, lr=lr, ema_decay=model.update_ema(state.step), **totals)
-    if state.step == model.cfg.freeze_step:
+    if state.step == model.freeze_step:
         state.freeze_if_due()
         state.network = wrap(model, state.cfg, env)  # DistributedDataParallel would wait for the frozen gradients
     if state.hooks.after_step is not None:
