@@ -208,8 +208,7 @@ MAY_IMPORT = {
     "optimizer": {"tools", "config"},
     "checkpoint": {"config", "models", "tools"},
     "compiled": {"tools", "config", "models"},
-    "abx": {"tools", "config", "data"},
-    "evaluate": {"tools", "config", "models", "data", "environment", "validate", "abx"},
+    "evaluate": {"tools", "config", "models", "data", "environment", "validate"},
     "report": {"config", "models", "data", "environment", "checkpoint", "validate", "tools"},
     "validate": {"config", "models", "data", "environment", "tools"},
     "extract": {"config", "models", "data", "environment", "tools"},
@@ -230,11 +229,12 @@ MAY_IMPORT = {
 
 PLACES = {
     "cycler": {"report"},
-    "fastabx": {"abx"},
+    "discophon": {"evaluate"},
+    "fastabx": {"evaluate"},
     "huggingface_hub": {"tools"},
     "matplotlib": {"report"},
     "onnxscript": {"export"},
-    "polars": {"abx", "data", "extract"},  # tables are polars tables
+    "polars": {"data", "evaluate", "extract"},  # tables are polars tables
     "praatio": {"data"},
     "safetensors": {"models"},
     "sklearn": {"extract"},
