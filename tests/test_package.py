@@ -213,21 +213,26 @@ MAY_IMPORT = {
     "report": {"config", "models", "data", "environment", "checkpoint", "validate", "tools"},
     "validate": {"config", "models", "data", "environment", "tools"},
     "extract": {"config", "models", "data", "environment", "tools"},
-    "slurm": {"config", "environment", "tools", "train", "validate"},
-    "run": {"config", "models", "data", "environment", "checkpoint", "state", "validate", "slurm", "tools"},
+    "slurm": {"config", "tools"},
+    "validation_jobs": {"config", "checkpoint", "slurm", "tools", "validate"},
+    "run": {
+        *("config", "models", "data", "environment", "checkpoint", "state", "validate", "validation_jobs", "tools"),
+    },
     "train": {
         *("config", "models", "data", "environment", "state", "run", "tools"),
     },
     "warm_start": {"config", "models", "data", "environment", "optimizer", "tools"},
     "export": {"config", "models", "tools"},
-    "metrics_queue": {"config", "slurm", "tools"},  # a command line of its own
+    "metrics_queue": {"validation_jobs"},  # a doorway
+    "inputs": {"config", "data", "models", "tools"},
     "compat": {"config", "models", "data", "environment", "optimizer", "tools"},
-    "__main__": {"config", "data", "environment", "slurm", "train", "tools"},
+    "__main__": {"config", "environment", "inputs", "slurm", "train", "tools"},
 }
 """Arrows point one way. ``run`` starts validation jobs; what the jobs call is imported inside them."""
 
 
 PLACES = {
+    "cloudpickle": {"slurm"},
     "cycler": {"report"},
     "discophon": {"evaluate"},
     "fastabx": {"evaluate"},

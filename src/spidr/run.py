@@ -24,7 +24,6 @@ from spidr.config import Config, read_config, to_dict
 from spidr.data import Batch
 from spidr.environment import Environment, Preempted, RunEndedError, StopFlag, environment, ranks
 from spidr.models.flops import peak_tflops, step_flops
-from spidr.slurm import ValidationJobs, validates_in_jobs
 from spidr.state import Hooks, Measured, State, build_state, may_differ, model_settings, wrap
 from spidr.tools.collapse import CollapseWatch
 from spidr.tools.errors import InputError, first_line
@@ -32,9 +31,11 @@ from spidr.tools.files import atomic_write, make_folder, remove_unfinished
 from spidr.tools.lock import Lock
 from spidr.tools.logging import FILE_ONLY, run_log
 from spidr.tools.meters import Interval, Readback
-from spidr.tools.metrics import MetricsFile, WandbSink, read_metrics
+from spidr.tools.metrics import MetricsFile, read_metrics
 from spidr.tools.profiler import StepProfiler
+from spidr.tools.wandb import WandbSink, wandb_mode
 from spidr.validate import layer_names, validate_set
+from spidr.validation_jobs import ValidationJobs, validates_in_jobs
 
 logger = logging.getLogger(__name__)
 
@@ -236,13 +237,17 @@ class Run:
         # The line of an interval that was interrupted is written again when it is complete.
         partial = step % cfg.run.log_interval > 0 and latest is not None and latest.name != "final.pt"
         self.metrics = MetricsFile(self.folder / "metrics.jsonl", step, again=(step, "train") if partial else None)
-        self.wandb = WandbSink(self.folder, cfg.run.wandb_project, cfg.run.wandb_name, cfg.run.wandb_mode, to_dict(cfg))
+        mode = wandb_mode(cfg.run.wandb_mode)
+        self.wandb = WandbSink(self.folder, cfg.run.wandb_project, cfg.run.wandb_name, mode, to_dict(cfg))
         self._stack.callback(self.wandb.close)
         for line in read_metrics(self.metrics.path):
             self.wandb.push(line)
         self.jobs = ValidationJobs(self.folder) if cfg.validation and validates_in_jobs(cfg) else None
         if self.jobs is not None:
-            self.checkpointer.needed = self.jobs.pending
+            self._stack.callback(self.jobs.close)
+            self.checkpointer.needed = self.jobs.needed
+            self._collect_validation()
+            self.jobs.submit_again(cfg)
 
     def _warn_of_size(self) -> None:
         """Say what the run will take: disk for its checkpoints and, on a CPU, time."""
@@ -432,9 +437,12 @@ class Run:
 
     def _collect_validation(self) -> None:
         """Take the results of validation jobs that have come in."""
-        if self.jobs is not None:
-            for line in self.jobs.collect():
-                self._write(line)
+        if self.jobs is None:
+            return
+        for line in self.jobs.collect():
+            self._write(line)
+            self.checkpointer.remove_old(self.state.step)
+        self.jobs.report()
 
     def _print_units(self, group: str) -> None:
         lines = {line["step"]: line for line in read_metrics(self.metrics.path) if line["group"] == group}
