@@ -20,7 +20,7 @@ from spidr.checkpoint import CONTENTS
 from spidr.config import Config, read_config
 from spidr.environment import Preempted
 from spidr.models import DinoSR
-from spidr.tools import metrics, profiler
+from spidr.tools import profiler, wandb
 from spidr.tools.errors import InputError
 from spidr.tools.lock import Process
 from spidr.tools.metrics import read_metrics
@@ -242,7 +242,7 @@ def test_unreachable_wandb_does_not_stop_training(
 ) -> None:
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
-    monkeypatch.setattr(metrics, "TIMEOUT", 2.0)
+    monkeypatch.setattr(wandb, "TIMEOUT", 2.0)
     cfg = read_config(write_config(tmp_path, manifest, run={"wandb_mode": "online"}, optimizer={"max_steps": 2}))
     train(cfg)
     assert (cfg.run.dir / "final.pt").exists()
