@@ -19,8 +19,8 @@ from tiny_run import write_config, write_recordings
 
 SOURCE = Path(__file__).parents[1] / "src" / "spidr"
 EXTRAS = {
-    "train": {"polars", "praatio", "soundfile", "submitit", "torchcodec", "tqdm", "viztracer", "wandb"},
-    "extract": {"polars", "sklearn", "soundfile", "torchcodec", "tqdm"},
+    "train": {"polars", "praatio", "soundfile", "soxr", "submitit", "torchcodec", "tqdm", "viztracer", "wandb"},
+    "extract": {"polars", "sklearn", "soundfile", "soxr", "torchcodec", "tqdm"},
     "plot": {"cycler", "matplotlib"},
     "abx": {"tools", "fastabx"},
     "export": {"onnx", "onnxruntime", "onnxscript", "safetensors", "transformers"},

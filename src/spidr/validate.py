@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from spidr.config import SAMPLE_RATE, Config, DataConfig, MaskingConfig, ResumeConfig
 from spidr.data import Batch, build_validation_dataloader, speech_dataset
-from spidr.data.alignments import FRAME_STEP, Alignments, read_alignments
+from spidr.data.alignments import FRAME_STEP, Alignments, fit, read_alignments
 from spidr.data.names import match_rows
 from spidr.environment import Environment, Preempted, StopFlag, environment
 from spidr.models import DinoSR
@@ -210,7 +210,9 @@ def codebooks_quality(model: DinoSR, phones: dict[int, list[str]], units: dict[i
         phones: Of the recordings, by row, one per 10 ms.
         units: Of the same recordings or some of them, (K, T).
     """
-    num_phones = len({phone for row in units for phone in phones[row]})
+    frames = {row: codebooks.shape[1] * frame_step(model) // FRAME_STEP for row, codebooks in units.items()}
+    phones = {row: fit(phones[row], frames[row]) or phones[row] for row in units}
+    num_phones = len({phone for labels in phones.values() for phone in labels})
     qualities = []
     for k in range(model.num_codebooks):
         aligned = {f"row {row}": (phones[row], codebooks[k].numpy()) for row, codebooks in sorted(units.items())}
