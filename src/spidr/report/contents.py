@@ -19,7 +19,7 @@ from spidr.checkpoint import Checkpointer
 from spidr.config import SAMPLE_RATE, Config, DataConfig, SpidRConfig, read_config, to_dict
 from spidr.data import speech_dataset
 from spidr.data.alignments import FRAME_STEP, read_alignments
-from spidr.environment import Environment, choose_device
+from spidr.environment import Environment
 from spidr.models.metrics import proba_phone_code
 from spidr.models.weights import read_weights
 from spidr.report import figures
@@ -216,7 +216,7 @@ class Report:
     def _units(
         self, group: str, data: DataConfig, checkpoint: Path, layer: int | None, max_minutes: float, device: str
     ) -> None:
-        env = Environment(0, 0, 1, choose_device(device))
+        env = Environment.alone(device)
         model = load_trained(self.cfg, checkpoint).to(env.device)
         numbers = model.codebook_layers
         chosen = self._layer(group, layer, numbers)
