@@ -730,4 +730,6 @@ class _Block:
 def _autocast(x: Tensor) -> Tensor:
     """In the type that autocast gives to matrix products, as operations of ours are unknown to it."""
     device = x.device.type
-    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return x
+    return x.to(torch.get_autocast_dtype(device))
