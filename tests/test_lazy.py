@@ -39,8 +39,12 @@ def test_what_is_missing_is_said() -> None:
 def test_a_broken_module_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An AttributeError while a module is imported is no missing name."""
     (tmp_path / "lazily").mkdir()
-    init = "from spidr.tools.lazy import lazy_names\n__getattr__ = lazy_names(__name__, {'run': 'posix'})\n__all__ = ['run']\n"
-    (tmp_path / "lazily/__init__.py").write_text(init)
+    lines = [
+        "from spidr.tools.lazy import lazy_names",
+        "__all__ = ['run']",
+        "__getattr__ = lazy_names(__name__, {'run': 'posix'})",
+    ]
+    (tmp_path / "lazily/__init__.py").write_text("\n".join(lines))
     (tmp_path / "lazily/posix.py").write_text("import signal\nsignal.SIGNOTHING\ndef run(): ...\n")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(

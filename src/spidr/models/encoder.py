@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from spidr.config import SAMPLE_RATE, DinoSRConfig
 from spidr.models.extractor import FeatureExtractor, FeatureProjection
-from spidr.models.kernels import exact_products, untouched
+from spidr.models.kernels import exact_products, known, untouched
 from spidr.models.long import extract_features, final_output, frame_reader, layer_outputs, window_frames, windows
 from spidr.models.transformer import Transformer
 from spidr.tools.errors import InputError
@@ -26,6 +26,11 @@ from spidr.tools.waveforms import Read, moments, standardise, warn_if_quiet
 
 Waveforms = Tensor | NDArray[Any]
 Lengths = Tensor | NDArray[Any] | Sequence[int]
+
+
+@known
+class Head(nn.Sequential):
+    """Linear, then log-softmax: log-probabilities of the codewords."""
 
 
 class Encoder(nn.Module):
@@ -54,7 +59,7 @@ class Encoder(nn.Module):
         self.feature_projection = FeatureProjection(shapes[-1][0], dim)
         self.student = Transformer.build(cfg)
         self.heads = nn.ModuleList(
-            nn.Sequential(nn.Linear(dim, cfg.codebook_size), nn.LogSoftmax(dim=-1)) for _ in range(cfg.num_codebooks)
+            Head(nn.Linear(dim, cfg.codebook_size), nn.LogSoftmax(dim=-1)) for _ in range(cfg.num_codebooks)
         )
         self.extractor_frozen = False
 
@@ -272,7 +277,7 @@ class Encoder(nn.Module):
         """Scores of a layer's units, (B, T, V), from projected features: what its head gives before its softmax."""
         index = layer - self.codebook_layers.start
         head, (hidden,) = self.heads[index], self._hidden(features, attention_mask, index + 1, index)
-        return cast("nn.Sequential", head)[0](hidden) if _are_plain([head]) else head(hidden)
+        return cast("Head", head)[0](hidden) if _are_plain([head]) else head(hidden)
 
     @property
     def frame_seconds(self) -> float:
@@ -384,7 +389,7 @@ def _are_plain(heads: Sequence[nn.Module]) -> bool:
         return False
     shapes = set()
     for head in heads:
-        if not isinstance(head, nn.Sequential) or [type(module) for module in head] != [nn.Linear, nn.LogSoftmax]:
+        if not isinstance(head, Head) or [type(module) for module in head] != [nn.Linear, nn.LogSoftmax]:
             return False
         linear, log_softmax = head
         if linear.bias is None or log_softmax.dim != -1:
@@ -395,7 +400,7 @@ def _are_plain(heads: Sequence[nn.Module]) -> bool:
 
 def _logits(heads: Sequence[nn.Module], hidden: list[Tensor]) -> Tensor:
     """K heads in one product: K tensors (..., D), or one for all, to (K, ..., V)."""
-    linears = cast("list[nn.Linear]", [cast("nn.Sequential", head)[0] for head in heads])
+    linears = cast("list[nn.Linear]", [cast("Head", head)[0] for head in heads])
     weight, bias = torch.stack([h.weight for h in linears]), torch.stack([h.bias for h in linears])
     if len(hidden) == 1:
         return F.linear(hidden[0], weight.flatten(0, 1), bias.flatten()).unflatten(-1, bias.shape).movedim(-2, 0)
