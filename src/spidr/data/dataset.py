@@ -19,7 +19,7 @@ from spidr.tools.frames import conv_length
 from spidr.tools.lazy import names_from
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from numpy.typing import NDArray
 
@@ -40,8 +40,9 @@ class SpeechDataset(Dataset[Tensor]):
         normalize: Whether each recording is standardised over its whole length (population variance, 1e-5 added to it).
     """
 
-    def __init__(self, manifest_path: str | Path | pl.DataFrame, *, normalize: bool) -> None:
-        self.manifest = read_manifest(manifest_path) if isinstance(manifest_path, str | Path) else manifest_path
+    def __init__(self, manifest_path: str | Path | Sequence[str | Path] | pl.DataFrame, *, normalize: bool) -> None:
+        given = manifest_path
+        self.manifest = given if isinstance(given, pl.DataFrame) else read_manifest(given)
         self.normalize = normalize
 
     def __len__(self) -> int:
@@ -84,11 +85,11 @@ def iter_recordings(manifest: pl.DataFrame) -> Iterator[Recording]:
         yield from recordings_of(rows)
 
 
-def speech_dataset(path: str | Path, *, normalize: bool) -> SpeechDataset:
+def speech_dataset(path: str | Path | Sequence[str | Path], *, normalize: bool) -> SpeechDataset:
     """Recordings of the manifest at ``path``; ``[i]`` is row i's waveform, float32 (S,) at 16 kHz.
 
     Args:
-        path: A manifest (see :func:`spidr.data.read_manifest`).
+        path: A manifest, or several (see :func:`spidr.data.read_manifest`).
         normalize: Standardise each recording over its whole length, as the published models expect.
     """
     return SpeechDataset(path, normalize=normalize)

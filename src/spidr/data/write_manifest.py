@@ -80,12 +80,13 @@ with command_needs("train", __name__):
     import numpy as np
     import polars as pl
 
-    from spidr.config import SAMPLE_RATE
+    from spidr.config import SAMPLE_RATE, DataConfig
     from spidr.data.audio import num_samples, statistics
     from spidr.data.dataset import iter_recordings
     from spidr.data.decoders import AUDIO
     from spidr.data.manifest import SCHEMA, is_table, read_manifest, stem
     from spidr.data.measure import measure, problems_of
+    from spidr.data.summary import summarise
 
     if TYPE_CHECKING:
         from spidr.data.recording import Recording
@@ -396,6 +397,9 @@ def main(argv: list[str] | None = None) -> None:
     say = sys.stderr.write
     say(f"{args.output}: {len(lengths):,} recordings, {lengths.sum() / 3600:,.2f} h ")
     say(f"(each {np.min(lengths):,.2f} s to {np.max(lengths):,.2f} s)\n")
+    cfg = DataConfig(str(args.output))
+    for warning in summarise(manifest["num_samples"].to_numpy(), cfg, cfg.min_sample_size, None).warnings(cfg):
+        say(f"With the default settings of [data], {warning}.\n")
     if left_out:
         say(f"left out, because they cannot be read: {len(left_out):,}\n")
         say("".join(f"  {error}\n" for error in left_out))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from spidr.config import SAMPLE_RATE, DinoSRConfig
 from spidr.models.extractor import FeatureExtractor, FeatureProjection
-from spidr.models.kernels import exact_products, known, untouched
+from spidr.models.kernels import exact_products, known, linear, suits_onednn, untouched
 from spidr.models.long import extract_features, final_output, frame_reader, layer_outputs, window_frames, windows
 from spidr.models.transformer import Transformer
 from spidr.tools.errors import InputError
@@ -72,6 +72,11 @@ class Encoder(nn.Module):
         )
 
     @property
+    def conv_shapes(self) -> Sequence[tuple[int, int, int]]:
+        """(out_channels, kernel, stride) of the extractor's convolutions, as they are now."""
+        return getattr(self.feature_extractor, "shapes", None) or self.cfg.extractor_conv_layer_config
+
+    @property
     def num_codebooks(self) -> int:
         """Number of codebooks K; codebook ``k`` belongs to layer ``num_layers - K + k`` (from 0)."""
         return len(self.heads)
@@ -103,7 +108,7 @@ class Encoder(nn.Module):
             InputError: If the shapes are others, the samples are no floats, or a length gives no frame or exceeds S.
         """
         counted = _check_waveforms(waveforms, lengths, self.mask_embedding.dtype)
-        shapes, samples = self.feature_extractor.shapes, waveforms.shape[1]
+        shapes, samples = self.conv_shapes, waveforms.shape[1]
         if counted is not None:
             if attention_mask is None:
                 _check_lengths(counted, samples, shapes)
@@ -282,7 +287,7 @@ class Encoder(nn.Module):
     @property
     def frame_seconds(self) -> float:
         """Seconds from one frame to the next."""
-        return math.prod(stride for _, _, stride in self.feature_extractor.shapes) / SAMPLE_RATE
+        return math.prod(stride for _, _, stride in self.conv_shapes) / SAMPLE_RATE
 
     def windows(
         self, read: Read, num_samples: int, function: Callable[[Tensor, None], Tensor], *, size: int, context: int
@@ -303,7 +308,7 @@ class Encoder(nn.Module):
         yield from windows(
             lambda start, stop: self.feature_projection(extract(start, stop)),
             lambda x: function(x, None),
-            self.feature_extractor.num_frames(num_samples),
+            conv_length(self.conv_shapes, num_samples),
             size=size,
             context=context,
         )
@@ -345,7 +350,7 @@ class Encoder(nn.Module):
         x = self._as_tensor(waveforms)
         counted = _check_waveforms(x, lengths, self.mask_embedding.dtype)
         batch, samples = x.shape
-        shapes = self.feature_extractor.shapes
+        shapes = self.conv_shapes
         if counted is not None:
             _check_lengths(counted, samples, shapes)
             counted = counted.to(x.device)
@@ -391,19 +396,21 @@ def _are_plain(heads: Sequence[nn.Module]) -> bool:
     for head in heads:
         if not isinstance(head, Head) or [type(module) for module in head] != [nn.Linear, nn.LogSoftmax]:
             return False
-        linear, log_softmax = head
-        if linear.bias is None or log_softmax.dim != -1:
+        first, log_softmax = head
+        if first.bias is None or log_softmax.dim != -1:
             return False
-        shapes.add(linear.weight.shape)
+        shapes.add(first.weight.shape)
     return len(shapes) == 1
 
 
 def _logits(heads: Sequence[nn.Module], hidden: list[Tensor]) -> Tensor:
-    """K heads in one product: K tensors (..., D), or one for all, to (K, ..., V)."""
+    """K heads, in one product unless oneDNN is faster: K tensors (..., D), or one for all, to (K, ..., V)."""
     linears = cast("list[nn.Linear]", [cast("Head", head)[0] for head in heads])
+    if len(hidden) > 1 and suits_onednn(hidden[0], linears[0].weight):
+        return torch.stack([linear(x, h.weight, h.bias) for x, h in zip(hidden, linears, strict=True)])
     weight, bias = torch.stack([h.weight for h in linears]), torch.stack([h.bias for h in linears])
     if len(hidden) == 1:
-        return F.linear(hidden[0], weight.flatten(0, 1), bias.flatten()).unflatten(-1, bias.shape).movedim(-2, 0)
+        return linear(hidden[0], weight.flatten(0, 1), bias.flatten()).unflatten(-1, bias.shape).movedim(-2, 0)
     logits = torch.baddbmm(bias.unsqueeze(1), torch.stack(hidden).flatten(1, -2), weight.transpose(1, 2))
     return logits.unflatten(1, hidden[0].shape[:-1])
 
