@@ -279,8 +279,6 @@ modules = pytest.mark.parametrize("path", sorted(SOURCE.rglob("*.py")), ids=lamb
 
 @modules
 def test_import_directions(path: Path) -> None:
-    if path.relative_to(SOURCE).as_posix() == "models/components.py":
-        return  # the doorway of spidr.compat.components
     part = part_of(path)
     parts = {name.split(".")[1] for name in imported(path) if name.startswith("spidr.")}
     assert parts - {part} <= MAY_IMPORT.get(part, set())
