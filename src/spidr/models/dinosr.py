@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from spidr.config import SAMPLE_RATE, DinoSRConfig
 from spidr.models.codebook import Codebook, StepStatistics, assign, count_perplexity, standardise
 from spidr.models.extractor import FeatureExtractor, FeatureProjection
-from spidr.models.lean import Dropout
+from spidr.models.kernels import Dropout
 from spidr.models.transformer import Transformer
 from spidr.tools.errors import InputError
 from spidr.tools.frames import conv_length

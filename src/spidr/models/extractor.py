@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spidr.models.lean import is_lean
+from spidr.models.kernels import is_lean
 from spidr.tools.errors import InputError
 from spidr.tools.frames import conv_length, receptive_field
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spidr.config import DinoSRConfig
-from spidr.models.lean import Dropout, attend, recomputed
+from spidr.models.kernels import Dropout, attend, recomputed
 
 LONG = 16_384
 """Frames above which inference goes piece by piece, so that a few (T, D) tensors are all there is at a time."""

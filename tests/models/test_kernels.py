@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from operators import Operators
-from spidr.models import lean
+from spidr.models import kernels
 from spidr.models.transformer import FeedForward
 
 P = 0.3
@@ -30,7 +30,7 @@ def kept_bytes(function: Any, *inputs: Tensor) -> int:
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
 def test_share_dropped(p: float) -> None:
     torch.manual_seed(0)
-    dropped, scale = lean.draw_dropped((1001, 999), p)
+    dropped, scale = kernels.draw_dropped((1001, 999), p)
     assert dropped.shape == (1001, 999)
     assert dropped.dtype == torch.bool
     assert scale == pytest.approx(1 / (1 - p), rel=1e-4 / (1 - p))
@@ -44,7 +44,7 @@ def test_share_dropped(p: float) -> None:
 
 @pytest.mark.parametrize("p", [1e-9, 1 - 1e-9])
 def test_extreme_probabilities(p: float) -> None:
-    dropped, scale = lean.draw_dropped((400, 400), p)
+    dropped, scale = kernels.draw_dropped((400, 400), p)
     assert dropped.float().mean().sub(p).abs() < 1e-3
     assert math.isfinite(scale)
 
@@ -54,15 +54,15 @@ def test_draws_depend_on_the_seed_only() -> None:
     for threads in (1, 2):
         torch.set_num_threads(threads)
         torch.manual_seed(3)
-        draws.append(lean.draw_dropped((500, 500), P)[0])
+        draws.append(kernels.draw_dropped((500, 500), P)[0])
     torch.set_num_threads(1)
     assert torch.equal(*draws)
-    assert not torch.equal(draws[0], lean.draw_dropped((500, 500), P)[0])
+    assert not torch.equal(draws[0], kernels.draw_dropped((500, 500), P)[0])
 
 
 def test_dropout() -> None:
     torch.manual_seed(0)
-    dropout, x = lean.Dropout(P), torch.randn(300, 200, dtype=torch.float64, requires_grad=True)
+    dropout, x = kernels.Dropout(P), torch.randn(300, 200, dtype=torch.float64, requires_grad=True)
     out = dropout(x)
     factor = 1 / (1 - round(P * 2**16) / 2**16)
     dropped = out == 0
@@ -71,9 +71,9 @@ def test_dropout() -> None:
     (grad,) = torch.autograd.grad(out.sum(), x)
     torch.testing.assert_close(grad, torch.full_like(x, factor).masked_fill(dropped, 0))
     assert torch.equal(dropout.eval()(x), x)
-    assert torch.equal(lean.Dropout(0.0)(x), x)
-    assert torch.equal(lean.Dropout(1.0)(x), torch.zeros_like(x))
-    assert kept_bytes(lean.Dropout(P), x) == x.numel()  # one byte each
+    assert torch.equal(kernels.Dropout(0.0)(x), x)
+    assert torch.equal(kernels.Dropout(1.0)(x), torch.zeros_like(x))
+    assert kept_bytes(kernels.Dropout(P), x) == x.numel()  # one byte each
 
 
 MASKS = {
@@ -87,13 +87,13 @@ MASKS = {
 @pytest.mark.parametrize("at_a_time", [1, 23 * 23 * 4, 1 << 20])
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS.keys())
 def test_attention(mask: Tensor | None, at_a_time: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lean, "WEIGHTS_AT_A_TIME", at_a_time)
+    monkeypatch.setattr(kernels, "WEIGHTS_AT_A_TIME", at_a_time)
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, 3, 23, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
     torch.manual_seed(1)
-    found = lean.attend(q, k, v, mask, P)
+    found = kernels.attend(q, k, v, mask, P)
     torch.manual_seed(1)
-    dropped, scale = lean.draw_dropped((6, 23, 23), P)
+    dropped, scale = kernels.draw_dropped((6, 23, 23), P)
     scores = q @ k.transpose(2, 3) / math.sqrt(8)
     if mask is not None:
         scores = scores.masked_fill(~mask, -1e300)
@@ -108,7 +108,7 @@ def test_attention(mask: Tensor | None, at_a_time: int, monkeypatch: pytest.Monk
 def test_attention_keeps_no_weights() -> None:
     frames, dim = 600, 4
     q, k, v = (torch.randn(1, 2, frames, dim, requires_grad=True) for _ in range(3))
-    kept = kept_bytes(lambda *x: lean.attend(*x, None, P), q, k, v)
+    kept = kept_bytes(lambda *x: kernels.attend(*x, None, P), q, k, v)
     assert kept < 2 * frames * frames * 1.2  # one byte for each weight, and inputs
 
 
@@ -137,11 +137,11 @@ def test_feed_forward_with_dropout_recomputes_the_same_draws() -> None:
 def test_elsewhere_it_is_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(2, 3, 5, 4)
     with torch.no_grad():
-        assert not lean.is_lean(x)
+        assert not kernels.is_lean(x)
         torch.manual_seed(0)
         expected = nn.Dropout(P)(x)
         torch.manual_seed(0)
-        assert torch.equal(lean.Dropout(P)(x), expected)
-    assert not lean.is_lean(x.to("meta"))
+        assert torch.equal(kernels.Dropout(P)(x), expected)
+    assert not kernels.is_lean(x.to("meta"))
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    assert not lean.is_lean(x)
+    assert not kernels.is_lean(x)

@@ -1,0 +1,248 @@
+"""One process at a time works in a folder or on a file. A lock whose owner is gone is taken over."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import secrets
+import socket
+import threading
+import time
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+
+from spidr.tools.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+BEAT = 5.0
+"""Seconds between two signs of life of an owner."""
+
+SILENCE = 60.0
+"""Seconds without one after which an owner on another machine counts as dead."""
+
+PATIENCE = 120.0
+"""Seconds to wait for a predecessor of the same SLURM job or torchrun that is still ending."""
+
+
+@dataclass(frozen=True)
+class Process:
+    """A process, told apart from all others of any machine, also from later ones with the same id."""
+
+    machine: str
+    pid: int
+    started: str
+
+    @classmethod
+    def current(cls) -> Process:
+        """This process."""
+        return cls(_machine(), os.getpid(), _start_time(os.getpid()) or "")
+
+    def is_alive(self) -> bool | None:
+        """Whether it still runs; None if that cannot be seen from here."""
+        if not self.machine or self.machine != _machine():
+            return None
+        return _start_time(self.pid) == self.started
+
+
+def _machine() -> str:
+    """What the ids of processes belong to: a boot of a machine and a container on it; empty where there is no /proc."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text()
+        names = f"{boot.strip()} {os.readlink('/proc/self/ns/pid')}"  # noqa: PTH115
+    except OSError:
+        return ""
+    return hashlib.sha256(names.encode()).hexdigest()[:12]
+
+
+def _start_time(pid: int) -> str | None:
+    """When a process started, in clock ticks since boot; None if it has ended."""
+    try:
+        # The name, in parentheses, may hold anything.
+        state, *fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+    except (OSError, ValueError):
+        return None
+    return None if state in (b"Z", b"X") else fields[18].decode()
+
+
+@dataclass(frozen=True)
+class Owner:
+    """Who holds a lock, and since when."""
+
+    host: str
+    process: Process
+    job: str
+    since: str
+    token: str
+
+    @classmethod
+    def current(cls) -> Owner:
+        """This process, from now on."""
+        run = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+        job = os.environ.get("SLURM_JOB_ID", "") or ("" if run == "none" else run)
+        now = datetime.now(UTC).astimezone().isoformat(" ", timespec="seconds")
+        return cls(socket.gethostname(), Process.current(), job, now, secrets.token_hex(8))
+
+    def __str__(self) -> str:
+        job = f", job {self.job}" if self.job else ""
+        return f"process {self.process.pid} on {self.host}{job}, since {self.since}"
+
+
+_UNKNOWN = Owner("an unknown machine", Process("", 0, ""), "", "an unknown time", "")
+
+
+class Lock:
+    """A lock on a folder or file, held inside a ``with`` block.
+
+    It is a small hidden file beside the file, or in the folder, which says who holds it and is touched every few
+    seconds. It works across machines on a shared file system and depends on no clock.
+
+    Args:
+        target: An existing folder, or a file, which need not exist, in an existing folder.
+        doing: What the owner does, for the message: "is training in this folder".
+
+    Raises:
+        InputError: On entering, if another process holds the lock or the folder cannot be written to.
+    """
+
+    def __init__(self, target: Path, doing: str) -> None:
+        self.target, self.doing = target, doing
+        name = target.name if len(os.fsencode(target.name)) < 200 else hashlib.sha256(target.name.encode()).hexdigest()
+        self.path = target / ".spidr.lock" if target.is_dir() else target.with_name(f".{name}.lock")
+        self._owner = _UNKNOWN
+        self._successor: Owner | None = None
+        self._ended = threading.Event()
+
+    def __enter__(self) -> Lock:
+        self._owner = Owner.current()
+        mine = self.path.with_name(f".spidr-{self._owner.token}.lock")
+        try:
+            mine.write_text(json.dumps(asdict(self._owner)))
+            try:
+                self._acquire(mine)
+            finally:
+                mine.unlink(missing_ok=True)
+        except OSError as error:
+            raise InputError(f"{self.target}: cannot be locked ({error.strerror}); choose another place") from error
+        self._ended.clear()
+        self._thread = threading.Thread(target=self._beat, name="lock", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._ended.set()
+        self._thread.join(BEAT)
+        with suppress(OSError):
+            if self._read()[0].token == self._owner.token:
+                self.path.unlink()
+
+    def check(self) -> None:
+        """See that the lock is still held: nothing may be written if it is not.
+
+        Raises:
+            InputError: This process seemed dead, because its machine or file system stood still, and another went on.
+        """
+        if self._successor is not None:
+            raise InputError(
+                f"{self.target}: this process gave no sign of life for {SILENCE:g} s; {self._successor} goes on instead"
+            )
+
+    # ------------------------------------------------------------------------------------------------- internals
+
+    def _acquire(self, mine: Path) -> None:
+        """Put ``mine`` in place of the lock file, if that is absent or its owner is gone."""
+        seen, beat, changed = _UNKNOWN, -1, False
+        first = since = time.monotonic()
+        while not self._create(mine):
+            try:
+                owner, new_beat = self._read()
+            except FileNotFoundError:  # released just now
+                continue
+            now = time.monotonic()
+            if owner.token == self._owner.token:  # the answer of a file server was lost
+                return
+            if owner != seen:
+                seen, beat, changed, since, first = owner, new_beat, False, now, now
+            elif new_beat != beat:
+                beat, changed, since = new_beat, True, now
+            alive = owner.process.is_alive()
+            if alive is None and now - since > SILENCE:
+                alive = False
+            elif alive is None and changed:
+                alive = True
+            if alive is False:
+                if self._take_over(mine, owner):
+                    logger.warning("%s: taken over from %s, which is gone", self.target, owner)
+                    return
+            elif alive and not (owner.job and owner.job == self._owner.job and now - first < PATIENCE):
+                raise InputError(
+                    f"{self.target}: another process {self.doing} ({owner}). Wait for it, or end it first."
+                )
+            elif now - first < 0.5:
+                logger.info("%s: waiting to see whether %s is alive", self.target, owner)
+            time.sleep(0.5)
+
+    def _create(self, mine: Path) -> bool:
+        """Make the lock file, unless there is one, in one step: on a network file system, too."""
+        try:
+            self.path.hardlink_to(mine)
+        except FileExistsError:
+            return False
+        except OSError:  # a file system without hard links
+            try:
+                with self.path.open("x") as file:
+                    file.write(json.dumps(asdict(self._owner)))
+            except FileExistsError:
+                return False
+        return True
+
+    def _take_over(self, mine: Path, gone: Owner) -> bool:
+        """Replace the lock file of an owner that is gone, unless another process has been faster."""
+        guard = self.path.with_name(f"{self.path.name}.taking")
+        try:
+            guard.mkdir()
+        except FileExistsError:
+            mine.touch()  # both times are the file server's
+            with suppress(OSError):
+                if mine.stat().st_mtime - guard.stat().st_mtime > SILENCE:  # killed right here
+                    guard.rmdir()
+            return False
+        try:
+            with suppress(FileNotFoundError):
+                if self._read()[0] == gone:
+                    mine.replace(self.path)
+                    return True
+            return False
+        finally:
+            guard.rmdir()
+
+    def _read(self) -> tuple[Owner, int]:
+        """The owner, and a number that changes with each sign of life."""
+        with self.path.open("rb") as file:  # opening asks the file server, where stat may not
+            try:
+                fields = json.loads(file.read(10_000))
+                owner = Owner(**fields | {"process": Process(**fields["process"])})
+            except (ValueError, TypeError, KeyError):
+                owner = _UNKNOWN
+            return owner, os.fstat(file.fileno()).st_mtime_ns
+
+    def _beat(self) -> None:
+        while not self._ended.wait(BEAT):
+            with suppress(OSError):  # of a file server that does not answer: later
+                try:
+                    owner, _ = self._read()
+                    if owner.token == self._owner.token:
+                        os.utime(self.path)
+                    else:
+                        self._successor = owner
+                        return
+                except FileNotFoundError:  # somebody took it for an old one
+                    with self.path.open("x") as file:
+                        file.write(json.dumps(asdict(self._owner)))
