@@ -34,6 +34,7 @@ from spidr.extract import units as units_module
 from spidr.extract.__main__ import main
 from spidr.models import DinoSR, num_frames
 from spidr.tools.errors import InputError
+from spidr.tools.lock import Process
 
 PROMPTS = Path(__file__).parents[1] / "examples" / "quickstart" / "audio"
 LAYER = 3
@@ -795,7 +796,7 @@ def test_killed_and_started_again(
         with part.open("ab") as file:
             file.write(b'{"fileid": "half", "units": [1, 2')
     else:
-        (out / ".half.npy.1.tmp").write_bytes(b"half")
+        (out / f".spidr-{Process.current().machine}-{process.pid}-1-0.tmp").write_bytes(b"half")
     read_again = []
     monkeypatch.setattr(
         encoder, "read_item", lambda item, **kw: (read_again.append(item.name), sources.read_item(item, **kw))[1]

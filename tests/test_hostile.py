@@ -310,10 +310,9 @@ def test_patterns_are_names(tmp_path: Path) -> None:
             assert read_manifest(tmp_path / f"{name}.{suffix}")["fileid"].to_list() == [name]
 
 
-def test_a_link_at_the_place_of_a_temporary_file(tmp_path: Path) -> None:
+def test_a_link_at_the_place_of_a_file_is_replaced(tmp_path: Path) -> None:
     victim = tmp_path / "victim"
     victim.write_text("precious")
-    (tmp_path / f".x.json.{os.getpid()}.tmp").symlink_to(victim)
     (tmp_path / "x.json").symlink_to(victim)
     with atomic_write(tmp_path / "x.json") as file:
         file.write(b"new")

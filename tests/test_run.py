@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import shutil
 from dataclasses import replace
@@ -21,6 +22,7 @@ from spidr.environment import Preempted
 from spidr.models import DinoSR
 from spidr.tools import metrics, profiler
 from spidr.tools.errors import InputError
+from spidr.tools.lock import Process
 from spidr.tools.metrics import read_metrics
 from spidr.train import Hooks, State, train
 from tiny_run import MEASURED, write_config, write_recordings
@@ -148,7 +150,7 @@ def test_damaged_checkpoint_costs_only_time(tmp_path: Path, manifest: Path) -> N
     (cfg.run.dir / "step_6.pt").write_bytes(content)
     with (cfg.run.dir / "metrics.jsonl").open("a") as file:
         file.write('{"step": 9, "gro')
-    (cfg.run.dir / ".step_9.pt.123.tmp").write_bytes(b"of a killed process")
+    (cfg.run.dir / f".spidr-{Process.current().machine}-{os.getpid()}-1-0.tmp").write_bytes(b"of a killed process")
     train(cfg)
     assert_same_run(cfg.run.dir, whole.run.dir)
     log = (cfg.run.dir / "log_0.txt").read_text()

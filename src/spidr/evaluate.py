@@ -25,6 +25,7 @@ from spidr.config import MAX_SAMPLES, SAMPLE_RATE
 from spidr.data.alignments import FRAME_STEP, match_alignments, match_names, read_alignments
 from spidr.data.units import read_units
 from spidr.models.metrics import UnitsQuality, units_quality
+from spidr.tools.command import Parser, add_device, command, write_result
 from spidr.tools.errors import InputError, first_line
 from spidr.tools.lazy import needs_extra
 from spidr.tools.untrusted import check_memory
@@ -291,19 +292,15 @@ def format_table(rows: Sequence[Row], first: str) -> str:
     return "".join(f"| {line} |\n" for line in text)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line. Returns the exit status."""
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line."""
     args = _parser().parse_args(argv)
-    try:
-        rows: list[Row] = args.run(args)
-    except InputError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
+    rows: list[Row] = args.run(args)
     if args.json:
-        sys.stdout.writelines(json.dumps(row) + "\n" for row in rows)
+        write_result("".join(json.dumps(row) + "\n" for row in rows))
     else:
-        sys.stdout.write(format_table(rows, next(iter(rows[0]))))
-    return 0
+        write_result(format_table(rows, next(iter(rows[0]))))
 
 
 def _units(args: argparse.Namespace) -> list[Row]:
@@ -353,20 +350,24 @@ def _frame_rate(text: str) -> Fraction:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("python -m spidr.evaluate", description="How good units and features are.")
+    parser = Parser(
+        "python -m spidr.evaluate",
+        description="How good units and features are.",
+        example="python -m spidr.evaluate units units.jsonl alignments.jsonl",
+    )
     commands = parser.add_subparsers(required=True, metavar="units|abx|model")
 
-    def command(name: str, run: Any, text: str) -> argparse.ArgumentParser:
+    def add(name: str, run: Any, text: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text)
         sub.set_defaults(run=run)
         sub.add_argument("--json", action="store_true", help="JSON lines instead of a table")
         return sub
 
-    units = command("units", _units, "Units against phone alignments: PNMI, purities, perplexity, bitrate.")
+    units = add("units", _units, "Units against phone alignments: PNMI, purities, perplexity, bitrate.")
     units.add_argument("units", nargs="+", help="JSON lines or Parquet with fileid and units")
     units.add_argument("--num-units", type=int, default=256, metavar="N", help="size of the codebook (default: 256)")
     units.add_argument("--frame-step", type=int, default=20, metavar="MS", help="milliseconds per unit (default: 20)")
-    abx = command("abx", _abx, "ABX error rates, within and across speakers, of one or several representations.")
+    abx = add("abx", _abx, "ABX error rates, within and across speakers, of one or several representations.")
     abx.add_argument("features", nargs="+", help="folders of .npy or .pt files (T, D), or files of units")
     abx.add_argument("item", help="ABX item file")
     abx.add_argument(
@@ -391,17 +392,12 @@ def _parser() -> argparse.ArgumentParser:
         help="most A, B and X in a cell; 0: all (default: 10)",
     )
     abx.add_argument("--max-x-across", type=int, default=5, metavar="N", help="most speakers of X; 0: all (default: 5)")
-    model = command("model", _model, "Every layer and codebook of a model, in one pass over the audio.")
+    model = add("model", _model, "Every layer and codebook of a model, in one pass over the audio.")
     model.add_argument("checkpoint", help="a checkpoint, or the name of a published model")
     model.add_argument("manifest", help="the recordings")
     model.add_argument("--item", help="ABX item file: ABX of every layer's features and units too (default: no ABX)")
     model.add_argument("--layers", type=_layers, metavar="N,…", help="counted from 1, such as 5,6,7 (default: all)")
-    model.add_argument(
-        "--device",
-        choices=("auto", "cuda", "mps", "cpu"),
-        default="auto",
-        help="where to compute (default: %(default)s: CUDA, else MPS, else the CPU)",
-    )
+    add_device(model)
     model.add_argument(
         "--max-batch-length",
         type=int,

@@ -10,7 +10,6 @@ docs/decisions.md, "It learns".
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from spidr.config import SAMPLE_RATE, Config, DinoSRConfig, read_config, to_dict
+from spidr.tools.command import Parser, command, write_result
 from spidr.tools.errors import InputError
 from spidr.tools.frames import receptive_field
 from spidr.tools.lazy import needs_extra
@@ -261,9 +261,10 @@ def _check_output(output: Path, config: bytes) -> None:
         raise InputError(f"{output.parent}: cannot be written to; choose another output")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line. Returns the exit status."""
-    parser = argparse.ArgumentParser(
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line."""
+    parser = Parser(
         "python -m spidr.warm_start",
         description="First weights for a small model and little speech: its layers learn to put out cepstra. An "
         "extra, no part of SpidR or DinoSR as published. Name OUTPUT in run.init_ckpt of CONFIG.",
@@ -274,16 +275,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--lr", type=float, default=LR, help="highest learning rate (default: %(default)s)")
     parser.add_argument("--device", choices=("auto", "cuda", "mps", "cpu"), help="(default: run.device of CONFIG)")
     args = parser.parse_args(argv)
-    try:
-        if args.steps < 1:
-            raise InputError(f"--steps must be at least 1, not {args.steps}")
-        cfg = read_config(args.config)
-        left = warm_start(cfg, args.output, steps=args.steps, lr=args.lr, device=args.device or cfg.run.device)
-    except InputError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
-    sys.stdout.write(f"{args.output}: {left:.3f} of the targets' variance is left after {args.steps} steps\n")
-    return 0
+    if args.steps < 1:
+        raise InputError(f"--steps must be at least 1, not {args.steps}")
+    cfg = read_config(args.config)
+    left = warm_start(cfg, args.output, steps=args.steps, lr=args.lr, device=args.device or cfg.run.device)
+    write_result(f"{args.output}: {left:.3f} of the targets' variance is left after {args.steps} steps\n")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from small_models import tiny_model
-from spidr.models import DinoSR, extractor, transformer
+from spidr.models import DinoSR, extractor, long, transformer
 from spidr.tools.errors import InputError
 
 SAMPLES = 9000
@@ -136,3 +136,24 @@ def test_memory_for_ten_minutes() -> None:
     frames, kilobytes = map(int, done.stdout.split())
     assert frames == 29_999
     assert kilobytes < 350_000
+
+
+@pytest.mark.parametrize("mode", ["layer_norm", "group_norm"])
+def test_a_recording_that_is_read_piece_by_piece(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What extraction does with a file: no more of it in memory than a window and its context."""
+    monkeypatch.setattr(long, "PIECE", 1000)
+    model, waveform = tiny_model(extractor_mode=mode).eval(), 0.01 * batch()[:1] + 0.3
+    asked = []
+
+    def read(start: int, stop: int) -> torch.Tensor:
+        asked.append(stop - start)
+        return waveform[:, start:stop]
+
+    def layer(features: torch.Tensor, mask: None) -> torch.Tensor:
+        return model.student.get_intermediate_outputs(features, mask)[2]
+
+    standardised = long.standardised(read, SAMPLES)
+    found = torch.cat([*model.windows(standardised, SAMPLES, layer, size=50, context=20)], 1)
+    expected, _ = model.encode(waveform, layer=3, window=50 * HOP, context=20 * HOP)
+    assert torch.equal(found, expected)
+    assert mode == "group_norm" or max(asked) < 3000

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import errno
+import multiprocessing
+import os
+import time
+from multiprocessing.synchronize import Event
 from pathlib import Path
 
 import pytest
 import torch
 
 from spidr.tools.errors import InputError
-from spidr.tools.files import atomic_write, remove_unfinished
+from spidr.tools.files import atomic_write, check_file, expand, find_files, remove_unfinished
 
 
 def test_replaces_at_once(tmp_path: Path) -> None:
@@ -47,7 +51,10 @@ def test_other_errors_stay_what_they_are(tmp_path: Path, error: BaseException) -
 def test_full_disk_while_torch_saves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The real thing: /dev/full takes no byte."""
     opened = Path.open
-    monkeypatch.setattr(Path, "open", lambda self, *args: opened(Path("/dev/full"), "wb"))
+    full = Path("/dev/full")
+    monkeypatch.setattr(
+        Path, "open", lambda self, *args, **kw: opened(full, "wb") if args == ("xb",) else opened(self, *args, **kw)
+    )
     with pytest.raises(InputError, match="No space left on device"), atomic_write(tmp_path / "x.pt") as file:
         torch.save({"x": torch.zeros(100_000)}, file)
 
@@ -57,9 +64,79 @@ def test_folder_that_is_missing(tmp_path: Path) -> None:
         pass
 
 
-def test_remains_of_killed_processes_are_removed(tmp_path: Path) -> None:
-    (tmp_path / ".step_3.pt.77.tmp").touch()
-    (tmp_path / "step_2.pt").touch()
-    (tmp_path / ".a.tmp").mkdir()  # not of atomic_write
-    remove_unfinished(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"step_2.pt", ".a.tmp"}
+def _write_for_ever(folder: Path, begun: Event) -> None:
+    with atomic_write(folder / "x.pt"):
+        begun.set()
+        time.sleep(1000)
+
+
+def test_only_what_our_killed_processes_left_is_removed(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("forkserver")
+    for _ in range(2):
+        begun = context.Event()
+        process = context.Process(target=_write_for_ever, args=(tmp_path, begun))
+        process.start()
+        assert begun.wait(30)
+        others = {".notes.tmp", ".step_3.pt.77.tmp", "step_2.pt", ".spidr-.tmp"}
+        for name in others:
+            (tmp_path / name).touch()
+        remove_unfinished(tmp_path)
+        assert len(list(tmp_path.iterdir())) == len(others) + 1  # it is still being written
+        process.kill()
+        process.join()
+        remove_unfinished(tmp_path)
+        assert {path.name for path in tmp_path.iterdir()} == others
+
+
+@pytest.mark.parametrize(
+    ("number", "remedy"),
+    [(errno.ENOSPC, "make room"), (errno.ENOENT, "the folder is missing"), (errno.EACCES, "that you may write to")],
+)
+def test_the_remedy_fits_the_cause(tmp_path: Path, number: int, remedy: str) -> None:
+    with pytest.raises(InputError, match=remedy), atomic_write(tmp_path / "x"):
+        raise OSError(number, os.strerror(number))
+
+
+def test_an_input_that_is_missing_is_not_the_output(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"input\.csv"), atomic_write(tmp_path / "x"):
+        (tmp_path / "input.csv").read_bytes()
+
+
+def test_home_and_variables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("SCRATCH", "/scratch")
+    assert expand("~/a") == Path("/home/me/a")
+    assert expand("${SCRATCH}/$SCRATCH.wav") == Path("/scratch//scratch.wav")
+    assert expand("a/~b") == Path("a/~b")
+    with pytest.raises(InputError, match=r"variable \$NOT_SET is not set"):
+        expand("$NOT_SET/a")
+    with pytest.raises(InputError, match="no such user"):
+        expand("~nobody-of-that-name/a")
+    monkeypatch.chdir(tmp_path)
+    Path("$price.wav").touch()
+    assert expand("$price.wav") == Path("$price.wav")
+
+
+def test_a_pipe_is_no_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match=r"pipe: cannot be read .it is a pipe or device, not a file"):
+        check_file(tmp_path / "pipe")
+    with pytest.raises(InputError, match="it is a folder"):
+        check_file(tmp_path)
+    with pytest.raises(InputError, match="No such file"):
+        check_file(tmp_path / "none")
+
+
+def test_links_are_followed_and_loops_are_noticed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root = tmp_path / "corpus"
+    for name in ("corpus/en/1.wav", "corpus/en/._1.wav", "corpus/en/1.txt", "elsewhere/deep/2.wav"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (root / "fr").symlink_to("../elsewhere")
+    (root / "it").symlink_to(tmp_path / "elsewhere" / "deep")
+    (root / "loop").symlink_to(root)
+    (tmp_path / "elsewhere" / "deep" / "back").symlink_to("../..")
+    (root / "en" / "one.wav").symlink_to("1.wav")
+    found = find_files(root, lambda name: name.endswith(".wav"))
+    assert [os.path.relpath(path, root) for path in found] == ["en/1.wav", "en/one.wav", "fr/deep/2.wav", "it/2.wav"]
+    assert "loop: leads back to" in caplog.text

@@ -16,6 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from spidr.tools.command import Parser, command
 from spidr.tools.errors import InputError, first_line
 from spidr.tools.files import atomic_write, make_folder
 from spidr.tools.lazy import command_needs
@@ -26,9 +27,10 @@ if TYPE_CHECKING:
 
 
 def _arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m spidr.data.write_manifest",
+    parser = Parser(
+        "python -m spidr.data.write_manifest",
         description="Write the manifest of a folder of recordings, or of an uncompressed tar archive of them.",
+        example="python -m spidr.data.write_manifest recordings train.csv --ext .wav .flac",
     )
     parser.add_argument("dataset", help="folder or .tar")
     parser.add_argument("output", help="manifest to write: .csv, .jsonl or, with --fairseq, .tsv")
@@ -282,20 +284,17 @@ def _new(output: Path) -> AbstractContextManager[IO[bytes]]:
     return atomic_write(output)
 
 
+@command
 def main(argv: list[str] | None = None) -> None:
-    """The command line."""
+    """Run the command line."""
     args = _arguments(argv)
     is_folder = os.path.isdir(args.dataset)  # noqa: PTH112
     write: Callable[..., None] = write_manifest if is_folder else write_manifest_tar
-    try:
-        if args.fairseq:
-            write_manifest_fairseq(args.dataset, args.output, args.ext)
-        else:
-            write(args.dataset, args.output, args.ext, stats=args.stats)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)  # noqa: T201
-        sys.exit(2)
+    if args.fairseq:
+        write_manifest_fairseq(args.dataset, args.output, args.ext)
+    else:
+        write(args.dataset, args.output, args.ext, stats=args.stats)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

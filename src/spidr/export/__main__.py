@@ -8,14 +8,20 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from spidr.tools.command import Parser, command, write_result
 from spidr.tools.errors import InputError
 
 DESCRIPTION = "Write a trained model, without its teacher, for other software."
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line. Returns the exit status."""
-    parser = argparse.ArgumentParser("python -m spidr.export", description=DESCRIPTION)
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line."""
+    parser = Parser(
+        "python -m spidr.export",
+        description=DESCRIPTION,
+        example="python -m spidr.export safetensors runs/quickstart/spidr/final.pt encoder.safetensors",
+    )
     formats = parser.add_subparsers(dest="format", required=True, metavar="FORMAT")
     texts = {
         "safetensors": "one file of weights and configuration, which build_model(checkpoint=OUTPUT) loads",
@@ -23,25 +29,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         "transformers": "a folder for AutoModel.from_pretrained(OUTPUT, trust_remote_code=True)",
     }
     for name, text in texts.items():
-        command = formats.add_parser(name, help=text, description=f"Write {text}.")
-        command.add_argument("model", metavar="MODEL", help="spidr_base or another published model, or a checkpoint")
-        command.add_argument("output", metavar="OUTPUT", type=Path, help="what to write; it must not exist")
+        form = formats.add_parser(name, help=text, description=f"Write {text}.")
+        form.add_argument("model", metavar="MODEL", help="spidr_base or another published model, or a checkpoint")
+        form.add_argument("output", metavar="OUTPUT", type=Path, help="what to write; it must not exist")
         if name == "onnx":
-            command.add_argument(
+            form.add_argument(
                 "--layers", type=int, nargs="+", metavar="N", help="counted from 1 (default: the best for units)"
             )
     args = parser.parse_args(argv)
-    try:
-        exists, parent = os.path.exists(args.output), os.path.dirname(os.path.abspath(args.output))  # noqa: PTH100, PTH110, PTH120
-        if exists or not os.path.isdir(parent):  # noqa: PTH112 (these know no name that is too long)
-            reason = "exists" if exists else "is in a folder that does not exist"
-            raise InputError(f"{args.output}: {reason}; choose another output")
-        _export(args)
-    except InputError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
-    sys.stdout.write(f"{args.output}\n")
-    return 0
+    exists, parent = os.path.exists(args.output), os.path.dirname(os.path.abspath(args.output))  # noqa: PTH100, PTH110, PTH120
+    if exists or not os.path.isdir(parent):  # noqa: PTH112 (these know no name that is too long)
+        reason = "exists" if exists else "is in a folder that does not exist"
+        raise InputError(f"{args.output}: {reason}; choose another output")
+    _export(args)
+    write_result(f"{args.output}\n")
 
 
 def _export(args: argparse.Namespace) -> None:

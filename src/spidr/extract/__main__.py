@@ -6,80 +6,63 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from spidr.tools.errors import InputError
+from spidr.tools.command import Parser, add_device, command
 from spidr.tools.lazy import needs_extra
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line.
-
-    Returns:
-        The exit status: 0 if everything was encoded, or skipped as was asked for; 2 if the input is wrong or a package
-        is missing.
-    """
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line."""
     args = _build_parser().parse_args(argv)
-    try:
-        with needs_extra("extract"):
-            from spidr.environment import ranks
-            from spidr.extract import Options, extract_features, extract_units, fit_kmeans
-            from spidr.tools.logging import run_log
+    with needs_extra("extract"):
+        from spidr.environment import ranks
+        from spidr.extract import Options, extract_features, extract_units, fit_kmeans
+        from spidr.tools.logging import run_log
 
-        with run_log(ranks()[0]):
-            options = Options(
-                device=args.device,
-                dtype=args.dtype,
-                batch_seconds=args.batch_seconds,
-                threads=args.threads,
-                window=args.window,
-                context=args.context,
-                resample=args.resample,
-                on_error=args.on_error,
-                progress=not args.quiet,
+    with run_log(ranks()[0]):
+        options = Options(
+            device=args.device,
+            dtype=args.dtype,
+            batch_seconds=args.batch_seconds,
+            threads=args.threads,
+            window=args.window,
+            context=args.context,
+            resample=args.resample,
+            on_error=args.on_error,
+            progress=not args.quiet,
+        )
+        common = {"model": args.model, "layer": args.layer, "options": options}
+        if args.command == "features":
+            extract_features(args.sources, args.output, file_format=args.format, output_dtype=args.store, **common)
+        elif args.command == "units":
+            extract_units(args.sources, args.output, dedup=args.dedup, kmeans=args.kmeans, **common)
+        else:
+            fit_kmeans(
+                args.sources,
+                args.output,
+                units=args.units,
+                max_frames=args.max_frames,
+                seed=args.seed,
+                **common,
             )
-            common = {"model": args.model, "layer": args.layer, "options": options}
-            if args.command == "features":
-                extract_features(args.sources, args.output, file_format=args.format, output_dtype=args.store, **common)
-            elif args.command == "units":
-                extract_units(args.sources, args.output, dedup=args.dedup, kmeans=args.kmeans, **common)
-            else:
-                fit_kmeans(
-                    args.sources,
-                    args.output,
-                    units=args.units,
-                    max_frames=args.max_frames,
-                    seed=args.seed,
-                    **common,
-                )
-    except InputError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
-    except KeyboardInterrupt:
-        again = "begins again" if args.command == "kmeans" else "goes on where it stopped"
-        sys.stderr.write(f"interrupted; the same command {again}\n")
-        return 130
-    return 0
 
 
 def _build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         "python -m spidr.extract",
+        example="python -m spidr.extract units recordings units.jsonl --model spidr_base --layer 6",
         description="Features and units of recordings. Both, started again, go on where they stopped; started by "
         "torchrun or as several SLURM tasks, their processes share the work. kmeans runs in one process and begins "
         "again.",
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    common = argparse.ArgumentParser(add_help=False)
+    common = Parser(add_help=False)
     common.add_argument("sources", nargs="+", help="manifests (.csv, .jsonl, .tsv), folders, audio files")
     common.add_argument(
         "--model", default="spidr_base", help="name of a published model, or a checkpoint (default: %(default)s)"
     )
     common.add_argument("--layer", type=int, metavar="N", help="counted from 1 (default: 6 for SpidR, 5 for DinoSR)")
-    common.add_argument(
-        "--device",
-        choices=["auto", "cuda", "mps", "cpu"],
-        default="auto",
-        help="where to compute (default: %(default)s: CUDA, else MPS, else the CPU)",
-    )
+    add_device(common)
     common.add_argument(
         "--dtype",
         choices=["float32", "bfloat16", "auto"],

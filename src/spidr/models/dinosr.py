@@ -7,7 +7,8 @@ Representation Learning. NeurIPS 2023 (arXiv 2305.10005).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import ClassVar, Self, cast
 
 import torch
@@ -18,6 +19,7 @@ from spidr.config import SAMPLE_RATE, DinoSRConfig
 from spidr.models.codebook import Codebook, StepStatistics, assign, count_perplexity, standardise
 from spidr.models.extractor import FeatureExtractor, FeatureProjection
 from spidr.models.kernels import Dropout
+from spidr.models.long import Read, windows
 from spidr.models.transformer import Transformer
 from spidr.tools.errors import InputError
 from spidr.tools.frames import conv_length
@@ -131,17 +133,20 @@ class DinoSR(nn.Module):
         shapes, samples = self.feature_extractor.shapes, waveforms.shape[1]
         if lengths is not None:
             if attention_mask is None:
-                for row, length in enumerate(lengths.tolist()):
-                    if length > samples:
-                        raise InputError(f"row {row}: length {length} is more than the {samples} samples there are")
-                    if conv_length(shapes, length) < 1:
-                        raise InputError(f"row {row}: {length} samples are too short, they do not fill one frame")
+                self._check_lengths(lengths, samples)
             lengths = lengths.to(waveforms.device)
             if attention_mask is None:
                 frames = torch.arange(conv_length(shapes, samples), device=waveforms.device)
                 attention_mask = (frames < conv_length(shapes, lengths).unsqueeze(1))[:, None, None]
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.extractor_frozen):
             return self.feature_projection(self.feature_extractor(waveforms, lengths)), attention_mask
+
+    def _check_lengths(self, lengths: Tensor, samples: int) -> None:
+        for row, length in enumerate(lengths.tolist()):
+            if length > samples:
+                raise InputError(f"row {row}: length {length} is more than the {samples} samples there are")
+            if conv_length(self.feature_extractor.shapes, length) < 1:
+                raise InputError(f"row {row}: {length} samples are too short, they do not fill one frame")
 
     # ------------------------------------------------------------------------------------------------- training
 
@@ -514,19 +519,30 @@ class DinoSR(nn.Module):
         if around < 0 or (context is not None and size is None):
             raise InputError(f"context = {context} s needs to be at least 0 and goes with a window")
         x, frame_lengths = self._utterances(waveforms, lengths, normalize=normalize)
-        x, attention_mask = self.project(x, lengths=lengths)
-        if size is None or x.shape[1] <= size:
+        if size is None or int(frame_lengths.max()) <= size:
+            x, attention_mask = self.project(x, lengths=lengths)
             return function(x, attention_mask), frame_lengths
-        out: Tensor | None = None
-        for row, num_frames in enumerate(frame_lengths.tolist()):
-            for start in range(0, num_frames, size):
-                stop, left = min(start + size, num_frames), max(0, start - around)
-                seen = x[row : row + 1, left : min(stop + around, num_frames)]
-                found = function(seen, None)[0, start - left : stop - left]
-                if out is None:
-                    out = found.new_zeros(*x.shape[:2], *found.shape[1:])
-                out[row, start:stop] = found
-        return cast("Tensor", out), frame_lengths
+        counts = torch.full((len(x),), x.shape[1]) if lengths is None else torch.as_tensor(lengths)
+        self._check_lengths(counts, x.shape[1])
+        rows = []
+        for row, count in zip(x, counts.tolist(), strict=True):
+            parts = self.windows(partial(_samples, row), count, function, size=size, context=around)
+            rows.append(torch.cat([*parts], 1)[0])
+        out = rows[0].new_zeros(len(rows), conv_length(self.feature_extractor.shapes, x.shape[1]), *rows[0].shape[1:])
+        for row, values in enumerate(rows):
+            out[row, : len(values)] = values
+        return out, frame_lengths
+
+    def windows(
+        self, read: Read, num_samples: int, function: Callable[[Tensor, None], Tensor], *, size: int, context: int
+    ) -> Iterator[Tensor]:
+        """See :func:`spidr.models.long.windows`."""
+        extractor = self.feature_extractor
+        whole = extractor.mode == "group_norm"
+        yield from windows(
+            lambda x: self.project(x)[0], extractor.shapes, read, num_samples, function,
+            size=size, context=context, whole=whole,
+        )  # fmt: skip
 
     def _layer(self, layer: int | None) -> int:
         layer, total = self.best_layer if layer is None else layer, len(self.student.layers)
@@ -551,6 +567,10 @@ class DinoSR(nn.Module):
             var = centred.square().sum(1, keepdim=True, dtype=exact) / count
             waveforms = centred * torch.rsqrt(var + 1e-5).to(waveforms.dtype)
         return waveforms, conv_length(self.feature_extractor.shapes, given)
+
+
+def _samples(row: Tensor, start: int, stop: int) -> Tensor:
+    return row[start:stop].unsqueeze(0)
 
 
 def _check_waveforms(waveforms: Tensor, lengths: Tensor | Sequence[int] | None, dtype: torch.dtype) -> Tensor | None:

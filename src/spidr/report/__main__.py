@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from spidr.tools.errors import InputError
+from spidr.tools.command import Parser, add_device, command, write_result
 from spidr.tools.lazy import needs_extra
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line. Returns the exit status."""
-    parser = argparse.ArgumentParser(
-        "python -m spidr.report", description="A run on one page, with its figures as PNG."
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line."""
+    parser = Parser(
+        "python -m spidr.report",
+        description="A run on one page, with its figures as PNG.",
+        example="python -m spidr.report runs/quickstart/spidr",
     )
     parser.add_argument("run", type=Path, help="run folder")
     parser.add_argument("--output", type=Path, help="folder for index.html and the PNGs (default: RUN/report)")
@@ -31,24 +33,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="MINUTES",
         help="audio to encode at most, in minutes (default: 30)",
     )
-    parser.add_argument(
-        "--device",
-        choices=("auto", "cuda", "mps", "cpu"),
-        default="auto",
-        help="where to compute (default: %(default)s: CUDA, else MPS, else the CPU)",
-    )
+    add_device(parser)
     args = parser.parse_args(argv)
     options = {"group": args.group, "layer": args.layer, "max_minutes": args.max_minutes, "device": args.device}
-    try:
-        with needs_extra("train,plot"):
-            from spidr.report.contents import make_report
+    with needs_extra("train,plot"):
+        from spidr.report.contents import make_report
 
-        page = make_report(args.run, args.output, **options)
-    except InputError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
-    sys.stdout.write(f"{page}\n")
-    return 0
+    write_result(f"{make_report(args.run, args.output, **options)}\n")
 
 
 if __name__ == "__main__":

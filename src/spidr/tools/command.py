@@ -1,33 +1,158 @@
-"""How every command ends: with one line for what the user can put right, and a status that says whether it worked."""
+"""What all commands share: the parser, where results go, and how they end."""
 
+from __future__ import annotations
+
+import argparse
+import errno
 import functools
 import os
 import sys
-from collections.abc import Callable
-from typing import ParamSpec
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from pathlib import Path
+from typing import Any, ParamSpec, TextIO, cast
 
 from spidr.tools.errors import InputError
 
 P = ParamSpec("P")
 
+PROGRAMS = {
+    "train": "spidr",
+    "manifest": "spidr.data.write_manifest",
+    "extract": "spidr.extract",
+    "evaluate": "spidr.evaluate",
+    "export": "spidr.export",
+    "report": "spidr.report",
+    "models": "spidr.models",
+    "metrics": "spidr.tools.metrics_queue",
+    "warm-start": "spidr.warm_start",
+}
+"""``spidr NAME`` is ``python -m MODULE``."""
+
+USER_ERRORS = (
+    *("EACCES", "EDQUOT", "EFBIG", "EIO", "EISDIR", "ELOOP", "EMFILE", "ENAMETOOLONG", "ENOENT", "ENOSPC", "ENOTDIR"),
+    *("EPERM", "EROFS", "ESTALE", "ETXTBSY"),
+)
+"""Errors of the file system that whoever runs the command can put right."""
+
+_results: list[TextIO] = []
+
+
+def write_result(text: str) -> None:
+    """Write to the command's standard output, which holds results only: whatever else prints goes to standard error."""
+    stream = _results[-1] if _results else sys.stdout
+    stream.write(text)
+    stream.flush()
+
 
 def command(main: Callable[P, int | None]) -> Callable[P, int]:
-    """Decorate the main function of a command.
+    """Decorate the main function of a command: it ends with a status and, if something is wrong, one line.
 
     Args:
-        main: Returns the exit status; None is 0.
+        main: Returns the exit status; None is 0. It writes results with :func:`write_result`.
 
     Returns:
-        The same function, except that an :class:`InputError` is printed on one line and gives status 2.
+        The same function, with status 2 after an :class:`InputError` or an error of the file system that the user can
+        put right, 130 after Ctrl-C, and 141 when nobody reads the results any more. A closed standard error ends
+        nothing.
     """
 
     @functools.wraps(main)
     def run(*args: P.args, **kwargs: P.kwargs) -> int:
-        try:
-            return main(*args, **kwargs) or 0
-        except InputError as error:
-            line_break = "\n" if "RANK" in os.environ else ""  # another process's progress bar may be on this line
-            sys.stderr.write(f"{line_break}error: {error}\n")
-            return 2
+        with lasting_stderr(), _results_only():
+            try:
+                return main(*args, **kwargs) or 0
+            except InputError as error:
+                return _say(f"error: {error}", 2)
+            except KeyboardInterrupt:
+                return _say("interrupted; run the same command again", 130)
+            except BrokenPipeError:
+                with suppress(OSError, ValueError):  # or Python would complain when it flushes at the end
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno())  # type: ignore[union-attr]
+                return 141
+            except OSError as error:
+                if errno.errorcode.get(error.errno or 0) not in USER_ERRORS:
+                    raise
+                return _say(f"error: {f'{error.filename}: ' if error.filename else ''}{error.strerror}", 2)
 
     return run
+
+
+def _say(text: str, status: int) -> int:
+    line_break = "\n" if "RANK" in os.environ else ""  # another process's progress bar may be on this line
+    sys.stderr.write(f"{line_break}{text}\n")
+    return status
+
+
+@contextmanager
+def _results_only() -> Iterator[None]:
+    """Inside, ``sys.stdout`` is standard error for all but :func:`write_result`."""
+    with Path(os.devnull).open("w") as nowhere:
+        _results.append(sys.stdout or nowhere)  # None if it was closed
+        try:
+            with redirect_stdout(sys.stderr):
+                yield
+        finally:
+            _results.pop()
+
+
+class _Lasting:
+    """A stream whose reader may go away, or whose disk may be full: what cannot be written is dropped."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with suppress(OSError, ValueError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError, ValueError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextmanager
+def lasting_stderr() -> Iterator[None]:
+    """Inside, a closed or full standard error ends nothing."""
+    with Path(os.devnull).open("w") as nowhere, redirect_stderr(cast("TextIO", _Lasting(sys.stderr or nowhere))):
+        yield
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose help fits on a screen, ends with an example, and goes to the command's standard output.
+
+    Args:
+        prog: ``python -m MODULE``; ``spidr NAME`` in its place if it was called that way.
+        example: Command lines.
+        options: As of :class:`argparse.ArgumentParser`.
+    """
+
+    def __init__(self, prog: str | None = None, *, example: str = "", **options: Any) -> None:
+        if prog is not None and Path(sys.argv[0]).name == "spidr":
+            names = {f"python -m {module}": f"spidr {name}" for name, module in PROGRAMS.items()}
+            prog = names.get(prog, prog)
+        super().__init__(prog, **options)
+        self.example = example
+
+    def format_help(self) -> str:
+        """Format the help, the example at its end."""
+        example = "".join(f"  {line}\n" for line in self.example.splitlines())
+        return super().format_help() + (f"\nexample:\n{example}" if example else "")
+
+    def print_help(self, file: Any = None) -> None:
+        """Print the help on the command's standard output."""
+        write_result(self.format_help()) if file is None else super().print_help(file)
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Add the option ``--device``."""
+    parser.add_argument(
+        "--device",
+        choices=("auto", "cuda", "mps", "cpu"),
+        default="auto",
+        help="where to compute (default: auto: CUDA, else MPS, else the CPU)",
+    )

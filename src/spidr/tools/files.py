@@ -1,14 +1,80 @@
-"""Files that are complete or absent. May import ``spidr.config`` only."""
+"""Files that are complete or absent, and paths as users write them."""
 
 from __future__ import annotations
 
+import errno
+import itertools
+import logging
 import os
-from collections.abc import Iterator
+import re
+import stat
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
 from spidr.tools.errors import InputError
+from spidr.tools.lock import Process
+
+logger = logging.getLogger(__name__)
+
+_count = itertools.count()
+_TEMPORARY = re.compile(r"\.spidr-([0-9a-f]*)-(\d+)-(\d*)-\d+\.tmp")
+_OLD = 24 * 3600
+"""Age in seconds at which a temporary file of another machine counts as left behind."""
+
+_REMEDIES = {
+    errno.ENOSPC: "make room or choose another folder, then run the same command again",
+    errno.EDQUOT: "make room or choose another folder, then run the same command again",
+    errno.ENOENT: "the folder is missing: make it or choose another one",
+    errno.ENOTDIR: "a part of the path is a file: choose another folder",
+    errno.EACCES: "choose a folder that you may write to",
+    errno.EPERM: "choose a folder that you may write to",
+    errno.EROFS: "choose a folder that you may write to",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.EISDIR: "there is a folder of that name: choose another one",
+    errno.EIO: "look at the disk, then run the same command again",
+    errno.ESTALE: "look at the file server, then run the same command again",
+}
+
+
+def why_not_written(path: str | Path, error: OSError) -> InputError:
+    """The error that says why a file could not be written and what helps."""
+    remedy = _REMEDIES.get(error.errno or 0, "choose another place")
+    return InputError(f"{path}: cannot be written ({error.strerror or error}): {remedy}. What was saved is intact.")
+
+
+def find_files(folder: str | os.PathLike[str], wanted: Callable[[str], bool]) -> list[str]:
+    """List the files below a folder, links followed, sorted.
+
+    Args:
+        folder: Where to look. A linked folder that leads back to one it is in is left out with a warning; hidden files
+            (``._a.wav`` from macOS) are left out without one.
+        wanted: Says of a file's name whether to list it.
+
+    Raises:
+        InputError: A folder cannot be read.
+    """
+
+    def fail(error: OSError) -> None:
+        raise InputError(f"{error.filename}: the folder cannot be read ({error.strerror}).")
+
+    found: list[str] = []
+    # Each folder: itself and those it is in, links resolved.
+    above: dict[str, tuple[str, ...]] = {os.fspath(folder): (os.path.realpath(folder),)}
+    for here, folders, names in os.walk(folder, onerror=fail, followlinks=True):
+        ancestors = above.pop(here)
+        for name in list(folders):
+            path = os.path.join(here, name)  # noqa: PTH118
+            real = os.path.realpath(path) if os.path.islink(path) else os.path.join(ancestors[0], name)  # noqa: PTH114, PTH118
+            if real in ancestors:
+                logger.warning("%s: leads back to %s, which it is in; not followed.", path, real)
+                folders.remove(name)
+            else:
+                above[path] = (real, *ancestors)
+        found += [os.path.join(here, name) for name in names if not name.startswith(".") and wanted(name)]  # noqa: PTH118
+    return sorted(found)
 
 
 @contextmanager
@@ -18,9 +84,9 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
     Raises:
         InputError: If it cannot be written; whatever was at ``path`` is as it was.
     """
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    process = Process.current()
+    aside = path.with_name(f".spidr-{process.machine}-{process.pid}-{process.started}-{next(_count)}.tmp")
     try:
-        aside.unlink(missing_ok=True)  # of a process killed before, or a link that leads elsewhere
         with aside.open("xb") as file:
             yield file
             file.flush()
@@ -29,11 +95,9 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
     except BaseException as error:
         with suppress(OSError):
             aside.unlink(missing_ok=True)
-        if (cause := _disk_error(error)) is not None:
-            raise InputError(
-                f"{path}: cannot be written ({cause.strerror or cause}). What was saved before is intact: make room or "
-                "choose another folder, then run the same command again."
-            ) from error
+        cause = _disk_error(error)
+        if cause is not None and cause.filename in (None, str(aside), aside):
+            raise why_not_written(path, cause) from error
         raise
 
 
@@ -50,14 +114,51 @@ def make_folder(path: Path) -> None:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove what killed processes have left of :func:`atomic_write` in a folder that nobody else writes to."""
-    for path in folder.glob(".*.tmp"):
+    """Remove what :func:`atomic_write` has left in a folder because its process was killed."""
+    for path in folder.glob(".spidr-*.tmp"):
+        if (found := _TEMPORARY.fullmatch(path.name)) is None:
+            continue
         with suppress(OSError):
-            path.unlink()
+            alive = Process(found[1], int(found[2]), found[3]).is_alive()
+            if alive is False or (alive is None and time.time() - path.stat().st_mtime > _OLD):
+                path.unlink()
+
+
+def expand(path: str | Path) -> Path:
+    """A path as the user wrote it, with ``~`` and ``$VARIABLES`` replaced.
+
+    Raises:
+        InputError: It names a variable that is not set, or a user that does not exist.
+    """
+    expanded = os.path.expanduser(os.path.expandvars(path))  # noqa: PTH111 (pathlib knows no variables)
+    if expanded != str(path) or not os.path.lexists(expanded):
+        if missing := re.search(r"\$(\w+|\{\w+\})", expanded):
+            raise InputError(f"{path}: the environment variable {missing[0]} is not set")
+        if expanded.startswith("~"):
+            raise InputError(f"{path}: there is no such user")
+    return Path(expanded)
+
+
+def check_file(path: str | Path) -> None:
+    """See that a path is a regular file: opening a pipe or device may take for ever.
+
+    Raises:
+        InputError: It is something else, or missing.
+    """
+    try:
+        mode = Path(path).stat().st_mode
+    except (OSError, ValueError) as error:  # ValueError: a NUL character
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise InputError(f"{path}: cannot be read ({reason})") from None
+    if not stat.S_ISREG(mode):
+        kind = "a folder" if stat.S_ISDIR(mode) else "a pipe or device"
+        raise InputError(f"{path}: cannot be read (it is {kind}, not a file)")
 
 
 def _rename(aside: Path, path: Path) -> None:
     aside.replace(path)
+    if os.name != "posix":
+        return
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)  # or the rename may be lost when the machine stops

@@ -13,6 +13,7 @@ import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from types import TracebackType
 
@@ -50,6 +51,7 @@ class Process:
         return _start_time(self.pid) == self.started
 
 
+@cache
 def _machine() -> str:
     """What the ids of processes belong to: a boot of a machine and a container on it; empty where there is no /proc."""
     try:
