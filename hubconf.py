@@ -8,8 +8,12 @@ dependencies = ["torch", "numpy"]
 _src = str(Path(__file__).parent / "src")
 sys.path.insert(0, _src)
 try:
-    from spidr.models.hub import dinosr_base_original, dinosr_base_reproduced, spidr_base
+    from spidr.models import hub
+    from spidr.models.published import PUBLISHED
 finally:
     sys.path.remove(_src)
 
-__all__ = ["dinosr_base_original", "dinosr_base_reproduced", "spidr_base"]
+globals().update({name: getattr(hub, name) for name in PUBLISHED})
+dinor_base_reproduced = hub.dinosr_base_reproduced  # as the published page prints it
+
+__all__ = ["dinor_base_reproduced", *PUBLISHED]

@@ -12,8 +12,11 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from spidr.extract import Options, extract_features
 from spidr.tools.errors import InputError
+from spidr.tools.lazy import command_needs
+
+with command_needs("paper", __name__):
+    from spidr.extract import Options, extract_features
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -16,12 +16,14 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-import from_package
-import from_results
-from matplotlib.figure import Figure
-from style import save
-
 from spidr.tools.errors import InputError
+from spidr.tools.lazy import command_needs
+
+with command_needs("paper", __name__):
+    import from_package
+    import from_results
+    from matplotlib.figure import Figure
+    from style import save
 
 ALONE: dict[int, Callable[[], Figure]] = {
     2: from_results.perplexity_while_training,
@@ -85,7 +87,8 @@ def _draw(args: argparse.Namespace) -> Iterator[tuple[int, Figure]]:
         if number in ALONE:
             yield number, ALONE[number]()
     if {8, 9, 10} & set(wanted):
-        import from_corpus  # needs scikit-learn
+        with command_needs("paper", __name__):
+            import from_corpus
 
         if 10 in wanted:
             yield 10, from_corpus.phones_given_units(args.units, args.alignments, args.num_units)

@@ -19,6 +19,8 @@ from style import BLUE, GREY, MODEL_STYLES, ORANGE, legend_only, model_handle, n
 LM_HOURS = 6000
 """Hours of speech of the spoken language models that are compared by layer."""
 MAIN_TASKS = ("swuggy_all", "sblimp", "tsc")
+ALL_LAYERS = ("spidr", "hubert")
+"""Models whose spoken language models were trained on the units of every layer: figures 13 and 14."""
 LINES = {"continuous": "-", "probabilities": "--", "codebooks": "-", "kmeans": "--", "text": ":"}
 SHORT = {"dinosr_original": "DinoSR (orig.)", "dinosr_reproduced": "DinoSR (repr.)"}
 
@@ -38,6 +40,7 @@ def perplexity_while_training() -> Figure:
         name = {"spidr": "SpidR", "dinosr": "DinoSR"}[model]
         ax.set_title(f"{name}, {'targets' if metric == 'target_ppl' else 'predictions'}")
         ax.set(xlim=(0, 400), ylim=(40, 256), xticks=[0, 200, 400], yticks=[64, 128, 192, 256])
+    figure.get_layout_engine().set(wspace=0.12)  # labels of neighbours must not touch
     figure.supxlabel("Training step (thousands)", fontsize=7)
     figure.supylabel("Perplexity", fontsize=7)
     handles, labels = axes[0].get_legend_handles_labels()
@@ -75,11 +78,12 @@ def _by_hours(tasks: Sequence[str], series: Sequence[tuple[str, str]], height: f
         ax.xaxis.set_minor_formatter(NullFormatter())
         ax.minorticks_off()
         _chance(ax)
-    for ax in axes[-3:-1]:
         ax.tick_params(labelbottom=True)
+    for ax in axes[-3:-1]:
+        ax.set_xlabel("LM training data (hours)")
     for ax in axes[::2]:
         ax.set_ylabel("Accuracy (%)")
-    axes[-2].set_xlabel("LM training data (hours)")
+    figure.align_ylabels()
     legend_only(axes[-1], [*_handles(series), Line2D([], [], color=GREY, linestyle=":", label="chance")])
     return figure
 
@@ -178,13 +182,13 @@ def spoken_lm_against_features() -> Figure:
         .with_columns(pl.col.representation.replace(made_from))
         for metric in ("abx", "map")
     ]
-    return _against(list(zip(("ABX error (%)", "MAP (%)"), tables, strict=True)))
+    return _against(list(zip(("ABX error (%)", "MAP (%)"), tables, strict=True)), ALL_LAYERS)
 
 
 def spoken_lm_against_units() -> Figure:
     """Figure 14. Spoken language models (6,000 hours) against ABX error and PNMI of their units."""
     pnmi = results("unit_quality").filter(metric="pnmi")
-    return _against([("ABX error of units (%)", mean_by_layer("abx")), ("PNMI", pnmi)])
+    return _against([("ABX error of units (%)", mean_by_layer("abx")), ("PNMI", pnmi)], ALL_LAYERS)
 
 
 def spoken_lm_against_superb() -> Figure:
@@ -195,9 +199,9 @@ def spoken_lm_against_superb() -> Figure:
     return _against(list(zip(("Phone error rate (%)", "Word error rate (%)"), tables, strict=True)))
 
 
-def _against(columns: Sequence[tuple[str, pl.DataFrame]]) -> Figure:
+def _against(columns: Sequence[tuple[str, pl.DataFrame]], models: Sequence[str] = tuple(MODELS)) -> Figure:
     """Accuracies, one row of panels a task, against measures, one column each, with Pearson's r."""
-    spoken = results("spoken_lm").filter(num_units=256, lm_hours=LM_HOURS)
+    spoken = results("spoken_lm").filter(pl.col.model.is_in(models), num_units=256, lm_hours=LM_HOURS)
     key = ["model", "representation", "layer"]
     figure, axes = new_figure(4.6, len(MAIN_TASKS), len(columns), sharex="col", sharey="row")
     shown: set[tuple[str, str]] = set()

@@ -23,20 +23,23 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import polars as pl
-from published import KEYS, METRICS, REPRESENTATIONS, SCHEMA, results
-
-from spidr.abx import Scorer, read_items
-from spidr.data.alignments import match_alignments, read_alignments
-from spidr.data.units import read_units
-from spidr.data.write_manifest import write_manifest
-from spidr.evaluate import evaluate_abx
-from spidr.extract import Options, extract_features, extract_units
-from spidr.models import DinoSR, SpidR
-from spidr.models.hub import load_encoder
-from spidr.models.metrics import units_quality
 from spidr.tools.errors import InputError
 from spidr.tools.files import atomic_write
+from spidr.tools.lazy import command_needs
+
+with command_needs("paper", __name__):
+    import polars as pl
+    from published import KEYS, METRICS, REPRESENTATIONS, SCHEMA, results
+
+    from spidr.abx import Scorer, read_items
+    from spidr.data.alignments import match_alignments, read_alignments
+    from spidr.data.units import read_units
+    from spidr.data.write_manifest import write_manifest
+    from spidr.evaluate import evaluate_abx
+    from spidr.extract import Options, extract_features, extract_units
+    from spidr.models import DinoSR, SpidR
+    from spidr.models.hub import load_encoder
+    from spidr.models.metrics import units_quality
 
 SETS = ("dev-clean", "dev-other")
 SAME_AS = {

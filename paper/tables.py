@@ -17,11 +17,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import polars as pl
-from published import BEST_LAYER, KEYS, METRICS, MODELS, REPRESENTATIONS, SCHEMA, pretraining_hours, results
-
 from spidr.tools.errors import InputError
 from spidr.tools.files import atomic_write
+from spidr.tools.lazy import command_needs
+
+with command_needs("paper", __name__):
+    import polars as pl
+    from published import BEST_LAYER, KEYS, METRICS, MODELS, REPRESENTATIONS, SCHEMA, pretraining_hours, results
 
 LOWER_IS_BETTER = {"abx", "per", "asr"}
 NO_BEST = {"codebook_perplexity", "active_codewords", "bitrate"}

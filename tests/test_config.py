@@ -347,7 +347,8 @@ def test_what_is_written_is_read_back(tmp_path: Path, model: type[DinoSRConfig],
     assert type(again.model) is model
     assert to_dict(again) == as_dict == json.loads(path.read_text())
     assert "model_given" not in as_dict
-    assert again.model_given == {f.name for f in dataclasses.fields(model)}
+    assert again.model_given == as_dict["model"].keys()
+    assert json.loads(json.dumps(dataclasses.asdict(config))) == {**json.loads(json.dumps(dataclasses.asdict(again)))}
 
 
 # ----------------------------------------------------------------------------------------------------------- errors
@@ -422,7 +423,13 @@ def test_what_is_written_is_read_back(tmp_path: Path, model: type[DinoSRConfig],
         ("masking", {"mask_selection": "uniform", "mask_other": 21}, "masking.mask_selection: uniform draws lengths"),
         ("validation", {"dev": {}}, "validation.dev.manifest: missing, required: a string that is not empty"),
         ("validation", {"dev": "dev.csv"}, "validation.dev: found 'dev.csv', accepted: a table"),
-        ("validation", {"a/b": {"manifest": "m"}}, "validation.'a/b': found 'a/b', accepted: a string that can name"),
+        (
+            "validation",
+            {"a/..": {"manifest": "m"}},
+            "validation.'a/..': found 'a/..', accepted: a string that can name",
+        ),
+        ("run", {"wandb_name": "/a"}, "run.wandb_name: found '/a', accepted: a string that can name a folder inside"),
+        ("model", {"codebook_decay": 9}, "model.codebook_decay: found 9, accepted: a finite number between 0 and 1"),
         ("validation", {"train": {"manifest": "m"}}, "validation.train: found 'train', accepted"),
         ("optimiser", {}, "optimiser: unknown key, did you mean optimizer?"),
         ("nothing", {}, "nothing: unknown key, accepted: run, data, model, optimizer, masking, validation"),
@@ -499,13 +506,13 @@ def test_all_problems_at_once(write) -> None:
     assert {line.split(": ")[0] for line in found} == set(
         re.findall(
             r"\S+",
-            """run.wandb_name run.logg_interval run.slurm_validation.acount run.slurm_validation.account
+            """run.wandb_name run.logg_interval run.slurm_validation.acount
         run.slurm_validation.nodes run.slurm_validation.gpus_per_node data.min_sample_size data.rand_crop
         model.encoder_num_heads model.codebook_size model.num_codebooks optimizer.lr optimizer.scheduler
         validation.dev.manifst validation.dev.manifest""",
         )
     )
-    assert len(found) == 15
+    assert len(found) == 14
 
 
 def test_a_rule_waits_for_valid_fields(write) -> None:
@@ -557,13 +564,6 @@ def test_deep_values_are_shown_short(write) -> None:
 
 def test_byte_order_mark(write) -> None:
     assert read_config(write(b"\xef\xbb\xbf" + json.dumps(MINIMAL).encode())).data.manifest == "train.csv"
-
-
-def test_maximum_within_warm_up_is_a_warning(write, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING):
-        config = read_config(write(document(optimizer={"max_steps": 100})))
-    assert config.optimizer.max_steps == 100
-    assert "max_steps = 100 ends during the warm-up" in caplog.text
 
 
 json_values = st.recursive(
@@ -638,3 +638,68 @@ def test_a_system_that_does_not_tell_its_memory() -> None:
     """Windows has no module ``resource``; models are loaded there all the same."""
     code = "import sys; sys.modules['resource'] = None; import spidr.tools.untrusted as u; u.check_memory(2**60, '')"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("steps", "expected"),
+    [
+        ({"max_steps": 100}, "max_steps = 100 ends during the warm-up"),
+        ({"max_steps": 200_000}, "the learning rate never decays"),
+        ({"max_steps": 500_000}, r"falls below optimizer\.final_lr_scale = 0\.01, to 0\.001 of its peak.* step 400000"),
+        ({"max_steps": 400_000}, None),
+        ({"max_steps": 500_000, "scheduler": "cosine"}, None),
+    ],
+)
+def test_odd_schedules_are_a_warning(
+    write, caplog: pytest.LogCaptureFixture, steps: dict[str, Any], expected: str | None
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        config = read_config(write(document(optimizer=steps)))
+    assert config.optimizer.max_steps == steps["max_steps"]
+    assert [bool(re.search(expected or "", record.getMessage())) for record in caplog.records] == [True] * bool(
+        expected
+    )
+
+
+def test_names_of_runs_and_sets_may_have_several_parts(write) -> None:
+    run = {"workdir": "runs", "wandb_project": "a/b", "wandb_name": "c/d"}
+    config = read_config(write({**document(), "run": run, "validation": {"dev/clean": {"manifest": "m"}}}))
+    assert config.run.dir == Path("runs/a/b/c/d")
+    assert list(config.validation) == ["dev/clean"]
+
+
+def test_paths_may_be_path_objects(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SCRATCH", "/scratch")
+    assert RunConfig(Path("runs"), "p", "n").dir == Path("runs/p/n")  # type: ignore[arg-type]
+    assert RunConfig("$SCRATCH/runs", "p", "n").dir == Path("/scratch/runs/p/n")
+    assert DataConfig(Path("train.csv")).manifest == "train.csv"  # type: ignore[arg-type]
+
+
+def test_overrides(write) -> None:
+    path = write(document(optimizer={"lr": 1.0}))
+    overrides = ["optimizer.lr=1e-3", "run.wandb_name = b", "model.codebook_size=7", "validation.dev.manifest=x.csv"]
+    overrides += ["optimizer.betas=[0.5, 0.6]", "run.compile=false", "run.init_ckpt='1'"]
+    config = read_config(path, overrides)
+    assert (config.optimizer.lr, config.run.wandb_name, config.run.compile) == (1e-3, "b", False)
+    assert config.optimizer.betas == (0.5, 0.6)
+    assert config.run.init_ckpt == "1"
+    assert config.validation["dev"].manifest == "x.csv"
+    assert config.model_given == {"codebook_size"}
+    for wrong, message in {
+        "optimizer.lrr=1": "optimizer.lrr: unknown key, did you mean lr",
+        "lr=1": "SECTION.KEY=VALUE",
+        "optimizer.lr": "SECTION.KEY=VALUE",
+        "optimizer.lr=fast": "optimizer.lr: found 'fast'",
+        "optimizer.lr.x=1": "lr is no section",
+        "optimizer.lr=1\n[run]": "optimizer.lr: found",
+    }.items():
+        with pytest.raises(InputError, match=re.escape(message)):
+            read_config(path, [wrong])
+
+
+def test_what_the_published_package_does_not_know_is_written_only_if_it_is_used(write) -> None:
+    ours = {"run": {"device": "cpu"}, "data": {"on_error": "skip"}, "model": {"codebook_init": "data"}}
+    plain, used = to_dict(read_config(write(document()))), to_dict(read_config(write(document(**ours))))
+    for section, table in ours.items():
+        assert not table.keys() & plain[section].keys()
+        assert table.items() <= used[section].items()

@@ -15,7 +15,7 @@ import torch
 
 from processes import free_port
 from spidr.config import RunConfig
-from spidr.environment import StopFlag, _use_slurm, choose_device, environment, ranks, seed_step
+from spidr.environment import StopFlag, choose_device, environment, ranks, seed_step, use_slurm
 from spidr.tools.errors import InputError
 from tiny_run import write_config, write_recordings
 
@@ -64,7 +64,7 @@ def test_slurm_job_step(variables: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name, value in SLURM.items():
         variables.setenv(name, value)
     assert ranks() == (5, 1, 8)
-    _use_slurm()
+    use_slurm()
     assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == ("node03", str(20_000 + 123456 % 20_000))
 
 

@@ -45,7 +45,8 @@ from spidr.evaluate import FeatureFolder
 from spidr.export import export_safetensors
 from spidr.extract.kmeans import KMeans
 from spidr.models import build_model
-from spidr.models.hub import load_encoder, load_fairseq_weights, load_weights, recorded_config
+from spidr.models.fairseq import load_fairseq_weights
+from spidr.models.hub import load_encoder, load_weights, recorded_config
 from spidr.tools.errors import InputError
 from spidr.tools.metrics import read_metrics
 from tiny_run import write_config, write_recordings

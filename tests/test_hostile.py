@@ -33,7 +33,8 @@ from spidr.data.write_manifest import write_manifest, write_manifest_tar
 from spidr.evaluate import FeatureFolder
 from spidr.extract import Options, extract_features
 from spidr.extract.kmeans import KMeans
-from spidr.models.hub import load_fairseq_weights, load_weights
+from spidr.models.fairseq import load_fairseq_weights
+from spidr.models.hub import load_weights
 from spidr.tools.errors import InputError
 from spidr.tools.files import atomic_write
 from tiny_run import write_config, write_recordings
@@ -101,7 +102,8 @@ from spidr.data.alignments import read_alignments
 from spidr.data.audio import read_audio
 from spidr.data.units import read_units
 from spidr.extract.kmeans import KMeans
-from spidr.models.hub import load_fairseq_weights, load_weights
+from spidr.models.fairseq import load_fairseq_weights
+from spidr.models.hub import load_weights
 for name in sys.argv[1:]:
     function, _, path = name.partition("=")
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

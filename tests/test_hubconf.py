@@ -28,6 +28,8 @@ print(type(model).__name__, model.training, model.cfg.encoder_qkv_bias)
         ("spidr_base", "SpidR False False"),
         ("dinosr_base_reproduced", "DinoSR False False"),
         ("dinosr_base_original", "DinoSR False True"),
+        ("dinor_base_reproduced", "DinoSR False False"),
+        ("spidr_vp20", "SpidR False False"),
     ],
 )
 def test_load(tmp_path: Path, name: str, expected: str) -> None:

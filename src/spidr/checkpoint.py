@@ -13,12 +13,15 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from spidr.models.hub import load_verified
 from spidr.tools.errors import InputError
 from spidr.tools.files import atomic_write
+from spidr.tools.lazy import names_from
 from spidr.tools.metrics import read_metrics
+from spidr.tools.tensors import load_verified
 
 logger = logging.getLogger(__name__)
+
+__getattr__ = names_from(__name__, "spidr.compat.training")  # what published packages also have here
 
 CONTENTS: dict[str, type] = {
     "model": dict, "optimizer": dict, "scheduler": dict, "scaler": dict, "epoch": int, "step": int

@@ -7,16 +7,28 @@ Configurations are TOML (or JSON) files read by :func:`read_config` into frozen 
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from spidr.tools.errors import InputError, ProblemsError
-from spidr.tools.schema import Accepts, Rule, Settings, between, describe, from_table, show
-from spidr.tools.untrusted import read_table
+from spidr.tools.files import expand
+from spidr.tools.schema import (
+    REQUIRED,
+    Accepts,
+    Rule,
+    Settings,
+    between,
+    describe,
+    from_table,
+    hints_of,
+    is_default_of_ours,
+    ours,
+    show,
+)
+from spidr.tools.untrusted import parse_toml_value, read_table
 
 logger = logging.getLogger(__name__)
 
@@ -30,8 +42,11 @@ ModelType = Literal["spidr", "dinosr"]
 MaskingStrategy = Literal["static", "uniform", "normal", "poisson"]
 
 
-def _is_folder_name(name: str) -> bool:
-    return name not in ("", ".", "..") and not any(c in name for c in "/\\\0") and len(name.encode()) <= 255
+def _is_below(name: str) -> bool:
+    parts = name.split("/")
+    return not any(part in ("", ".", "..") or len(part.encode()) > 255 for part in parts) and not set(name) & set(
+        "\\\0"
+    )
 
 
 MAX_SAMPLES = 2**31 - 1
@@ -49,7 +64,7 @@ SpanSpread = Annotated[float, Accepts("between 0 and 1,000,000", lambda x: 0 <= 
 Samples = Annotated[int, between(1, MAX_SAMPLES)]
 Probability = Annotated[float, Accepts("between 0 and 1", lambda x: 0 <= x <= 1)]
 Text = Annotated[str, Accepts("that is not empty", lambda s: bool(s) and "\0" not in s)]
-FolderName = Annotated[str, Accepts("that can name one folder (no '/', '\\' or '..')", _is_folder_name)]
+FolderName = Annotated[str, Accepts("that can name a folder inside another ('a' or 'a/b', no '..' or '\\')", _is_below)]
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -60,15 +75,19 @@ FolderName = Annotated[str, Accepts("that can name one folder (no '/', '\\' or '
 class SlurmConfig(Settings):
     """What to ask SLURM for. ``time`` is in minutes."""
 
-    account: str
-    nodes: Annotated[int, between(1, 100_000)]
-    gpus_per_node: Annotated[int, between(1, 1000)]
+    account: str | None = None
+    nodes: Annotated[int, between(1, 100_000)] = REQUIRED
+    gpus_per_node: Annotated[int, between(1, 1000)] = REQUIRED
     qos: Text | None = None
     time: Annotated[int, between(1, 10_000_000)] | None = None
     cpus_per_task: Annotated[int, between(1, 10_000)] | None = None
     mem_per_gpu: Text | None = None
     constraint: Text | None = None
     partition: Text | None = None
+
+    def __getitem__(self, name: str) -> Any:
+        """A setting by its name: in the published package this is a dictionary."""
+        return getattr(self, name)
 
 
 @dataclass(frozen=True)
@@ -93,15 +112,15 @@ class RunConfig(Settings):
     keep_latest: int = -1
     model_type: ModelType = "dinosr"
     slurm_validation: SlurmConfig | None = None
-    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
-    profile: bool = False
-    collapse_share: Probability = 0.1
-    collapse_steps: Positive = 1000
+    device: Literal["auto", "cuda", "mps", "cpu"] = ours("auto")
+    profile: bool = ours(False)
+    collapse_share: Probability = ours(0.1)
+    collapse_steps: Positive = ours(1000)
 
     @property
     def dir(self) -> Path:
         """The run folder: ``workdir / wandb_project / wandb_name``."""
-        return Path(self.workdir) / self.wandb_project / self.wandb_name
+        return expand(self.workdir) / self.wandb_project / self.wandb_name
 
 
 @dataclass(frozen=True)
@@ -128,8 +147,8 @@ class DataConfig(Settings):
     random_seed: NonNegative = 0
     bucket_method: Literal["uniform", "percentile"] = "uniform"
     alignments_path: Text | None = None
-    global_batch_length: Annotated[int, between(1, 10**10)] | None = None
-    on_error: Literal["raise", "skip"] = "raise"
+    global_batch_length: Annotated[int, between(1, 10**10)] | None = ours(None)
+    on_error: Literal["raise", "skip"] = ours("raise")
 
     RULES: ClassVar = (
         Rule(("min_sample_size", "max_sample_size"), lambda low, high: low <= high, "must not exceed max_sample_size"),
@@ -207,15 +226,15 @@ class DinoSRConfig(Settings):
     encoder_layer_drop: Probability = 0.05  # [encoder_layerdrop]
     encoder_qkv_bias: bool = False  # always true in fairseq
     codebook_size: Annotated[int, between(2, 2**20)] = 256  # [codebook_size]
-    codebook_decay: NonNegativeFloat = 0.9  # [codebook_decay]
+    codebook_decay: Probability = 0.9  # [codebook_decay]
     num_codebooks: Layers = 8  # [average_top_k_layers]
     ema_start_decay: Probability = 0.999  # [ema_decay]
     ema_final_decay: Probability = 0.9999  # [ema_end_decay]
     ema_final_step: NonNegative = 30_000  # [ema_anneal_end_step]
     ema_exclude_layers: list[Text] = field(default_factory=lambda: ["pos_conv_embed"])
     freeze_step: NonNegative = 200_000  # [freeze_teacher_step]
-    codebook_init: Literal["random", "data"] = "random"
-    codebook_revive_after: NonNegative = 0
+    codebook_init: Literal["random", "data"] = ours("random")
+    codebook_revive_after: NonNegative = ours(0)
 
     ELSEWHERE: ClassVar = dict.fromkeys(
         ("ema_timescale", "ema_threshold"), "unknown key for run.model_type 'dinosr': it is a setting of 'spidr'"
@@ -244,7 +263,7 @@ class SpidRConfig(DinoSRConfig):
     """DinoSR's settings with SpidR's exponential teacher schedule and no layer drop."""
 
     encoder_layer_drop: Probability = 0.0
-    ema_timescale: Positive = 20_000
+    ema_timescale: PositiveFloat = 20_000.0
     ema_threshold: NonNegativeFloat = 1e-7
 
 
@@ -302,9 +321,7 @@ ValidationName = Annotated[FolderName, Accepts("other than 'train'", lambda name
 class Config(Settings):
     """A whole configuration file.
 
-    ``validation`` maps the name of a validation set to its data. ``model_given`` says what the file's [model] table
-    sets, None if it has none: the model of ``run.init_ckpt`` then holds. It is no setting itself; in a configuration
-    built in Python, everything counts as given.
+    ``validation`` maps the name of a validation set to its data.
     """
 
     run: RunConfig
@@ -313,10 +330,6 @@ class Config(Settings):
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     masking: MaskingConfig = field(default_factory=MaskingConfig)
     validation: dict[ValidationName, DataConfig] = field(default_factory=dict)
-    model_given: frozenset[str] | None = field(
-        default=frozenset(f.name for f in dataclasses.fields(SpidRConfig)), compare=False, repr=False
-    )
-
     RULES: ClassVar = (
         Rule(
             ("model", "run"),
@@ -324,6 +337,15 @@ class Config(Settings):
             "must be a SpidRConfig for run.model_type 'spidr' and a DinoSRConfig for 'dinosr'",
         ),
     )
+
+    @property
+    def model_given(self) -> frozenset[str] | None:
+        """What the file's [model] table sets; None without one: the model of ``run.init_ckpt`` then holds.
+
+        In a configuration built in Python, everything counts as given.
+        """
+        given: frozenset[str] | None = vars(self).get("_model_given", frozenset(hints_of(type(self.model))))
+        return given
 
 
 _MODEL_CONFIGS: dict[str, type[DinoSRConfig]] = {"spidr": SpidRConfig, "dinosr": DinoSRConfig}
@@ -333,11 +355,12 @@ _MODEL_CONFIGS: dict[str, type[DinoSRConfig]] = {"spidr": SpidRConfig, "dinosr":
 # Reading and writing
 
 
-def read_config(path: str | Path) -> Config:
+def read_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read and check a configuration file.
 
     Args:
         path: A JSON file if its name ends in ``.json``, else a TOML file. A run's ``config.json`` is one.
+        overrides: Settings that replace those of the file, as ``"optimizer.lr=1e-3"``.
 
     Returns:
         The settings, with the defaults where the file is silent.
@@ -346,7 +369,10 @@ def read_config(path: str | Path) -> Config:
         InputError: The file cannot be read or parsed, or some of its keys or values are wrong: one message names the
             file and, for every problem, the key, what was found and what is accepted.
     """
-    sections = {name: table for name, table in read_table(path).items() if table is not None}
+    document = read_table(path)
+    for text in overrides:
+        _override(document, text)
+    sections = {name: table for name, table in document.items() if table is not None}
     run, model_table = sections.get("run"), sections.get("model")
     model_type = run.get("model_type", "dinosr") if isinstance(run, dict) else None
     # With a wrong model_type, which is reported, SpidRConfig knows all the names there are.
@@ -362,23 +388,64 @@ def read_config(path: str | Path) -> Config:
         problems += error.problems
     if problems:
         raise ProblemsError(problems, str(path))
-    optimizer = config.optimizer
-    if optimizer.max_steps < optimizer.warmup_steps:
-        logger.warning(
-            "%s: optimizer.max_steps = %d ends during the warm-up (optimizer.warmup_steps = %d)",
-            path,
-            optimizer.max_steps,
-            optimizer.warmup_steps,
+    if (warning := _schedule_warning(config.optimizer)) is not None:
+        logger.warning("%s: %s", path, warning)
+    object.__setattr__(config, "_model_given", None if model_table is None else frozenset(model_table))
+    return config
+
+
+def _override(document: dict[str, Any], text: str) -> None:
+    """Set what ``KEY.KEY=VALUE`` says. The value is TOML or, if it is none, a string."""
+    name, equals, value = text.partition("=")
+    *sections, key = name.strip().split(".")
+    if not (equals and sections and key):
+        raise InputError(f"{text!r}: a setting is given as SECTION.KEY=VALUE, such as optimizer.lr=1e-3")
+    table = document
+    for section in sections:
+        if table.get(section) is None:
+            table[section] = {}
+        table = table[section]
+        if not isinstance(table, dict):
+            raise InputError(f"{text!r}: {section} is no section")
+    table[key] = parse_toml_value(value.strip())
+
+
+def _schedule_warning(cfg: OptimizerConfig) -> str | None:
+    """What is odd about the steps of a schedule."""
+    steps, begin = cfg.max_steps, cfg.warmup_steps + cfg.hold_steps
+    if steps < cfg.warmup_steps:
+        return f"optimizer.max_steps = {steps} ends during the warm-up (optimizer.warmup_steps = {cfg.warmup_steps})"
+    if cfg.scheduler != "tristage" or steps == begin + cfg.decay_steps:
+        return None
+    if steps <= begin:
+        return (
+            f"the learning rate never decays: optimizer.max_steps = {steps} is not beyond warmup_steps + hold_steps = "
+            f"{begin}"
         )
-    return dataclasses.replace(config, model_given=None if model_table is None else frozenset(model_table))
+    if steps > begin + cfg.decay_steps:
+        floor = cfg.final_lr_scale ** ((steps - begin) / cfg.decay_steps)
+        return (
+            f"the learning rate falls below optimizer.final_lr_scale = {cfg.final_lr_scale:g}, to {floor:.2g} of its "
+            f"peak: the decay ends at step {begin + cfg.decay_steps}, before optimizer.max_steps = {steps}"
+        )
+    return None
 
 
-def to_dict(config: Config) -> dict[str, Any]:
-    """All settings as JSON values; :func:`read_config` reads them back unchanged."""
-    document: dict[str, Any] = dataclasses.asdict(config)
-    del document["model_given"]
-    as_json: dict[str, Any] = json.loads(json.dumps(document))  # tuples become lists
-    return as_json
+def to_dict(config: Settings) -> dict[str, Any]:
+    """Settings as JSON values; :func:`read_config` reads them back unchanged.
+
+    What the published package does not know is left out where it has its default.
+    """
+    values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if not is_default_of_ours(config, f)}
+    return {name: _to_json(value) for name, value in values.items()}
+
+
+def _to_json(value: Any) -> Any:
+    if isinstance(value, Settings):
+        return to_dict(value)
+    if isinstance(value, dict):
+        return {key: _to_json(item) for key, item in value.items()}
+    return [_to_json(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def model_config(model_type: str, table: Mapping[str, Any], *, source: str = "model") -> DinoSRConfig:

@@ -22,9 +22,12 @@ from torch import Tensor
 
 from spidr.config import RunConfig
 from spidr.tools.errors import InputError
+from spidr.tools.lazy import names_from
 from spidr.tools.peers import Peers, connect
 
 logger = logging.getLogger(__name__)
+
+__getattr__ = names_from(__name__, "spidr.compat.training")  # what published packages also have here
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 PREEMPTED_EXIT_CODE = 75
@@ -143,7 +146,7 @@ def ranks() -> tuple[int, int, int]:
     return 0, 0, 1
 
 
-def _use_slurm() -> None:
+def use_slurm() -> None:
     """In a SLURM job step without torchrun's variables, set those that say where all processes meet."""
     environ = os.environ
     if "RANK" in environ:
@@ -253,7 +256,7 @@ def environment(run: RunConfig) -> Iterator[Environment]:
     """
     rank, local_rank, world_size = ranks()
     if world_size > 1:
-        _use_slurm()
+        use_slurm()
     device = choose_device(run.device, local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)

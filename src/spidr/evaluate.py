@@ -96,9 +96,9 @@ class FeatureFolder(Mapping[str, NDArray[Any]]):
             if path.suffix == ".npy":
                 features: NDArray[Any] = np.load(path, mmap_mode="r")
             else:
-                from spidr.models.hub import load_verified
+                from spidr.tools.tensors import check_plain, read_tensors
 
-                features = load_verified(path).detach().float().numpy()
+                features = check_plain(read_tensors(path), "the top").float().numpy()
             kind = features.dtype.kind
         except Exception as error:  # a broken file can fail in any way
             raise InputError(f"{path}: no features of a recording ({first_line(error)})") from None

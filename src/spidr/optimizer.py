@@ -11,6 +11,9 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from spidr.config import OptimizerConfig
+from spidr.tools.lazy import names_from
+
+__getattr__ = names_from(__name__, "spidr.compat.training")  # what published packages also have here
 
 
 def lr_factor(step: int, cfg: OptimizerConfig) -> float:

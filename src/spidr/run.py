@@ -58,7 +58,7 @@ class Run:
         self.checkpointer = Checkpointer(
             self.folder, cfg.run.save_interval, cfg.run.keep_latest, disable=not env.is_main
         )
-        self.profiler = StepProfiler(self.folder, enabled=cfg.run.profile and env.is_main)
+        self.profiler = StepProfiler(self.folder / "trace.html", enabled=cfg.run.profile and env.is_main)
         self._collapse = CollapseWatch(cfg.run.collapse_share, cfg.run.collapse_steps, cfg.model.codebook_size)
         self._means = Means()
         self._latest: dict[str, float] = {}

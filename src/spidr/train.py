@@ -14,13 +14,12 @@ from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 from spidr.config import SAMPLE_RATE, Config, DinoSRConfig, read_config
 from spidr.tools.errors import InputError
 from spidr.tools.frames import conv_length
-from spidr.tools.lazy import command_needs
+from spidr.tools.lazy import command_needs, names_from
 
 
 def _arguments() -> argparse.Namespace:
@@ -46,11 +45,14 @@ with command_needs("train", __name__):
     from spidr.models import DinoSR
     from spidr.models.codebook import count_perplexity
     from spidr.models.flops import step_flops
-    from spidr.models.hub import build_model, load_into, load_weights, recorded_config
+    from spidr.models.hub import build_model, load_weights, recorded_config
+    from spidr.models.weights import load_into
     from spidr.optimizer import build_optimizer, drop_frozen
     from spidr.run import Run
 
 Measured = dict[str, Tensor | float]
+
+__getattr__ = names_from(__name__, "spidr.compat.training")  # what published packages also have here
 
 MAX_SKIPPED_STEPS = 10
 """Steps in a row that float16 may skip for want of range before the run stops."""
@@ -350,7 +352,7 @@ def model_settings(cfg: Config) -> DinoSRConfig:
         return cfg.model
     # A run that has begun has it in its own folder: the other one may be gone by now.
     begun = cfg.run.dir / "config.json"
-    recorded = recorded_config(begun if begun.exists() else Path(cfg.run.init_ckpt), cfg.run.model_type)
+    recorded = recorded_config(begun if begun.exists() else cfg.run.init_ckpt, cfg.run.model_type)
     if recorded is None:
         return cfg.model
     given = {name: getattr(cfg.model, name) for name in cfg.model_given or () if hasattr(recorded, name)}

@@ -23,8 +23,9 @@ from spidr.data import Batch, build_validation_dataloader, speech_dataset
 from spidr.data.alignments import FRAME_STEP, Alignments, match_alignments, read_alignments
 from spidr.environment import Environment, Preempted, StopFlag, environment
 from spidr.models import DinoSR
-from spidr.models.hub import build_model, load_into, load_weights
+from spidr.models.hub import build_model, load_weights
 from spidr.models.metrics import UnitsQuality, units_quality
+from spidr.models.weights import load_into
 from spidr.tools.errors import InputError
 from spidr.tools.files import atomic_write
 from spidr.tools.frames import conv_length
@@ -316,3 +317,7 @@ def run_validation(cfg: Config, resume: ResumeConfig) -> None:
         if env.is_main:
             with atomic_write(Path(resume.results)) as file:
                 file.writelines(json.dumps(line).encode() + b"\n" for line in lines)
+
+
+validate_existing_checkpoint = run_validation
+"""Its published name."""

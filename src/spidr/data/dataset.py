@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,12 +13,13 @@ from torch.utils.data import Dataset
 from spidr.data.audio import Recording, read_audio, standardize, statistics_of
 from spidr.data.manifest import read_manifest
 from spidr.tools.frames import conv_length
+from spidr.tools.lazy import names_from
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     import polars as pl
     from numpy.typing import NDArray
+
+__getattr__ = names_from(__name__, "spidr.compat.dataset")  # what published packages also have here
 
 __all__ = ["SpeechDataset", "conv_length", "speech_dataset"]
 
@@ -25,13 +27,17 @@ __all__ = ["SpeechDataset", "conv_length", "speech_dataset"]
 class SpeechDataset(Dataset[Tensor]):
     """Whole recordings of a manifest.
 
+    Args:
+        manifest_path: A manifest, or the table that :func:`spidr.data.read_manifest` makes of one.
+        normalize: See the attributes.
+
     Attributes:
         manifest: The manifest (see :func:`spidr.data.read_manifest`).
         normalize: Whether each recording is standardised over its whole length (population variance, 1e-5 added to it).
     """
 
-    def __init__(self, manifest: pl.DataFrame, *, normalize: bool) -> None:
-        self.manifest = manifest
+    def __init__(self, manifest_path: str | Path | pl.DataFrame, *, normalize: bool) -> None:
+        self.manifest = read_manifest(manifest_path) if isinstance(manifest_path, str | Path) else manifest_path
         self.normalize = normalize
 
     def __len__(self) -> int:
@@ -64,4 +70,4 @@ def speech_dataset(path: str | Path, *, normalize: bool) -> SpeechDataset:
         path: A manifest (see :func:`spidr.data.read_manifest`).
         normalize: Standardise each recording over its whole length, as the published models expect.
     """
-    return SpeechDataset(read_manifest(path), normalize=normalize)
+    return SpeechDataset(path, normalize=normalize)

@@ -7,6 +7,7 @@ import zlib
 from typing import TYPE_CHECKING
 
 from spidr.tools.errors import InputError, first_line
+from spidr.tools.files import check_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -22,6 +23,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
     Raises:
         InputError: It cannot be read, is damaged or no text, or has a line that is too long.
     """
+    check_file(path)
     number = 0
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:

@@ -10,6 +10,7 @@ import json
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 import spidr
 from spidr.models import DinoSR, SpidR
 from spidr.models.extractor import ConvLayer, FeatureExtractor
-from spidr.models.weights_file import config_metadata
+from spidr.models.weights import type_of
 from spidr.tools.errors import InputError
 from spidr.tools.files import atomic_write
 from spidr.tools.frames import conv_length
@@ -61,7 +62,8 @@ def export_onnx(model: DinoSR, output: str | Path, *, layers: Sequence[int] | No
     if size > MAX_BYTES:
         raise InputError(f"{size / 2**30:.1f} GiB of weights do not fit in one ONNX file, which holds 2 GiB")
     metadata = {
-        **config_metadata(model.cfg),
+        "model_type": type_of(model.cfg),
+        "model": json.dumps(asdict(model.cfg)),
         "layers": json.dumps(layers),
         "spidr_version": spidr.__version__,
     }

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import spidr
 from spidr.models import DinoSR
-from spidr.models.weights_file import SUFFIX, config_metadata, to_bytes
+from spidr.models.weights import SAFETENSORS, to_safetensors
 from spidr.tools.errors import InputError
 from spidr.tools.files import atomic_write
 
@@ -24,9 +24,8 @@ def export_safetensors(model: DinoSR, output: str | Path) -> None:
         InputError: If the name ends in something else, the file cannot be written, or safetensors is not installed.
     """
     output = Path(output)
-    if output.suffix != SUFFIX:
-        raise InputError(f"{output}: the name must end in {SUFFIX}")
+    if output.suffix != SAFETENSORS:
+        raise InputError(f"{output}: the name must end in {SAFETENSORS}")
     weights = {name: value for name, value in model.state_dict().items() if not name.startswith("teacher.")}
-    metadata = {**config_metadata(model.cfg), "spidr_version": spidr.__version__}
     with atomic_write(output) as file:
-        file.write(to_bytes(weights, metadata))
+        file.write(to_safetensors(weights, model.cfg, spidr_version=spidr.__version__))

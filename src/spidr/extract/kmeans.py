@@ -20,10 +20,11 @@ from spidr.extract.encoder import Encoder, Options, Skipped
 from spidr.extract.outputs import names_of, record, report
 from spidr.extract.sources import find_items
 from spidr.models import DinoSR
-from spidr.models.hub import check_name, open_archive
+from spidr.models.hub import check_name
 from spidr.tools.errors import InputError, first_line
 from spidr.tools.files import atomic_write, make_folder
 from spidr.tools.lazy import needs_extra
+from spidr.tools.tensors import open_archive
 from spidr.tools.untrusted import check_memory, parse_json
 
 MAX_UNITS = 2**20

@@ -6,12 +6,13 @@ Names are imported when they are first used.
 from typing import TYPE_CHECKING
 
 from spidr.config import DEFAULT_CONV_LAYER_CONFIG
+from spidr.models.published import PUBLISHED
 from spidr.tools.frames import conv_length
 from spidr.tools.lazy import lazy_names
 
 if TYPE_CHECKING:
     from spidr.models.dinosr import DinoSR
-    from spidr.models.hub import build_model, dinosr_base_original, dinosr_base_reproduced, spidr_base
+    from spidr.models.hub import build_model, load_encoder
     from spidr.models.spidr import SpidR
 else:
     __getattr__ = lazy_names(
@@ -20,9 +21,8 @@ else:
             "DinoSR": "dinosr",
             "SpidR": "spidr",
             "build_model": "hub",
-            "dinosr_base_original": "hub",
-            "dinosr_base_reproduced": "hub",
-            "spidr_base": "hub",
+            "load_encoder": "hub",
+            **dict.fromkeys(PUBLISHED, "hub"),
         },
     )
 
@@ -32,12 +32,4 @@ def num_frames(num_samples: int) -> int:
     return conv_length(DEFAULT_CONV_LAYER_CONFIG, num_samples)
 
 
-__all__ = [
-    "DinoSR",
-    "SpidR",
-    "build_model",
-    "dinosr_base_original",
-    "dinosr_base_reproduced",
-    "num_frames",
-    "spidr_base",
-]
+__all__ = ["DinoSR", "SpidR", "build_model", "load_encoder", "num_frames", *PUBLISHED]

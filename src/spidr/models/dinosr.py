@@ -54,7 +54,7 @@ class DinoSR(nn.Module):
     """
 
     config_class: ClassVar[type[DinoSRConfig]] = DinoSRConfig
-    best_layer: ClassVar[int] = 5
+    best_layer: int = 5
     """The layer, counted from 1, whose units are the most phonetic in the base model."""
     current_step: Tensor
 

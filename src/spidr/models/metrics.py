@@ -15,9 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spidr.tools.errors import InputError
+from spidr.tools.lazy import names_from
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+__getattr__ = names_from(__name__, "spidr.compat.training")  # what published packages also have here
 
 Aligned = Mapping[str, tuple[Sequence[str], Sequence[int]]]
 """Name of a recording → its phones, one per alignment frame (10 ms), and its units, one per model frame (20 ms)."""

@@ -36,6 +36,23 @@ def lazy_names(package: str, modules: dict[str, str]) -> Callable[[str], Any]:
     return get
 
 
+def names_from(package: str, module: str) -> Callable[[str], Any]:
+    """A module-level ``__getattr__`` for names that live in another module.
+
+    Args:
+        package: Its ``__name__``.
+        module: The module whose ``__all__`` it also offers, imported for the first of them.
+    """
+
+    def get(name: str) -> Any:
+        found = None if name.startswith("__") else import_module(module)
+        if found is None or name not in found.__all__:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        return getattr(found, name)
+
+    return get
+
+
 @contextmanager
 def needs_extra(extra: str, note: str = "") -> Iterator[None]:
     """Around imports: a package that is not installed is wrong input, and the message says what installs it.

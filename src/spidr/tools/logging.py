@@ -11,14 +11,18 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+FILE_ONLY = {"file_only": True}
+"""The ``extra`` of a log line that is on standard error in another form."""
+
 FORMAT = "%(asctime)s %(levelname)s [rank {rank}] %(message)s"
 
 
 class _AboveProgressBar(logging.Handler):
-    """Writes to standard error without breaking a progress bar."""
+    """Writes to standard error without breaking a progress bar, all but what is for the file only."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stderr)
+        if not hasattr(record, "file_only"):
+            tqdm.write(self.format(record), file=sys.stderr)
 
 
 class _LogFile(logging.FileHandler):
@@ -51,7 +55,7 @@ def run_log(rank: int) -> Iterator[Callable[[Path], None]]:
     handlers: list[logging.Handler] = [stderr, buffer]
 
     def open_file(path: Path) -> None:
-        file = _LogFile(path)
+        file = _LogFile(path, encoding="utf-8")
         file.setFormatter(formatter)
         buffer.setTarget(file)
         buffer.flush()

@@ -1,8 +1,13 @@
-"""Processes of a run that look after each other: none waits for one that is gone, and one of them says why."""
+"""Processes of a run that look after each other: none waits for one that is gone, and one of them says why.
+
+torchrun and ``srun --kill-on-bad-exit`` end a run when one of its processes exits. Neither notices one that hangs or
+whose machine has vanished, and a collective operation waits an hour for it.
+"""
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import socket
 import sys
@@ -14,6 +19,10 @@ from datetime import timedelta
 from typing import Any
 
 from torch import distributed as dist
+
+from spidr.tools.logging import FILE_ONLY
+
+logger = logging.getLogger(__name__)
 
 BEAT = 1.0
 """Seconds between two signs of life."""
@@ -59,9 +68,9 @@ def connect(rank: int, timeout: timedelta, *, serve: bool = False) -> Any:
 class Peers:
     """Exchanges signs of life, and the cause if the run cannot go on, through the store where the processes meet.
 
-    A collective operation with a process that is dead, or that has stopped after an error, fails late or never, and
-    does not tell which. So a thread of each process watches all others, from the moment when they come on. It ends this
-    process if it is stuck.
+    Rank 0 watches all others and they watch rank 0, so the store answers a few questions a second from each. They are
+    asked by one thread; another one, which never asks anything, notices when the answers stay out, and ends the process
+    if it is stuck. Time is counted in beats: a process that was suspended itself does not take the others for dead.
 
     Args:
         rank: This process.
@@ -78,13 +87,13 @@ class Peers:
         self._beats = 0
         self._beat()
         self._store.append("come", f"{rank} ")  # type: ignore[attr-defined]
-        self._seen: dict[int, tuple[bytes, float]] = {}
-        self._silence = SILENCE
+        self._seen: dict[int, tuple[bytes, int]] = {}  # last sign of life, and for how many beats it has been the last
         self._cause: Cause | None = None
         self._closed = threading.Event()
         self._news = threading.Event()  # set when all have come, or when there is a cause
-        self._thread = threading.Thread(target=self._watch, name="peers", daemon=True)
-        self._thread.start()
+        self._threads = [threading.Thread(target=f, name="peers", daemon=True) for f in (self._talk, self._guard)]
+        for thread in self._threads:
+            thread.start()
 
     def meet(self, timeout: timedelta) -> None:
         """Wait until all processes have come.
@@ -97,16 +106,15 @@ class Peers:
             RuntimeError: Someone is missing; :meth:`explain` tells who.
         """
         if not self._news.wait(timeout.total_seconds()):
-            missing = [str(rank) for rank in range(self.world_size) if rank not in self._seen]
+            come = self._store.get("come").decode().split()
+            missing = [str(rank) for rank in range(self.world_size) if str(rank) not in come]
             place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-            text = (
-                f"{self.world_size - len(missing)} of {self.world_size} processes have met at {place} within {timeout}"
-            )
-            self._tell(int(missing[0]), 1, f"{text}; nothing was heard of rank {', '.join(missing)}")
+            met = f"{len(come)} of {self.world_size} processes have met at {place} within {timeout}"
+            self._tell(int(missing[0]), 1, f"{met}; nothing was heard of rank {', '.join(missing)}")
         if self._cause is not None:
             raise RuntimeError(self._cause.text)
 
-    def explain(self, error: Exception, status: int) -> Cause:
+    def explain(self, error: BaseException, status: int) -> Cause:
         """The cause of the run's end, given an error of this process, which may itself be the cause.
 
         Args:
@@ -114,8 +122,9 @@ class Peers:
             status: Exit status if it is this error.
         """
         if isinstance(error, RuntimeError):
-            self._silence = 5 * BEAT
-            deadline = time.monotonic() + 8 * BEAT
+            with suppress(RuntimeError):
+                self._store.set("trouble", "")
+            deadline = time.monotonic() + 10 * BEAT
             while self._cause is None and time.monotonic() < deadline:
                 time.sleep(BEAT / 10)
         cause = self._cause or self._tell(self.rank, status, str(error))
@@ -135,7 +144,8 @@ class Peers:
     def close(self) -> None:
         """Stop watching."""
         self._closed.set()
-        self._thread.join(BEAT)
+        for thread in self._threads:
+            thread.join(BEAT)
 
     # ------------------------------------------------------------------------------------------------- internals
 
@@ -153,43 +163,58 @@ class Peers:
         self._cause = Cause(*json.loads(said))
         return self._cause
 
-    def _watch(self) -> None:
+    def _talk(self) -> None:
         pause = BEAT / 16  # those who come at the same time shall not wait for each other
-        while self._cause is None:
-            if self._closed.wait(pause):
-                return
+        while self._cause is None and not self._closed.wait(pause):
             pause = min(BEAT, 2 * pause)
             try:
                 self._beat()
-                self._look()
+                if self._store.check(["cause"]):
+                    self._cause = Cause(*json.loads(self._store.get("cause")))
+                else:
+                    self._look()
             except RuntimeError:
                 text = "lost contact with the process at which all meet: rank 0 or the launcher has ended"
                 self._cause = Cause(self.rank, 0, 1, text)
+
+    def _look(self) -> None:
+        """See whether all have come and none is silent for too long."""
+        if not self._news.is_set():
+            if self.rank == 0:
+                self._seen = dict.fromkeys(map(int, self._store.get("come").split()), (b"", 0)) | self._seen
+                if len(self._seen) == self.world_size:
+                    self._store.set("all", "")
+            elif self._store.check(["rank 0"]):
+                self._seen.setdefault(0, (b"", 0))
+            if self._store.check(["all"]):
+                self._news.set()
+        patience = 5 if self._store.check(["trouble"]) else SILENCE / BEAT
+        values = self._store.multi_get([f"rank {rank}" for rank in self._seen]) if self._seen else []
+        for rank, value in zip(self._seen, values, strict=True):
+            last, beats = self._seen[rank]
+            self._seen[rank] = (value, beats + 1 if value == last else 0)
+            host = value.decode().partition(" ")[2]
+            if beats > patience and host != "left":
+                text = f"rank {rank} on {host} gives no sign of life any more: it was killed, hangs or lost its machine"
+                self._tell(rank, 1, f"{text}. The same command goes on from the last checkpoint.")
+                return
+
+    def _guard(self) -> None:
+        """End this process if it is stuck although the run cannot go on."""
+        beats, waited = self._beats, 0
+        while self._cause is None:
+            if self._closed.wait(BEAT):
+                return
+            beats, waited = self._beats, (waited + 1 if beats == self._beats else 0)
+            if waited * BEAT > SILENCE:
+                place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+                text = f"rank 0 or the launcher, at {place}, does not answer any more: it hangs or lost its machine"
+                self._cause = Cause(self.rank, 0, 1, f"{text}. The same command goes on from the last checkpoint.")
         self._news.set()
         if self._closed.wait(GRACE):
             return
+        logger.error("%s", self._cause.text, extra=FILE_ONLY)
         if self._cause.told_by == self.rank:
             sys.stderr.write(f"\nerror: {self._cause.text}\n")
             sys.stderr.flush()
         os._exit(self._cause.status)  # the main thread waits for something that will never come
-
-    def _look(self) -> None:
-        """See whether someone has said why the run ends, or is silent for too long."""
-        if self._store.check(["cause"]):
-            self._cause = Cause(*json.loads(self._store.get("cause")))
-            return
-        now = time.monotonic()
-        if len(self._seen) < self.world_size:
-            for rank in map(int, self._store.get("come").split()):
-                self._seen.setdefault(rank, (b"", now))
-            if len(self._seen) == self.world_size:
-                self._news.set()
-        for rank, value in zip(self._seen, self._store.multi_get([f"rank {r}" for r in self._seen]), strict=True):
-            last, since = self._seen[rank]
-            host = value.decode().partition(" ")[2]
-            if value != last:
-                self._seen[rank] = (value, now)
-            elif now - since > self._silence and host != "left":
-                text = f"rank {rank} on {host} gives no sign of life any more: it was killed or lost its machine"
-                self._tell(rank, 1, f"{text}. The same command goes on from the last checkpoint.")
-                return

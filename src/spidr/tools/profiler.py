@@ -1,4 +1,4 @@
-"""A trace of two training steps for VizTracer's viewer. Imports ``spidr.tools.lazy`` only."""
+"""A trace of training steps for VizTracer's viewer."""
 
 from __future__ import annotations
 
@@ -15,18 +15,21 @@ NUM_STEPS = 2
 
 
 class StepProfiler:
-    """Records two steps after step 1,005 to ``trace.html``; call it before every step.
+    """Records a few training steps; call it before every step.
 
     Args:
-        folder: The run folder.
+        path: The trace, an HTML or JSON file.
         enabled: Without it, nothing is recorded.
+        first: Recording starts after this step,
+        count: and lasts for so many.
 
     Raises:
         InputError: VizTracer is not installed.
     """
 
-    def __init__(self, folder: Path, *, enabled: bool) -> None:
-        self.path = folder / "trace.html"
+    def __init__(self, path: Path, *, enabled: bool, first: int = FIRST_STEP, count: int = NUM_STEPS) -> None:
+        self.path = path
+        self.first, self.count = first, count
         self.enabled = enabled
         self._tracer: Any = None
         if enabled:  # now: what is missing should not stop the run in the middle
@@ -39,10 +42,10 @@ class StepProfiler:
         """Start or stop recording, given the number of steps done."""
         if not self.enabled:
             return
-        if step == FIRST_STEP:
+        if step == self.first:
             self._tracer = self._tracer_class(output_file=str(self.path), verbose=0, log_torch=True)
             self._tracer.start()
-        elif step == FIRST_STEP + NUM_STEPS:
+        elif step == self.first + self.count:
             self.stop()
 
     def stop(self) -> None:

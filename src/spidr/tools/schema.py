@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import os
 import reprlib
 import types
 from collections.abc import Callable, Mapping
@@ -41,7 +42,20 @@ def between(low: int, high: int) -> Accepts:
     return Accepts(f"of at least {low} and at most {high:,}", lambda n: low <= n <= high)
 
 
-_MISSING = object()  # stands for a required key that the file lacks
+REQUIRED: Any = object()
+"""The default of a setting that has none: written after settings that have one, and for a key that a file lacks."""
+
+T = TypeVar("T")
+
+
+def ours(default: T) -> T:
+    """The default of a setting that the published package does not have: where it holds, no file names it."""
+    return dataclasses.field(default=default, metadata={"ours": True})
+
+
+def is_default_of_ours(settings: Settings, field: dataclasses.Field[Any]) -> bool:
+    """Whether a setting is one of :func:`ours` and has its default."""
+    return bool(field.metadata.get("ours")) and getattr(settings, field.name) == field.default
 
 
 @dataclass(frozen=True)
@@ -81,7 +95,7 @@ def from_table(cls: type[S], table: Any) -> S:
     problems = [(show_key(key), _unknown(cls, key, list(settings))) for key in table if key not in settings]
     required = (name for name, f in settings.items() if f.default is f.default_factory is dataclasses.MISSING)
     try:
-        result = cls(**dict.fromkeys(required, _MISSING) | {key: table[key] for key in table if key in settings})
+        result = cls(**dict.fromkeys(required, REQUIRED) | {key: table[key] for key in table if key in settings})
     except ProblemsError as error:
         problems += error.problems
     if problems:
@@ -108,7 +122,7 @@ def _convert(value: Any, hint: Any) -> Any:
     Raises:
         ProblemsError: It is none of the accepted values.
     """
-    if value is _MISSING:
+    if value is REQUIRED:
         raise ProblemsError([("", f"missing, required: {describe(hint)}")])
     if dataclasses.is_dataclass(hint):
         return value if isinstance(value, hint) else from_table(hint, value)  # type: ignore[arg-type, type-var]
@@ -156,6 +170,8 @@ def _convert_scalar_or_list(value: Any, hint: Any) -> Any:
         return value
     elif hint is float and isinstance(value, (int, float)) and abs(value) < 2**1023 and math.isfinite(value):
         return float(value)
+    elif hint is str and isinstance(value, os.PathLike):
+        return _convert_scalar_or_list(os.fspath(value), str)
     elif hint is str and isinstance(value, str) and not any("\ud800" <= c <= "\udfff" for c in value):
         return value
     raise TypeError

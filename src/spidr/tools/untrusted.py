@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from spidr.tools.errors import InputError
+from spidr.tools.files import check_file
 from spidr.tools.schema import show, show_key
 
 
@@ -54,6 +55,7 @@ def read_table(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     kind = "JSON" if path.suffix.lower() == ".json" else "TOML"
+    check_file(path)
     try:
         with path.open("rb") as file:
             raw = file.read(_MAX_BYTES + 1)
@@ -106,3 +108,12 @@ def _parse_toml(text: str) -> dict[str, Any]:
         return tomllib.loads(text)
     except RecursionError:
         raise ValueError("nested too deeply") from None
+
+
+def parse_toml_value(text: str) -> Any:
+    """A value as TOML writes it: a number, true, a list; what is none of them is a string."""
+    try:
+        table = _parse_toml(f"value = {text}")
+    except ValueError:
+        return text
+    return table["value"] if table.keys() == {"value"} else text

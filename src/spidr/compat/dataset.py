@@ -1,0 +1,192 @@
+"""Datasets, samplers and the collator of ``spidr.data.dataset``, to build a ``torch.utils.data.DataLoader`` from."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import BatchSampler, Sampler
+
+from spidr.config import DataConfig
+from spidr.data.dataset import SpeechDataset
+from spidr.data.sampler import bucket_boundaries, pack, usable_rows
+from spidr.data.seeds import Draw, generator
+from spidr.tools.errors import InputError
+from spidr.tools.frames import conv_length
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from spidr.data.masks import MaskGenerator
+
+__all__ = [
+    "BucketizeBatchSampler",
+    "DistributedBatchSampler",
+    "SpeechCollatorWithMasking",
+    "SpeechDatasetFromArchive",
+    "SpeechDatasetFromFiles",
+]
+
+
+class SpeechDatasetFromFiles(SpeechDataset):
+    """Recordings in files."""
+
+
+class SpeechDatasetFromArchive(SpeechDataset):
+    """Recordings inside tar archives."""
+
+
+class SpeechCollatorWithMasking:
+    """Makes a batch of waveforms (S,): crops or pads them, and draws masks from torch's default generator.
+
+    Args:
+        mask_generator: Draws the masks.
+        max_sample_size: Waveforms are cut to this many samples.
+        conv_layer_config: (out_channels, kernel, stride) of the feature extractor's convolutions.
+        enable_padding: Pad to the longest waveform instead of cropping to the shortest.
+        rand_crop: Crop at random instead of keeping the beginning.
+    """
+
+    def __init__(
+        self,
+        mask_generator: MaskGenerator,
+        *,
+        max_sample_size: int,
+        conv_layer_config: list[tuple[int, int, int]],
+        enable_padding: bool,
+        rand_crop: bool,
+    ) -> None:
+        self.mask_generator = mask_generator
+        self.max_sample_size = max_sample_size
+        self.conv_layer_config = conv_layer_config
+        self.enable_padding = enable_padding
+        self.rand_crop = rand_crop
+
+    def __call__(self, batch: list[Tensor]) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Waveforms (B, S), attention mask (B, 1, 1, T) or None if nothing is padded, and mask (B, T)."""
+        sizes = [len(waveform) for waveform in batch]
+        size = min(max(sizes) if self.enable_padding else min(sizes), self.max_sample_size)
+        waveforms = []
+        for waveform in batch:
+            spare = max(0, len(waveform) - size)
+            start = int(torch.randint(spare + 1, ())) if self.rand_crop else 0
+            waveforms.append(waveform[start : start + size])
+        frames = conv_length(self.conv_layer_config, torch.tensor([len(waveform) for waveform in waveforms]))
+        exists = torch.arange(int(frames.max())) < frames[:, None]
+        mask, _ = self.mask_generator(~exists)
+        return pad_sequence(waveforms, batch_first=True), None if exists.all() else exists[:, None, None], mask
+
+
+class BucketizeBatchSampler(BatchSampler):
+    """Batches of rows of similar length: (seed, epoch) decide which, and in which order.
+
+    Args:
+        lengths: Length of each row.
+        num_buckets: Rows are shuffled within as many buckets.
+        min_len: Shorter rows are left out.
+        max_len: Longer rows count as that; None: as they are.
+        max_token_count: What the lengths of a batch may add up to, or None;
+        batch_size: then the rows of a batch.
+        seed: Of the shuffling.
+        bucket_method: Buckets of equal range ("uniform") or equally many rows ("percentile").
+        shuffle: Without, rows go from the shortest to the longest.
+        drop_last: With ``batch_size``, leave out a last batch that is not full.
+
+    Attributes:
+        iter_list: The batches of this epoch.
+    """
+
+    def __init__(
+        self,
+        *,
+        lengths: Sequence[int],
+        num_buckets: int,
+        min_len: int,
+        max_len: int | None,
+        max_token_count: int | None,
+        batch_size: int | None,
+        seed: int,
+        bucket_method: Literal["uniform", "percentile"],
+        shuffle: bool,
+        drop_last: bool,
+    ) -> None:
+        if (max_token_count is None) == (batch_size is None):
+            raise InputError("exactly one of max_token_count and batch_size must be set")
+        longest = max(lengths, default=1) if max_len is None else max_len
+        cfg = DataConfig(
+            "lengths",
+            num_buckets=num_buckets,
+            min_sample_size=min_len,
+            max_sample_size=longest,
+            max_batch_length=max_token_count or longest,
+            bucket_method=bucket_method,
+        )
+        self._rows, self._lengths = usable_rows(np.asarray(lengths), cfg)
+        self._bucket = np.searchsorted(bucket_boundaries(self._lengths, cfg), self._lengths)
+        self.max_token_count, self.seed, self.shuffle = max_token_count, seed, shuffle
+        self.batch_size: int = batch_size  # type: ignore[assignment]  # None with max_token_count, as published
+        self.drop_last = drop_last
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch to iterate over."""
+        order = np.argsort(self._lengths, kind="stable")
+        rng = generator(self.seed, Draw.ORDER, epoch)
+        if self.shuffle:
+            order = rng.permutation(len(order))
+            order = order[np.argsort(self._bucket[order], kind="stable")]
+        sizes = self._lengths[order] if self.max_token_count else np.ones_like(order)
+        bounds = pack(sizes, self.max_token_count or self.batch_size)
+        batches = [self._rows[part].tolist() for part in np.split(order, bounds[1:-1])]
+        if self.drop_last and self.batch_size and len(batches[-1]) < self.batch_size:
+            batches.pop()
+        self.iter_list = [batches[i] for i in rng.permutation(len(batches))] if self.shuffle else batches
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(self.iter_list)
+
+    def __len__(self) -> int:
+        return len(self.iter_list)
+
+
+class DistributedBatchSampler(Sampler[list[int]]):
+    """Deals the batches of a sampler to the processes of the default group, equally many to each.
+
+    Args:
+        batch_sampler: The sampler.
+        seed: Of the shuffling.
+        shuffle: Shuffle the batches anew in each epoch.
+        drop_last: Leave out the batches that are too few for all; otherwise the first ones are given twice.
+    """
+
+    def __init__(self, batch_sampler: BucketizeBatchSampler, *, seed: int, shuffle: bool, drop_last: bool) -> None:
+        self.batch_sampler = batch_sampler
+        grouped = dist.is_available() and dist.is_initialized()
+        self.num_replicas = dist.get_world_size() if grouped else 1
+        self.rank = dist.get_rank() if grouped else 0
+        self.seed, self.shuffle, self.drop_last = seed, shuffle, drop_last
+        self._deal(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch to iterate over, also of the sampler inside."""
+        self.batch_sampler.set_epoch(epoch)
+        self._deal(epoch)
+
+    def _deal(self, epoch: int) -> None:
+        self.epoch, batches = epoch, list(self.batch_sampler)
+        order: Any = np.arange(len(batches))
+        if self.shuffle:
+            order = generator(self.seed, Draw.ORDER, epoch, 1).permutation(len(batches))
+        total = len(batches) // self.num_replicas if self.drop_last else -(-len(batches) // self.num_replicas)
+        self.num_samples, self.total_size = total, total * self.num_replicas
+        self.subset = [batches[i] for i in np.resize(order, self.total_size)[self.rank :: self.num_replicas]]
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(self.subset)
+
+    def __len__(self) -> int:
+        return self.num_samples
