@@ -152,7 +152,7 @@ def test_a_recording_that_is_read_piece_by_piece(mode: str, monkeypatch: pytest.
     def layer(features: torch.Tensor, mask: None) -> torch.Tensor:
         return model.student.get_intermediate_outputs(features, mask)[2]
 
-    standardised = long.standardised(read, SAMPLES)
+    standardised = long.Standardised(read, SAMPLES)
     found = torch.cat([*model.windows(standardised, SAMPLES, layer, size=50, context=20)], 1)
     expected, _ = model.encode(waveform, layer=3, window=50 * HOP, context=20 * HOP)
     assert torch.equal(found, expected)

@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING
 from spidr.tools.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from spidr.extract.encoder import Options, Skipped
     from spidr.extract.features import extract_features
     from spidr.extract.kmeans import fit_kmeans
+    from spidr.extract.session import Options, Skipped
     from spidr.extract.units import extract_units
 else:
     __getattr__ = lazy_names(
         __name__,
         {
-            "Options": "encoder",
-            "Skipped": "encoder",
+            "Options": "session",
+            "Skipped": "session",
             "extract_features": "features",
             "extract_units": "units",
             "fit_kmeans": "kmeans",

@@ -4,127 +4,93 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from spidr.tools.command import Parser, add_device, command
+from spidr.tools.command import command
 from spidr.tools.lazy import needs_extra
 
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
-    args = _build_parser().parse_args(argv)
+    args = vars(_build_parser().parse_args(argv))
     with needs_extra("extract"):
         from spidr.environment import ranks
         from spidr.extract import Options, extract_features, extract_units, fit_kmeans
         from spidr.tools.logging import run_log
 
+    functions: dict[str, Callable[..., object]] = {
+        "features": extract_features,
+        "units": extract_units,
+        "kmeans": fit_kmeans,
+    }
+    function = functions[args.pop("command")]
     with run_log(ranks()[0]):
-        options = Options(
-            device=args.device,
-            dtype=args.dtype,
-            batch_seconds=args.batch_seconds,
-            threads=args.threads,
-            window=args.window,
-            context=args.context,
-            resample=args.resample,
-            on_error=args.on_error,
-            progress=not args.quiet,
-        )
-        common = {"model": args.model, "layer": args.layer, "options": options}
-        if args.command == "features":
-            extract_features(args.sources, args.output, file_format=args.format, output_dtype=args.store, **common)
-        elif args.command == "units":
-            extract_units(args.sources, args.output, dedup=args.dedup, kmeans=args.kmeans, **common)
-        else:
-            fit_kmeans(
-                args.sources,
-                args.output,
-                units=args.units,
-                max_frames=args.max_frames,
-                seed=args.seed,
-                **common,
-            )
+        args["progress"] = not args.pop("quiet")
+        options = Options(**{name: args.pop(name) for name in Options.__dataclass_fields__})
+        function(args.pop("sources"), args.pop("output"), options=options, **args)
 
 
 def _build_parser() -> argparse.ArgumentParser:
-    parser = Parser(
+    parser = argparse.ArgumentParser(
         "python -m spidr.extract",
-        example="python -m spidr.extract units recordings units.jsonl --model spidr_base --layer 6",
-        description="Features and units of recordings. Both, started again, go on where they stopped; started by "
-        "torchrun or as several SLURM tasks, their processes share the work. kmeans runs in one process and begins "
-        "again.",
+        description="Features and units of recordings. Interrupted features and units resume with the same command; "
+        "torchrun and srun share them among processes.",
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    common = Parser(add_help=False)
-    common.add_argument("sources", nargs="+", help="manifests (.csv, .jsonl, .tsv), folders, audio files")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("sources", nargs="+", help="manifests, lists, folders, audio files")
+    common.add_argument("--model", default="spidr_base", help="a published model or a checkpoint (%(default)s)")
+    common.add_argument("--layer", type=int, metavar="N", help="counted from 1 (the model's best)")
+    common.add_argument("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto", help="(%(default)s)")
     common.add_argument(
-        "--model", default="spidr_base", help="name of a published model, or a checkpoint (default: %(default)s)"
+        "--dtype", choices=["float32", "bfloat16", "auto"], default="float32", help="of the computation (%(default)s)"
     )
-    common.add_argument("--layer", type=int, metavar="N", help="counted from 1 (default: 6 for SpidR, 5 for DinoSR)")
-    add_device(common)
+    common.add_argument("--batch-seconds", type=float, metavar="S", help="audio in a batch (0 on a CPU, else 240)")
+    common.add_argument("--threads", type=int, metavar="N", help="recordings at once on a CPU (its cores)")
+    common.add_argument("--window", type=float, metavar="S", help="encode long recordings in pieces of S seconds")
+    common.add_argument("--context", type=float, metavar="S", help="seen on each side of a window (a quarter of it)")
+    common.add_argument("--resample", action="store_true", help="convert what is not 16 kHz mono")
     common.add_argument(
-        "--dtype",
-        choices=["float32", "bfloat16", "auto"],
-        default="float32",
-        help="to compute in; auto: bfloat16 where the hardware does (default: %(default)s)",
-    )
-    common.add_argument(
-        "--batch-seconds",
-        type=float,
-        metavar="SECONDS",
-        help="audio in a batch, in seconds; 0: one recording at a time (default: 0 on a CPU, else 240)",
-    )
-    common.add_argument(
-        "--threads", type=int, metavar="N", help="recordings encoded at once on a CPU, 1 to 1,000 (default: its cores)"
-    )
-    common.add_argument(
-        "--window",
-        type=float,
-        metavar="SECONDS",
-        help="encode long recordings in pieces of so many seconds (default: each as a whole)",
-    )
-    common.add_argument(
-        "--context",
-        type=float,
-        metavar="SECONDS",
-        help="what is seen on each side of a window, in seconds (default: a quarter of it)",
-    )
-    common.add_argument("--resample", action="store_true", help="convert what is not 16 kHz mono (needs FFmpeg)")
-    common.add_argument(
-        "--on-error", choices=["raise", "skip"], default="raise", help="bad recordings (default: %(default)s)"
+        "--on-error", choices=["raise", "skip"], default="raise", help="what bad recordings do (%(default)s)"
     )
     common.add_argument("--quiet", action="store_true", help="no progress bar")
 
     features = commands.add_parser("features", parents=[common], help="one array (frames, channels) a recording")
     features.add_argument("output", help="a folder")
+    features.add_argument("--format", choices=["npy", "pt"], default="npy", dest="file_format", help="(%(default)s)")
     features.add_argument(
-        "--format", choices=["npy", "pt"], default="npy", help="of NumPy, or torch.save (default: %(default)s)"
-    )
-    features.add_argument(
-        "--store", choices=["float32", "float16"], default="float32", help="precision in files (default: %(default)s)"
+        "--store",
+        choices=["float32", "float16"],
+        default="float32",
+        dest="output_dtype",
+        help="precision in the files (%(default)s)",
     )
 
     units = commands.add_parser("units", parents=[common], help="one row of units a recording")
     units.add_argument("output", help="a .jsonl or .parquet file")
-    units.add_argument("--dedup", action="store_true", help="merge repeats and add their durations, in frames")
     units.add_argument(
-        "--kmeans", metavar="FILE", help="centroids to use, a .npz file, and their layer (default: the codebook)"
+        "--format",
+        choices=["spidr", "discophon", "slamkit", "unit-hifigan", "fairseq", "km"],
+        default="spidr",
+        dest="file_format",
+        help="what reads the units (%(default)s)",
+    )
+    units.add_argument("--language", metavar="CODE", help="for DiscoPhon's file names, with --split")
+    units.add_argument("--split", metavar="NAME", help="dev, test, train-10min, train-1h or train-10h")
+    units.add_argument("--dedup", action="store_true", help="merge repeats, with their durations in frames")
+    units.add_argument("--kmeans", metavar="FILE", help="the nearest of these centroids, not the codebook")
+    units.add_argument(
+        "--smooth", type=float, default=0.0, metavar="COST", help="of each change of unit: fewer, longer units (0)"
     )
 
     kmeans = commands.add_parser("kmeans", parents=[common], help="centroids for `units --kmeans`")
     kmeans.add_argument("output", help="a .npz file")
-    kmeans.add_argument("--units", type=int, default=256, metavar="N", help="clusters (default: %(default)s)")
+    kmeans.add_argument("--units", type=int, default=256, metavar="N", help="clusters (%(default)s)")
     kmeans.add_argument(
-        "--max-frames",
-        type=int,
-        default=1_000_000,
-        metavar="N",
-        help="frames of 20 ms to learn from, drawn at random (default: %(default)s)",
+        "--max-frames", type=int, default=1_000_000, metavar="N", help="frames to learn from (%(default)s)"
     )
-    kmeans.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="of the draw and of k-means (default: %(default)s)"
-    )
+    kmeans.add_argument("--seed", type=int, default=0, metavar="N", help="of the draw and of k-means (%(default)s)")
     return parser
 
 

@@ -3,37 +3,26 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import IO, Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from spidr.environment import environment
-from spidr.extract.encoder import Encoded, Encoder, Options, Skipped, ahead, check_choice
-from spidr.extract.outputs import (
-    check_record,
-    check_recordings,
-    gather_skipped,
-    names_of,
-    record,
-    report,
-    write_record,
-)
-from spidr.extract.sources import Item, find_items
+from spidr.extract.job import extract
+from spidr.extract.outputs import Output
+from spidr.extract.session import Encoded, EncodingError, Options, Session, Skipped, check_choice
+from spidr.extract.sources import Item
 from spidr.models import DinoSR
 from spidr.models.hub import check_name
 from spidr.tools.errors import InputError
-from spidr.tools.files import atomic_write, make_folder, remove_unfinished
+from spidr.tools.files import atomic_write, expand, make_folder, remove_unfinished
 
 FileFormat = Literal["npy", "pt"]
 OutputDtype = Literal["float32", "float16"]
-
-RECORD = "extract.json"
-RECORDINGS = "recordings.json"
-WRITERS = 4
 
 
 def extract_features(
@@ -49,11 +38,11 @@ def extract_features(
 ) -> Skipped:
     """Write the features of recordings, one array (T, D) in a file of its own for each.
 
-    Frame ``t`` is about the 25 ms from ``t * 20`` ms on. Started again, it goes on where it has stopped; processes
-    started by torchrun or SLURM share the work.
+    Frame ``t`` is about the 25 ms from ``t * 20`` ms on. Started again, it resumes where it stopped; processes started
+    by torchrun or SLURM share the work, and several jobs may add to one output at the same time.
 
     Args:
-        sources: Manifests, folders of recordings, audio files.
+        sources: Manifests, lists, folders of recordings, audio files.
         output: A folder. Files lie in it as recordings do in theirs; ``extract.json`` says how they were made,
             ``recordings.json`` of which recordings.
         model: A published model's name, a checkpoint, or a model.
@@ -70,66 +59,100 @@ def extract_features(
         InputError: The input or model is wrong, the output was made with other settings or has another recording
             of the same name, or a recording cannot be encoded, without ``on_error="skip"``.
     """
-    options, output = options or Options(), Path(output)
+    chosen = options or Options()
     check_choice("file_format", file_format, FileFormat)
     check_choice("output_dtype", output_dtype, OutputDtype)
-    skip = options.on_error == "skip"
     check_name(model)
-    with environment(options.run_config()) as env:
-        items = find_items(names_of(sources), tree=not flat, resample=options.resample, skip=skip)
-        encoder = Encoder(model, layer, options, env, codebook=False)
-        content = record("features", encoder.settings() | {"format": file_format, "stored": output_dtype})
-        batches = encoder.plan(items)
+    folder = _FeatureFolder(expand(output), file_format, output_dtype, tree=not flat)
+    if os.path.isfile(folder.path):  # noqa: PTH113 (False for a name that is too long, which writing complains about)
+        raise InputError(f"{folder.path}: is a file; features need a folder.")
+    return extract(sources, folder, chosen, lambda env: Session(model, layer, chosen, env), "Features")
 
-        def path_of(item: Item) -> Path:
-            return output / f"{item.name}.{file_format}"
 
-        pending: list[int] = []
-        if env.is_main:
-            done = _prepare(output, content, items, path_of)
-            for folder in {path_of(item).parent for item in items}:
-                make_folder(folder)
-                remove_unfinished(folder)
-            pending = [i for i, batch in enumerate(batches) if any(item.name not in done for item in batch)]
-        pending = env.broadcast_object(pending)
-        skipped = Skipped()
+class _FeatureFolder(Output):
+    writers = 4
 
-        def write(encoded: list[Encoded]) -> list[Encoded]:
-            for item, values, _ in encoded:
-                if values is not None:
-                    stored = values.astype(output_dtype)
-                    with atomic_write(path_of(item)) as file:
-                        if file_format == "npy":
-                            np.save(file, stored, allow_pickle=False)
-                        else:
-                            torch.save(torch.from_numpy(stored), file)
+    def __init__(self, path: Path, file_format: FileFormat, dtype: OutputDtype, *, tree: bool) -> None:
+        super().__init__(
+            path,
+            path / "extract.json",
+            path / "recordings.json",
+            path / ".unfinished",
+            {"kind": "features", "format": file_format, "stored": dtype},
+        )
+        self.file_format, self.dtype, self.tree = file_format, np.dtype(dtype), tree  # type: ignore[misc]
+
+    def path_of(self, name: str) -> Path:
+        return self.path / f"{name}.{self.file_format}"
+
+    def check_new(self) -> None:
+        if os.path.isdir(self.path) and any(path.name[0] != "." for path in self.path.iterdir()):  # noqa: PTH112
+            raise InputError(
+                f"{self.path}: is not empty, and there is no {self.record.name} in it. Choose another folder."
+            )
+
+    def find(self, items: Sequence[Item], session: Session, folders: Sequence[Path]) -> int:  # noqa: ARG002
+        dim, damaged = session.model.cfg.encoder_embed_dim, 0
+        for item in items:
+            path = self.path_of(item.name)
+            if not os.path.exists(path):  # noqa: PTH110 (False for a name that is too long)
+                continue
+            shape = self._shape(path)
+            frames = session.num_frames(item.num_samples)
+            # The manifest may be one sample off; what is resampled or of unknown length, more.
+            exact = item.num_samples > 0 and not session.options.resample
+            if shape is not None and shape[1] == dim and (abs(shape[0] - frames) <= 1 or not exact):
+                self.done.add(item.name)
+            else:
+                damaged += 1
+        for folder in {self.path_of(item.name).parent for item in items}:
+            make_folder(folder)
+            remove_unfinished(folder)
+        return damaged
+
+    def _shape(self, path: Path) -> tuple[int, int] | None:
+        """Frames and channels of a file; None if it is damaged."""
+        try:
+            if self.file_format == "npy":
+                array = np.load(path, mmap_mode="r", allow_pickle=False)
+                whole = array.offset + array.nbytes == path.stat().st_size
+            else:
+                array = torch.load(path, weights_only=True, mmap=True).numpy()
+                whole = True
+        except Exception:  # a damaged file can fail in any way
+            return None
+        return array.shape if whole and array.ndim == 2 and array.dtype == self.dtype else None
+
+    @contextmanager
+    def writing(self, session: Session, folder: Path) -> Iterator[Callable[[list[Encoded]], list[Encoded]]]:  # noqa: ARG002
+        yield lambda batch: [self._write(encoded, session) for encoded in batch]
+
+    def _write(self, encoded: Encoded, session: Session) -> Encoded:
+        if encoded.pieces is None:
             return encoded
+        pieces = (piece.astype(self.dtype, copy=False) for piece in encoded.pieces)
+        try:
+            with atomic_write(self.path_of(encoded.item.name)) as file:
+                if self.file_format == "npy":
+                    _save_npy(file, pieces)
+                else:
+                    torch.save(torch.from_numpy(np.concatenate(list(pieces))), file)
+        except EncodingError as error:
+            return Encoded(encoded.item, None, session.or_raise(error))
+        return encoded
 
-        results = encoder.run([batches[i] for i in pending], encoder.features, "Features")
-        with closing(results), closing(ahead(write, results, workers=WRITERS, depth=WRITERS)) as written:
-            for encoded in written:
-                skipped.note(encoded)
-        skipped = gather_skipped(env, skipped)
-        if env.is_main:
-            write_record(output / RECORD, content, skipped)
-        report(skipped, len(items), env)
-        return skipped
 
-
-def _prepare(
-    output: Path, content: dict[str, object], items: Sequence[Item], path_of: Callable[[Item], Path]
-) -> set[str]:
-    """Make the folder, or check that it is one of the same kind; returns the names of what is done."""
-    path = output / RECORD
-    if os.path.isfile(output):  # noqa: PTH113 (False for a name that is too long, which writing complains about)
-        raise InputError(f"{output}: is a file; features need a folder.")
-    if os.path.exists(path):  # noqa: PTH110
-        check_record(path, content)
-    elif os.path.isdir(output) and any(output.iterdir()):  # noqa: PTH112
-        raise InputError(f"{output}: is not empty, and there is no {RECORD} in it. Choose another folder.")
-    else:
-        write_record(path, content)
-    # os.path.exists: False for a name that is too long, which writing complains about.
-    done = {item.name for item in items if os.path.exists(path_of(item))}  # noqa: PTH110
-    check_recordings(output / RECORDINGS, items, done)
-    return done
+def _save_npy(file: IO[bytes], pieces: Iterable[NDArray[np.floating]]) -> None:
+    """Write an array piece by piece, the number of rows last."""
+    header: dict[str, Any] = {"fortran_order": False}
+    count = size = 0
+    for piece in pieces:
+        if count == 0:
+            header |= {"descr": np.lib.format.dtype_to_descr(piece.dtype), "shape": (0, piece.shape[1])}
+            np.lib.format.write_array_header_1_0(file, header)
+            size = file.tell()
+        file.write(np.ascontiguousarray(piece).data)
+        count += len(piece)
+    file.seek(0)
+    np.lib.format.write_array_header_1_0(file, header | {"shape": (count, header["shape"][1])})
+    assert file.tell() == size  # NumPy leaves room for the number of rows

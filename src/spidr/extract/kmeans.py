@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
+import spidr
 from spidr.environment import environment
-from spidr.extract.encoder import Encoder, Options, Skipped
-from spidr.extract.outputs import names_of, record, report
-from spidr.extract.sources import find_items
+from spidr.extract.session import Encoded, EncodingError, Options, Session, Skipped
+from spidr.extract.sources import Item, find_items, measure, name_items, refuse
 from spidr.models import DinoSR
 from spidr.models.hub import check_name
 from spidr.tools.errors import InputError, first_line
-from spidr.tools.files import atomic_write, make_folder
+from spidr.tools.files import atomic_write, expand, make_folder
 from spidr.tools.lazy import needs_extra
 from spidr.tools.tensors import open_archive
 from spidr.tools.untrusted import check_memory, parse_json
@@ -81,38 +79,21 @@ class KMeans:
         with atomic_write(path) as file:
             np.savez(file, centroids=self.centroids, made=json.dumps(self.made))
 
-    def on(self, encoder: Encoder) -> Callable[[list[Tensor]], list[Tensor]]:
-        """A function that gives the units of some recordings, int64 (T,) each: the nearest centroids.
+    def check(self, session: Session) -> None:
+        """Check that the centroids are of the features that a session gives.
 
         Raises:
-            InputError: The encoder gives other features than the centroids are of.
+            InputError: They are of others.
         """
-        settings = encoder.settings()
+        settings, dim = session.settings(), session.model.cfg.encoder_embed_dim
         for key in ("layer", "weights"):
             if settings[key] != self.made[key]:
                 raise InputError(
                     f"the centroids are of {key} {self.made[key]} of {self.made['model']}, not of {settings[key]} of "
                     f"{settings['model']}"
                 )
-        if self.centroids.shape[1] != encoder.model.cfg.encoder_embed_dim:
-            raise InputError(
-                f"the centroids have {self.centroids.shape[1]} dimensions, the features "
-                f"{encoder.model.cfg.encoder_embed_dim}"
-            )
-        centroids = torch.from_numpy(self.centroids).to(encoder.env.device)
-        offset = centroids.square().sum(-1)
-
-        def scores_of(features: Tensor) -> Tensor:
-            with torch.autocast(features.device.type, enabled=False):
-                return 2 * features @ centroids.T - offset
-
-        def scores(padded: Tensor, lengths: Tensor) -> Tensor:
-            return scores_of(encoder.model.encode(padded, lengths, layer=self.layer, normalize=False)[0].float())
-
-        def alone(waveform: Tensor) -> Tensor:
-            return scores_of(encoder.features_alone(waveform)).argmax(-1)
-
-        return lambda waveforms: encoder.discretise(waveforms, scores, alone)
+        if self.centroids.shape[1] != dim:
+            raise InputError(f"the centroids have {self.centroids.shape[1]} dimensions, the features {dim}")
 
 
 class _Draw:
@@ -131,13 +112,17 @@ class _Draw:
         self.drawn: dict[str, tuple[NDArray[np.float64], NDArray[np.float32]]] = {}
         self.count = 0
 
-    def add(self, name: str, frames: NDArray[np.float32]) -> None:
-        """Draw from the frames of a recording, (T, D)."""
+    def add(self, name: str, pieces: Iterable[NDArray[np.float32]]) -> None:
+        """Draw from the frames of a recording, (T, D) in pieces."""
         digest = hashlib.sha256(name.encode(errors="surrogatepass")).digest()
-        lots = np.random.default_rng([self.seed, *digest[:16]]).random(len(frames))
-        chosen = lots < self.share
-        self.drawn[name] = lots[chosen], frames[chosen]
-        self.count += int(chosen.sum())
+        random, drawn = np.random.default_rng([self.seed, *digest[:16]]), []
+        for frames in pieces:
+            lots = random.random(len(frames))
+            chosen = lots < self.share
+            drawn.append((lots[chosen], frames[chosen]))
+        lots, frames = (np.concatenate(parts) for parts in zip(*drawn, strict=True))
+        self.drawn[name] = lots, frames
+        self.count += len(lots)
         if self.count > SLACK * self.limit:  # recordings of unknown length are no part of the share
             self.reduce()
 
@@ -187,7 +172,7 @@ def fit_kmeans(
     with needs_extra("extract"):
         from sklearn.cluster import MiniBatchKMeans
 
-    options, output = options or Options(), Path(output)
+    options, output = options or Options(), expand(output)
     if output.suffix != ".npz":
         raise InputError(f"{output}: the name of a k-means model must end in .npz.")
     if not 0 <= seed < 2**32:
@@ -200,30 +185,46 @@ def fit_kmeans(
     with environment(options.run_config()) as env:
         if env.world_size > 1:
             raise InputError("k-means runs in one process, which uses all cores")
-        items = find_items(names_of(sources), tree=False, resample=options.resample, skip=options.on_error == "skip")
-        encoder = Encoder(model, layer, options, env, codebook=False)
-        shapes = encoder.model.feature_extractor
-        total = sum(shapes.num_frames(item.num_samples) for item in items)
-        check_memory(4 * min(total, max_frames) * encoder.model.cfg.encoder_embed_dim, f"{max_frames} frames")
-        draw, skipped = _Draw(max_frames, min(1.0, max_frames / max(1, total)), seed), Skipped()
-        with closing(encoder.run(encoder.plan(items), encoder.features, "Features")) as results:
-            for encoded in results:
-                for item, features, _ in encoded:
-                    if features is not None:
-                        draw.add(item.name, features)
-                skipped.note(encoded)
-        if not draw.drawn:
-            reason = next(iter(skipped.values()))
-            raise InputError(f"none of {len(items)} recordings could be encoded, the first one for this: {reason}")
-        draw.reduce()
-        frames = np.concatenate([draw.drawn[item.name][1] for item in items if item.name in draw.drawn])
-        if len(frames) < units:
-            remedy = f"raise max_frames ({max_frames})" if draw.share < 1 else "give more recordings"
-            raise InputError(f"{len(frames)} frames are too few for {units} units: {remedy}")
-        found = MiniBatchKMeans(
-            units, batch_size=10_000, n_init=5, max_no_improvement=100, reassignment_ratio=0.0, random_state=seed
-        ).fit(frames)
-        made = record("kmeans", encoder.settings() | {"units": units, "frames": len(frames), "seed": seed})
-        KMeans(np.asarray(found.cluster_centers_, dtype=np.float32), made).save(output)
-        report(skipped, len(items), env)
-        return skipped
+        found = name_items(find_items(sources), {}, tree=False)
+        with Session(model, layer, options, env) as session:
+            items, problems = measure(found, shortest=session.shortest, resample=options.resample)
+            if options.on_error == "raise":
+                refuse(problems, len(found))
+            for name, why in problems.items():
+                session.summary.skip(name, why)
+            draw = _draw(session, items, max_frames, seed)
+            summary = session.summary
+            if not draw.drawn:
+                reason = next(iter(summary.skipped.values()))
+                raise InputError(f"none of {len(found)} recordings could be encoded, the first one for this: {reason}")
+            frames = np.concatenate([draw.drawn[item.name][1] for item in items if item.name in draw.drawn])
+            if len(frames) < units:
+                remedy = f"raise max_frames ({max_frames})" if draw.share < 1 else "give more recordings"
+                raise InputError(f"{len(frames)} frames are too few for {units} units: {remedy}")
+            clusters = MiniBatchKMeans(
+                units, batch_size=10_000, n_init=5, max_no_improvement=100, reassignment_ratio=0.0, random_state=seed
+            ).fit(frames)
+            made = {"kind": "kmeans", "spidr": spidr.__version__, **session.settings()}
+            made |= {"units": units, "frames": len(frames), "seed": seed}
+        KMeans(np.asarray(clusters.cluster_centers_, dtype=np.float32), made).save(output)
+        summary.report(output, len(found))
+        return summary.skipped
+
+
+def _draw(session: Session, items: Sequence[Item], max_frames: int, seed: int) -> _Draw:
+    """Frames of the recordings, drawn at random."""
+    total = sum(session.num_frames(item.num_samples) for item in items)
+    check_memory(4 * min(total, max_frames) * session.model.cfg.encoder_embed_dim, f"{max_frames} frames")
+    draw = _Draw(max_frames, min(1.0, max_frames / max(1, total)), seed)
+    with closing(session.run(session.plan(items), "Features")) as results:
+        for batch in results:
+            for encoded in batch:
+                result = encoded
+                try:
+                    if encoded.pieces is not None:
+                        draw.add(encoded.item.name, encoded.pieces)
+                except EncodingError as error:
+                    result = Encoded(encoded.item, None, session.or_raise(error))
+                session.count(result)
+    draw.reduce()
+    return draw

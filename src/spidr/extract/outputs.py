@@ -1,127 +1,220 @@
-"""What both kinds of outputs have in common: records of how and of what they were made, an end all processes reach."""
+"""What both kinds of outputs have in common: how and of which recordings they were made, and who is making them now.
+
+Several jobs may add to one output at once, such as those of a SLURM array. Each works in a folder of its own in
+``OUTPUT.unfinished``, locked while it lives, and removes nothing else. A recording is one job's: who asks for it, too,
+is told so, and goes on with what that job has left if it is gone.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
 import os
-from collections.abc import Collection, Sequence
-from datetime import timedelta
+import shutil
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
-
-import torch.distributed as dist
+from typing import Any, ClassVar
 
 import spidr
-from spidr.environment import Environment
-from spidr.extract.encoder import Skipped
+from spidr.extract.session import Encoded, Session
 from spidr.extract.sources import Item
 from spidr.tools.errors import InputError
 from spidr.tools.files import atomic_write, make_folder
+from spidr.tools.lock import Lock
 from spidr.tools.untrusted import parse_json
 
 logger = logging.getLogger(__name__)
 
-INFORMATIVE = ("skipped",)
-"""What a record says beside the settings."""
+INFORMATIVE = ("model", "spidr", "num_units", "skipped", "recordings")
+"""What a record says beside the settings: the weights decide, not what they are called or who encoded with them."""
+
+NAMES = "recordings.json"
+"""In a job's folder: the recordings that it encodes."""
 
 
-def record(kind: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """How outputs were made, as JSON would give it back."""
-    return json.loads(json.dumps({"kind": kind, "spidr": spidr.__version__, **settings}))
-
-
-def check_record(path: Path, expected: dict[str, Any]) -> None:
-    """Check that outputs were made in the same way.
-
-    Raises:
-        InputError: They were not, or the record cannot be read.
-    """
-    try:
-        found = parse_json(path.read_text(encoding="utf-8"))
-        if not isinstance(found, dict):
-            raise ValueError("it is no JSON object")
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: says how the outputs were made, but cannot be read ({error}).") from None
-    for key in [*expected, *(key for key in found if key not in expected and key not in INFORMATIVE)]:
-        if found.get(key) != expected.get(key):
-            raise InputError(
-                f"{path}: the outputs there were made with {key} = {json.dumps(found.get(key))}, now it is "
-                f"{json.dumps(expected.get(key))}. Choose another output, or remove that one."
-            )
-
-
-def write_record(path: Path, content: dict[str, Any], skipped: Skipped | None = None) -> None:
-    """Write how outputs were made, complete or not at all."""
-    make_folder(path.parent)
-    with atomic_write(path) as file:
-        file.write(json.dumps(content | ({"skipped": skipped} if skipped else {}), indent=2).encode() + b"\n")
-
-
-def place_of(item: Item) -> str:
-    """Where a recording is, wherever the command is run."""
-    place = item.recording
-    full = os.path.abspath(place.archive or place.path)  # noqa: PTH100
-    return full if place.archive is None else f"{full}:{place.path}"
-
-
-def check_recordings(path: Path, items: Sequence[Item], done: Collection[str]) -> dict[str, str]:
-    """Check that what is done was made of these recordings, and write down which recording each name is.
-
-    Without that, a name that now is another recording's would silently get the output of the earlier one.
+class Output(ABC):
+    """Features or units, how they were made, of which recordings, and what of them is there.
 
     Args:
-        path: The file that says so, JSON. Outputs of earlier versions have none: then all of it is taken to be right.
-        items: The recordings.
-        done: The names of what there is.
+        path: A folder or a file.
+        record: The file that says how.
+        recordings: The file that says of which recordings: a JSON object, name to place.
+        unfinished: The folder of the jobs' folders.
+        settings: What the values depend on beside those of the session.
 
-    Returns:
-        The recording of each name, also of those that are done and not among ``items``.
-
-    Raises:
-        InputError: A name that is done was another recording, or the file cannot be read or written.
+    Attributes:
+        done: Names of recordings of which values are there, when the job begins.
     """
-    known: dict[str, str] = {}
-    if os.path.exists(path):  # noqa: PTH110
-        try:
-            known = parse_json(path.read_text(encoding="utf-8"))
-            if not isinstance(known, dict) or not all(isinstance(place, str) for place in known.values()):
-                raise ValueError("it is no JSON object of strings")
-        except (OSError, ValueError) as error:
-            raise InputError(
-                f"{path}: says of which recordings the outputs are, but cannot be read ({error}). Choose another "
-                "output; if the recordings are the same, remove that file."
-            ) from None
-    now = {item.name: place_of(item) for item in items}
-    for name, place in now.items():
-        if name in done and known.get(name, place) != place:
-            raise InputError(
-                f"{path}: the output of {name} there is that of {known[name]}, now the name is that of {place}. Choose "
-                "another output; if the recordings have only been moved, remove that file."
-            )
-    if (both := known | now) != known:
-        make_folder(path.parent)
-        with atomic_write(path) as file:
-            file.write(json.dumps(both, indent=0).encode() + b"\n")
-    return both
+
+    tree: ClassVar[bool] = False
+    """Name recordings by their path below the source."""
+    writers: ClassVar[int] = 1
+    """Threads that write."""
+
+    def __init__(self, path: Path, record: Path, recordings: Path, unfinished: Path, settings: dict[str, Any]) -> None:
+        self.path, self.record, self.recordings, self.unfinished = path, record, recordings, unfinished
+        self.settings = settings
+        self.done: set[str] = set()
+
+    @abstractmethod
+    def find(self, items: Sequence[Item], session: Session, folders: Sequence[Path]) -> int:
+        """Look for what is there, and note the names in :attr:`done`.
+
+        Returns:
+            The number of damaged ones.
+        """
+
+    @abstractmethod
+    def writing(
+        self, session: Session, folder: Path
+    ) -> AbstractContextManager[Callable[[list[Encoded]], list[Encoded]]]:
+        """A function that writes what a batch gave, and returns it."""
+
+    def begin(self, items: Sequence[Item], session: Session, folders: Sequence[Path]) -> None:
+        """Check that what is there was made in the same way of the same recordings."""
+        self.settings = {
+            "kind": self.settings["kind"],
+            "spidr": spidr.__version__,
+            **session.settings(),
+            **self.settings,
+        }
+        self.check()
+        if damaged := self.find(items, session, folders):
+            logger.warning("%s: %d recordings have damaged values, which are made again", self.path, damaged)
+        self.note(items)
+
+    def finish(self, items: Sequence[Item], skipped: dict[str, str], folders: Sequence[Path]) -> None:  # noqa: ARG002
+        """Bring everything to its place, all recordings or those that were not skipped."""
+        _write_object(self.record, self.settings | ({"skipped": skipped} if skipped else {}), indent=2)
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """No other process of any job changes these files inside the block."""
+        make_folder(self.unfinished.parent)
+        with Lock(self.record, "is writing it", patience=600):
+            yield
+
+    def known(self) -> dict[str, str]:
+        """The place of the recording of each name there has been."""
+        if not os.path.exists(self.recordings):  # noqa: PTH110 (of an earlier version: all of it is taken to be right)
+            return {}
+        return _read_object(
+            self.recordings,
+            "says of which recordings the outputs are",
+            "Choose another output; if the recordings are the same, remove that file.",
+        )
+
+    def check(self) -> None:
+        """Check that what is there was made in the same way; else write down how it will be.
+
+        Raises:
+            InputError: It was not, or the record cannot be read.
+        """
+        if not os.path.exists(self.record):  # noqa: PTH110
+            self.check_new()
+            _write_object(self.record, self.settings, indent=2)
+            return
+        found = _read_object(self.record, "says how the outputs were made", "Choose another output.", strings=False)
+        expected = json.loads(json.dumps(self.settings))
+        for key in [*expected, *(key for key in found if key not in expected)]:
+            if key not in INFORMATIVE and found.get(key) != expected.get(key):
+                raise InputError(
+                    f"{self.record}: the outputs there were made with {key} = {json.dumps(found.get(key))}, now it is "
+                    f"{json.dumps(expected.get(key))}. Choose another output, or remove that one."
+                )
+
+    @abstractmethod
+    def check_new(self) -> None:
+        """Check that nothing is there of which no record says how it was made."""
+
+    def note(self, items: Sequence[Item]) -> None:
+        """Write down which recording each name is.
+
+        Without that, a name that now is another recording's would silently get the output of the earlier one.
+
+        Raises:
+            InputError: A name that is done was another recording's.
+        """
+        known = self.known()
+        for item in items:
+            if item.name in self.done and known.get(item.name, item.place) != item.place:
+                raise InputError(
+                    f"{self.recordings}: the output of {item.name} there is that of {known[item.name]}, now the name "
+                    f"is that of {item.place}. Choose another output; if the recordings have only been moved, remove "
+                    "that file."
+                )
+        if (both := known | {item.name: item.place for item in items}) != known:
+            _write_object(self.recordings, both, indent=0)
+
+    @contextmanager
+    def claimed(self, names: Collection[str]) -> Iterator[list[Path]]:
+        """Claim recordings for this job.
+
+        Yields:
+            Its own new folder, then those of jobs that are gone and had claimed some of the same recordings: all are
+            this job's now, and it removes them when they are merged.
+
+        Raises:
+            InputError: A living job has claimed some of them.
+        """
+
+        def shared() -> list[Path]:
+            return [folder for folder in sorted(self.unfinished.glob("*/")) if _claims(folder, names)]
+
+        while True:
+            with ExitStack() as stack:
+                folders = []
+                for folder in shared():
+                    try:
+                        stack.enter_context(Lock(folder, "is encoding some of these recordings"))
+                        folders.append(folder)
+                    except InputError:
+                        if folder.is_dir():
+                            raise  # else it has been merged meanwhile
+                with self.alone():
+                    if set(shared()) - set(folders):
+                        continue  # another job was faster
+                    own = self.unfinished / f"{time.time_ns()}-{os.getpid()}"
+                    make_folder(own)
+                    _write_object(own / NAMES, dict.fromkeys(sorted(names), ""), indent=0)
+                    stack.enter_context(Lock(own, "is encoding some of these recordings"))
+                try:
+                    yield [own, *(folder for folder in folders if folder.is_dir())]
+                finally:
+                    if not any(own.glob("[0-9]*.jsonl")):  # nothing is lost with it
+                        self.release([own])
+                return
+
+    def release(self, folders: Sequence[Path]) -> None:
+        """Remove folders whose content is merged."""
+        for folder in folders:
+            shutil.rmtree(folder, ignore_errors=True)
+        if os.path.isdir(self.unfinished) and not any(self.unfinished.iterdir()):  # noqa: PTH112
+            self.unfinished.rmdir()
 
 
-def gather_skipped(env: Environment, skipped: Skipped) -> Skipped:
-    """Those of all processes. Waits for the slowest, however long it takes."""
-    parts: list[Any] = [skipped]
-    if env.world_size > 1:
-        parts *= env.world_size
-        group: Any = dist.new_group(backend="gloo", timeout=timedelta(days=100))
-        dist.all_gather_object(parts, skipped, group=group)
-    return Skipped({name: reason for part in parts for name, reason in sorted(part.items())})
+def _claims(folder: Path, names: Collection[str]) -> bool:
+    """Whether a job's folder has some of these recordings, or was left by a job that was killed before it said so."""
+    try:
+        return not _read_object(folder / NAMES, "", "").keys().isdisjoint(names)
+    except InputError:
+        return True
 
 
-def report(skipped: Skipped, total: int, env: Environment) -> None:
-    """Say how many recordings were left out."""
-    if skipped and env.is_main:
-        logger.warning("%d of %d recordings were skipped", len(skipped), total)
+def _read_object(path: Path, what: str, remedy: str, *, strings: bool = True) -> dict[str, Any]:
+    try:
+        found = parse_json(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict) or (strings and not all(isinstance(value, str) for value in found.values())):
+            raise ValueError(f"it is no JSON object{' of strings' if strings else ''}")
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: {what}, but cannot be read ({error}). {remedy}") from None
+    return found
 
 
-def names_of(sources: str | Path | Sequence[str | Path]) -> list[str | Path]:
-    """One source or several, as a list."""
-    return [sources] if isinstance(sources, (str, Path)) else list(sources)
+def _write_object(path: Path, content: dict[str, Any], indent: int) -> None:
+    make_folder(path.parent)
+    with atomic_write(path) as file:
+        file.write(json.dumps(content, indent=indent).encode() + b"\n")

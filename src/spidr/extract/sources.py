@@ -1,28 +1,35 @@
-"""What is to be encoded: the recordings of manifests, folders and single files, each under a name of its own."""
+"""What is to be encoded: the recordings of manifests, lists, folders and single files, each under a name of its own."""
 
 from __future__ import annotations
 
 import os
+import tempfile
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from spidr.data.audio import FormatError, Recording, num_samples, read_audio, read_resampled, resampled_length
+from spidr.data.audio import FormatError, Recording, can_seek, num_samples, read_audio, read_resampled, resampled_length
 from spidr.data.dataset import SpeechDataset
 from spidr.data.manifest import read_manifest
 from spidr.tools.errors import InputError
+from spidr.tools.files import check_file, expand, find_files
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from numpy.typing import NDArray
 
-MANIFESTS = {".csv", ".jsonl", ".tsv"}
 AUDIO = {".wav", ".flac", ".mp3", ".ogg", ".oga", ".opus", ".m4a", ".aac", ".wma", ".aif", ".aiff", ".webm", ".mp4"}
-"""Endings of the files in a folder that are recordings."""
+BLOCK = 1 << 20
+"""Samples decoded at a time where a recording cannot be read from the middle."""
+
+TOO_SHORT = "too short, they do not fill one frame"
+
+SHOWN = 10
+"""Problems listed in a message."""
 
 
 @dataclass(frozen=True)
@@ -30,36 +37,44 @@ class Item:
     """A recording to encode.
 
     Attributes:
-        name: No other recording has the same; may have folders in it, and has no extension.
         recording: Where it is.
-        num_samples: For batches and progress: by the manifest, else the header, else (MP3, Opus and other formats
-            without an exact length there) by decoding all of it; 0 if it cannot be read.
-        promised: Number of samples by the manifest, if there is one.
+        fileid: What its manifest calls it, else its file's name without the ending.
+        relative: Its path below its source; for manifests, below what all paths have in common.
+        promised: Number of samples by the manifest; 0: unknown.
+        speaker: By the manifest's column ``speaker``, else the folder that it lies in.
+        name: No other recording of the output has the same; may have folders in it.
+        num_samples: For batches and progress; 0: unknown.
     """
-
-    name: str
-    recording: Recording
-    num_samples: int
-    promised: int | None = None
-
-
-@dataclass(frozen=True)
-class _Found:
-    """A recording, its names from short to long, and its number of samples if the manifest tells."""
 
     recording: Recording
     fileid: str
     relative: str
-    num_samples: int | None
+    promised: int = 0
+    speaker: str = ""
+    name: str = ""
+    num_samples: int = 0
 
-    def names(self) -> tuple[str, str, str, str]:
-        """The last one differs for any two recordings."""
-        place = self.recording
-        full = os.path.abspath(place.archive or place.path)  # noqa: PTH100
-        if place.archive is not None:
-            full += f"/{_inside(place.path)}@{place.byte_offset}"  # an archive can hold several members of one name
+    @property
+    def place(self) -> str:
+        """Where the recording is, wherever the command is run."""
+        where = self.recording
+        place = os.path.abspath(where.archive or where.path)  # noqa: PTH100
+        if where.archive is not None:
+            place += f":{where.path}"
+            if where.byte_offset:  # an archive may have several members of one name
+                place += f"@{where.byte_offset}"
+        return place
+
+    def names(self) -> list[str]:
+        """What it may be called, from short to long."""
         relative = _inside(self.relative)
-        return _inside(self.fileid), os.path.splitext(relative)[0], relative, full.lstrip("/")  # noqa: PTH122
+        return [
+            _inside(self.fileid),
+            os.path.splitext(relative)[0],  # noqa: PTH122
+            relative,
+            _inside(self.place),
+            f"{_inside(self.place)}:{_inside(self.fileid)}",
+        ]
 
 
 def _inside(name: str) -> str:
@@ -67,43 +82,135 @@ def _inside(name: str) -> str:
     return os.path.normpath("/" + name).lstrip("/")
 
 
-def find_items(sources: Sequence[str | Path], *, tree: bool, resample: bool, skip: bool) -> list[Item]:
-    """List the recordings of some sources, each once.
+def find_items(sources: str | Path | Sequence[str | Path]) -> list[Item]:
+    """List the recordings of some sources, without names. Only what is the same in all respects is listed once.
 
     Args:
-        sources: Manifests (see :func:`spidr.data.read_manifest`), folders and audio files.
-        tree: Name recordings by their path below the source (for manifests, below what all paths have in common), else
-            by their fileid, or without manifest their file name. Names that are not unique that way become longer, for
-            all recordings: first the path below the source, then with the extension, then from the root on.
-        resample: Recordings need not be 16 kHz mono.
-        skip: A recording whose length cannot be read is listed all the same.
+        sources: Manifests and lists (see :func:`spidr.data.read_manifest`), folders and audio files.
 
     Raises:
-        InputError: A source does not exist or has no recording, or a recording cannot be read, without ``skip``.
+        InputError: A source does not exist, or has no recording.
     """
-    found: dict[tuple[str | None, str, int], _Found] = {}
-    for source in sources:
-        for item in _find(Path(source)):
-            place = item.recording
-            path = place.path if place.archive is not None else os.path.realpath(place.path)
-            found.setdefault((place.archive, path, place.byte_offset), item)
-    items = list(found.values())
-    length = resampled_length if resample else num_samples
+    given = [sources] if isinstance(sources, (str, Path)) else list(sources)
+    if not given:
+        raise InputError("no sources given: name manifests, folders or audio files")
+    items = (item for source in given for item in _find(expand(source)))
+    return list({(item.place, item.fileid): item for item in items}.values())
 
-    def measure(item: _Found) -> int:
-        if item.num_samples is not None:
-            return item.num_samples
+
+def _find(source: Path) -> list[Item]:
+    if os.path.isdir(source):  # noqa: PTH112
+        return _in_folder(source)
+    if not os.path.exists(source):  # noqa: PTH110 (False for all that cannot be a file)
+        raise InputError(f"{source}: does not exist; expected a manifest, a folder or an audio file.")
+    if source.suffix in {".csv", ".jsonl", ".tsv"}:
+        return _in_manifest(source)
+    if source.suffix.lower() == ".tar":
+        raise InputError(
+            f"{source}: write the manifest of an archive first: `python -m spidr.data.write_manifest {source} OUT.csv`."
+        )
+    return [Item(Recording(str(source)), source.stem, source.name, speaker=source.absolute().parent.name)]
+
+
+def _in_folder(folder: Path) -> list[Item]:
+    paths = [Path(path) for path in find_files(folder, lambda name: name.lower().endswith(tuple(AUDIO)))]
+    if not paths:
+        raise InputError(f"{folder}: no file's name ends like that of a recording ({', '.join(sorted(AUDIO))}).")
+    return [
+        Item(Recording(str(path)), path.stem, str(path.relative_to(folder)), speaker=path.absolute().parent.name)
+        for path in paths
+    ]
+
+
+def _in_manifest(path: Path) -> list[Item]:
+    manifest = read_manifest(path)
+    recordings = SpeechDataset(manifest, normalize=False).recordings(np.arange(manifest.height))
+    files = [os.path.dirname(os.path.abspath(r.path)) for r in recordings if r.archive is None]  # noqa: PTH100, PTH120
+    root = os.path.commonpath(files) if files else ""
+    relative = [r.path if r.archive is not None else os.path.relpath(r.path, root) for r in recordings]
+    lengths = manifest["num_samples"].fill_null(0).to_list() if "num_samples" in manifest.columns else [0] * len(files)
+    folders = [os.path.basename(os.path.dirname(os.path.abspath(r.path))) for r in recordings]  # noqa: PTH100, PTH119, PTH120
+    speakers = manifest["speaker"].to_list() if "speaker" in manifest.columns else folders
+    rows = zip(recordings, manifest["fileid"].to_list(), relative, lengths, speakers, strict=True)
+    return [Item(*row[:4], speaker=str(row[4])) for row in rows]
+
+
+def name_items(items: Sequence[Item], known: Mapping[str, str], *, tree: bool) -> list[Item]:
+    """Give each recording a name of its own.
+
+    It is the shortest that no other has: the fileid (left out with ``tree``), the path below the source without and
+    with the ending, the path from the root on. A recording that had a name before keeps it, whatever is added.
+
+    Args:
+        items: The recordings.
+        known: Names given before, and the places of those recordings.
+        tree: Name recordings by their path below the source.
+    """
+    choices = [item.names()[1 if tree else 0 :] for item in items]
+    before = defaultdict(set)
+    for name, place in known.items():
+        before[place].add(name)
+    levels = [0] * len(items)
+    kept = set()
+    for i, item in enumerate(items):
+        for level, name in enumerate(choices[i]):
+            if name in before.get(item.place, ()):
+                levels[i] = level
+                kept.add(i)
+                break
+    while True:
+        names = [names[level] for names, level in zip(choices, levels, strict=True)]
+        counts = Counter(names)
+        clashing = [i for i, name in enumerate(names) if counts[name] > 1 and levels[i] + 1 < len(choices[i])]
+        clashing = [i for i in clashing if i not in kept] or clashing
+        if not clashing:
+            break
+        for i in clashing:
+            levels[i] += 1
+    return [replace(item, name=name) for item, name in zip(items, names, strict=True)]
+
+
+def measure(items: Sequence[Item], *, shortest: int, resample: bool) -> tuple[list[Item], dict[str, str]]:
+    """Find the length of each recording, by its manifest or its header.
+
+    Returns:
+        The recordings with their lengths, and why the others cannot be encoded, by name: what is missing, damaged, too
+        short or of another format. Of what a manifest describes, only the existence is looked at.
+    """
+
+    def look(item: Item) -> Item | str:
         try:
-            return length(item.recording)
+            if item.promised:
+                check_file(item.recording.archive or item.recording.path)
+                count = item.promised
+            else:
+                count = (resampled_length if resample else num_samples)(item.recording)
+        except FormatError as error:
+            return str(_with_remedy(error))
         except InputError as error:
-            if skip:
-                return 0
-            raise _with_remedy(error) from None
+            return str(error)
+        # A manifest of spidr 0.1.2 may say one sample too few.
+        if 0 < count < shortest - bool(item.promised):
+            return f"{item.recording}: {count} samples are {TOO_SHORT}"
+        return replace(item, num_samples=count)
 
-    with ThreadPoolExecutor() as pool:
-        lengths = list(pool.map(measure, items))
-    rows = zip(_unique_names(items, tree=tree), items, lengths, strict=True)
-    return [Item(name, item.recording, samples, item.num_samples) for name, item, samples in rows]
+    with ThreadPoolExecutor(16) as pool:
+        looked = list(pool.map(look, items))
+    found = [item for item in looked if isinstance(item, Item)]
+    return found, {item.name: why for item, why in zip(items, looked, strict=True) if isinstance(why, str)}
+
+
+def refuse(problems: Mapping[str, str], total: int) -> None:
+    """Raise all problems of a scan at once, if there are any."""
+    if problems:
+        lines = list(problems.values())
+        listed = [f"  {line}" for line in lines[:SHOWN]]
+        if len(lines) > SHOWN:
+            listed.append(f"  … and {len(lines) - SHOWN} more")
+        raise InputError(
+            f'{len(lines)} of {total} recordings cannot be encoded; --on-error skip (on_error="skip" in Python) leaves '
+            "them out:\n" + "\n".join(listed)
+        )
 
 
 def read_item(item: Item, *, resample: bool) -> NDArray[np.float32]:
@@ -113,62 +220,57 @@ def read_item(item: Item, *, resample: bool) -> NDArray[np.float32]:
         InputError: It cannot be read; or, without ``resample``, it is not 16 kHz mono, or not as long as the manifest
             says, give or take a sample. With ``resample`` the length is not checked.
     """
-    try:
-        samples = read_resampled(item.recording) if resample else read_audio(item.recording)
-    except InputError as error:
-        raise _with_remedy(error) from None
-    # libsndfile reads a truncated WAV without a word. Lengths by spidr 0.1.2 are rounded durations: one off at most.
-    if item.promised is not None and abs(item.promised - len(samples)) > 1 and not resample:
-        raise InputError(
-            f"{item.recording}: {len(samples)} samples, the manifest says {item.promised}: truncated or changed since; "
-            "write the manifest again."
-        )
+    samples = _read(item, resample)
+    if not resample:
+        _check_length(item, len(samples))
     return samples
 
 
-def _with_remedy(error: InputError) -> InputError:
-    return InputError(f"{error} --resample does it on the way.") if isinstance(error, FormatError) else error
+def _read(item: Item, resample: bool) -> NDArray[np.float32]:
+    try:
+        return read_resampled(item.recording) if resample else read_audio(item.recording)
+    except FormatError as error:
+        raise _with_remedy(error) from None
 
 
-def _unique_names(items: list[_Found], *, tree: bool) -> list[str]:
-    candidates = list(zip(*(item.names() for item in items), strict=True))[1 if tree else 0 :]
-    return list(next(names for names in candidates if len(set(names)) == len(items)))
+class LongRecording:
+    """A recording of which a part at a time is read.
+
+    One that cannot be read from the middle, or must be resampled, is decoded into a temporary file first.
+
+    Attributes:
+        num_samples: Its length.
+
+    Raises:
+        InputError: As :func:`read_item`.
+    """
+
+    def __init__(self, item: Item, *, resample: bool) -> None:
+        self._recording, self._file = item.recording, None
+        if can_seek(item.recording) and not resample:
+            self.num_samples = num_samples(item.recording)
+        else:
+            self._file = tempfile.TemporaryFile()  # noqa: SIM115 (closed with this object)
+            self.num_samples = self._file.write(_read(item, resample).data) // 4
+        if not resample:
+            _check_length(item, self.num_samples)
+
+    def read(self, start: int, stop: int) -> NDArray[np.float32]:
+        """Samples ``start`` to ``stop``."""
+        if self._file is None:
+            return read_audio(self._recording, start, stop)
+        self._file.seek(4 * start)
+        return np.frombuffer(bytearray(self._file.read(4 * (stop - start))), dtype=np.float32)
 
 
-def _find(source: Path) -> list[_Found]:
-    if os.path.isdir(source):  # noqa: PTH112
-        return _in_folder(source)
-    if not os.path.exists(source):  # noqa: PTH110 (False for all that cannot be a file)
-        raise InputError(f"{source}: does not exist; expected a manifest, a folder or an audio file.")
-    if source.suffix in MANIFESTS:
-        return _in_manifest(source)
-    if source.suffix.lower() == ".tar":
+def _check_length(item: Item, found: int) -> None:
+    # libsndfile reads a truncated WAV without a word. Lengths by spidr 0.1.2 are rounded durations: one off at most.
+    if item.promised and abs(item.promised - found) > 1:
         raise InputError(
-            f"{source}: write the manifest of an archive first: `python -m spidr.data.write_manifest {source} OUT.csv`."
+            f"{item.recording}: {found} samples, the manifest says {item.promised}: truncated or changed since; "
+            "write the manifest again."
         )
-    return [_Found(Recording(str(source)), source.stem, source.name, None)]
 
 
-def _in_folder(folder: Path) -> list[_Found]:
-    def fail(error: OSError) -> None:
-        raise InputError(f"{error.filename}: the folder cannot be read ({error.strerror}).")
-
-    paths = sorted(
-        Path(parent, name)
-        for parent, _, names in os.walk(folder, onerror=fail)
-        for name in names
-        if os.path.splitext(name)[1].lower() in AUDIO and not name.startswith(".")  # noqa: PTH122
-    )
-    if not paths:
-        raise InputError(f"{folder}: no file's name ends like that of a recording ({', '.join(sorted(AUDIO))}).")
-    return [_Found(Recording(str(path)), path.stem, str(path.relative_to(folder)), None) for path in paths]
-
-
-def _in_manifest(path: Path) -> list[_Found]:
-    manifest = read_manifest(path)
-    recordings = SpeechDataset(manifest, normalize=False).recordings(np.arange(manifest.height))
-    files = [os.path.dirname(os.path.abspath(r.path)) for r in recordings if r.archive is None]  # noqa: PTH100, PTH120
-    root = os.path.commonpath(files) if files else ""
-    relative = [r.path if r.archive is not None else os.path.relpath(r.path, root) for r in recordings]
-    rows = zip(recordings, manifest["fileid"].to_list(), relative, manifest["num_samples"].to_list(), strict=True)
-    return [_Found(*row) for row in rows]
+def _with_remedy(error: FormatError) -> InputError:
+    return InputError(f"{error} --resample does it on the way.")

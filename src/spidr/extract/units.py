@@ -1,46 +1,40 @@
-"""Units of recordings, all in one table: JSON lines or Parquet.
+"""Units of recordings, all in one table: JSON lines, Parquet, or what other programs read.
 
-While the work goes on, every process adds lines to a file of its own in ``OUTPUT.unfinished``. At the end they become
-the table: first the rows of other recordings that it had before, then those of the sources in their order.
+While the work goes on, every process adds lines to a file in its job's folder. At the end they become the table: first
+the rows of other recordings that it had before, then those of the sources in their order.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
 from glob import escape
-from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import polars as pl
-from torch import Tensor
 
-from spidr.environment import environment
-from spidr.extract.encoder import Encoder, Options, Skipped
+from spidr.environment import Environment
+from spidr.extract.formats import FORMATS, Row, UnitFormat, output_file
+from spidr.extract.job import extract
 from spidr.extract.kmeans import KMeans
-from spidr.extract.outputs import (
-    check_record,
-    check_recordings,
-    gather_skipped,
-    names_of,
-    place_of,
-    record,
-    report,
-    write_record,
-)
-from spidr.extract.sources import Item, find_items
+from spidr.extract.outputs import Output
+from spidr.extract.session import Encoded, Options, Session, Skipped, check_choice
+from spidr.extract.sources import Item
 from spidr.models import DinoSR
 from spidr.models.hub import check_name
 from spidr.tools.errors import InputError, first_line
-from spidr.tools.files import atomic_write, make_folder
+from spidr.tools.files import atomic_write, expand, why_not_written
 
-BEGINNING = '{"fileid": '
 SCHEMA: dict[str, Any] = {"fileid": pl.String, "units": pl.List(pl.Int32), "durations": pl.List(pl.Int32)}
+ORDER = "recordings"
+"""In the record: the names of a table's rows, where those have none."""
+
+MAX_PENALTY = 1e6
 
 
 def extract_units(
@@ -51,14 +45,19 @@ def extract_units(
     layer: int | None = None,
     dedup: bool = False,
     kmeans: str | Path | None = None,
+    smooth: float = 0.0,
+    file_format: UnitFormat = "spidr",
+    language: str | None = None,
+    split: str | None = None,
     options: Options | None = None,
 ) -> Skipped:
     """Write the units of recordings, one row ``{"fileid": …, "units": […]}`` for each, 50 units a second.
 
-    Started again, it goes on where it has stopped; processes started by torchrun or SLURM share the work.
+    Started again, it resumes where it stopped; processes started by torchrun or SLURM share the work, and several jobs
+    may add different recordings to one table at the same time.
 
     Args:
-        sources: Manifests, folders of recordings, audio files.
+        sources: Manifests, lists, folders of recordings, audio files.
         output: A ``.jsonl`` or ``.parquet`` file; rows of other recordings in it are kept. How it was made is in
             ``OUTPUT.json``, and under "spidr" in the metadata of a Parquet file; of which recordings, in
             ``OUTPUT.recordings.json``.
@@ -66,6 +65,12 @@ def extract_units(
         layer: One that has a codebook, counted from 1; None: the model's best, or that of ``kmeans``.
         dedup: Merge repeated units and add ``durations``, the number of frames of each.
         kmeans: Take the nearest centroid of this file (see :func:`spidr.extract.fit_kmeans`) instead of the codebook.
+        smooth: What each change of unit costs, in log-probability (with ``kmeans``, in squared distance): the best
+            sequence of units instead of the best unit of each frame, so fewer and longer runs. 0: no cost.
+        file_format: "spidr", or what another program reads: "discophon", "slamkit", "unit-hifigan", "fairseq" (GSLM) or
+            "km".
+        language: With the format "discophon", ``output`` may be a folder for ``units-LANGUAGE-SPLIT.jsonl``.
+        split: The other part of that name.
         options: How recordings are encoded.
 
     Returns:
@@ -75,45 +80,178 @@ def extract_units(
         InputError: The input or model is wrong, the output was made with other settings or has another recording
             of the same name, or a recording cannot be encoded, without ``on_error="skip"``.
     """
-    options, output = options or Options(), Path(output)
-    if output.suffix not in (".jsonl", ".parquet"):
-        raise InputError(f"{output}: the name of a table of units must end in .jsonl or .parquet.")
-    skip = options.on_error == "skip"
+    chosen = options or Options()
+    check_choice("file_format", file_format, UnitFormat)
+    path = output_file(expand(output), file_format, language, split)
+    if not 0 <= smooth <= MAX_PENALTY:
+        raise InputError(f"smooth: found {smooth}, expected a number of 0 or more")
+    if dedup and file_format == "discophon":
+        raise InputError("dedup: DiscoPhon counts one unit for each frame; leave it out")
     check_name(model)
-    with environment(options.run_config()) as env:
-        clusters = None if kmeans is None else KMeans.load(kmeans)
-        items = find_items(names_of(sources), tree=False, resample=options.resample, skip=skip)
-        if output.suffix == ".parquet":
-            _check_utf8(items)
-        if clusters is not None and layer is None:
-            layer = clusters.layer
-        encoder = Encoder(model, layer, options, env, codebook=clusters is None)
-        encode: Callable[[list[Tensor]], list[Tensor]] = encoder.units
-        if clusters is not None:
-            encode = clusters.on(encoder)
-        content = record(
-            "units",
-            encoder.settings() | {"dedup": dedup, "kmeans": None if clusters is None else clusters.fingerprint},
+    clusters = None if kmeans is None else KMeans.load(expand(kmeans))
+    made = {"kind": "units", "dedup": dedup, "kmeans": None if clusters is None else clusters.fingerprint}
+    table = _Table(path, file_format, made | ({} if file_format == "spidr" else {"format": file_format}))
+
+    def make_session(env: Environment) -> Session:
+        if clusters is None:
+            return Session(model, layer, chosen, env, discrete=True, penalty=smooth)
+        number = clusters.layer if layer is None else layer
+        session = Session(model, number, chosen, env, discrete=True, centroids=clusters.centroids, penalty=smooth)
+        clusters.check(session)
+        return session
+
+    return extract(sources, table, chosen, make_session, "Units")
+
+
+class _Place(NamedTuple):
+    """Where a row is: its file, whether that is the table, first byte and number of bytes."""
+
+    path: Path
+    is_final: bool
+    start: int
+    size: int
+
+
+class _Table(Output):
+    """A table of units.
+
+    Parts of jobs hold the units of every frame, as JSON; only the table is in the format that was asked for. Where its
+    rows have no names, the record has them.
+    """
+
+    def __init__(self, path: Path, file_format: UnitFormat, settings: dict[str, Any]) -> None:
+        record, recordings, unfinished = (
+            path.with_name(f"{path.name}.{ending}") for ending in ("json", "recordings.json", "unfinished")
         )
-        table = _Table(output, content)
-        batches = encoder.plan(items)
-        pending: list[int] = []
-        if env.is_main:
-            done = table.prepare(items)
-            pending = [i for i, batch in enumerate(batches) if any(item.name not in done for item in batch)]
-        pending = env.broadcast_object(pending)
-        skipped = Skipped()
-        results = encoder.run([batches[i] for i in pending], encode, "Units")
-        with closing(results), table.part(env.rank) as write:
-            for encoded in results:
-                rows = [(item.name, units.tolist()) for item, units, _ in encoded if units is not None]
-                write(b"".join(_line(name, units, dedup=dedup) for name, units in rows))
-                skipped.note(encoded)
-        skipped = gather_skipped(env, skipped)
-        if env.is_main:
-            table.finish(items, skipped)
-        report(skipped, len(items), env)
-        return skipped
+        super().__init__(path, record, recordings, unfinished, settings)
+        self.format, self.merge = FORMATS[file_format], bool(settings["dedup"])
+        self.is_parquet = path.suffix == ".parquet"
+        self.num_units = 0
+
+    def check_new(self) -> None:
+        if os.path.exists(self.path):  # noqa: PTH110 (False for a name too long, which writing complains about)
+            raise InputError(f"{self.path}: exists, and no {self.record.name} says how it was made. Remove it.")
+
+    def find(self, items: Sequence[Item], session: Session, folders: Sequence[Path]) -> int:
+        if self.is_parquet:
+            _check_utf8(items)
+        self.num_units = int(session.settings()["num_units"])
+        exact = not session.options.resample
+        frames = {item.name: session.num_frames(item.num_samples) for item in items if item.num_samples and exact}
+        rows, damaged = self._rows(folders, frames)
+        self.done = set(rows)
+        if not self.format.has_names and (others := self.done - {item.name for item in items}):
+            raise InputError(
+                f"{self.path}: its rows have no names, so it cannot hold other recordings beside these; it has "
+                f"{len(others)}. Choose another output."
+            )
+        return damaged
+
+    @contextmanager
+    def writing(self, session: Session, folder: Path) -> Iterator[Callable[[list[Encoded]], list[Encoded]]]:
+        path = folder / f"{session.env.rank}.jsonl"
+        with _writing(path):
+            file = path.open("xb")
+
+        def write(batch: list[Encoded]) -> list[Encoded]:
+            with _writing(path):
+                for item, pieces, _ in batch:
+                    if pieces is not None:
+                        row = Row(item.name, np.concatenate(list(pieces)).tolist(), str(item.recording), item.speaker)
+                        file.write(json.dumps(asdict(row)).encode() + b"\n")
+                file.flush()
+            return batch
+
+        try:
+            yield write
+        finally:
+            with _writing(path):
+                file.close()  # writes once more what could not be written
+
+    def finish(self, items: Sequence[Item], skipped: dict[str, str], folders: Sequence[Path]) -> None:
+        """Write the table: what it has of other recordings, then the rows of ``items`` in that order."""
+        encoded = [item.name for item in items if item.name not in skipped]
+        if not self.format.has_names:
+            self.settings[ORDER] = [item.name for item in items]
+        super().finish(items, skipped, folders)  # first: a table without a record would be refused
+        rows, _ = self._rows(folders, {})
+        known, present = self.known(), {item.place for item in items if item.name not in skipped}
+        others = [name for name in rows if known.get(name) not in present] if self.format.has_names else []
+        names = [*others, *(encoded if self.format.has_names else self.settings[ORDER])]
+        merged = folders[0] / "merged" if self.is_parquet else self.path
+        with atomic_write(merged) as file:
+            file.writelines(self._line(rows.get(name)) for name in names)
+        if self.is_parquet:
+            with atomic_write(self.path) as file:
+                table = pl.read_ndjson(escape(str(merged)), schema=self._schema())
+                table.write_parquet(file, metadata={"spidr": json.dumps(self.settings)})
+
+    def _line(self, place: _Place | None) -> bytes:
+        """A row of the table; an empty line stands for a recording that was skipped."""
+        if place is None:
+            return b"\n"
+        with place.path.open("rb") as file:
+            file.seek(place.start)
+            line = file.read(place.size)
+        return line if place.is_final else self.format.line(Row(**json.loads(line)), self.merge).encode() + b"\n"
+
+    def _rows(self, folders: Sequence[Path], frames: Mapping[str, int]) -> tuple[dict[str, _Place], int]:
+        """Where the row of each recording is, and how many rows are damaged."""
+        rows: dict[str, _Place] = {}
+        damaged = 0
+        for path in (path for folder in folders for path in sorted(folder.glob("[0-9]*.jsonl"))):
+            for line, start in _lines(path):
+                try:
+                    row = Row(**json.loads(line))
+                    self._check(row.units, None, frames.get(row.name))
+                    rows[row.name] = _Place(path, False, start, len(line))
+                except (ValueError, TypeError):
+                    damaged += line.endswith(b"\n")  # a killed process may have left half of the last one
+        table = self._table(folders[0])
+        names = [] if self.format.has_names else self._order()
+        for number, (line, start) in enumerate(_lines(table)):
+            try:
+                name, units, durations = self.format.parse(line.decode())
+                name = name if name is not None else names[number]
+                if units or self.format.has_names:
+                    self._check(units, durations, None if self.merge and durations is None else frames.get(name))
+                    rows[name] = _Place(table, True, start, len(line))
+            except (ValueError, TypeError, KeyError, IndexError, AttributeError):
+                damaged += 1
+        return rows, damaged
+
+    def _check(self, units: Any, durations: Any, frames: int | None) -> None:
+        """Check that a row holds units for as many frames as the recording has, give or take one."""
+        if not units or set(map(type, units)) != {int} or not 0 <= min(units) <= max(units) < self.num_units:
+            raise ValueError
+        if durations is not None and (set(map(type, durations)) != {int} or len(durations) != len(units)):
+            raise ValueError
+        total = len(units) if durations is None else sum(durations)
+        if frames is not None and abs(total - frames) > 1:
+            raise ValueError
+
+    def _order(self) -> list[str]:
+        if not os.path.exists(self.record):  # noqa: PTH110
+            return []
+        return json.loads(self.record.read_text(encoding="utf-8")).get(ORDER, [])
+
+    def _table(self, folder: Path) -> Path:
+        """The table so far, as lines."""
+        if not self.is_parquet or not os.path.exists(self.path):  # noqa: PTH110
+            return self.path
+        lines = folder / "table"
+        with atomic_write(lines) as file:
+            file.writelines(json.dumps(row).encode() + b"\n" for row in self._read_parquet().iter_rows(named=True))
+        return lines
+
+    def _schema(self) -> dict[str, Any]:
+        return {name: SCHEMA[name] for name in ("fileid", "units", *(["durations"] if self.merge else []))}
+
+    def _read_parquet(self) -> pl.DataFrame:
+        try:
+            return pl.read_parquet(escape(str(self.path))).select(list(self._schema()))
+        except (OSError, ValueError, pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
+            raise InputError(f"{self.path}: cannot be read ({first_line(error)}). Remove it.") from None
 
 
 def _check_utf8(items: Sequence[Item]) -> None:
@@ -128,137 +266,20 @@ def _check_utf8(items: Sequence[Item]) -> None:
             ) from None
 
 
-def _line(fileid: str, units: list[int], *, dedup: bool) -> bytes:
-    row: dict[str, Any] = {"fileid": fileid, "units": units}
-    if dedup:
-        runs = [(unit, sum(1 for _ in run)) for unit, run in groupby(units)]
-        row |= {"units": [unit for unit, _ in runs], "durations": [count for _, count in runs]}
-    return _json(row)
-
-
-def _json(row: dict[str, Any]) -> bytes:
-    return json.dumps(row).encode() + b"\n"
-
-
-class _Table:
-    """The table of units, and what there is of it before it is complete."""
-
-    def __init__(self, path: Path, content: dict[str, Any]) -> None:
-        self.path, self.content = path, content
-        self.record = path.with_name(f"{path.name}.json")
-        self.unfinished = path.with_name(f"{path.name}.unfinished")
-        self.recordings = path.with_name(f"{path.name}.recordings.json")
-        self.known: dict[str, str] = {}
-
-    def prepare(self, items: Sequence[Item]) -> set[str]:
-        """Check that what is there was made in the same way, and return the names of the rows there are."""
-        exists = os.path.exists(self.path)  # noqa: PTH110 (False for a name too long, which writing complains about)
-        if exists:
-            if not os.path.exists(self.record):  # noqa: PTH110
-                raise InputError(f"{self.path}: exists, and no {self.record.name} says how it was made. Remove it.")
-            check_record(self.record, self.content)
-        made = self.unfinished / "extract.json"
-        if os.path.exists(made):  # noqa: PTH110
-            check_record(made, self.content)
-            done = set(self._rows())
-            self.known = check_recordings(self.recordings, items, done)
-            return done
-        shutil.rmtree(self.unfinished, ignore_errors=True)  # killed while it was being removed
-        table = self._read_parquet() if exists and self.path.suffix == ".parquet" else None
-        done = set(self._rows() if table is None else table["fileid"])
-        self.known = check_recordings(self.recordings, items, done)  # before anything else is written
-        if table is not None:
-            make_folder(self.unfinished)
-            with atomic_write(self.unfinished / "0.jsonl") as file:
-                file.writelines(_json(row) for row in table.iter_rows(named=True))
-        write_record(made, self.content)
-        return done
-
-    @contextmanager
-    def part(self, rank: int) -> Iterator[Callable[[bytes], None]]:
-        """A function that adds rows to a file of this process.
-
-        Raises:
-            InputError: It cannot be written.
-        """
-        path = self.unfinished / f"{time.time_ns()}-{rank}.jsonl"
-        with _writing(path):
-            file = path.open("xb")
-
-        def write(lines: bytes) -> None:
-            with _writing(path):
-                file.write(lines)
-                file.flush()
-
-        try:
-            yield write
-        finally:
-            with _writing(path):
-                file.close()  # writes once more what could not be written
-
-    def finish(self, items: Sequence[Item], skipped: Skipped) -> None:
-        """Write the table: what it has of other recordings, then the rows of ``items`` in that order."""
-        rows = self._rows()
-        encoded = [item for item in items if item.name not in skipped]
-        present = {place_of(item) for item in encoded}  # also under another name, which a larger corpus may give them
-        names = [name for name in rows if self.known.get(name) not in present]
-        names += [item.name for item in encoded]
-        write_record(self.record, self.content, skipped)  # first: a table without it would be refused
-        merged = self.path if self.path.suffix == ".jsonl" else self.unfinished / "merged"
-        with atomic_write(merged) as file:
-            file.writelines(self._read(rows[name]) for name in names)
-        if merged != self.path:
-            metadata = {"spidr": json.dumps(self.content)}
-            with atomic_write(self.path) as file:
-                table = pl.read_ndjson(escape(str(merged)), schema=self._schema())
-                table.write_parquet(file, metadata=metadata)
-        shutil.rmtree(self.unfinished)
-
-    def _schema(self) -> dict[str, Any]:
-        return {name: SCHEMA[name] for name in ("fileid", "units", *(["durations"] if self.content["dedup"] else []))}
-
-    def _read_parquet(self) -> pl.DataFrame:
-        try:
-            return pl.read_parquet(escape(str(self.path))).select(list(self._schema()))
-        except (OSError, ValueError, pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
-            raise InputError(f"{self.path}: cannot be read ({first_line(error)}). Remove it.") from None
-
-    def _rows(self) -> dict[str, tuple[Path, int, int]]:
-        """Where the row of each recording is: file, first byte, number of bytes."""
-        rows = {}
-        paths = sorted(self.unfinished.glob("*.jsonl"))
-        if self.path.suffix == ".jsonl" and os.path.exists(self.path):  # noqa: PTH110
-            paths.append(self.path)
-        for path in paths:
-            for name, start, size in _scan(path):
-                rows[name] = (path, start, size)
-        return rows
-
-    def _read(self, place: tuple[Path, int, int]) -> bytes:
-        path, start, size = place
-        with path.open("rb") as file:
-            file.seek(start)
-            return file.read(size)
-
-
 @contextmanager
 def _writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise InputError(
-            f"{path}: cannot be written ({error.strerror or error}). What was done before is intact: make room, then "
-            "run the same command again."
-        ) from error
+        raise why_not_written(path, error) from error
 
 
-def _scan(path: Path) -> Iterator[tuple[str, int, int]]:
-    """Name, first byte and number of bytes of each complete row; a killed process may have left half of one."""
-    decoder, position = json.JSONDecoder(), 0
+def _lines(path: Path) -> Iterator[tuple[bytes, int]]:
+    """The lines of a file, if it exists, and the first byte of each."""
+    if not os.path.exists(path):  # noqa: PTH110
+        return
+    position = 0
     with path.open("rb") as file:
         for line in file:
-            text = line.decode(errors="replace")
-            if text.endswith("]}\n") and text.startswith(BEGINNING):
-                name, _ = decoder.raw_decode(text, len(BEGINNING))
-                yield name, position, len(line)
+            yield line, position
             position += len(line)

@@ -19,7 +19,7 @@ from spidr.config import SAMPLE_RATE, DinoSRConfig
 from spidr.models.codebook import Codebook, StepStatistics, assign, count_perplexity, standardise
 from spidr.models.extractor import FeatureExtractor, FeatureProjection
 from spidr.models.kernels import Dropout
-from spidr.models.long import Read, windows
+from spidr.models.long import Read, window_frames, windows
 from spidr.models.transformer import Transformer
 from spidr.tools.errors import InputError
 from spidr.tools.frames import conv_length
@@ -446,12 +446,8 @@ class DinoSR(nn.Module):
             InputError: If there is no such layer, the waveforms are not as they should be, a length gives no frame or
                 exceeds S, or a window or context is no number of frames.
         """
-        layer = self._layer(layer)
-
-        def encode(features: Tensor, attention_mask: Tensor | None) -> Tensor:
-            return self.student.get_intermediate_outputs(features, attention_mask, layer, skip=layer - 1)[0]
-
-        return self._windowed(encode, waveforms, lengths, window, context, normalize=normalize)
+        output = partial(self.layer_output, layer=self._layer(layer))
+        return self._windowed(output, waveforms, lengths, window, context, normalize=normalize)
 
     @torch.no_grad()
     def units(
@@ -484,10 +480,9 @@ class DinoSR(nn.Module):
         first = self.codebook_layers.start
         if layer < first:
             raise InputError(f"layer {layer} has no codebook; layers {first} to {len(self.student.layers)} have one")
-        head = cast("nn.Sequential", self.heads[layer - first])[0]
 
         def units(features: Tensor, attention_mask: Tensor | None) -> Tensor:
-            return head(self._hidden(features, attention_mask, layer - first + 1, layer - first)[0]).argmax(-1)
+            return self.unit_logits(features, attention_mask, layer).argmax(-1)
 
         found, frame_lengths = self._windowed(units, waveforms, lengths, window, context, normalize=normalize)
         padding = torch.arange(found.shape[1], device=found.device) >= frame_lengths.unsqueeze(1)
@@ -508,16 +503,9 @@ class DinoSR(nn.Module):
         Returns:
             That, and the frames of each row.
         """
-        frame_seconds = math.prod(stride for _, _, stride in self.feature_extractor.shapes) / SAMPLE_RATE
-        for name, seconds in (("window", window), ("context", context)):
-            if seconds is not None and not math.isfinite(seconds):
-                raise InputError(f"{name} = {seconds} s is no number of seconds")
-        size = None if window is None else round(window / frame_seconds)
-        around = round((context if context is not None else (window or 0) / 4) / frame_seconds)
-        if size is not None and size < 1:
-            raise InputError(f"window = {window} s is shorter than a frame of {frame_seconds} s")
-        if around < 0 or (context is not None and size is None):
+        if window is None and context is not None:
             raise InputError(f"context = {context} s needs to be at least 0 and goes with a window")
+        size, around = (None, 0) if window is None else window_frames(window, context, self.frame_seconds)
         x, frame_lengths = self._utterances(waveforms, lengths, normalize=normalize)
         if size is None or int(frame_lengths.max()) <= size:
             x, attention_mask = self.project(x, lengths=lengths)
@@ -532,6 +520,21 @@ class DinoSR(nn.Module):
         for row, values in enumerate(rows):
             out[row, : len(values)] = values
         return out, frame_lengths
+
+    @property
+    def frame_seconds(self) -> float:
+        """Seconds from one frame to the next."""
+        return math.prod(stride for _, _, stride in self.feature_extractor.shapes) / SAMPLE_RATE
+
+    def layer_output(self, features: Tensor, attention_mask: Tensor | None, layer: int) -> Tensor:
+        """A layer's output before the residual addition, (B, T, D), from projected features (see :meth:`project`)."""
+        return self.student.get_intermediate_outputs(features, attention_mask, layer, skip=layer - 1)[0]
+
+    def unit_logits(self, features: Tensor, attention_mask: Tensor | None, layer: int) -> Tensor:
+        """What the head of a layer gives before its softmax, (B, T, V), from projected features."""
+        index = layer - self.codebook_layers.start
+        head = cast("nn.Sequential", self.heads[index])[0]
+        return head(self._hidden(features, attention_mask, index + 1, index)[0])
 
     def windows(
         self, read: Read, num_samples: int, function: Callable[[Tensor, None], Tensor], *, size: int, context: int

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from spidr.tools.errors import InputError
 from spidr.tools.frames import conv_length, receptive_field
 
 Read = Callable[[int, int], Tensor]
@@ -17,24 +18,50 @@ PIECE = 1 << 20
 """Samples to read at once when a whole recording is standardised."""
 
 
-def standardised(read: Read, num_samples: int) -> Read:
-    """A recording with mean 0 and variance 1, as an encoder standardises it; read twice for its moments."""
+class Standardised:
+    """A recording with mean 0 and variance 1, as an encoder standardises it; read twice for its moments.
 
-    def mean_of(function: Callable[[Tensor], Tensor]) -> Tensor:
-        sums = [
-            function(read(start, min(start + PIECE, num_samples))).sum(1, keepdim=True, dtype=torch.float64)
-            for start in range(0, num_samples, PIECE)
-        ]
-        return torch.stack(sums).sum(0) / num_samples
+    Attributes:
+        std: Its standard deviation.
+    """
 
-    mean = mean_of(lambda x: x.cpu()).float()
-    scale = torch.rsqrt(mean_of(lambda x: (x.cpu() - mean).square()) + 1e-5).float()
+    def __init__(self, read: Read, num_samples: int) -> None:
+        def mean_of(function: Callable[[Tensor], Tensor]) -> Tensor:
+            parts = (read(start, min(start + PIECE, num_samples)).cpu() for start in range(0, num_samples, PIECE))
+            return torch.stack([function(part).sum(1, keepdim=True, dtype=torch.float64) for part in parts]).sum(0)
 
-    def read_standardised(start: int, stop: int) -> Tensor:
-        waveform = read(start, stop)
-        return (waveform - mean.to(waveform)) * scale.to(waveform)
+        self._read = read
+        self._mean = (mean_of(lambda x: x) / num_samples).float()
+        variance = mean_of(lambda x: (x - self._mean).square()) / num_samples
+        self._scale = torch.rsqrt(variance + 1e-5).float()
+        self.std = math.sqrt(float(variance))
 
-    return read_standardised
+    def __call__(self, start: int, stop: int) -> Tensor:
+        """Samples ``start`` to ``stop``, standardised."""
+        waveform = self._read(start, stop)
+        return (waveform - self._mean.to(waveform)) * self._scale.to(waveform)
+
+
+def window_frames(window: float, context: float | None, frame_seconds: float) -> tuple[int, int]:
+    """Frames in a window, and frames seen on each side of it.
+
+    Args:
+        window: Seconds.
+        context: Seconds; None: a quarter of the window.
+        frame_seconds: Seconds from one frame to the next.
+
+    Raises:
+        InputError: They are no numbers of frames.
+    """
+    for name, seconds in (("window", window), ("context", context)):
+        if seconds is not None and not math.isfinite(seconds):
+            raise InputError(f"{name} = {seconds} s is no number of seconds")
+    size, around = round(window / frame_seconds), round((window / 4 if context is None else context) / frame_seconds)
+    if size < 1:
+        raise InputError(f"window = {window} s is shorter than a frame of {frame_seconds} s")
+    if around < 0:
+        raise InputError(f"context = {context} s needs to be at least 0 and goes with a window")
+    return size, around
 
 
 @torch.no_grad()

@@ -107,13 +107,14 @@ class Lock:
     Args:
         target: An existing folder, or a file, which need not exist, in an existing folder.
         doing: What the owner does, for the message: "is training in this folder".
+        patience: Seconds to wait for a living owner, for locks that are held briefly.
 
     Raises:
         InputError: On entering, if another process holds the lock or the folder cannot be written to.
     """
 
-    def __init__(self, target: Path, doing: str) -> None:
-        self.target, self.doing = target, doing
+    def __init__(self, target: Path, doing: str, *, patience: float = 0.0) -> None:
+        self.target, self.doing, self.patience = target, doing, patience
         name = target.name if len(os.fsencode(target.name)) < 200 else hashlib.sha256(target.name.encode()).hexdigest()
         self.path = target / ".spidr.lock" if target.is_dir() else target.with_name(f".{name}.lock")
         self._owner = _UNKNOWN
@@ -183,7 +184,7 @@ class Lock:
                 if self._take_over(mine, owner):
                     logger.warning("%s: taken over from %s, which is gone", self.target, owner)
                     return
-            elif alive and not (owner.job and owner.job == self._owner.job and now - first < PATIENCE):
+            elif alive and now - first > (PATIENCE if owner.job and owner.job == self._owner.job else self.patience):
                 raise InputError(
                     f"{self.target}: another process {self.doing} ({owner}). Wait for it, or end it first."
                 )

@@ -1,0 +1,78 @@
+"""One extraction, from sources to an output: the same steps whether features or units are made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from spidr.environment import Environment, environment
+from spidr.extract.outputs import Output
+from spidr.extract.session import Options, Session, Skipped, Summary, ahead
+from spidr.extract.sources import find_items, measure, name_items, refuse
+
+
+def extract(
+    sources: str | Path | Sequence[str | Path],
+    output: Output,
+    options: Options,
+    make_session: Callable[[Environment], Session],
+    description: str,
+) -> Skipped:
+    """Encode what of some recordings is not in an output yet.
+
+    Args:
+        sources: See :func:`spidr.extract.sources.find_items`.
+        output: Where values go.
+        options: How recordings are encoded.
+        make_session: The model, on the device of this process.
+        description: What the progress bar says.
+
+    Returns:
+        The recordings that were skipped, of all processes.
+    """
+    with ExitStack() as stack:
+        env = stack.enter_context(environment(options.run_config()))
+        found = find_items(sources) if env.is_main else []
+        session = stack.enter_context(make_session(env))
+        job: Any = None
+        if env.is_main:
+            items = name_items(found, output.known(), tree=output.tree)
+            items, problems = measure(items, shortest=session.shortest, resample=options.resample)
+            if options.on_error == "raise":
+                refuse(problems, len(found))
+            folders = stack.enter_context(output.claimed({item.name for item in items}))
+            with output.alone():
+                output.begin(items, session, folders)
+            job = items, [item for item in items if item.name not in output.done], problems, folders
+        items, pending, problems, folders = env.broadcast_object(job)
+        with output.writing(session, folders[0]) as write:
+            results = session.run(session.plan(pending), description)
+            written = ahead(write, results, workers=output.writers, depth=output.writers)
+            with closing(results), closing(written):
+                for batch in written:
+                    for encoded in batch:
+                        session.count(encoded)
+        summary = gather(env, session.summary)
+        if env.is_main:
+            for name, why in problems.items():
+                summary.skip(name, why)
+            with output.alone():
+                output.finish(items, summary.skipped, folders)
+                output.release(folders)
+            summary.report(output.path, len(pending) + len(problems))
+        return summary.skipped
+
+
+def gather(env: Environment, summary: Summary) -> Summary:
+    """That of all processes. Waits for the slowest, however long it takes."""
+    parts: list[Any] = [summary]
+    if env.world_size > 1:
+        parts *= env.world_size
+        group: Any = dist.new_group(backend="gloo", timeout=timedelta(days=100))
+        dist.all_gather_object(parts, summary, group=group)
+    return Summary.joined(parts)

@@ -1,0 +1,575 @@
+"""Recordings through a model, as fast as the machine allows and as if each had been alone.
+
+What a recording gives must not depend on the others, on the number of processes or on who computes it, but rounding
+does: a matrix product may add in another order when it has more rows. So
+
+- on CPUs every recording goes through the model alone, on one thread, and as many at once as there are threads. Larger
+  batches would not be faster;
+- on GPUs recordings of like length form a padded batch. Features then differ by rounding. A unit could differ where two
+  codewords are nearly equal, so a recording that has such a frame goes through the model once more, alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Lock as ThreadLock
+from typing import Any, Literal, NamedTuple, Self, TypeVar, get_args
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from spidr.config import SAMPLE_RATE, RunConfig
+from spidr.environment import Environment
+from spidr.extract.smooth import NEAR, Decoder
+from spidr.extract.sources import TOO_SHORT, Item, LongRecording, read_item
+from spidr.models import DinoSR
+from spidr.models.hub import load_encoder
+from spidr.models.long import Standardised, window_frames
+from spidr.tools.errors import InputError
+from spidr.tools.frames import conv_length, receptive_field
+from spidr.tools.progress import progress
+
+logger = logging.getLogger(__name__)
+
+A = TypeVar("A")
+B = TypeVar("B")
+
+BATCH_SECONDS = 240.0
+"""Seconds of audio in a batch on a GPU, padding included."""
+
+SHAPING = (
+    "extractor_mode",
+    "extractor_conv_bias",
+    "extractor_conv_layer_config",
+    "encoder_embed_dim",
+    "encoder_pos_conv_kernel",
+    "encoder_pos_conv_groups",
+    "encoder_pos_conv_depth",
+    "encoder_num_layers",
+    "encoder_num_heads",
+    "encoder_ff_interm_features",
+    "encoder_layer_norm_first",
+    "encoder_qkv_bias",
+    "codebook_size",
+    "num_codebooks",
+)
+"""Settings of a model that change its features or units, beside its weights. All others are of training only."""
+
+LONG = 120 * SAMPLE_RATE
+"""Longer recordings (in samples) get all threads of a CPU, one after the other, so that none is the last one alone."""
+
+QUIET = 10 ** (-45 / 20)
+"""Standard deviation of a recording at -45 dBFS: below, the 1e-5 added to the variance makes it quieter than others."""
+
+Device = Literal["auto", "cuda", "mps", "cpu"]
+Dtype = Literal["float32", "bfloat16", "auto"]
+OnError = Literal["raise", "skip"]
+
+MAX_SECONDS = 1_000_000
+MAX_THREADS = 1000
+
+
+def check_choice(name: str, value: object, choices: object) -> None:
+    """Check that an argument is one of those that a ``Literal`` lists.
+
+    Raises:
+        InputError: It is not.
+    """
+    accepted = get_args(choices)
+    if value not in accepted:
+        raise InputError(f"{name}: found {value!r}, expected {', '.join(accepted[:-1])} or {accepted[-1]}")
+
+
+@dataclass(frozen=True)
+class Options:
+    """How recordings are encoded.
+
+    Attributes:
+        device: "auto" (CUDA, else MPS, else the CPU), "cuda", "mps" or "cpu".
+        dtype: "float32"; "bfloat16" (autocast), of which the units of batches are only as stable as the batches; or
+            "auto": bfloat16 where the hardware computes in it, else float32.
+        batch_seconds: Seconds of audio in a batch, padding included; 0: one recording at a time. None: 0 on the CPU,
+            else 240.
+        threads: Recordings encoded at once on the CPU; None: as many as PyTorch has threads. At most 1,000.
+        window: Encode long recordings in pieces of that many seconds, which are read one at a time (see
+            :meth:`spidr.models.DinoSR.encode`). None: exact, in time that grows with the square of the length.
+        context: Seconds seen on each side of a window; None: a quarter of it.
+        resample: Convert recordings that are not 16 kHz mono.
+        on_error: "raise", or "skip" recordings that cannot be encoded.
+        progress: Show progress on standard error.
+    """
+
+    device: Device = "auto"
+    dtype: Dtype = "float32"
+    batch_seconds: float | None = None
+    threads: int | None = None
+    window: float | None = None
+    context: float | None = None
+    resample: bool = False
+    on_error: OnError = "raise"
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        for name, choices in (("device", Device), ("dtype", Dtype), ("on_error", OnError)):
+            check_choice(name, getattr(self, name), choices)
+        for name in ("batch_seconds", "window", "context"):
+            value = getattr(self, name)
+            if value is not None and not (0 <= value <= MAX_SECONDS and (value > 0 or name != "window")):
+                accepted = "more than 0" if name == "window" else "0 or more"
+                raise InputError(f"{name}: found {value}, expected seconds, {accepted}, at most {MAX_SECONDS:,}")
+        if self.context is not None and self.window is None:
+            raise InputError(f"context: found {self.context}, but there is no window that it could be the context of")
+        if self.threads is not None and not 1 <= self.threads <= MAX_THREADS:
+            raise InputError(f"threads: found {self.threads}, expected 1 to {MAX_THREADS:,}")
+
+    def run_config(self) -> RunConfig:
+        """What :func:`spidr.environment.environment` wants to know; only the device counts."""
+        return RunConfig(workdir=".", wandb_project="spidr", wandb_name="extract", device=self.device)
+
+
+class Skipped(dict[str, str]):
+    """Recordings that could not be encoded, by name, and why."""
+
+
+class EncodingError(InputError):
+    """A recording cannot be encoded."""
+
+
+class Encoded(NamedTuple):
+    """What a recording gave, in pieces along its frames, or why it gave nothing."""
+
+    item: Item
+    pieces: Iterable[NDArray[Any]] | None
+    error: str | None = None
+
+
+@dataclass
+class Summary:
+    """What became of the recordings of this process.
+
+    Attributes:
+        skipped: Those that gave nothing, by name, and why.
+        done: How many gave something.
+        samples: Of those, together.
+        quiet: Names of those below -45 dBFS.
+        units: The different units there were, as far as there are few.
+    """
+
+    skipped: Skipped = field(default_factory=Skipped)
+    done: int = 0
+    samples: int = 0
+    quiet: list[str] = field(default_factory=list)
+    units: set[int] = field(default_factory=set)
+
+    def skip(self, name: str, why: str) -> None:
+        """Leave a recording out."""
+        logger.warning("Skipped: %s", why)
+        self.skipped[name] = why
+
+    @classmethod
+    def joined(cls, parts: Iterable[Summary]) -> Summary:
+        """That of all processes."""
+        total = cls()
+        for part in parts:
+            total.skipped.update(part.skipped)
+            total.done += part.done
+            total.samples += part.samples
+            total.quiet += part.quiet
+            total.units |= part.units
+        return total
+
+    def report(self, output: Path, left: int) -> None:
+        """Say what was done, and where it is.
+
+        Args:
+            output: The output.
+            left: How many recordings there were to do.
+        """
+        if not left:
+            logger.info("nothing left to do: %s has all of these recordings", output)
+            return
+        hours = self.samples / SAMPLE_RATE / 3600
+        length = f"{hours:.2f} h" if hours >= 1 else f"{60 * hours:.1f} min"
+        logger.info("%s: %d recordings (%s) encoded", output, self.done, length)
+        if self.skipped:
+            logger.warning("%d of %d recordings were skipped", len(self.skipped), left)
+        if self.quiet:
+            logger.warning(
+                "%d recordings are quieter than -45 dBFS, such as %s: standardising adds 1e-5 to the variance, so the "
+                "model hears them quieter than others; raise their volume first if that is speech",
+                len(self.quiet),
+                ", ".join(sorted(self.quiet)[:3]),
+            )
+        if self.done and len(self.units) == 1:
+            logger.warning(
+                "all frames have unit %d: the recordings are silent, or the model's weights are damaged or untrained",
+                *self.units,
+            )
+
+
+class Session:
+    """A model on its device, and what it gives of recordings; inside a ``with`` block, after which it is as before.
+
+    Args:
+        model: A published model's name, a checkpoint, or a model.
+        layer: Counted from 1; None: the model's best.
+        options: How.
+        env: This process among all.
+        discrete: Give units; else features.
+        centroids: float32 (K, D), of which the nearest is a frame's unit; None: those of the layer's head.
+        penalty: What a change of unit costs (see :class:`spidr.extract.smooth.Decoder`).
+
+    Raises:
+        InputError: There is no such model or layer.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | DinoSR,
+        layer: int | None,
+        options: Options,
+        env: Environment,
+        *,
+        discrete: bool = False,
+        centroids: NDArray[np.float32] | None = None,
+        penalty: float = 0.0,
+    ) -> None:
+        self.name = type(model).__name__ if isinstance(model, DinoSR) else str(model)
+        self.model = model if isinstance(model, DinoSR) else load_encoder(model)
+        self.layer = self.model.best_layer if layer is None else layer
+        self.options, self.env, self.discrete, self.penalty = options, env, discrete, penalty
+        has_codebook = discrete and centroids is None
+        total = len(self.model.student.layers)
+        first = self.model.codebook_layers.start if has_codebook else 1
+        if not first <= self.layer <= total:
+            lacks = "has no codebook" if 1 <= self.layer <= total else "does not exist"
+            having = "have a codebook" if has_codebook else "exist"
+            given = f"layer {self.layer}, the default," if layer is None else f"layer {self.layer}"
+            raise InputError(f"{given} {lacks}; layers {first} to {total} {having}")
+        self.shapes = self.model.feature_extractor.shapes
+        self.shortest = receptive_field(self.shapes)
+        self.window: tuple[int, int] | None = None
+        if options.window is not None:
+            self.window = window_frames(options.window, options.context, self.model.frame_seconds)
+        self.bfloat16 = options.dtype == "bfloat16" or (options.dtype == "auto" and _has_bfloat16(env.device))
+        self.summary = Summary()
+        self._centroids = None if centroids is None else torch.from_numpy(centroids).to(env.device)
+        self._one_window_at_a_time = ThreadLock()
+        self._restore = ExitStack()
+
+    def __enter__(self) -> Self:
+        model = self.model
+        device, modes = next(model.parameters()).device, {module: module.training for module in model.modules()}
+
+        def restore() -> None:
+            model.to(device)
+            for module, mode in modes.items():
+                module.training = mode
+
+        self._restore.callback(restore)
+        model.eval().to(self.env.device)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._restore.close()
+
+    def settings(self) -> dict[str, Any]:
+        """What the values depend on, and what the model is called."""
+        made = {
+            "model": self.name,
+            "weights": _fingerprint(self.model),
+            "layer": self.layer,
+            "dtype": "bfloat16" if self.bfloat16 else "float32",
+            "window": self.options.window,
+            "context": self.options.context,
+            "resample": self.options.resample,
+            "frame_seconds": self.model.frame_seconds,
+        }
+        if self.discrete:
+            made["num_units"] = self.model.cfg.codebook_size if self._centroids is None else len(self._centroids)
+            if self.penalty:
+                made["smooth"] = self.penalty
+        return made
+
+    def num_frames(self, num_samples: int) -> int:
+        """Frames of so many samples."""
+        return conv_length(self.shapes, num_samples)
+
+    # ------------------------------------------------------------------------------------------------- one batch
+
+    def _values(self, features: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """Projected features to the layer's (B, T, D), or to scores of units, (B, T, V), the highest the best."""
+        if self.discrete and self._centroids is None:
+            return self.model.unit_logits(features, attention_mask, self.layer).float()
+        output = self.model.layer_output(features, attention_mask, self.layer).float()
+        if self._centroids is None:
+            return output
+        with torch.autocast(output.device.type, enabled=False):  # the negative squared distance, up to that to 0
+            return 2 * output @ self._centroids.T - self._centroids.square().sum(-1)
+
+    def _compute(self, waveforms: list[Tensor]) -> list[Tensor]:
+        """Values of some recordings, (T, …) each."""
+        dtype, device = self.model.mask_embedding.dtype, self.env.device
+        lengths = torch.tensor([len(waveform) for waveform in waveforms], device=device)
+        padded = pad_sequence(waveforms, batch_first=True).to(device, dtype)
+        given = lengths if len(waveforms) > 1 else None
+        with self._computing():
+            x, frames = self.model._utterances(padded, given, normalize=True)
+            values = self._values(*self.model.project(x, lengths=given))
+        return [row[:count] for row, count in zip(values, frames.tolist(), strict=True)]
+
+    def _windows(self, recording: LongRecording, item: Item) -> Iterator[Tensor]:
+        """Values of a recording, (T, …) a window at a time."""
+        assert self.window is not None
+
+        def read(start: int, stop: int) -> Tensor:
+            samples = torch.from_numpy(recording.read(start, stop)).unsqueeze(0)
+            return samples.to(self.env.device, self.model.mask_embedding.dtype)
+
+        standardised = Standardised(read, recording.num_samples)
+        self._note_level(item, standardised.std)
+        size, context = self.window
+        windows = self.model.windows(standardised, recording.num_samples, self._values, size=size, context=context)
+        while True:
+            with self._one_window_at_a_time, self._computing():
+                values = next(windows, None)
+            if values is None:
+                return
+            yield values[0]
+
+    @contextmanager
+    def _computing(self) -> Iterator[None]:
+        with torch.no_grad(), torch.autocast(self.env.device.type, torch.bfloat16, enabled=self.bfloat16):
+            yield
+
+    def _units(self, pieces: Iterable[Tensor], item: Item, *, batched: bool = False) -> tuple[NDArray[np.int32], bool]:
+        """Units of the highest scores; and, of a batch, whether other rounding could have led to others."""
+        decoder, found, nearly_tied = Decoder(self.penalty), [], False
+        for scores in pieces:
+            _check_finite(scores, item)
+            if self.penalty:
+                decoder.add(scores.cpu().numpy())
+                continue
+            if batched:
+                first, second = scores.topk(2).values.unbind(-1)
+                nearly_tied |= bool((first - second < NEAR * (1 + first - scores.amin(-1))).any())
+            found.append(scores.argmax(-1).cpu().numpy().astype(np.int32))
+        units = decoder.units() if self.penalty else np.concatenate(found)
+        if len(self.summary.units) < 2:
+            self.summary.units.update(np.unique(units).tolist())
+        return units, nearly_tied or decoder.nearly_tied
+
+    def _encode(self, loaded: list[_Loaded]) -> list[Encoded]:
+        """What a batch gives."""
+        waveforms = [source for _, source, _ in loaded if isinstance(source, Tensor)]
+        values = iter(self._compute(waveforms) if waveforms else [])
+        batched = len(waveforms) > 1 and not self.bfloat16
+        found = []
+        for item, source, error in loaded:
+            try:
+                if isinstance(source, Tensor):
+                    pieces: Iterable[NDArray[Any]] | None = self._of_whole(source, next(values), item, batched=batched)
+                else:
+                    pieces = None if source is None else self._of_windows(source, item)
+                found.append(Encoded(item, pieces, error))
+            except InputError as problem:
+                found.append(Encoded(item, None, self.or_raise(problem)))
+        return found
+
+    def _of_whole(self, waveform: Tensor, values: Tensor, item: Item, *, batched: bool) -> list[NDArray[Any]]:
+        if not self.discrete:
+            return list(_arrays([values], item))
+        units, nearly_tied = self._units([values], item, batched=batched)
+        if batched and nearly_tied:
+            units, _ = self._units(self._compute([waveform]), item)
+        return [units]
+
+    def _of_windows(self, recording: LongRecording, item: Item) -> Iterable[NDArray[Any]]:
+        windows = self._windows(recording, item)
+        return [self._units(windows, item)[0]] if self.discrete else _arrays(windows, item)
+
+    def or_raise(self, error: InputError) -> str:
+        """The message of an error, if recordings with errors are to be skipped."""
+        if self.options.on_error == "raise":
+            raise error
+        return str(error)
+
+    def _note_level(self, item: Item, std: float) -> None:
+        if std < QUIET:
+            self.summary.quiet.append(item.name)
+
+    # ------------------------------------------------------------------------------------------------- all of them
+
+    def plan(self, items: Sequence[Item]) -> list[list[Item]]:
+        """Batches, long recordings first: the same list for any number of processes.
+
+        One of unknown length goes alone: it may be longer than a batch, or than a window, which batches do not have.
+        """
+        seconds = self.options.batch_seconds
+        if seconds is None:
+            seconds = 0.0 if self.env.device.type == "cpu" else BATCH_SECONDS
+        batches: list[list[Item]] = []
+        for item in sorted(items, key=lambda item: (-item.num_samples, item.name)):
+            longest = batches[-1][0].num_samples if batches else 0
+            fits = item.num_samples > 0 and bool(batches) and (len(batches[-1]) + 1) * longest <= seconds * SAMPLE_RATE
+            if fits and not self._is_long(batches[-1][0]):
+                batches[-1].append(item)
+            else:
+                batches.append([item])
+        return batches
+
+    def _is_long(self, item: Item) -> bool:
+        if self.window is None:
+            return False
+        return item.num_samples == 0 or self.num_frames(item.num_samples) > self.window[0]
+
+    def run(self, batches: Sequence[list[Item]], description: str) -> Generator[list[Encoded]]:
+        """Encode this process's share of some batches, in their order.
+
+        Args:
+            batches: The batches of all processes.
+            description: What the progress bar says.
+
+        Raises:
+            InputError: A recording cannot be encoded, unless they are to be skipped.
+        """
+        batches = batches[self.env.rank :: self.env.world_size]
+        threads, on_cpu = torch.get_num_threads(), self.env.device.type == "cpu"
+        at_once = (self.options.threads or threads) if on_cpu else 1
+        groups = [batches]
+        if at_once > 1:
+            long = [batch for batch in batches if batch[0].num_samples > LONG]
+            groups = [long, batches[len(long) :]]
+        # Rank 0 shows its own share: that of the others takes about as long.
+        shown = self.options.progress and self.env.rank == 0
+        total = sum(item.num_samples for batch in batches for item in batch)
+        unit, seconds = ("h of audio", 3600) if total >= 3600 * SAMPLE_RATE else ("min of audio", 60)
+        try:
+            with progress(description, total, unit, 1 / seconds / SAMPLE_RATE, shown=shown) as advance:
+                for group in groups:
+                    workers = 1 if group is not groups[-1] else min(at_once, len(group))
+                    with closing(self._run_group(group, workers, at_once // max(1, workers))) as results:
+                        for encoded in results:
+                            yield encoded
+                            advance(sum(result.item.num_samples for result in encoded))
+        finally:
+            torch.set_num_threads(threads)
+
+    def _run_group(self, batches: Sequence[list[Item]], workers: int, threads: int) -> Generator[list[Encoded]]:
+        if not batches:
+            return
+
+        def begin() -> None:
+            if self.env.device.type == "cpu":
+                torch.set_num_threads(threads)
+            elif self.env.device.type == "cuda":
+                torch.cuda.set_device(self.env.device)  # is of each thread
+
+        def load(batch: list[Item]) -> list[_Loaded]:
+            return [self._load(item) for item in batch]
+
+        # Both are closed, or their threads would live as long as an error is held.
+        with (
+            closing(ahead(load, batches, workers=min(4, workers + 1), depth=workers + 1)) as loaded,
+            closing(ahead(self._encode, loaded, workers=workers, depth=2 * workers, initializer=begin)) as encoded,
+        ):
+            yield from encoded
+
+    def _load(self, item: Item) -> _Loaded:
+        resample = self.options.resample
+        try:
+            if self._is_long(item):
+                long = LongRecording(item, resample=resample)
+                self._check_length(item, long.num_samples)
+                return _Loaded(item, long)
+            waveform = torch.from_numpy(read_item(item, resample=resample))
+            self._check_length(item, len(waveform))
+        except InputError as error:
+            return _Loaded(item, None, self.or_raise(error))
+        self._note_level(item, float(waveform.std(correction=0)))
+        return _Loaded(item, waveform)
+
+    def _check_length(self, item: Item, num_samples: int) -> None:
+        if self.num_frames(num_samples) < 1:
+            raise InputError(f"{item.recording}: {num_samples} samples are {TOO_SHORT}")
+
+    def count(self, encoded: Encoded) -> None:
+        """Note what became of a recording, when its values are where they belong."""
+        if encoded.error is not None:
+            self.summary.skip(encoded.item.name, encoded.error)
+        else:
+            self.summary.done += 1
+            self.summary.samples += encoded.item.num_samples
+
+
+class _Loaded(NamedTuple):
+    item: Item
+    source: Tensor | LongRecording | None
+    error: str | None = None
+
+
+def ahead(
+    function: Callable[[A], B],
+    items: Iterable[A],
+    *,
+    workers: int,
+    depth: int,
+    initializer: Callable[[], None] | None = None,
+) -> Generator[B]:
+    """``map(function, items)`` on threads, in order, at most ``depth`` results ahead of the one that is asked for."""
+    pool = ThreadPoolExecutor(workers, initializer=initializer)
+    pending: deque[Future[B]] = deque()
+    try:
+        for item in items:
+            pending.append(pool.submit(function, item))
+            if len(pending) > depth:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _arrays(pieces: Iterable[Tensor], item: Item) -> Iterator[NDArray[np.float32]]:
+    try:
+        for values in pieces:
+            _check_finite(values, item)
+            yield values.cpu().numpy()
+    except InputError as error:  # a long recording is read while its features are written
+        raise EncodingError(str(error)) from None
+
+
+def _check_finite(values: Tensor, item: Item) -> None:
+    if not math.isfinite(float(values.sum(dtype=torch.float64 if values.device.type == "cpu" else None))):
+        raise InputError(
+            f"{item.recording}: the model's features of it are not finite numbers. Are the model's weights damaged?"
+        )
+
+
+def _has_bfloat16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return device.type == "cpu" and bool(torch.cpu._is_amx_tile_supported())
+
+
+def _fingerprint(model: DinoSR) -> str:
+    """The beginning of the SHA-256 of what features and units depend on: weights, and what is done with them."""
+    shaping = [getattr(model.cfg, name) for name in SHAPING]
+    digest = hashlib.sha256(json.dumps(shaping).encode())
+    for name, value in model.state_dict().items():
+        if not name.startswith(("teacher.", "codebooks.", "current_step", "mask_embedding")):
+            digest.update(name.encode())
+            digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
