@@ -46,7 +46,7 @@ def _missing_manifest(folder: Path, manifest: Path) -> None:
 
 
 def _missing_column(folder: Path, manifest: Path) -> None:
-    manifest.write_text(manifest.read_text().replace("num_samples", "frames", 1))
+    manifest.write_text(manifest.read_text().replace("path", "file", 1))
 
 
 def _vanished(folder: Path, manifest: Path) -> None:
@@ -88,11 +88,13 @@ def _damaged_in_archive(folder: Path, manifest: Path) -> None:
         tar.write(b"\xff" * 8)
 
 
-def _truncated_flac(folder: Path, manifest: Path) -> None:
+def _damaged_flac(folder: Path, manifest: Path) -> None:
     wav = _first_recording(manifest)
     flac = wav.with_suffix(".flac")
     soundfile.write(flac, *soundfile.read(wav))
-    flac.write_bytes(flac.read_bytes()[: flac.stat().st_size // 2])
+    data = bytearray(flac.read_bytes())
+    data[len(data) // 2 : len(data) // 2 + 500] = bytes(500)
+    flac.write_bytes(data)
     manifest.write_text(manifest.read_text().replace(str(wav), str(flac)))
 
 
@@ -152,7 +154,7 @@ BEFORE_THE_FOLDER = [
         "a model of codebook_size = 1000000, num_codebooks = 3, encoder_embed_dim = 65536: would take",
     ),
     (_missing_manifest, "manifest.csv: the manifest does not exist"),
-    (_missing_column, "manifest.csv: column 'num_samples' is missing"),
+    (_missing_column, "manifest.csv: column 'path' is missing"),
     (_short, "manifest.csv: no recording has 12000 samples"),
     (_malicious, "evil.pt: "),
     (_malicious_pickle, "evil.pt: "),
@@ -164,7 +166,7 @@ WHILE_READING = [
     (_vanished, ".wav: the file does not exist"),
     (_empty, ".wav: "),
     (_nan, ".wav: the recording holds samples that are not finite"),
-    (_truncated_flac, ".flac: "),
+    (_damaged_flac, ".flac: "),
     (_rewrite(channels=2), ".wav: the recording has 2 channels"),
     (_rewrite(rate=8000), ".wav: the sample rate is 8000 Hz"),
     (_huge_samples, ".wav: the recording holds samples that are not finite"),

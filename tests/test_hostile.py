@@ -132,7 +132,7 @@ def outcomes(*reads: tuple[str, Path]) -> list[tuple[str, int]]:
 
 
 def test_bombs(tmp_path: Path) -> None:
-    """Files of at most a few hundred kilobytes that say, or are, gigabytes."""
+    """Files of at most a few hundred kilobytes that say, or are, gigabytes. Of the FLAC, what is there is read."""
     with gzip.open(tmp_path / "line.jsonl.gz", "wb", 1) as file:
         for _ in range(128):
             file.write(b" " * (1 << 20))
@@ -161,7 +161,7 @@ def test_bombs(tmp_path: Path) -> None:
         ("read_audio", "promise.flac"),
     ]  # fmt: skip
     for (function, name), (outcome, grown) in zip(reads, outcomes(*((f, tmp_path / n) for f, n in reads)), strict=True):
-        assert outcome == "refused", (function, name)
+        assert outcome == ("read" if name == "promise.flac" else "refused"), (function, name)
         assert grown < 200, (function, name, grown)
 
 
@@ -292,11 +292,11 @@ def test_pipes_are_not_waited_for(tmp_path: Path) -> None:
     for name in ("a.wav", "b.flac", "c.mp3"):
         os.mkfifo(tmp_path / name)
         for read in (num_samples, read_audio):
-            with pytest.raises(InputError, match=f"{name}: not a regular file"):
+            with pytest.raises(InputError, match=f"{name}: cannot be read .it is a pipe"):
                 read(tmp_path / name)
-    with pytest.raises(InputError, match=r"a\.wav: not a regular file"):
+    with pytest.raises(InputError, match=r"a\.wav: cannot be read .it is a pipe"):
         write_manifest(tmp_path, tmp_path / "m.csv")
-    with pytest.raises(InputError, match=r"not a regular file"):
+    with pytest.raises(InputError, match="it is a pipe"):
         write_manifest_tar(tmp_path / "a.wav", tmp_path / "m.csv")
 
 
@@ -309,7 +309,8 @@ def test_patterns_are_names(tmp_path: Path) -> None:
         (tmp_path / f"{name}.tsv").write_text(f"/\n{name}.wav\t1\n")
     for name in ("*", "a", "b[1]"):
         for suffix in ("csv", "jsonl", "tsv"):
-            assert read_manifest(tmp_path / f"{name}.{suffix}")["fileid"].to_list() == [name]
+            fileids = read_manifest(tmp_path / f"{name}.{suffix}")["fileid"].to_list()
+            assert fileids == [f"{name}.wav" if suffix == "tsv" else name]
 
 
 def test_a_link_at_the_place_of_a_file_is_replaced(tmp_path: Path) -> None:

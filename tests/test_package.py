@@ -208,37 +208,44 @@ MAY_IMPORT = {
     "optimizer": {"tools", "config"},
     "checkpoint": {"config", "models", "tools"},
     "compiled": {"tools", "config", "models"},
-    "abx": {"tools", "config", "data"},
-    "evaluate": {"tools", "config", "models", "data", "environment", "validate", "abx"},
+    "evaluate": {"tools", "config", "models", "data", "environment", "validate"},
     "report": {"config", "models", "data", "environment", "checkpoint", "validate", "tools"},
     "validate": {"config", "models", "data", "environment", "tools"},
     "extract": {"config", "models", "data", "environment", "tools"},
-    "slurm": {"config", "environment", "tools", "train", "validate"},
-    "run": {"config", "models", "data", "environment", "optimizer", "checkpoint", "validate", "slurm", "tools"},
+    "slurm": {"config", "tools"},
+    "validation_jobs": {"config", "checkpoint", "slurm", "tools", "validate"},
+    "run": {
+        *("config", "models", "data", "environment", "optimizer", "checkpoint", "validate"),
+        *("validation_jobs", "tools"),
+    },
     "train": {
         *("config", "models", "data", "environment", "optimizer", "checkpoint"),
         *("compiled", "validate", "run", "tools"),
     },
     "warm_start": {"config", "models", "data", "environment", "optimizer", "tools"},
     "export": {"config", "models", "tools"},
-    "metrics_queue": {"config", "slurm", "tools"},  # a command line of its own
+    "metrics_queue": {"validation_jobs"},  # a doorway
+    "inputs": {"config", "data", "models", "tools"},
     "compat": {"config", "models", "data", "environment", "optimizer", "tools"},
-    "__main__": {"config", "data", "environment", "slurm", "train", "tools"},
+    "__main__": {"config", "environment", "inputs", "slurm", "train", "tools"},
 }
 """Arrows point one way. ``run`` starts validation jobs; what the jobs call is imported inside them."""
 
 
 PLACES = {
+    "cloudpickle": {"slurm"},
     "cycler": {"report"},
-    "fastabx": {"abx"},
+    "discophon": {"evaluate"},
+    "fastabx": {"evaluate"},
     "huggingface_hub": {"tools"},
     "matplotlib": {"report"},
     "onnxscript": {"export"},
-    "polars": {"abx", "data", "extract"},  # tables are polars tables
+    "polars": {"data", "evaluate", "extract"},  # tables are polars tables
     "praatio": {"data"},
     "safetensors": {"models"},
     "sklearn": {"extract"},
     "soundfile": {"data"},
+    "soxr": {"data"},
     "submitit": {"slurm"},
     "torchcodec": {"data"},
     "transformers": {"export"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -113,14 +114,20 @@ class Checkpointer:
         if not (force or self.is_due(step)):
             return False
         self._write(self.path(step), step, epoch)
+        self.remove_old(step)
+        return True
+
+    def remove_old(self, until: float = math.inf) -> None:
+        """Remove the oldest ``step_N.pt`` beyond ``keep_latest`` that are not needed.
+
+        Args:
+            until: The run's step. Files of later ones were passed over as damaged: they do not count.
+        """
         if self.keep_latest > 0 and not self.disable:
             needed = self.needed()
-            # A file of a later step is one that was passed over as damaged: it does not count.
-            until_now = [path for path in self._saved() if _step_of(path) <= step]
-            for path in until_now[: -self.keep_latest]:
+            for path in [path for path in self._saved() if _step_of(path) <= until][: -self.keep_latest]:
                 if _step_of(path) not in needed:
                     path.unlink(missing_ok=True)
-        return True
 
     def save_final(self, step: int, epoch: int) -> None:
         """Save ``final.pt``."""

@@ -21,15 +21,16 @@ from spidr.checkpoint import Checkpointer, read_checkpoint
 from spidr.config import Config, to_dict
 from spidr.environment import Environment
 from spidr.models.flops import peak_tflops
-from spidr.slurm import ValidationJobs, validates_in_jobs
 from spidr.tools.collapse import CollapseWatch
 from spidr.tools.errors import InputError
 from spidr.tools.files import atomic_write, remove_unfinished
 from spidr.tools.logging import run_log
-from spidr.tools.metrics import Means, MetricsFile, WandbSink, read_metrics
+from spidr.tools.metrics import Means, MetricsFile, read_metrics
 from spidr.tools.profiler import StepProfiler
 from spidr.tools.readback import Readback
+from spidr.tools.wandb import WandbSink, wandb_mode
 from spidr.validate import layer_names, validate_set
+from spidr.validation_jobs import ValidationJobs, validates_in_jobs
 
 if TYPE_CHECKING:
     from spidr.data import Batch
@@ -124,15 +125,17 @@ class Run:
         logger.info("training %s: %s", cfg.run.model_type, f"going on from {last}" if last else f"new in {self.folder}")
         if self.env.is_main:
             self.metrics = MetricsFile(self.folder / "metrics.jsonl", state.step)
-            self.wandb = WandbSink(
-                self.folder, cfg.run.wandb_project, cfg.run.wandb_name, cfg.run.wandb_mode, to_dict(cfg)
-            )
+            mode = wandb_mode(cfg.run.wandb_mode)
+            self.wandb = WandbSink(self.folder, cfg.run.wandb_project, cfg.run.wandb_name, mode, to_dict(cfg))
             self._stack.callback(self.wandb.close)
             for line in read_metrics(self.metrics.path):
                 self.wandb.push(line)
             self.jobs = ValidationJobs(self.folder) if cfg.validation and validates_in_jobs(cfg) else None
             if self.jobs is not None:
-                self.checkpointer.needed = self.jobs.pending
+                self._stack.callback(self.jobs.close)
+                self.checkpointer.needed = self.jobs.needed
+                self._collect_validation()
+                self.jobs.submit_again(cfg)
         self.bar = tqdm(
             total=cfg.optimizer.max_steps,
             initial=state.step,
@@ -290,9 +293,12 @@ class Run:
 
     def _collect_validation(self) -> None:
         """Take the results of validation jobs that have come in."""
-        if self.jobs is not None:
-            for line in self.jobs.collect():
-                self._write(line)
+        if self.jobs is None:
+            return
+        for line in self.jobs.collect():
+            self._write(line)
+            self.checkpointer.remove_old(self.checkpointer.step)
+        self.jobs.report()
 
     def _print_units(self, state: State, group: str) -> None:
         lines = {line["step"]: line for line in read_metrics(self.metrics.path) if line["group"] == group}

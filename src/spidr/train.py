@@ -25,6 +25,7 @@ from spidr.tools.lazy import command_needs, names_from
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m spidr.train", description="Train, as one of torchrun's processes.")
     parser.add_argument("config", help="configuration file, TOML or JSON")
+    parser.add_argument("overrides", nargs="*", help="settings that replace those of the file: SECTION.KEY=VALUE")
     return parser.parse_args()
 
 
@@ -119,7 +120,7 @@ class State:
 
     def freeze_if_due(self) -> None:
         """Stop training extractor and projection from ``freeze_step`` on."""
-        if self.step >= self.model.cfg.freeze_step:
+        if self.step >= self.model.freeze_step:
             self.model.freeze_extractor()
             drop_frozen(self.optimizer, self.scheduler)
 
@@ -209,7 +210,7 @@ def train_step(state: State, micro_batches: list[Batch]) -> Measured | None:
     state.scheduler.step()
     state.step += 1
     measured["ema_decay"] = model.update_ema(state.step)
-    if state.step == model.cfg.freeze_step:
+    if state.step == model.freeze_step:
         state.freeze_if_due()
         state.network = wrap(model, state.cfg, env)  # DistributedDataParallel would wait for the frozen gradients
     if state.hooks.after_step is not None:
@@ -315,6 +316,7 @@ def build_state(cfg: Config, env: Environment, stop: StopFlag, hooks: Hooks, *, 
         hooks.on_model(model)
     model.to(env.device).train()
     model.reduction = env.all_reduce
+    model.defer_codebook_updates = True  # once a step, over all its micro-batches
     loader = hooks.loader(
         cfg.data,
         cfg.masking,
@@ -400,7 +402,7 @@ def wrap(model: DinoSR, cfg: Config, env: Environment) -> Callable[..., Any]:
 def main() -> int:
     """Command line of ``python -m spidr.train``. Returns the exit status."""
     try:
-        cfg = read_config(_arguments().config)
+        cfg = read_config((args := _arguments()).config, args.overrides)
     except InputError as error:
         # All processes of a machine find the same: one of them says so.
         local_rank = os.environ.get("LOCAL_RANK", "")

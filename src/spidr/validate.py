@@ -20,7 +20,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from spidr.config import SAMPLE_RATE, Config, DataConfig, MaskingConfig, ResumeConfig
 from spidr.data import Batch, build_validation_dataloader, speech_dataset
-from spidr.data.alignments import FRAME_STEP, Alignments, match_alignments, read_alignments
+from spidr.data.alignments import FRAME_STEP, Alignments, read_alignments
+from spidr.data.names import match_rows
 from spidr.environment import Environment, Preempted, StopFlag, environment
 from spidr.models import DinoSR
 from spidr.models.hub import build_model, load_weights
@@ -221,12 +222,9 @@ def codebooks_quality(model: DinoSR, phones: dict[int, list[str]], units: dict[i
 
 
 def phones_of_rows(manifest: pl.DataFrame, alignments: Alignments) -> dict[int, list[str]]:
-    """The phones of those rows of a manifest that are aligned, by their fileid or else the stem of their path."""
-    fileids = manifest["fileid"].to_list()
-    stems = [Path(path).stem for path in manifest["path"]]
-    phones = match_alignments(alignments, [*fileids, *stems])
-    names = (fileid if fileid in phones else stem for fileid, stem in zip(fileids, stems, strict=True))
-    return {row: phones[name] for row, name in enumerate(names) if name in phones}
+    """The phones of those rows of a manifest that are aligned, by their fileid or else their path."""
+    matched = match_rows(alignments, manifest["fileid"].to_list(), manifest["path"].to_list())
+    return {row: alignments[name] for row, name in matched.items()}
 
 
 Encoded = tuple[int, Tensor, list[Tensor]]

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
-from spidr.data.audio import Recording
+from spidr.data.recording import Recording
 
 
 def noise(samples: int, seed: int = 0) -> np.ndarray:

@@ -209,9 +209,7 @@ def test_errors_arrive_with_their_message(cfg: DataConfig, workers: int) -> None
     loader = build_dataloader(replace(cfg, num_workers=workers), MaskingConfig())
     with pytest.raises(InputError) as error:
         list(loader)
-    assert str(error.value).endswith(
-        "audio/00020.wav: the file does not exist. Was it moved since the manifest was written?"
-    )
+    assert str(error.value).endswith("audio/00020.wav: the file does not exist. Was it moved since it was listed?")
     loader.close()
 
 
@@ -228,7 +226,7 @@ def test_skipped_files_are_logged_once_and_counted(
     loader.close()
     assert loader.skipped == {str(file): 3}
     assert [record.getMessage() for record in caplog.records] == [
-        f"Skipped: {file}: the file does not exist. Was it moved since the manifest was written?"
+        f"Skipped: {file}: the file does not exist. Was it moved since it was listed?"
     ]
 
 

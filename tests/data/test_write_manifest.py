@@ -33,9 +33,8 @@ def test_folder(corpus: Path, tmp_path: Path, suffix: str) -> None:
     write_manifest(corpus, output)
     manifest = read_manifest(output)
     assert manifest["path"].to_list() == sorted(str(corpus / name) for name in NAMES)
-    assert dict(zip(manifest["path"], manifest["fileid"], strict=True)) == {
-        str(corpus / name): Path(name).stem for name in NAMES
-    }
+    fileids = {str(corpus / name): Path(name).stem for name in NAMES} | {str(corpus / "sub/0017.WAV"): "sub/0017"}
+    assert dict(zip(manifest["path"], manifest["fileid"], strict=True)) == fileids
     lengths = {str(corpus / name): 1000 + i for i, name in enumerate(NAMES)}
     assert dict(zip(manifest["path"], manifest["num_samples"], strict=True)) == lengths
     first = output.read_bytes()
@@ -47,9 +46,22 @@ def test_folder(corpus: Path, tmp_path: Path, suffix: str) -> None:
 def test_several_extensions(tmp_path: Path) -> None:
     for name, kind in (("a.wav", "WAV"), ("b.FLAC", "FLAC"), ("c.ogg", "OGG")):
         write_audio(tmp_path / "corpus" / name, noise(1000, 1), format=kind)
-    main([str(tmp_path / "corpus"), str(tmp_path / "m.csv"), "--ext", ".wav", "flac"])
-    assert read_manifest(tmp_path / "m.csv")["fileid"].to_list() == ["a", "b"]
-    with pytest.raises(InputError, match=r"corpus: no file's name ends in \.mp3 or \.opus\. Choose another extension"):
+    corpus, output = str(tmp_path / "corpus"), str(tmp_path / "m.csv")
+    for arguments in (
+        [corpus, output, "--ext", ".wav", "flac"],
+        ["--ext", ".wav", ".flac", corpus, output, "--stats"],
+        ["--ext", "wav", "flac", corpus, output],
+        [corpus, "--ext", ".wav", "--ext=.flac", output],
+    ):
+        assert main(arguments) == 0
+        assert read_manifest(output)["fileid"].to_list() == ["a", "b"]
+        Path(output).unlink()
+    assert main(["--ext", ".flac", corpus, output]) == 0
+    assert main(["--ext", "b.flac", corpus, output]) == 0
+    assert main(["--ext", "x.flac", corpus, output]) == 2
+    with pytest.raises(
+        InputError, match=r"corpus: no file's name ends in \.mp3 or \.opus\..*\(there are 1 .wav, 1 .flac, 1 .ogg\)"
+    ):
         write_manifest(tmp_path / "corpus", tmp_path / "n.csv", [".mp3", ".opus"])
 
 
@@ -97,7 +109,9 @@ def test_fairseq(corpus: Path, tmp_path: Path) -> None:
     assert lines[0] == str(corpus)
     assert "sub/0017.WAV\t1001" in lines
     write_manifest(corpus, tmp_path / "m.csv")
-    assert read_manifest(tmp_path / "m.tsv").equals(read_manifest(tmp_path / "m.csv"))
+    fairseq, csv = read_manifest(tmp_path / "m.tsv"), read_manifest(tmp_path / "m.csv")
+    assert fairseq.drop("fileid").equals(csv.drop("fileid"))
+    assert fairseq["fileid"].to_list() == [path.removeprefix(f"{corpus}/") for path in csv["path"]]
 
 
 def test_statistics(corpus: Path, tmp_path: Path) -> None:
@@ -112,6 +126,92 @@ def test_statistics(corpus: Path, tmp_path: Path) -> None:
 def test_order_is_kept_over_many_files(tmp_path: Path, recordings: Callable[..., Path]) -> None:
     lengths = np.random.default_rng(0).integers(1, 50, 700).tolist()
     assert read_manifest(recordings(lengths))["num_samples"].to_list() == lengths
+
+
+def test_all_that_is_wrong_is_said_at_once_or_left_out(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = {
+        "empty.wav": b"",
+        "text.wav": b"no recording",
+        "8k.wav": write_audio(tmp_path / "x.wav", noise(100), 8000).read_bytes(),
+        "stereo.wav": write_audio(tmp_path / "x.wav", np.stack([noise(9), noise(9)], 1)).read_bytes(),
+    }
+    for name, data in bad.items():
+        (corpus / name).write_bytes(data)
+    with tarfile.open(tmp_path / "t.tar", "w") as tar:
+        tar.add(corpus, arcname="c")
+    for dataset, place in ((corpus, f"{corpus}/"), (tmp_path / "t.tar", f"{tmp_path}/t.tar:c/")):
+        output = tmp_path / "m.csv"
+        assert main([str(dataset), str(output)]) == 2
+        said = capsys.readouterr().err
+        assert "4 problems. --on-error skip leaves out what cannot be read." in said
+        assert all(f"{place}{name}: " in said for name in bad)
+        assert not output.exists()
+        assert main([str(dataset), str(output), "--on-error", "skip"]) == 0
+        said = capsys.readouterr().err
+        assert "8 recordings" in said and "left out, because they cannot be read: 4\n" in said  # noqa: PT018
+        assert all(f"  {place}{name}: " in said for name in bad)
+        assert read_manifest(output).height == len(NAMES)
+        output.unlink()
+
+
+def test_archives_joined_in_folders_and_several_at_once(tmp_path: Path) -> None:
+    files = [write_audio(tmp_path / "audio" / f"{i}.wav", noise(1000 + i)) for i in range(6)]
+    (tmp_path / "audio" / "._0.wav").write_bytes(b"\0\5\26\7")
+    shards = [tmp_path / "shards" / f"{i}.tar" for i in range(3)]
+    shards[0].parent.mkdir()
+    for i, shard in enumerate(shards):
+        with tarfile.open(shard, "w") as tar:
+            for file in files[2 * i : 2 * i + 2]:
+                tar.add(file, f"audio/{file.name}")
+                tar.add(tmp_path / "audio" / "._0.wav", "audio/._0.wav")
+    (tmp_path / "joined.tar").write_bytes(b"".join(shard.read_bytes() for shard in shards))
+    for sources in ([tmp_path / "joined.tar"], [tmp_path / "shards"], shards, [*shards[:2], *files[4:]]):
+        assert main([*map(str, sources), str(tmp_path / "m.csv")]) == 0
+        dataset = speech_dataset(tmp_path / "m.csv", normalize=False)
+        assert dataset.manifest["fileid"].to_list() == [str(i) for i in range(6)]
+        assert [len(dataset[i]) for i in range(6)] == [1000 + i for i in range(6)]
+    with (tmp_path / "joined.tar").open("ab") as tar:
+        tar.write(b"no archive" * 100)
+    with pytest.raises(InputError, match="damaged after byte"):
+        write_manifest_tar(tmp_path / "joined.tar", tmp_path / "n.csv")
+
+
+def test_names_are_unique(tmp_path: Path) -> None:
+    for name in ("timit/FCJF0/SA1.WAV", "timit/MDAB0/SA1.WAV", "timit/MDAB0/SA2.WAV", "other/MDAB0/SA1.WAV"):
+        write_audio(tmp_path / name, noise(500), format="NIST")
+    write_manifest(tmp_path / "timit", tmp_path / "m.csv")
+    assert read_manifest(tmp_path / "m.csv")["fileid"].to_list() == ["FCJF0/SA1", "MDAB0/SA1", "SA2"]
+    write_manifest([tmp_path / "timit", tmp_path / "other"], tmp_path / "m.csv")
+    fileids = read_manifest(tmp_path / "m.csv")["fileid"].to_list()
+    assert fileids == ["FCJF0/SA1", f"{tmp_path}/timit/MDAB0/SA1.WAV"[1:], "SA2", f"{tmp_path}/other/MDAB0/SA1.WAV"[1:]]
+
+
+def test_lists_get_lengths_and_keep_their_names(tmp_path: Path) -> None:
+    files = [write_audio(tmp_path / f"{i}.wav", noise(16_000 + i)) for i in range(2)]
+    (tmp_path / "wav.scp").write_text("".join(f"utt{i} {file}\n" for i, file in enumerate(files)))
+    (tmp_path / "segments").write_text("b utt1 0.25 0.5\na utt0 0.5 -1\n")
+    (tmp_path / "list.txt").write_text("0.wav\n1.wav\n")
+    for name, fileids, lengths in (
+        ("wav.scp", ["utt0", "utt1"], [16_000, 16_001]),
+        ("segments", ["b", "a"], [4000, 8000]),
+        ("list.txt", ["0", "1"], [16_000, 16_001]),
+    ):
+        write_manifest(tmp_path / name, tmp_path / "m.csv")
+        dataset = speech_dataset(tmp_path / "m.csv", normalize=False)
+        assert dataset.manifest["fileid"].to_list() == fileids
+        assert dataset.manifest["num_samples"].to_list() == [len(dataset[i]) for i in range(2)] == lengths
+
+
+def test_linked_folders_and_second_names(tmp_path: Path) -> None:
+    file = write_audio(tmp_path / "store" / "a.wav", noise(500))
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "fr").symlink_to(tmp_path / "store")
+    (tmp_path / "corpus" / "b.wav").symlink_to(file)
+    (tmp_path / "corpus" / "loop").symlink_to(tmp_path / "corpus")
+    write_manifest(tmp_path / "corpus", tmp_path / "m.csv")
+    assert read_manifest(tmp_path / "m.csv")["fileid"].to_list() == ["b", "a"]
 
 
 def test_one_bad_recording_and_nothing_is_written(corpus: Path, tmp_path: Path) -> None:
@@ -144,7 +244,7 @@ def test_bad_arguments(corpus: Path, tmp_path: Path) -> None:
     (tmp_path / "folder.csv").mkdir()
     csv = tmp_path / "m.csv"
     for write, dataset, output, message in (
-        (write_manifest, tmp_path / "gone", csv, "gone: not a folder"),
+        (write_manifest, tmp_path / "gone", csv, "gone: does not exist; expected a folder, a .tar or a list"),
         (write_manifest, tmp_path / "empty", csv, r"empty: no file's name ends in \.wav"),
         (write_manifest, corpus, tmp_path / "m.txt", r"m\.txt: the manifest's name must end in \.csv or \.jsonl"),
         (write_manifest, corpus, tmp_path / "folder.csv", "is a folder"),
@@ -155,7 +255,7 @@ def test_bad_arguments(corpus: Path, tmp_path: Path) -> None:
         (write_manifest_tar, tmp_path / "cut.tar", csv, r"cut\.tar: not a complete tar archive"),
         (write_manifest_tar, tmp_path / "damaged.tar", csv, r"damaged\.tar: damaged after byte"),
         (write_manifest_tar, tmp_path / "text.tar", csv, "not a complete tar archive"),
-        (write_manifest_tar, tmp_path / "gone.tar", csv, r"gone\.tar: does not exist; expected a folder or a \.tar"),
+        (write_manifest_tar, tmp_path / "gone.tar", csv, r"gone\.tar: does not exist"),
     ):
         with pytest.raises(InputError, match=message):
             write(dataset, output)
@@ -179,11 +279,15 @@ def run(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 def test_command_line(corpus: Path, tmp_path: Path) -> None:
     done = run(corpus, tmp_path / "m.jsonl", "--ext", "wav", "--stats")
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert (done.returncode, done.stdout) == (0, "")
+    assert done.stderr == f"{tmp_path}/m.jsonl: 8 recordings, 0.00 h (each 0.06 s to 0.06 s)\n"
     assert "std" in read_manifest(tmp_path / "m.jsonl").columns
     done = run(corpus, tmp_path / "m.csv", "--ext", ".flac")
     assert done.returncode == 2
-    assert done.stderr == f"error: {corpus}: no file's name ends in .flac. Choose another extension with --ext.\n"
+    assert (
+        done.stderr
+        == f"error: {corpus}: no file's name ends in .flac. Choose another extension with --ext (there are 8 .wav).\n"
+    )
     assert not (tmp_path / "m.csv").exists()
 
 
@@ -201,4 +305,4 @@ def test_command_line_for_archives_and_fairseq(
         with pytest.raises(SystemExit) as exit_status:
             main(wrong)
         assert exit_status.value.code == 2
-        assert "--fairseq is for folders" in capsys.readouterr().err
+        assert "--fairseq is for one folder" in capsys.readouterr().err

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from spidr.config import DataConfig, MaskingConfig
-from spidr.data.audio import Recording, can_seek, num_samples, read_audio, standardize, statistics, statistics_of
+from spidr.data.audio import read_audio, seekable_length, standardize, statistics, statistics_of
 from spidr.data.masks import MaskGenerator
+from spidr.data.recording import Recording
 from spidr.data.seeds import Draw, generator
 from spidr.tools.errors import InputError
 from spidr.tools.frames import conv_length
@@ -228,8 +229,8 @@ class Collator:
     def _load(self, recording: Recording, length: int) -> _Loaded:
         cfg = self.cfg
         moments = None if recording.mean is None or recording.std is None else (recording.mean, recording.std)
-        if length > cfg.max_sample_size and can_seek(recording):  # Only the part that is needed will be read.
-            samples, length = None, num_samples(recording)
+        if length > cfg.max_sample_size and (seekable := seekable_length(recording)) is not None:
+            samples, length = None, seekable  # Only the part that is needed will be read.
             moments = (moments or _remembered_statistics(recording)) if cfg.normalize else None
         else:
             samples = read_audio(recording)

@@ -18,7 +18,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from spidr.config import DEFAULT_CONV_LAYER_CONFIG, DataConfig, MaskingConfig
 from spidr.data.batch import Batch, BatchRequest, Collator
-from spidr.data.dataset import SpeechDataset, speech_dataset
+from spidr.data.dataset import SpeechDataset
+from spidr.data.manifest import read_manifest
+from spidr.data.measure import with_lengths
 from spidr.data.sampler import BatchList, BatchSampler, sorted_batches
 from spidr.tools.errors import InputError
 from spidr.tools.frames import receptive_field
@@ -66,7 +68,8 @@ def build_dataloader(
     if accumulation is None:
         accumulation = _accumulation(data_cfg, world_size)
     collator = Collator(usable, mask_cfg, conv_layer_config, channels)
-    dataset = speech_dataset(data_cfg.manifest, normalize=data_cfg.normalize)
+    manifest = with_lengths(read_manifest(data_cfg.manifest), data_cfg.manifest)
+    dataset = SpeechDataset(manifest, normalize=data_cfg.normalize)
     lengths = dataset.manifest["num_samples"].to_numpy()
     shortest = usable.min_sample_size
     sampler = BatchSampler(lengths, data_cfg, shortest=shortest, world_size=world_size, accumulation=accumulation)
@@ -92,7 +95,8 @@ def build_validation_dataloader(
     conv_layer_config = conv_layer_config or DEFAULT_CONV_LAYER_CONFIG
     data_cfg = _with_one_frame(data_cfg, conv_layer_config)
     collator = Collator(data_cfg, mask_cfg, conv_layer_config, channels)
-    dataset = speech_dataset(data_cfg.manifest, normalize=data_cfg.normalize)
+    manifest = with_lengths(read_manifest(data_cfg.manifest), data_cfg.manifest)
+    dataset = SpeechDataset(manifest, normalize=data_cfg.normalize)
     batches = sorted_batches(dataset.manifest["num_samples"].to_numpy(), data_cfg)
     processes = _Processes(rank, world_size)
     return SpeechLoader(dataset, collator, lambda _: batches, processes, seed_by_row=True, start_method=start_method)

@@ -1,195 +1,339 @@
-"""Reading manifests: tables that say where each recording is and how long."""
+"""Reading manifests and lists: tables that say where each recording is, what it is called and how long it is."""
 
 from __future__ import annotations
 
+import codecs
 import csv
 import os
+import re
+from functools import cache
 from glob import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
+from spidr.config import SAMPLE_RATE
 from spidr.data.json_lines import read_lines
 from spidr.tools.errors import InputError, first_line
+from spidr.tools.files import check_file, expand
 from spidr.tools.untrusted import parse_json
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable
 
 REQUIRED = {"fileid": pl.String, "path": pl.String, "num_samples": pl.Int64}
 ARCHIVE = {"archive": pl.String, "byte_offset": pl.Int64, "byte_size": pl.Int64}
+SPAN = {"start": pl.Float64, "end": pl.Float64}
 STATISTICS = {"mean": pl.Float64, "std": pl.Float64}
-SCHEMA: dict[str, Any] = REQUIRED | ARCHIVE | STATISTICS
+SCHEMA: dict[str, Any] = REQUIRED | ARCHIVE | SPAN | STATISTICS
 
-EXTRA = "values without a column"
+TABLES = {".csv", ".tsv", ".jsonl", ".ndjson", ".txt", ".lst", ".list", ".scp"}
+"""Endings of the names of manifests and lists; ``segments`` is one too."""
+
+HEAD = 1 << 16
+"""Bytes at the beginning of a file by which its form is told."""
 
 
 def read_manifest(path: str | Path) -> pl.DataFrame:
-    """Read a manifest: CSV (``.csv``), JSON lines (``.jsonl``) or fairseq's ``.tsv``.
+    """Read a manifest or a list of recordings.
+
+    The forms are told apart by the first line, not by the file's name, except Kaldi's, which are told by theirs:
+
+    - a table with a header line (CSV, or with tabs or semicolons), or JSON lines, with the columns ``path`` and
+      ``num_samples`` and, if the file's name is not to be its name, ``fileid``. Recordings inside uncompressed tar
+      archives also have ``archive``, ``byte_offset`` and ``byte_size``, and ``path`` is the member's name. ``start``
+      and ``end`` in seconds name a span of a longer recording; the row's length then follows from them. ``mean`` and
+      ``std`` of the samples are optional.
+    - fairseq's ``.tsv``: the root folder on the first line, then ``relative/path<TAB>num_samples``.
+    - Kaldi's ``.scp`` (``name path``) and ``segments`` (``name recording start end``, with a ``wav.scp`` beside it).
+    - a list of paths, one a line.
+
+    Relative paths are looked for in the current folder, then beside the file. ``~`` and ``$VARIABLES`` are replaced.
 
     Args:
-        path: The manifest. CSV and JSON lines need the columns ``fileid`` (file name without extension), ``path``
-            (absolute) and ``num_samples``. Recordings inside uncompressed tar archives also have ``archive``,
-            ``byte_offset`` and ``byte_size``, and ``path`` is the member's name. ``mean`` and ``std`` of the samples
-            are optional. A ``.tsv`` has the root folder on its first line, then ``relative/path<TAB>num_samples``.
+        path: The file.
 
     Returns:
-        One row per recording, in the file's order, with those of the columns above that the file has. Others are
-        ignored. ``fileid`` and ``path`` are always strings.
+        One row per recording, in the file's order: those of the columns above that the file has, ``fileid`` always,
+        then the other columns of the file. ``fileid`` and ``path`` are strings. Lists have no ``num_samples``.
 
     Raises:
         InputError: The file is missing, has no row, lacks a column or holds a value of the wrong type.
     """
-    path = Path(path)
-    if not os.path.isfile(path):  # noqa: PTH113 (False for all that cannot be a file)
+    path = expand(path)
+    if not os.path.exists(path):  # noqa: PTH110 (False for all that cannot be a file)
         raise InputError(f"{path}: the manifest does not exist. Write one with `python -m spidr.data.write_manifest`.")
-    readers = {".csv": _read_csv, ".jsonl": _read_jsonl, ".tsv": _read_fairseq}
-    if path.suffix not in readers:
-        raise InputError(f"{path}: a manifest is a .csv, .jsonl or (fairseq) .tsv file, not {path.suffix or 'this'!r}.")
+    check_file(path)
     try:
-        manifest = readers[path.suffix](path)
+        if not _head(path).strip():
+            raise InputError(f"{path}: the manifest has no row.")
+        manifest = _reader(path)(path)
     except OSError as error:
         raise InputError(f"{path}: the manifest cannot be read ({error.strerror or error}).") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not a UTF-8 text file ({error}).") from None
     except (csv.Error, pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
         raise InputError(f"{path}: the manifest cannot be read: {first_line(error)}.") from None
+    manifest = manifest.filter(~pl.all_horizontal(pl.all().is_null()))  # blank lines
     if manifest.is_empty():
         raise InputError(f"{path}: the manifest has no row.")
-    _check_values(path, manifest)
-    return manifest
+    return _located(_named(_typed(path, manifest)), path.parent)
 
 
-def _check_columns(path: Path, found: list[str]) -> list[str]:
-    """The columns of the file to read."""
-    needed = [*REQUIRED, *(ARCHIVE if "archive" in found else ())]
-    if missing := [column for column in needed if column not in found]:
-        raise InputError(f"{path}: column {missing[0]!r} is missing. Columns found: {', '.join(found) or 'none'}.")
-    with_statistics = all(column in found for column in STATISTICS)
-    return [*needed, *(STATISTICS if with_statistics else ())]
+def is_table(path: str | Path) -> bool:
+    """Whether a file is a manifest or list, by its name, or else because it is text."""
+    path = Path(path)
+    if path.suffix.lower() in TABLES or path.name == "segments":
+        return True
+    try:
+        check_file(path)
+        return bool(_head(path).strip()) and path.suffix.lower() not in (".json", ".toml")
+    except (OSError, InputError, UnicodeDecodeError):
+        return False
 
 
-def _check_values(path: Path, manifest: pl.DataFrame) -> None:
-    """No value missing that is needed, no length or position below zero, no statistics that are not numbers."""
-    in_file = manifest["archive"].is_null() if "archive" in manifest.columns else None
-    for column in manifest.columns:
-        values = manifest[column]
-        if column in STATISTICS:  # Missing ones are computed when needed.
-            bad = ~values.fill_null(0.0).is_finite() | (values.fill_null(0.0) < 0 if column == "std" else False)
-        else:
-            bad = values.is_null() if in_file is None or column in REQUIRED else values.is_null() & ~in_file
-            if values.dtype == pl.Int64:
-                bad |= values.fill_null(0) < 0
-            else:
-                bad |= values.fill_null("").str.contains("\0", literal=True)
-        if bad.any():
-            row = int(bad.arg_max() or 0)
-            found = "nothing" if values[row] is None else _cut(values[row])
-            raise InputError(f"{path}: row {row + 1}, column {column!r}: found {found}, expected {_expected(column)}.")
+def _head(path: Path) -> str:
+    """The beginning of a text file.
+
+    Raises:
+        UnicodeDecodeError: It is no text.
+    """
+    with path.open("rb") as file:
+        raw = file.read(HEAD)
+    if b"\0" in raw:
+        raise UnicodeDecodeError("utf-8", raw, raw.index(0), raw.index(0) + 1, "a NUL character")
+    return codecs.getincrementaldecoder("utf-8-sig")().decode(raw)
 
 
-def _expected(column: str) -> str:
-    return {pl.String: "a string", pl.Int64: "an integer of at least 0", pl.Float64: "a number"}[SCHEMA[column]]
+def _reader(path: Path) -> Callable[[Path], pl.DataFrame]:
+    first = next((line for line in _head(path).split("\n") if line.strip()), "").strip("\r")
+    if path.suffix.lower() == ".scp":
+        return _read_scp
+    if path.name == "segments":
+        return _read_segments
+    if first.lstrip()[:1] == "{" or path.suffix.lower() in (".jsonl", ".ndjson"):
+        return _read_jsonl
+    cells = {cell.strip(' "') for cell in re.split("[,;\t]", first)}
+    if cells & REQUIRED.keys() or path.suffix.lower() == ".csv":
+        return _read_csv
+    return _read_fairseq if path.suffix.lower() == ".tsv" else _read_list
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Forms: each gives the file's columns, of any type
 
 
 def _read_csv(path: Path) -> pl.DataFrame:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        columns = _check_columns(path, next(csv.reader(file), []))
-    schema = {column: SCHEMA[column] for column in columns}
+    header = next((line for line in _head(path).split("\n") if line.strip()), "")
+    separator = max("\t;,", key=header.count)
+    options: dict[str, Any] = {"separator": separator, "schema_overrides": dict.fromkeys(SCHEMA, pl.String)}
     try:
-        return pl.read_csv(escape(str(path)), columns=columns, schema_overrides=schema).select(columns)
-    except pl.exceptions.PolarsError as error:
-        with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
-            rows = (
-                {name: _number(value) for name, value in row.items()} for row in csv.DictReader(file, restkey=EXTRA)
-            )
-            raise _bad_row(path, columns, rows, error) from None
-
-
-def _number(value: Any) -> Any:
-    for kind in (int, float):
         try:
-            return kind(value)
-        except (TypeError, ValueError):
-            continue
-    return value
+            return pl.read_csv(escape(str(path)), infer_schema_length=1000, **options)
+        except pl.exceptions.ComputeError:  # a column that is not what its first thousand values are
+            return pl.read_csv(escape(str(path)), infer_schema=False, **options)
+    except pl.exceptions.ComputeError:
+        with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
+            rows = filter(None, csv.reader(file, delimiter=separator))
+            columns = len(next(rows))
+            for number, row in enumerate(rows, start=1):
+                if len(row) > columns:
+                    raise InputError(
+                        f"{path}: row {number} has more values than there are columns: {_cut(row[columns:])}."
+                    ) from None
+        raise
 
 
 def _read_jsonl(path: Path) -> pl.DataFrame:
+    source: Any = escape(str(path))
+    with path.open("rb") as file:
+        if file.read(3) == codecs.BOM_UTF8:
+            source = file.read()
+    first = next((_json_row(path, 1, line) for _, line in read_lines(path)), {})
+    strings = {column: pl.String for column in first if column in REQUIRED}
     try:
-        first: Any = parse_json(next((line for _, line in read_lines(path)), "null"))
-    except InputError:
+        try:
+            return pl.read_ndjson(source, infer_schema_length=1000, schema_overrides=strings)
+        except (pl.exceptions.ComputeError, pl.exceptions.SchemaError):  # look at all rows to decide on the types
+            return pl.read_ndjson(source, infer_schema_length=None, schema_overrides=strings)
+    except (pl.exceptions.PolarsError, pl.exceptions.PanicException):
+        for number, (_, line) in enumerate(read_lines(path), start=1):
+            _json_row(path, number, line)
         raise
-    except ValueError as error:
-        raise InputError(f"{path}: row 1 is not a line of JSON ({error}).") from None
-    if first is None:
-        raise InputError(f"{path}: the manifest has no row.")
-    if not isinstance(first, dict):
-        raise InputError(f"{path}: row 1 is not a JSON object with the columns {', '.join(REQUIRED)}.")
-    columns = _check_columns(path, list(first))
-    try:
-        return pl.read_ndjson(escape(str(path)), schema={column: SCHEMA[column] for column in columns})
-    except pl.exceptions.PolarsError as error:
-        with path.open(encoding="utf-8", errors="replace") as file:
-            raise _bad_row(path, columns, (_parse(line) for line in file if line.strip()), error) from None
 
 
-def _parse(line: str) -> dict[str, Any]:
+def _json_row(path: Path, number: int, line: str) -> dict[str, Any]:
     try:
         row = parse_json(line)
-    except ValueError:
-        return {}
-    return row if isinstance(row, dict) else {}
+    except ValueError as error:
+        raise InputError(f"{path}: row {number} is not a line of JSON ({error}).") from None
+    if not isinstance(row, dict):
+        raise InputError(f"{path}: row {number} is not a JSON object with `path` and `num_samples`.")
+    return row
 
 
-def _bad_row(path: Path, columns: list[str], rows: Iterator[dict[str, Any]], error: Exception) -> InputError:
-    """Read again, slowly, to name the row that the fast reader stumbled over."""
-    types = {pl.String: str | int | float, pl.Int64: int, pl.Float64: int | float}
-    for number, row in enumerate(rows, start=1):
-        if extra := row.get(EXTRA):
-            return InputError(f"{path}: row {number} has more values than there are columns: {_cut(extra)}.")
-        for column in columns:
-            value = row.get(column)
-            if not (isinstance(value, types[SCHEMA[column]]) or (value in (None, "") and column not in REQUIRED)):
-                found = "nothing" if value is None else _cut(value)
-                return InputError(
-                    f"{path}: row {number}, column {column!r}: found {found}, expected {_expected(column)}."
-                )
-    return InputError(f"{path}: the manifest cannot be read: {first_line(error)}.")
+def _lines(path: Path, skip: int = 0) -> pl.Series:
+    """Lines that are not blank, without white space around them."""
+    # Cut by us: names may hold quotes, and a bad line can be named.
+    options: dict[str, Any] = {"separator": "\n", "has_header": False, "quote_char": None, "raise_if_empty": False}
+    table = pl.read_csv(escape(str(path)), skip_rows=skip, schema={"line": pl.String}, **options)
+    lines = table["line"].str.strip_chars_end().str.strip_prefix("\ufeff")
+    return lines.filter(lines.is_not_null() & (lines != ""))
+
+
+def _read_list(path: Path) -> pl.DataFrame:
+    return pl.DataFrame({"path": _lines(path)})
+
+
+def _read_scp(path: Path) -> pl.DataFrame:
+    table = _split(path, r"^(?P<fileid>\S+)\s+(?P<path>.+)$", "`name path`")
+    if (commands := table["path"].str.ends_with("|")).any():
+        row = int(commands.arg_max() or 0)
+        raise InputError(f"{path}: row {row + 1} is a command, and commands are not run: write its output to a file.")
+    return table
+
+
+def _read_segments(path: Path) -> pl.DataFrame:
+    pattern = r"^(?P<fileid>\S+)\s+(?P<recording>\S+)\s+(?P<start>[-+.\deE]+)\s+(?P<end>[-+.\deE]+)$"
+    table = _split(path, pattern, "`name recording start end`, in seconds")
+    recordings = path.with_name("wav.scp")
+    check_file(recordings)
+    places = _read_scp(recordings).rename({"fileid": "recording"}).unique("recording", keep="first")
+    table = table.join(places, on="recording", how="left", maintain_order="left")
+    if (missing := table.filter(pl.col("path").is_null())["recording"].unique(maintain_order=True)).len():
+        raise InputError(f"{path}: {recordings} lacks {missing.len()} recordings: {', '.join(missing.head(3))}, ….")
+    ends = table["end"].cast(pl.Float64, strict=False)
+    return table.drop("recording").with_columns(end=pl.when(ends < 0).then(None).otherwise(ends))  # -1: to the end
+
+
+def _read_fairseq(path: Path) -> pl.DataFrame:
+    with path.open(encoding="utf-8-sig") as file:
+        root = file.readline(HEAD).strip("\r\n")
+    if not root or "\t" in root:
+        raise InputError(f"{path}: row 1 must be the root folder of the recordings; found {_cut(root)}.")
+    table = _split(path, r"^(?P<fileid>[^\t]+)\t(?P<num_samples>\d+)$", "`relative/path<TAB>num_samples`", skip=1)
+    relative = pl.col("fileid")
+    whole = pl.when(relative.str.starts_with("/")).then(relative).otherwise(pl.lit(root.rstrip("/") + "/") + relative)
+    return table.with_columns(path=whole)
+
+
+def _split(path: Path, pattern: str, form: str, skip: int = 0) -> pl.DataFrame:
+    """The named groups of a pattern as columns."""
+    lines = _lines(path, skip)
+    table = lines.str.extract_groups(pattern).struct.unnest()
+    if (bad := table.to_series(0).is_null()).any():
+        row = int(bad.arg_max() or 0)
+        raise InputError(f"{path}: row {row + 1 + skip} must be {form}; found {_cut(lines[row])}.")
+    return table
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What all forms have in common
+
+
+def _typed(path: Path, manifest: pl.DataFrame) -> pl.DataFrame:
+    """The columns that we know with their types, then the others.
+
+    Raises:
+        InputError: A column is missing or a value is not of its type.
+    """
+    columns = manifest.columns
+    needed = ["path"] if "fileid" not in columns else ["num_samples"] if "path" not in columns else []
+    if missing := [column for column in [*needed, *(ARCHIVE if "archive" in columns else ())] if column not in columns]:
+        raise InputError(f"{path}: column {missing[0]!r} is missing. Columns found: {', '.join(columns) or 'none'}.")
+    known = [column for column in SCHEMA if column in columns]
+    in_file = (
+        manifest["archive"].is_null() if "archive" in columns else pl.repeat(value=True, n=manifest.height, eager=True)
+    )
+    typed = {}
+    for column in known:
+        given, kind = manifest[column], SCHEMA[column]
+        given = given if given.dtype in (pl.String, pl.Null) or given.dtype.is_nested() else given.cast(pl.String)
+        optional = (
+            column in SPAN or column in STATISTICS or (column == "num_samples" and not SPAN.keys().isdisjoint(columns))
+        )
+        bad = given.is_null() & ((not optional) & (~in_file if column in ARCHIVE else True))
+        if kind is pl.String:
+            values = given.cast(pl.String)
+            bad |= values.str.contains("\0", literal=True).fill_null(value=False)
+        else:
+            values = given.cast(pl.String).str.strip_chars().cast(pl.Float64, strict=False)
+            wrong = ~values.is_finite() | (values < (-1e308 if column == "mean" else 0))
+            if kind is pl.Int64:
+                wrong |= (values != values.floor()) | (values >= 2**53)
+            bad |= given.is_not_null() & wrong.fill_null(value=True)
+        if bad.any():
+            row = int(bad.arg_max() or 0)
+            found = "nothing" if given[row] is None else _cut(given[row])
+            raise InputError(f"{path}: row {row + 1}, column {column!r}: found {found}, expected {_expected(column)}.")
+        typed[column] = values.cast(kind)
+    if "start" in typed and "end" in typed:
+        empty = (typed["start"].fill_null(0.0) >= typed["end"]).fill_null(value=False)
+        if empty.any():
+            raise InputError(f"{path}: row {int(empty.arg_max() or 0) + 1}: the span ends before it begins.")
+    return pl.DataFrame({**typed, **{name: manifest[name] for name in columns if name not in SCHEMA}})
+
+
+def _expected(column: str) -> str:
+    if column in SPAN:
+        return "seconds, at least 0"
+    return {pl.String: "a string", pl.Int64: "an integer of at least 0", pl.Float64: "a number"}[SCHEMA[column]]
 
 
 def _cut(value: Any) -> str:
     return repr(value)[:200]
 
 
-def _read_fairseq(path: Path) -> pl.DataFrame:
-    with path.open(encoding="utf-8-sig") as file:
-        root = file.readline().rstrip("\n")
-    if not root or "\t" in root:
-        raise InputError(f"{path}: row 1 must be the root folder of the recordings; found {_cut(root)}.")
-    # Cut at the tab by us: names may hold quotes, and a bad line can be named.
-    lines = pl.read_csv(
-        escape(str(path)),
-        separator="\n",
-        has_header=False,
-        skip_rows=1,
-        quote_char=None,
-        schema={"line": pl.String},
-        raise_if_empty=False,
-    )
-    table = lines.select(
-        path=pl.col("line").str.extract(r"^([^\t]+)\t"),
-        num_samples=pl.col("line").str.extract(r"^[^\t]+\t(\d+)\s*$").cast(pl.Int64, strict=False),
-    )
-    bad = table["num_samples"].is_null()
-    if bad.any():
-        row = int(bad.arg_max() or 0)
-        raise InputError(f"{path}: row {row + 2} must be `relative/path<TAB>num_samples`; found {_cut(lines[row, 0])}.")
-    relative = pl.col("path")
-    name = relative.str.split("/").list.last()
-    return table.select(
-        fileid=pl.when(name.str.contains(r"^.+\.")).then(name.str.replace(r"\.[^.]*$", "")).otherwise(name),
-        path=pl.when(relative.str.starts_with("/")).then(relative).otherwise(pl.lit(root.rstrip("/") + "/") + relative),
-        num_samples="num_samples",
-    )
+def stem(path: pl.Expr) -> pl.Expr:
+    """File names without folders and extension."""
+    name = path.str.split("/").list.last()
+    return pl.when(name.str.contains(r"(?s)^.+\.")).then(name.str.replace(r"\.[^.]*$", "")).otherwise(name)
+
+
+def _named(manifest: pl.DataFrame) -> pl.DataFrame:
+    """The manifest with ``fileid`` first, and lengths by spans where those are known."""
+    if "fileid" not in manifest.columns:
+        manifest = manifest.select(stem(pl.col("path")).alias("fileid"), pl.all())
+    if not SPAN.keys().isdisjoint(manifest.columns):
+        absent = [pl.lit(None).alias(name) for name in (*SPAN, "num_samples") if name not in manifest.columns]
+        start, end = pl.col("start").fill_null(0.0), pl.col("end")
+        length = ((end * SAMPLE_RATE).round() - (start * SAMPLE_RATE).round()).cast(pl.Int64)
+        known = pl.when(end.is_not_null()).then(length).when(start == 0).then("num_samples")
+        lengths = manifest.with_columns(absent).select(num_samples=known.cast(pl.Int64))["num_samples"]
+        # Of a span without an end, only the recording tells the length.
+        manifest = manifest.drop("num_samples", strict=False)
+        manifest = manifest if lengths.null_count() else manifest.with_columns(lengths)
+    return manifest
+
+
+def _located(manifest: pl.DataFrame, folder: Path) -> pl.DataFrame:
+    """The manifest with relative paths that are beside it, and not here, as paths from here."""
+
+    @cache
+    def roots(parent: str) -> list[str]:
+        candidates = ["", str(folder)] if str(folder) not in ("", ".") else [""]
+        return [root for root in candidates if os.path.isdir(os.path.join(root, parent) or ".")]  # noqa: PTH112, PTH118
+
+    def locate(path: str | None) -> str | None:
+        if path is None:
+            return None
+        if path.startswith("~") or "$" in path:
+            path = str(expand(path))
+        found = roots(os.path.dirname(path))  # noqa: PTH120
+        if len(found) > 1:
+            found = [root for root in found if os.path.exists(os.path.join(root, path))]  # noqa: PTH110, PTH118
+        return os.path.join(found[0], path) if found else path  # noqa: PTH118
+
+    for column in ("path", "archive"):
+        if column not in manifest.columns:
+            continue
+        values = manifest[column]
+        is_open = ~values.str.contains(r"^(/[^$]*)?$").fill_null(value=True)
+        if column == "path" and "archive" in manifest.columns:
+            is_open &= manifest["archive"].is_null()
+        if is_open.any():
+            rows = zip(values.to_list(), is_open.to_list(), strict=True)
+            located = pl.Series(column, [locate(value) if look else value for value, look in rows], dtype=pl.String)
+            manifest = manifest.with_columns(located)
+    return manifest

@@ -1,6 +1,6 @@
-"""Writing manifests: one row for each recording of a folder or of an uncompressed tar archive.
+"""Writing manifests: one row for each recording of folders, tar archives and lists.
 
-``python -m spidr.data.write_manifest DATASET OUTPUT [--ext .wav] [--fairseq] [--stats]``
+``python -m spidr.data.write_manifest [--ext EXT] [--fairseq] [--stats] [--on-error skip] DATASET [DATASET ...] OUTPUT``
 """
 
 from __future__ import annotations
@@ -10,31 +10,39 @@ import io
 import os
 import sys
 import tarfile
-from collections import deque
-from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import islice
+from array import array
+from collections import Counter
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from spidr.tools.command import Parser, command
 from spidr.tools.errors import InputError, first_line
-from spidr.tools.files import atomic_write, make_folder
+from spidr.tools.files import atomic_write, check_file, expand, find_files, make_folder
 from spidr.tools.lazy import command_needs
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
-    from contextlib import AbstractContextManager
+    from collections.abc import Iterator, Sequence
+
+OnError = Literal["raise", "skip"]
 
 
 def _arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(
         "python -m spidr.data.write_manifest",
-        description="Write the manifest of a folder of recordings, or of an uncompressed tar archive of them.",
+        usage="%(prog)s [-h] [--ext EXT ...] [--fairseq] [--stats] [--on-error {raise,skip}] dataset [...] output",
+        description="Write the manifest of folders of recordings, uncompressed tar archives (or folders of them), and "
+        "lists (of paths, Kaldi's wav.scp and segments, manifests).",
         example="python -m spidr.data.write_manifest recordings train.csv --ext .wav .flac",
     )
-    parser.add_argument("dataset", help="folder or .tar")
-    parser.add_argument("output", help="manifest to write: .csv, .jsonl or, with --fairseq, .tsv")
-    parser.add_argument("--ext", nargs="+", default=[".wav"], help="extensions of the recordings (default: .wav)")
+    parser.add_argument(
+        "paths",
+        nargs="*",
+        metavar="dataset ... output",
+        help="folders, .tar files and lists; then the manifest to write: .csv, .jsonl or, with --fairseq, .tsv",
+    )
+    parser.add_argument(
+        "--ext", nargs="+", action="extend", help="how the recordings' names end: .flac, _mic1.wav (default: .wav)"
+    )
     parser.add_argument("--fairseq", action="store_true", help="write fairseq's format: paths and numbers of samples")
     parser.add_argument(
         "--stats",
@@ -42,116 +50,227 @@ def _arguments(argv: list[str] | None = None) -> argparse.Namespace:
         help="also write mean and standard deviation of each recording, so that training on parts of hour-long "
         "recordings need not decode the whole (slower: decodes everything now)",
     )
-    args = parser.parse_args(argv)
-    if args.fairseq and (args.stats or os.path.isfile(args.dataset)):  # noqa: PTH113
-        parser.error("--fairseq is for folders and has no --stats")
+    parser.add_argument(
+        "--on-error", choices=["raise", "skip"], default="raise", help="leave out what cannot be read, and list it"
+    )
+    args = parser.parse_intermixed_args(argv)
+    args.ext, rest = _split_extensions(args.ext or [".wav"], missing=max(0, 2 - len(args.paths)))
+    is_last = bool(args.paths) and args.paths[-1].lower().endswith((".csv", ".jsonl", ".tsv"))
+    *args.dataset, args.output = [*rest, *args.paths] if is_last else [*args.paths, *rest] or [""]
+    if not args.dataset:
+        parser.error("the following arguments are required: dataset, output")
+    if args.fairseq and (args.stats or len(args.dataset) > 1 or os.path.isfile(args.dataset[0])):  # noqa: PTH113
+        parser.error("--fairseq is for one folder and has no --stats")
     return args
+
+
+def _split_extensions(values: list[str], missing: int) -> tuple[list[str], list[str]]:
+    """What follows --ext as extensions and paths: ``--ext .flac DATASET OUTPUT`` is a common order."""
+    for i, value in enumerate(values[1:], start=1):
+        if os.sep in value or os.path.exists(value):  # noqa: PTH110
+            return values[:i], values[i:]
+    count = min(missing, len(values) - 1)
+    return values[: len(values) - count], values[len(values) - count :]
 
 
 if __name__ == "__main__":
     _arguments()  # help needs nothing else
 
 with command_needs("train", __name__):
+    import numpy as np
     import polars as pl
-    from tqdm import tqdm
 
-    from spidr.data.audio import Recording, num_samples, statistics
-    from spidr.data.manifest import ARCHIVE, REQUIRED, STATISTICS
+    from spidr.config import SAMPLE_RATE
+    from spidr.data.audio import num_samples, statistics
+    from spidr.data.dataset import iter_recordings
+    from spidr.data.decoders import AUDIO
+    from spidr.data.manifest import SCHEMA, is_table, read_manifest, stem
+    from spidr.data.measure import measure, problems_of
 
-CHUNK = 256
-"""Recordings per task of a thread."""
+    if TYPE_CHECKING:
+        from spidr.data.recording import Recording
 
 MAX_HEADER = 1 << 20
 """Bytes of a header of an archive at most."""
 
+Sources = str | Path | list[str] | list[Path]
+
+
+class Written(NamedTuple):
+    """What came of writing a manifest: its rows, and why recordings were left out."""
+
+    manifest: pl.DataFrame
+    left_out: list[InputError]
+
 
 def write_manifest(
-    dataset: str | Path, output: str | Path, file_extension: str | Sequence[str] = ".wav", *, stats: bool = False
+    dataset: Sources,
+    output: str | Path,
+    file_extension: str | Sequence[str] = ".wav",
+    *,
+    stats: bool = False,
+    on_error: OnError = "raise",
 ) -> None:
-    """Write the manifest of all recordings in a folder and the folders in it.
+    """Write the manifest of all recordings in folders, archives and lists.
 
-    Rows are sorted by path. The file appears when it is complete, or not at all.
+    Linked folders are followed. A recording is named as its file; where several files have the same name, by the path
+    below the dataset. Rows are sorted by path within each dataset. The file appears when it is complete, or not at all.
 
     Args:
-        dataset: The folder.
+        dataset: A folder, an uncompressed tar archive, a folder of archives, or a list that
+            :func:`spidr.data.read_manifest` reads; or several of them.
         output: The manifest: ``.csv`` or ``.jsonl``.
-        file_extension: Which files are recordings, one extension or several; upper and lower case are the same.
+        file_extension: How the names of recordings end, one suffix or several; upper and lower case are the same.
         stats: Decode everything and add ``mean`` and ``std`` of the samples: with them, training standardises a part
             of a recording like the whole without decoding the whole.
+        on_error: "skip" leaves out recordings that cannot be read.
 
     Raises:
-        InputError: No file matches, or a recording is empty, unreadable or not 16 kHz mono.
+        InputError: No file matches, or recordings are empty, unreadable or not 16 kHz mono: all of them are named.
     """
-    output = _check_output(output, (".csv", ".jsonl"))
-    recordings = [Recording(path) for path in _find(dataset, file_extension)]
-    _write_table(output, _describe(recordings, len(recordings), stats=stats))
+    _write(dataset, output, file_extension, stats=stats, on_error=on_error)
 
 
 def write_manifest_fairseq(
-    dataset: str | Path, output: str | Path, file_extension: str | Sequence[str] = ".wav"
+    dataset: str | Path,
+    output: str | Path,
+    file_extension: str | Sequence[str] = ".wav",
+    *,
+    on_error: OnError = "raise",
 ) -> None:
     """Write fairseq's manifest of a folder: the root folder, then ``relative/path<TAB>num_samples``.
 
     Arguments and errors are those of :func:`write_manifest`; names with tabs or line breaks cannot be written.
     """
-    output = _check_output(output, (".tsv",))
-    root = os.path.abspath(dataset)  # noqa: PTH100
-    paths = _find(dataset, file_extension)
-    for path in [root, *paths]:
-        if any(character in path for character in "\t\n\r"):
-            raise InputError(f"{path!r}: fairseq's manifests cannot hold tabs and line breaks; write a .csv.")
-    table = _describe([Recording(path) for path in paths], len(paths), stats=False)
-    rows = table.select("path", "num_samples").iter_rows()
-    with _new(output) as file:
-        file.write(f"{root}\n".encode())
-        file.writelines(f"{os.path.relpath(path, root)}\t{samples}\n".encode() for path, samples in rows)
+    _write(dataset, output, file_extension, fairseq=True, on_error=on_error)
 
 
 def write_manifest_tar(
-    dataset: str | Path, output: str | Path, file_extension: str | Sequence[str] = ".wav", *, stats: bool = False
+    dataset: str | Path,
+    output: str | Path,
+    file_extension: str | Sequence[str] = ".wav",
+    *,
+    stats: bool = False,
+    on_error: OnError = "raise",
 ) -> None:
-    """Write the manifest of all recordings in an uncompressed tar archive, reading it once; links are left out.
+    """Write the manifest of an uncompressed tar archive: as :func:`write_manifest`."""
+    _write(dataset, output, file_extension, stats=stats, on_error=on_error)
 
-    Rows are sorted by member name and say where in the archive the recording is. Arguments and errors are those of
-    :func:`write_manifest`.
-    """
-    output = _check_output(output, (".csv", ".jsonl"))
-    archive = os.path.abspath(dataset)  # noqa: PTH100
+
+def _write(
+    dataset: Sources,
+    output: str | Path,
+    file_extension: str | Sequence[str],
+    *,
+    stats: bool = False,
+    fairseq: bool = False,
+    on_error: OnError = "raise",
+) -> Written:
+    output, endings = expand(output), (".tsv",) if fairseq else (".csv", ".jsonl")
+    if output.suffix.lower() not in endings:
+        raise InputError(f"{output}: the manifest's name must end in {' or '.join(endings)}.")
+    if os.path.isdir(output):  # noqa: PTH112
+        raise InputError(f"{output}: is a folder.")
     suffixes = _suffixes(file_extension)
-    table = _describe(_members(archive, suffixes), None, stats=stats)
-    if table.is_empty():
-        raise InputError(
-            f"{archive}: no file in it has a name that ends in {' or '.join(suffixes)}. Choose another extension with "
-            "--ext; if they are links, pack the archive with --dereference --hard-dereference."
-        )
-    _write_table(output, table.sort("path", "byte_offset"))
+    sources = [os.path.abspath(expand(source)) for source in (dataset if isinstance(dataset, list) else [dataset])]  # noqa: PTH100
+    found = pl.concat([_find(source, suffixes) for source in sources], how="diagonal_relaxed")
+    written = _describe(_named(found), " ".join(sources), stats=stats, on_error=on_error)
+    make_folder(output.parent)
+    table = written.manifest
+    if fairseq:
+        content = _fairseq(sources[0], table)
+    with atomic_write(output) as file:
+        if fairseq:
+            file.writelines(content)
+        elif output.suffix.lower() == ".csv":
+            if nested := [name for name, kind in table.schema.items() if kind.is_nested()]:
+                raise InputError(f"{output}: column {nested[0]!r} holds lists; write a .jsonl.")
+            table.write_csv(file)
+        else:
+            table.write_ndjson(file)
+    return written
+
+
+def _fairseq(root: str, table: pl.DataFrame) -> list[bytes]:
+    for path in [root, *table["path"]]:
+        if any(character in path for character in "\t\n\r"):
+            raise InputError(f"{path!r}: fairseq's manifests cannot hold tabs and line breaks; write a .csv.")
+    rows = table.select("path", "num_samples").iter_rows()
+    return [f"{root}\n".encode(), *(f"{os.path.relpath(path, root)}\t{count}\n".encode() for path, count in rows)]
 
 
 def _suffixes(file_extension: str | Sequence[str]) -> tuple[str, ...]:
     extensions = [file_extension] if isinstance(file_extension, str) else file_extension
-    return tuple("." + extension.lower().removeprefix(".") for extension in extensions)
+    return tuple(name.lower() if "." in name else f".{name.lower()}" for name in extensions)
 
 
-def _find(dataset: str | Path, file_extension: str | Sequence[str]) -> list[str]:
-    """Absolute paths of a folder's recordings, sorted."""
-    root, suffixes = os.path.abspath(dataset), _suffixes(file_extension)  # noqa: PTH100
-    if not os.path.isdir(root):  # noqa: PTH112
-        raise InputError(f"{root}: not a folder.")
+# --------------------------------------------------------------------------------------------------------------------
+# Where recordings are: columns of a manifest, and "relative", the path below the source
 
-    def fail(error: OSError) -> None:
-        raise InputError(f"{error.filename}: the folder cannot be read ({error.strerror}).")
 
-    found = [
-        os.path.join(folder, name)  # noqa: PTH118
-        for folder, _, names in os.walk(root, onerror=fail)
-        for name in names
-        if name.lower().endswith(suffixes) and not name.startswith(".")
-    ]
-    if not found:
+def _find(source: str, suffixes: tuple[str, ...]) -> pl.DataFrame:
+    if not os.path.exists(source):  # noqa: PTH110
+        raise InputError(f"{source}: does not exist; expected a folder, a .tar or a list.")
+    name = source.lower()
+    if os.path.isdir(source):  # noqa: PTH112
+        return _in_folder(source, suffixes)
+    check_file(source)
+    if ".tar" in os.path.basename(name) or name.endswith((".tgz", ".tbz2")):  # noqa: PTH119
+        return _in_archives([source], suffixes)
+    if is_table(source) and not name.endswith(AUDIO):
+        return read_manifest(source).drop("num_samples", "mean", "std", strict=False).with_columns(relative="path")
+    return _table([source], os.path.dirname(source))  # noqa: PTH120
+
+
+def _in_folder(root: str, suffixes: tuple[str, ...]) -> pl.DataFrame:
+    if found := find_files(root, lambda name: name.lower().endswith(suffixes)):
+        return _table(found, root)
+    if archives := find_files(root, lambda name: name.lower().endswith(".tar")):
+        return _in_archives(archives, suffixes)
+    others = Counter(os.path.splitext(path)[1].lower() for path in find_files(root, lambda _: True))  # noqa: PTH122
+    there = ", ".join(f"{count:,} {ending}" for ending, count in others.most_common() if ending in AUDIO)
+    raise InputError(
+        f"{root}: no file's name ends in {' or '.join(suffixes)}. Choose another extension with --ext"
+        + (f" (there are {there})." if there else ".")
+    )
+
+
+def _table(paths: list[str], root: str) -> pl.DataFrame:
+    for path in paths:
+        try:
+            path.encode()
+        except UnicodeEncodeError:
+            raise InputError(f"{path!r}: the name is not valid UTF-8; rename the file.") from None
+    return pl.DataFrame({"path": paths, "relative": [path[len(root) :].lstrip("/") for path in paths]})
+
+
+def _in_archives(archives: list[str], suffixes: tuple[str, ...]) -> pl.DataFrame:
+    rows = [row for archive in archives for row in _members(archive, suffixes)]
+    if not rows:
         raise InputError(
-            f"{root}: no file's name ends in {' or '.join(suffixes)}. Choose another extension with --ext."
+            f"{archives[0]}: no file in it has a name that ends in {' or '.join(suffixes)}. Choose another extension "
+            "with --ext; if they are links, pack the archive with --dereference --hard-dereference."
         )
-    return sorted(found)
+    columns = ["path", "archive", "byte_offset", "byte_size"]
+    table = pl.DataFrame(rows, schema={name: SCHEMA[name] for name in columns}, orient="row")
+    return table.with_columns(relative="path").sort("archive", "path", "byte_offset")
+
+
+def _named(found: pl.DataFrame) -> pl.DataFrame:
+    """Give each recording a ``fileid``: its file's name, or more of its path where that is not unique."""
+    if "fileid" not in found.columns:
+        found = found.with_columns(fileid=pl.lit(None, pl.String))
+    place = pl.concat_str(
+        pl.col(*(name for name in ("archive", "path") if name in found.columns)), separator="/", ignore_nulls=True
+    )
+    choices = [pl.col("relative").str.replace(r"\.[^./]*$", ""), pl.col("relative"), place.str.strip_prefix("/")]
+    own = found["fileid"].is_not_null()
+    found = found.with_columns(fileid=pl.coalesce("fileid", stem(pl.col("path"))))
+    for choice in choices:
+        longer = found["fileid"].is_duplicated() & ~own
+        if longer.any():
+            found = found.with_columns(fileid=pl.when(longer).then(choice).otherwise("fileid"))
+    return found.drop("relative")
 
 
 class _Archive(io.FileIO):
@@ -167,6 +286,19 @@ class _Archive(io.FileIO):
             raise tarfile.ReadError("a header that is too long")
         return super().read(size)
 
+    def rewind(self, position: int) -> None:
+        """Go where the next of several archives begins."""
+        super().seek(position)
+
+    def after_zeros(self, position: int) -> int | None:
+        """Where the next archive begins after the zeros that end one; None at the end of the file."""
+        super().seek(position)
+        while block := super().read(1 << 20):
+            if rest := block.lstrip(b"\0"):
+                return position + (len(block) - len(rest)) // tarfile.BLOCKSIZE * tarfile.BLOCKSIZE
+            position += len(block)
+        return None
+
     def seek(self, position: int, whence: int = os.SEEK_SET, /) -> int:
         """Go to the next header."""
         if position > self._size:
@@ -176,27 +308,32 @@ class _Archive(io.FileIO):
         return super().seek(position, whence)
 
 
-def _members(archive: str, suffixes: tuple[str, ...]) -> Iterator[Recording]:
-    """Recordings of an archive, in its order."""
+def _members(archive: str, suffixes: tuple[str, ...]) -> Iterator[tuple[str, str, int, int]]:
+    """Name, archive, first byte and size of each recording of an archive, in its order.
+
+    Archives that were joined with ``cat`` are read one after the other.
+    """
     try:
-        if os.path.exists(archive) and not os.path.isfile(archive):  # noqa: PTH110, PTH113
-            raise InputError(f"{archive}: not a regular file.")
-        with _Archive(archive) as file, tarfile.open(fileobj=file, mode="r:") as tar:
-            for member in tar:
-                if member.isreg() and member.name.lower().endswith(suffixes):
-                    if member.issparse():
-                        raise InputError(
-                            f"{archive}:{member.name}: a sparse member; pack the archive without --sparse."
-                        )
-                    yield Recording(member.name, archive, member.offset_data, member.size)
-                tar.members = []  # type: ignore[attr-defined]  # Else the archive's whole table of contents is kept.
-            # A damaged header ends the loop without an error; an archive ends with zeros.
-            with open(archive, "rb") as rest:  # noqa: PTH123
-                rest.seek(tar.offset)
-                if rest.read(tarfile.BLOCKSIZE).strip(b"\0"):
-                    raise InputError(f"{archive}: damaged after byte {tar.offset}; pack the archive once more.")
-    except FileNotFoundError:
-        raise InputError(f"{archive}: does not exist; expected a folder or a .tar.") from None
+        with _Archive(archive) as file:
+            begin: int | None = 0
+            while begin is not None:
+                file.rewind(begin)
+                with tarfile.open(fileobj=file, mode="r:") as tar:
+                    for member in tar:
+                        name = member.name.lower()
+                        if member.isreg() and name.endswith(suffixes) and not name.rpartition("/")[2].startswith("."):
+                            if member.issparse():
+                                raise InputError(
+                                    f"{archive}:{member.name}: a sparse member; pack the archive without --sparse."
+                                )
+                            if "\0" in member.name or any("\ud800" <= c <= "\udfff" for c in member.name):
+                                raise InputError(f"{archive}:{member.name!r}: the name is not valid UTF-8.")
+                            yield member.name, archive, member.offset_data, member.size
+                        tar.members = []  # type: ignore[attr-defined]  # Else the whole table of contents is kept.
+                    begin = file.after_zeros(tar.offset)
+                    # A damaged header ends the loop without an error; an archive ends with zeros.
+                    if begin == tar.offset:
+                        raise InputError(f"{archive}: damaged after byte {tar.offset}; pack the archive once more.")
     except InputError:
         raise
     except (tarfile.TarError, OverflowError, ValueError) as error:  # the latter two: absurd numbers in a PAX header
@@ -214,86 +351,54 @@ def _is_compressed(path: str) -> bool:
         return file.read(6).startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd"))
 
 
-def _describe(recordings: Iterable[Recording], total: int | None, *, stats: bool) -> pl.DataFrame:
-    """A manifest's rows in the given order, several recordings at once."""
-
-    def describe(chunk: list[Recording]) -> pl.DataFrame:
-        columns = zip(*(_row(recording, stats=stats) for recording in chunk), strict=True)
-        return pl.DataFrame(list(columns), schema=_schema(chunk[0], stats=stats), orient="col")
-
-    threads = min(32, (os.cpu_count() or 1) + 4)
-    iterator = iter(recordings)
-    pending: deque[Future[pl.DataFrame]] = deque()
-    tables: list[pl.DataFrame] = []
-    pool = ThreadPoolExecutor(threads)
-    with tqdm(total=total, desc="Manifest", unit="file", disable=None) as progress:
-
-        def finish_one() -> None:
-            tables.append(pending.popleft().result())
-            progress.update(tables[-1].height)
-
-        try:
-            # Never far ahead of the results: after an error, little remains to be waited for.
-            while chunk := list(islice(iterator, CHUNK)):
-                pending.append(pool.submit(describe, chunk))
-                if len(pending) > 2 * threads:
-                    finish_one()
-            while pending:
-                finish_one()
-        finally:
-            pool.shutdown(cancel_futures=True)
-    return pl.concat(tables) if tables else pl.DataFrame(schema=REQUIRED)
+# --------------------------------------------------------------------------------------------------------------------
+# What is in them
 
 
-def _schema(recording: Recording, *, stats: bool) -> dict[str, Any]:
-    return REQUIRED | (ARCHIVE if recording.archive is not None else {}) | (STATISTICS if stats else {})
+def _describe(found: pl.DataFrame, name: str, *, stats: bool, on_error: OnError) -> Written:
+    """The manifest of what was found; recordings that cannot be read are left out or named in one error."""
 
+    def describe(recording: Recording) -> tuple[int, float, float]:
+        return num_samples(recording), *(statistics(recording) if stats else (0.0, 0.0))
 
-def _row(recording: Recording, *, stats: bool) -> tuple[Any, ...]:
-    """Values in the order of the schema."""
-    try:
-        is_name = b"\0" not in str(recording).encode()
-    except UnicodeEncodeError:
-        is_name = False
-    if not is_name:
-        raise InputError(f"{str(recording)!r}: the name is not valid UTF-8; rename the file.")
-    fileid = os.path.splitext(os.path.basename(recording.path))[0]  # noqa: PTH119, PTH122
-    place = () if recording.archive is None else (recording.archive, recording.byte_offset, recording.byte_size)
-    return fileid, recording.path, num_samples(recording), *place, *(statistics(recording) if stats else ())
-
-
-def _check_output(output: str | Path, suffixes: tuple[str, ...]) -> Path:
-    output = Path(output)
-    if output.suffix not in suffixes:
-        raise InputError(f"{output}: the manifest's name must end in {' or '.join(suffixes)}.")
-    if os.path.isdir(output):  # noqa: PTH112
-        raise InputError(f"{output}: is a folder.")
-    return output
-
-
-def _write_table(output: Path, table: pl.DataFrame) -> None:
-    with _new(output) as file:
-        if output.suffix == ".csv":
-            table.write_csv(file)
-        else:
-            table.write_ndjson(file)
-
-
-def _new(output: Path) -> AbstractContextManager[IO[bytes]]:
-    make_folder(output.parent)
-    return atomic_write(output)
+    lengths, moments, errors = array("q"), (array("d"), array("d")), []
+    for result in measure(describe, iter_recordings(found), total=found.height):
+        if isinstance(result, InputError):
+            errors.append(result)
+            result = -1, 0.0, 0.0
+        lengths.append(result[0])
+        for column, value in zip(moments, result[1:], strict=True):
+            column.append(value)
+    if len(errors) == found.height or (errors and on_error == "raise"):
+        remedy = "" if on_error == "skip" else "--on-error skip leaves out what cannot be read."
+        raise problems_of(name, errors, remedy)
+    columns: dict[str, Any] = {
+        "num_samples": lengths,
+        **(dict(zip(("mean", "std"), moments, strict=True)) if stats else {}),
+    }
+    described = found.with_columns(**{name: pl.Series(values, dtype=SCHEMA[name]) for name, values in columns.items()})
+    if "start" in described.columns or "end" in described.columns:
+        # Or readers could not tell whether a length is the span's or the whole's.
+        start = pl.col("start").fill_null(0.0) if "start" in described.columns else pl.lit(0.0)
+        described = described.with_columns(start=start, end=start + pl.col("num_samples") / SAMPLE_RATE)
+    order = [column for column in SCHEMA if column in described.columns]
+    others = [column for column in described.columns if column not in SCHEMA]
+    return Written(described.select(*order, *others).filter(pl.col("num_samples") >= 0), errors)
 
 
 @command
 def main(argv: list[str] | None = None) -> None:
     """Run the command line."""
     args = _arguments(argv)
-    is_folder = os.path.isdir(args.dataset)  # noqa: PTH112
-    write: Callable[..., None] = write_manifest if is_folder else write_manifest_tar
-    if args.fairseq:
-        write_manifest_fairseq(args.dataset, args.output, args.ext)
-    else:
-        write(args.dataset, args.output, args.ext, stats=args.stats)
+    options = {"fairseq": args.fairseq, "stats": args.stats, "on_error": args.on_error}
+    manifest, left_out = _write(args.dataset, args.output, args.ext, **options)
+    lengths = manifest["num_samples"].to_numpy() / SAMPLE_RATE
+    say = sys.stderr.write
+    say(f"{args.output}: {len(lengths):,} recordings, {lengths.sum() / 3600:,.2f} h ")
+    say(f"(each {np.min(lengths):,.2f} s to {np.max(lengths):,.2f} s)\n")
+    if left_out:
+        say(f"left out, because they cannot be read: {len(left_out):,}\n")
+        say("".join(f"  {error}\n" for error in left_out))
 
 
 if __name__ == "__main__":

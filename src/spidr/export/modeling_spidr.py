@@ -14,6 +14,7 @@ from spidr.export.configuration_spidr import SpidREncoderConfig
 from spidr.models.codebook import StepStatistics
 from spidr.models.dinosr import DinoSR
 from spidr.models.spidr import SpidR
+from spidr.tools.waveforms import standardise
 
 
 class SpidREncoder(PreTrainedModel):
@@ -59,7 +60,7 @@ class SpidREncoder(PreTrainedModel):
         batch, samples = input_values.shape
         lengths = torch.full((batch,), samples) if attention_mask is None else attention_mask.long().sum(1)
         if normalize:
-            input_values, _frames = self.model._utterances(input_values, lengths, normalize=True)
+            input_values = standardise(input_values, lengths.to(input_values.device))
         features, mask = self.model.project(input_values, lengths=lengths)
         layers = self.model.student.get_intermediate_outputs(features, mask)
         output = BaseModelOutput(last_hidden_state=layers[-1], hidden_states=(features, *layers))

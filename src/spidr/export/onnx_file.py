@@ -12,15 +12,13 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import spidr
-from spidr.models import DinoSR, SpidR
-from spidr.models.extractor import ConvLayer, FeatureExtractor
+from spidr.models import DinoSR, standardise
 from spidr.models.weights import type_of
 from spidr.tools.errors import InputError
 from spidr.tools.files import atomic_write
@@ -116,7 +114,6 @@ class _Encoder(nn.Module):
     def __init__(self, model: DinoSR, layers: Sequence[int]) -> None:
         super().__init__()
         model = copy.deepcopy(model).float().cpu().requires_grad_(False).drop_teacher()
-        model.feature_extractor = cast("FeatureExtractor", _Convolutions(model.feature_extractor))
         self.model, self.layers = model, list(layers)
         self.with_units = [layer for layer in layers if layer in model.codebook_layers]
         self.output_names = ["frames", *(f"features_{n}" for n in layers), *(f"units_{n}" for n in self.with_units)]
@@ -126,50 +123,19 @@ class _Encoder(nn.Module):
     def forward(self, waveforms: Tensor, lengths: Tensor) -> tuple[Tensor, ...]:
         """(B, S) and (B,) to the outputs that :func:`export_onnx` describes."""
         model = self.model
-        waveforms, frames = model._utterances(waveforms, lengths, normalize=True)
-        extracted = model.feature_extractor(waveforms, lengths)
+        frames = conv_length(model.feature_extractor.shapes, lengths)
+        extracted = model.feature_extractor(standardise(waveforms, lengths), lengths)
         exists = torch.arange(extracted.shape[1]) < frames.unsqueeze(1)
         mask, features = exists[:, None, None], model.feature_projection(extracted)
         # As in the models' _hidden, but in one pass for features and units.
-        per_layer, num_layers = isinstance(model, SpidR), len(model.student.layers)
+        per_layer, num_layers = model.heads_read_layers, len(model.student.layers)
         last = self.layers[-1] if per_layer or not self.with_units else num_layers
         final, outputs = model.student._run(features, mask, range(last))
         units = []
         if self.with_units:
             first, top = num_layers - model.num_codebooks, self.with_units[-1]
-            if not per_layer and model.student.layer_norm_first:
-                final = model.student.layer_norm(final)
-            logits = model._logits(outputs[first:top] if per_layer else [final], top - first)
-            units = [torch.where(exists, logits[n - 1 - first].argmax(-1), -1) for n in self.with_units]
+            log_probs = model._log_probs(
+                outputs[first:top] if per_layer else [model.student.finish(final)], top - first
+            )
+            units = [torch.where(exists, log_probs[n - 1 - first].argmax(-1), -1) for n in self.with_units]
         return (frames, *(outputs[layer - 1] for layer in self.layers), *units)
-
-
-class _Convolutions(nn.Module):
-    """The feature extractor as plain convolutions: the fast one's strided products would be a graph of copies."""
-
-    def __init__(self, extractor: FeatureExtractor) -> None:
-        super().__init__()
-        self.shapes, self.conv_layers = extractor.shapes, extractor.conv_layers
-
-    def forward(self, waveforms: Tensor, lengths: Tensor) -> Tensor:
-        """(B, S) to (B, T, C)."""
-        x = waveforms.unsqueeze(1)
-        for index, module in enumerate(self.conv_layers):
-            layer = cast("ConvLayer", module)
-            x = layer.conv(x)
-            if isinstance(layer.layer_norm, nn.GroupNorm):
-                frames = conv_length(self.shapes[: index + 1], lengths)
-                x = _channel_norm(x, torch.arange(x.shape[2]) < frames.unsqueeze(1), layer.layer_norm)
-            elif layer.layer_norm is not None:
-                x = layer.layer_norm(x.transpose(1, 2)).transpose(1, 2)
-            x = F.gelu(x)
-        return x.transpose(1, 2)
-
-
-def _channel_norm(x: Tensor, exists: Tensor, norm: nn.GroupNorm) -> Tensor:
-    """Group norm with one group per channel, (B, C, T), over the frames that exist, (B, T)."""
-    weight = exists.unsqueeze(1).to(x.dtype)
-    count = weight.sum(2, keepdim=True)
-    centred = x - (x * weight).sum(2, keepdim=True) / count
-    var = (centred.square() * weight).sum(2, keepdim=True) / count
-    return centred * torch.rsqrt(var + norm.eps) * norm.weight.unsqueeze(1) + norm.bias.unsqueeze(1)

@@ -13,18 +13,24 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from spidr.data.audio import FormatError, Recording, can_seek, num_samples, read_audio, read_resampled, resampled_length
-from spidr.data.dataset import SpeechDataset
-from spidr.data.manifest import read_manifest
+from spidr.data.audio import (
+    FormatError,
+    num_samples,
+    read_audio,
+    read_resampled,
+    resampled_length,
+    seekable_length,
+    stream,
+)
+from spidr.data.dataset import recordings_of
+from spidr.data.decoders import AUDIO
+from spidr.data.manifest import is_table, read_manifest
+from spidr.data.recording import Recording
 from spidr.tools.errors import InputError
 from spidr.tools.files import check_file, expand, find_files
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-
-AUDIO = {".wav", ".flac", ".mp3", ".ogg", ".oga", ".opus", ".m4a", ".aac", ".wma", ".aif", ".aiff", ".webm", ".mp4"}
-BLOCK = 1 << 20
-"""Samples decoded at a time where a recording cannot be read from the middle."""
 
 TOO_SHORT = "too short, they do not fill one frame"
 
@@ -63,6 +69,8 @@ class Item:
             place += f":{where.path}"
             if where.byte_offset:  # an archive may have several members of one name
                 place += f"@{where.byte_offset}"
+        if where.start is not None or where.end is not None:
+            place += f"[{where.start or 0:g}-{'' if where.end is None else f'{where.end:g}'}]"
         return place
 
     def names(self) -> list[str]:
@@ -103,7 +111,7 @@ def _find(source: Path) -> list[Item]:
         return _in_folder(source)
     if not os.path.exists(source):  # noqa: PTH110 (False for all that cannot be a file)
         raise InputError(f"{source}: does not exist; expected a manifest, a folder or an audio file.")
-    if source.suffix in {".csv", ".jsonl", ".tsv"}:
+    if source.suffix.lower() not in AUDIO and is_table(source):
         return _in_manifest(source)
     if source.suffix.lower() == ".tar":
         raise InputError(
@@ -113,7 +121,7 @@ def _find(source: Path) -> list[Item]:
 
 
 def _in_folder(folder: Path) -> list[Item]:
-    paths = [Path(path) for path in find_files(folder, lambda name: name.lower().endswith(tuple(AUDIO)))]
+    paths = [Path(path) for path in find_files(folder, lambda name: name.lower().endswith(AUDIO))]
     if not paths:
         raise InputError(f"{folder}: no file's name ends like that of a recording ({', '.join(sorted(AUDIO))}).")
     return [
@@ -124,14 +132,19 @@ def _in_folder(folder: Path) -> list[Item]:
 
 def _in_manifest(path: Path) -> list[Item]:
     manifest = read_manifest(path)
-    recordings = SpeechDataset(manifest, normalize=False).recordings(np.arange(manifest.height))
+    recordings = recordings_of(manifest)
     files = [os.path.dirname(os.path.abspath(r.path)) for r in recordings if r.archive is None]  # noqa: PTH100, PTH120
     root = os.path.commonpath(files) if files else ""
     relative = [r.path if r.archive is not None else os.path.relpath(r.path, root) for r in recordings]
     lengths = manifest["num_samples"].fill_null(0).to_list() if "num_samples" in manifest.columns else [0] * len(files)
     folders = [os.path.basename(os.path.dirname(os.path.abspath(r.path))) for r in recordings]  # noqa: PTH100, PTH119, PTH120
     speakers = manifest["speaker"].to_list() if "speaker" in manifest.columns else folders
-    rows = zip(recordings, manifest["fileid"].to_list(), relative, lengths, speakers, strict=True)
+    # fairseq's manifests name recordings by their relative path.
+    names = [
+        Path(fileid).stem if r.path.endswith(fileid) and fileid.lower().endswith(AUDIO) else fileid
+        for fileid, r in zip(manifest["fileid"].to_list(), recordings, strict=True)
+    ]
+    rows = zip(recordings, names, relative, lengths, speakers, strict=True)
     return [Item(*row[:4], speaker=str(row[4])) for row in rows]
 
 
@@ -247,11 +260,14 @@ class LongRecording:
 
     def __init__(self, item: Item, *, resample: bool) -> None:
         self._recording, self._file = item.recording, None
-        if can_seek(item.recording) and not resample:
-            self.num_samples = num_samples(item.recording)
-        else:
-            self._file = tempfile.TemporaryFile()  # noqa: SIM115 (closed with this object)
-            self.num_samples = self._file.write(_read(item, resample).data) // 4
+        try:
+            length = None if resample else seekable_length(item.recording)
+            if length is None:
+                self._file = tempfile.TemporaryFile()  # noqa: SIM115 (closed with this object)
+                length = sum(self._file.write(block.data) for block in stream(item.recording, resample=resample)) // 4
+        except FormatError as error:
+            raise _with_remedy(error) from None
+        self.num_samples = length
         if not resample:
             _check_length(item, self.num_samples)
 

@@ -1,20 +1,88 @@
-"""Members of uncompressed archives as files, without unpacking. May import ``spidr.config`` and its siblings."""
+"""Where a recording is: a file, a member of an uncompressed archive, or a span of either."""
 
 from __future__ import annotations
 
 import io
 import os
-import stat
 from functools import lru_cache
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from spidr.tools.errors import InputError
+from spidr.tools.files import check_file
+
+
+class Recording(NamedTuple):
+    """A file, or ``byte_size`` bytes of an uncompressed archive; of either the whole or a span.
+
+    Attributes:
+        path: The file, or the member's name in the archive.
+        archive: The archive; None for a file of its own.
+        byte_offset: Where the member's bytes begin.
+        byte_size: How many there are.
+        start: Where the span begins, in seconds; None: at the beginning.
+        end: Where it ends; None: at the end.
+        mean: Mean of the samples, if known.
+        std: Their standard deviation, if known.
+    """
+
+    path: str
+    archive: str | None = None
+    byte_offset: int = 0
+    byte_size: int = 0
+    start: float | None = None
+    end: float | None = None
+    mean: float | None = None
+    std: float | None = None
+
+    def __str__(self) -> str:
+        name = self.path if self.archive is None else f"{self.archive}:{self.path}"
+        if self.start is None and self.end is None:
+            return name
+        return f"{name} [{self.start or 0:g} s to {'its end' if self.end is None else f'{self.end:g} s'}]"
+
+
+Source = str | Path | bytes | Recording
+"""A path, the bytes of an audio file, or a recording of a manifest."""
+
+
+def name_of(source: Source) -> str:
+    """What messages call a source."""
+    return f"<{len(source)} bytes of audio>" if isinstance(source, bytes) else str(source)
+
+
+def file_of(source: Source) -> str | None:
+    """The path of the file to decode; None for bytes and members of archives.
+
+    Raises:
+        InputError: The file is missing, empty, or no regular file.
+    """
+    if isinstance(source, bytes) or (isinstance(source, Recording) and source.archive is not None):
+        return None
+    path = source.path if isinstance(source, Recording) else os.fspath(source)
+    _check(path)
+    return path
+
+
+def _check(path: str) -> None:
+    if not os.path.lexists(path):
+        raise InputError(f"{path}: the file does not exist. Was it moved since it was listed?")
+    check_file(path)
+
+
+def member_of(source: Source) -> Member | io.BytesIO:
+    """The bytes of a source that is no file of its own, as a file."""
+    if isinstance(source, bytes):
+        return io.BytesIO(source)
+    assert isinstance(source, Recording)
+    assert source.archive is not None
+    return Member(source.archive, source.path, source.byte_offset, source.byte_size)
 
 
 class Member(io.RawIOBase):
     """``size`` bytes of an archive from ``offset`` on, as a file.
 
-    Every archive is opened once per process. Each read says where it starts, so that nothing depends on a position that
+    Every archive is opened once per process. Each read says where it starts, so nothing depends on a position that
     processes and threads would have to share.
 
     Raises:
@@ -22,15 +90,10 @@ class Member(io.RawIOBase):
     """
 
     def __init__(self, archive: str, name: str, offset: int, size: int) -> None:
+        _check(archive)
         try:
             status = os.stat(archive)  # noqa: PTH116
-            if not stat.S_ISREG(status.st_mode):
-                raise InputError(f"{archive}: the archive is not a regular file.")
             self._archive = _open(archive, status.st_ino, status.st_mtime_ns)
-        except FileNotFoundError:
-            raise InputError(
-                f"{archive}: the archive does not exist. Was it moved since the manifest was written?"
-            ) from None
         except OSError as error:
             raise InputError(f"{archive}: the archive cannot be opened ({error.strerror}).") from None
         if offset + size > status.st_size:

@@ -1,0 +1,335 @@
+"""Samples out of audio files: libsndfile for all it reads, TorchCodec for the rest, soxr to resample."""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import re
+from contextlib import contextmanager
+from functools import cache
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import soundfile
+
+from spidr.config import SAMPLE_RATE
+from spidr.data.recording import Member, Source, file_of, member_of, name_of
+from spidr.tools.errors import InputError
+from spidr.tools.lazy import needs_extra
+from spidr.tools.untrusted import check_memory
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from numpy.typing import NDArray
+
+    Samples = NDArray[np.float32]
+
+logger = logging.getLogger(__name__)
+
+AUDIO = (
+    *(".wav", ".wave", ".flac", ".mp3", ".ogg", ".oga", ".opus", ".aif", ".aiff", ".aifc", ".au", ".snd", ".caf"),
+    *(".w64", ".rf64", ".sph", ".nist", ".gsm", ".m4a", ".aac", ".wma", ".webm", ".mp4", ".mka", ".amr", ".3gp"),
+)
+"""Endings of file names that are recordings'. What is in a file decides how it is decoded."""
+
+PIECE = 1 << 22
+"""Values to read at once: a header may promise more than there are, or than there is memory."""
+
+READ_AT_ONCE = 1 << 22
+"""Members of archives up to this many bytes are read whole, also for a part of them."""
+
+UNKNOWN_LENGTH = 1 << 40
+"""No recording is that long (two years): libsndfile gives such numbers where a header leaves the length open."""
+
+PLACEHOLDER = 0x7FF00000
+"""Sizes from here on stand for "unknown" in the headers that FFmpeg and SoX write to pipes."""
+
+OVERSHOOT = 0.5
+"""Seconds by which a span may end after its recording; as in Kaldi's extract-segments."""
+
+
+_SIZES = re.compile(r"^ *(?:data|Data Size|SSND|riff|Riff size) *: (\d+) \(should be (\d+)\)", re.MULTILINE)
+"""What libsndfile notes of a file that is shorter, or longer, than its header says."""
+
+
+class Decoder:
+    """A recording opened with libsndfile.
+
+    Attributes:
+        name: What messages call it.
+        sample_rate: In Hz.
+        channels: How many.
+        frames: Samples per channel by the header; None if only decoding tells.
+        seekable: Whether a part can be read without decoding what comes before.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self.name = name_of(source)
+        self._source = source
+        self._file = _open(source)
+        self.sample_rate, self.channels = int(self._file.samplerate), int(self._file.channels)
+        self._header, self._position = int(self._file.frames), 0
+        # The header of an MP3 leaves it open, or gives a number that nothing keeps true.
+        self.frames = self._header if self._header < UNKNOWN_LENGTH and self._file.format != "MP3" else None
+        # After a seek in MP3, Vorbis and Opus, what libsndfile decodes is not what is there.
+        self.seekable = bool(soundfile.SoundFile.seekable(self._file)) and self._file.format not in ("MP3", "OGG")
+        if promised := self._promised():
+            _warn(self.name, "truncated: its header promises {} bytes, there are {}".format(*promised))
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def read(self, start: int = 0, stop: int | None = None) -> Samples:
+        """Samples ``start`` to ``stop`` (None: to the end), float32 (stop - start, channels).
+
+        Up to the end means all there is: that it is less than the header says is a warning.
+
+        Raises:
+            InputError: It is damaged, or asked for samples that it does not have.
+        """
+        return self._read(start, stop, clip=stop is None)
+
+    def blocks(self, size: int, start: int = 0, stop: int | None = None) -> Iterator[Samples]:
+        """Samples ``start`` to ``stop`` in blocks of ``size``, without holding them all where that can be avoided."""
+        while stop is None or start < stop:
+            end = start + size if stop is None else min(start + size, stop)
+            block = self._read(start, end, clip=stop is None)
+            yield block
+            if len(block) < size:
+                break
+            start = end
+
+    def _read(self, start: int, stop: int | None, *, clip: bool) -> Samples:
+        """As :meth:`read`; with ``clip``, what lies past the end is left out."""
+        if stop is not None and not clip and self.frames is not None and stop > self.frames:
+            raise InputError(f"{self.name}: has {self.frames} samples; asked for were those up to {stop}.")
+        end = stop if self.frames is None or not clip else min(self.frames, stop or self.frames)
+        begin = start if self.seekable or start == self._position else 0
+        # libsndfile is several times as fast to int16 as to float; the product gives the same bits as its own.
+        dtype = "int16" if self._file.subtype == "PCM_16" else "float32"
+        try:
+            if begin != self._position and self.seekable:
+                self._file.seek(begin)
+            elif begin != self._position:
+                self._file.close()
+                self._file = _open(self._source)
+            samples = self._pieces(None if end is None else end - begin, dtype)
+            self._position = begin + len(samples)
+            broken = ""
+        except soundfile.LibsndfileError as error:
+            broken, samples = error.error_string or "libsndfile says no more", np.empty((0, self.channels), dtype)
+        if self.frames is not None and end is not None and (broken or len(samples) < end - begin):
+            there = self._readable()
+            if there not in (0, self.frames):
+                _warn(self.name, f"shorter than its header says: {there} of {self.frames} samples")
+                self._file, self._position, self.frames = _open(self._source), 0, there
+                return self._read(start, stop, clip=clip)
+        if broken:
+            raise InputError(f"{self.name}: damaged or truncated near sample {start} ({broken}).")
+        if stop is not None and not clip and begin + len(samples) < stop:
+            raise InputError(f"{self.name}: has {begin + len(samples)} samples; asked for were those up to {stop}.")
+        at_end = clip and (end is None or begin + len(samples) < end)
+        if self.frames is None and at_end and self._position < 0.98 * self._header < UNKNOWN_LENGTH:
+            _warn(self.name, f"shorter than its header says: {self._position} of {self._header} samples")
+        samples = samples[start - begin :]
+        return np.multiply(samples, np.float32(2**-15), dtype=np.float32) if dtype == "int16" else samples
+
+    def _pieces(self, count: int | None, dtype: str) -> NDArray[Any]:
+        """So many samples from where the file is (None: all), or as many as there are."""
+        pieces: list[NDArray[Any]] = []
+        length, piece = 0, max(1, PIECE // self.channels)
+        while not pieces or len(pieces[-1]) > 0:
+            left = piece if count is None else min(piece, count - length)
+            pieces.append(self._file.read(left, dtype=dtype, always_2d=True))
+            length += len(pieces[-1])
+            check_memory(8 * length * self.channels, self.name)
+            if length == count:
+                break
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+    def _promised(self) -> tuple[int, int] | None:
+        """Bytes by a header that promises more than there are, and how many there are."""
+        for promised, there in re.findall(_SIZES, self._file.extra_info):
+            if int(there) < int(promised) < PLACEHOLDER:
+                return int(promised), int(there)
+        return None
+
+    def _readable(self) -> int:
+        """As many samples as can be read from the beginning, found by bisection; all of them if the last one can."""
+
+        def has(position: int) -> bool:
+            file = _open(self._source)
+            try:
+                file.seek(position)
+                return len(file.read(1)) == 1
+            except soundfile.LibsndfileError:
+                return False
+            finally:
+                file.close()
+
+        assert self.frames is not None
+        low, high = 0, self.frames
+        if has(high - 1):
+            return high
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if has(middle - 1) else (low, middle)
+        return low
+
+
+class Decoded:
+    """A recording that only TorchCodec reads: decoded whole, with the attributes and methods of :class:`Decoder`."""
+
+    seekable = False
+
+    def __init__(self, source: Source, reason: str) -> None:
+        self.name = name_of(source)
+        data: Any = file_of(source) or member_of(source).read()
+        try:
+            decoder_class = import_module("torchcodec.decoders").AudioDecoder
+            decoder = decoder_class(data)
+            if decoder.metadata.codec == "opus":  # Has no sample rate of its own: FFmpeg always decodes it to 48 kHz.
+                decoder = decoder_class(data, sample_rate=SAMPLE_RATE)
+            samples = decoder.get_all_samples()
+        except (ImportError, OSError, RuntimeError, ValueError) as error:
+            if isinstance(error, (ImportError, OSError)) or "libtorchcodec" in str(error):
+                raise InputError(
+                    f"{self.name}: libsndfile cannot read it ({reason}); if it is M4A, WebM or the like, install "
+                    "TorchCodec (`pip install 'spidr[extract]'`) and FFmpeg, or convert it to WAV or FLAC."
+                ) from None
+            raise InputError(f"{self.name}: neither libsndfile nor FFmpeg can read it ({reason}).") from None
+        self._samples = np.ascontiguousarray(samples.data.numpy().T)
+        self.sample_rate, self.channels, self.frames = samples.sample_rate, self._samples.shape[1], len(self._samples)
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+    def read(self, start: int = 0, stop: int | None = None) -> Samples:
+        """As :meth:`Decoder.read`."""
+        if stop is not None and stop > self.frames:
+            raise InputError(f"{self.name}: has {self.frames} samples; asked for were those up to {stop}.")
+        return self._samples[start:stop]
+
+    def blocks(self, size: int, start: int = 0, stop: int | None = None) -> Iterator[Samples]:
+        """As :meth:`Decoder.blocks`."""
+        samples = self.read(start, stop)
+        yield from (samples[i : i + size] for i in range(0, len(samples), size))
+
+
+@contextmanager
+def decoder(source: Source) -> Iterator[Decoder | Decoded]:
+    """Open a recording with whatever reads it; errors of the disk become ones that name the recording.
+
+    Raises:
+        InputError: It is missing, empty or damaged, or nothing installed reads it.
+    """
+    try:
+        try:
+            opened: Decoder | Decoded = Decoder(source)
+        except soundfile.LibsndfileError as error:
+            opened = Decoded(source, _why(source, error))
+        try:
+            yield opened
+        finally:
+            opened.close()
+    except OSError as error:
+        raise InputError(f"{name_of(source)}: cannot be read ({error.strerror or error}).") from None
+
+
+def resampled(blocks: Iterable[Samples], sample_rate: int) -> Iterator[Samples]:
+    """Blocks of samples (N, channels) mixed down to one channel and resampled to 16 kHz, float32 (M,) each."""
+    with needs_extra("extract"):
+        import soxr
+
+    stream = soxr.ResampleStream(sample_rate, SAMPLE_RATE, 1, dtype="float32") if sample_rate != SAMPLE_RATE else None
+    for block in blocks:
+        mono = block[:, 0] if block.shape[1] == 1 else block.mean(1, dtype=np.float32)
+        yield mono if stream is None else stream.resample_chunk(np.ascontiguousarray(mono))
+    if stream is not None:
+        yield stream.resample_chunk(np.empty(0, np.float32), last=True)
+
+
+def _why(source: Source, error: soundfile.LibsndfileError) -> str:
+    """What libsndfile says; a file that is empty or cannot be opened is refused here."""
+    if (path := file_of(source)) is not None:
+        with open(path, "rb") as file:  # noqa: PTH123
+            if not file.read(1):
+                raise InputError(f"{path}: the file is empty.")
+    return "format not recognised" if error.code in (1, 7) else error.error_string.rstrip(".").lower()
+
+
+@cache
+def _warn(name: str, problem: str) -> None:
+    """Once for each recording."""
+    logger.warning("%s: %s.", name, problem)
+
+
+class _File(soundfile.SoundFile):  # type: ignore[misc]
+    """A file that is only read.
+
+    For the sake of files that are written, too, soundfile seeks after each read to where the file is already. With FLAC
+    that is a good part of what comes on top of decoding.
+    """
+
+    def seekable(self) -> bool:
+        """Say no, and be spared that. :meth:`seek` works all the same."""
+        return False
+
+
+def _open(source: Source) -> _File:
+    if (path := file_of(source)) is not None:
+        file = _File(os.fsencode(path))  # soundfile would not take a name that is no UTF-8
+    else:
+        file = _File(_for_libsndfile(member_of(source)))
+    if file.frames == 0 and file.format in ("WAV", "WAVEX") and (whole := _with_open_end(source)) is not None:
+        file.close()
+        return _File(_Bytes(whole))
+    return file
+
+
+def _with_open_end(source: Source) -> bytes | None:
+    """A WAV whose header says that it is empty, as programs leave it that write to pipes, made to go to its end."""
+    path = file_of(source)
+    with member_of(source) if path is None else open(path, "rb") as file:  # noqa: PTH123
+        data = file.read()
+    position = data.find(b"data\0\0\0\0", 0, 4096)
+    if position < 0 or len(data) <= position + 8:
+        return None
+    return data[: position + 4] + b"\xff\xff\xff\xff" + data[position + 8 :]
+
+
+def _for_libsndfile(file: Member | io.BytesIO) -> Any:
+    # A file of Python's is asked for a few kilobytes at a time, which bytes in memory answer fastest.
+    small = isinstance(file, io.BytesIO) or file.seek(0, os.SEEK_END) <= READ_AT_ONCE
+    file.seek(0)
+    return _Bytes(file.read()) if small else _Buffered(file)
+
+
+class _Unfailing:
+    """Seeks as libsndfile wants it, which a damaged header may lead to before the beginning or far past any end.
+
+    An error could not come out of its call but as a traceback on standard error; it sees where it is.
+    """
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Go to a position, if it is one. Returns where it is."""
+        file: Any = super()
+        try:
+            if abs(offset) < UNKNOWN_LENGTH:
+                file.seek(offset, whence)
+        except (OSError, ValueError):
+            pass
+        position: int = file.tell()
+        return position
+
+
+class _Bytes(_Unfailing, io.BytesIO):
+    """Bytes for libsndfile."""
+
+
+class _Buffered(_Unfailing, io.BufferedReader):
+    """A file for libsndfile."""

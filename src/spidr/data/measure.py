@@ -1,0 +1,98 @@
+"""Something about each of many recordings, several at once."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from typing import TYPE_CHECKING, TypeVar
+
+import polars as pl
+from tqdm import tqdm
+
+from spidr.data.audio import num_samples
+from spidr.data.dataset import iter_recordings
+from spidr.tools.errors import InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+    from spidr.data.recording import Recording
+
+T = TypeVar("T")
+
+CHUNK = 256
+"""Recordings per task of a thread."""
+
+LISTED = 20
+"""Problems that a message lists at most."""
+
+
+def measure(
+    function: Callable[[Recording], T],
+    recordings: Iterable[Recording],
+    *,
+    total: int | None = None,
+    progress: bool = True,
+    description: str = "Manifest",
+) -> Iterator[T | InputError]:
+    """Yield ``function(recording)`` for each recording in order, or the :class:`InputError` that it raised.
+
+    Args:
+        function: Such as :func:`spidr.data.num_samples`.
+        recordings: The recordings, read as they are needed.
+        total: How many there are, if known.
+        progress: Show a progress bar on a terminal.
+        description: What it says.
+    """
+
+    def of(recording: Recording) -> T | InputError:
+        try:
+            return function(recording)
+        except InputError as error:
+            return error
+
+    threads = min(32, (os.cpu_count() or 1) + 4)
+    iterator = iter(recordings)
+    pending: deque[Future[list[T | InputError]]] = deque()
+    pool = ThreadPoolExecutor(threads)
+    with tqdm(total=total, desc=description, unit="file", disable=None if progress else True) as bar:
+        try:
+            while True:
+                chunk = list(islice(iterator, CHUNK))
+                if chunk:
+                    pending.append(pool.submit(lambda chunk: list(map(of, chunk)), chunk))
+                # Never far ahead of the results: after an error, little remains to be waited for.
+                while pending and (not chunk or len(pending) > 2 * threads):
+                    results = pending.popleft().result()
+                    bar.update(len(results))
+                    yield from results
+                if not chunk:
+                    return
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def problems_of(what: str, errors: list[InputError], remedy: str) -> InputError:
+    """One error for the problems of many recordings."""
+    if len(errors) == 1:
+        return InputError(f"{errors[0]} {remedy}")
+    lines = [f"  {error}" for error in errors[:LISTED]]
+    more = [f"  … and {len(errors) - LISTED:,} more"] if len(errors) > LISTED else []
+    return InputError("\n".join([f"{what}: {len(errors):,} problems. {remedy}", *lines, *more]))
+
+
+def with_lengths(manifest: pl.DataFrame, name: str) -> pl.DataFrame:
+    """A manifest with ``num_samples``, from the recordings' headers if it has none.
+
+    Raises:
+        InputError: A recording cannot be read; all of them are named.
+    """
+    if "num_samples" in manifest.columns:
+        return manifest
+    found = list(measure(num_samples, iter_recordings(manifest), total=manifest.height, description="Lengths"))
+    if errors := [error for error in found if isinstance(error, InputError)]:
+        remedy = f"`python -m spidr.data.write_manifest {name} OUT.csv --on-error skip` leaves out what cannot be read."
+        raise problems_of(name, errors, remedy)
+    return manifest.with_columns(pl.Series("num_samples", found, dtype=pl.Int64))
