@@ -50,7 +50,8 @@ def write_reference(app: Sphinx) -> None:
     found = list(pkgutil.walk_packages(spidr.__path__, "spidr."))
     packages = {module.name for module in found if module.ispkg}  # their names are documented where they are defined
     names = [module.name for module in found]
-    names = [name for name in names if not name.endswith("__main__") and ".compat" not in name]
+    hidden = ("__main__", ".components", ".utils")  # and what other packages import from the published one
+    names = [name for name in names if not name.endswith(hidden) and ".compat" not in name]
     pages: dict[str, list[str]] = {part: [] for part in REFERENCE}
     for name in names:
         part = name.split(".")[1]
