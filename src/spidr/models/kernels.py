@@ -1,16 +1,20 @@
 """Our own fast operations, and when they may stand in for modules.
 
-Two kinds: those that save time and memory when training on a CPU (elsewhere, and in compiled code, PyTorch's own are
-better and are used), and the feature extractor's convolutions as matrix products, which are used everywhere.
+Three kinds: products by the faster library, those that save time and memory when training on a CPU (elsewhere, and in
+compiled code, PyTorch's own are better and are used), and the feature extractor's convolutions as matrix products.
 """
 
 from __future__ import annotations
 
 import math
+import os
+import platform
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
@@ -19,7 +23,14 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.utils.checkpoint import checkpoint
 
+from spidr.tools.errors import InputError
 from spidr.tools.frames import conv_length
+
+ONEDNN_SETTING = "SPIDR_ONEDNN"
+"""Environment variable: 1 computes float32 products with oneDNN, 0 with PyTorch's own. Unset: a rule decides."""
+
+SMALLEST = 1 << 22
+"""Multiplications below which a product is PyTorch's: calling oneDNN takes 13 µs more than calling MKL."""
 
 WEIGHTS_AT_A_TIME = 1 << 20
 """Attention weights that are computed together: so many stay in a core's cache."""
@@ -111,6 +122,113 @@ def _switch_tf32_off() -> list[tuple[Any, str, Any]]:
     for where, name, value in switches:
         setattr(where, name, value)
     return before
+
+
+# ---------------------------------------------------------------------------------- products by the faster library
+
+
+@cache
+def prefers_onednn() -> bool:
+    """Whether large float32 products go to oneDNN: on AMD processors with AVX-512, where MKL runs its AVX2 code.
+
+    A rule instead of a timing, so that a resumed run computes the same bits.
+    """
+    chosen = os.environ.get(ONEDNN_SETTING)
+    if chosen not in (None, "0", "1"):
+        raise InputError(f"{ONEDNN_SETTING}: found {chosen!r}, expected 0 or 1")
+    if chosen == "0" or not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return False
+    amd = "AuthenticAMD" in processor()
+    return chosen == "1" or (
+        amd and torch.backends.mkl.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    )
+
+
+def processor() -> str:
+    """Text that names the maker of the processor."""
+    try:
+        return Path("/proc/cpuinfo").read_text()
+    except OSError:  # not Linux
+        return platform.processor()
+
+
+def is_plain(*tensors: Tensor) -> bool:
+    """Whether operations of ours may take these tensors: on a CPU, and nobody records, transforms or compiles."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._is_tracing()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+    ) and all(x.device.type == "cpu" and type(x) in (Tensor, nn.Parameter) for x in tensors)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``torch.nn.functional.linear``, with oneDNN where that is faster."""
+    if not suits_onednn(x, weight):
+        return F.linear(x, weight, bias)
+    tensors = (x, weight) if bias is None else (x, weight, bias)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return _Linear.apply(x, weight, bias)
+    return _onednn_linear(x, weight, bias)
+
+
+def add_linear_(out: Tensor, x: Tensor, weight: Tensor) -> None:
+    """Add the product of matrices ``x @ weight.T`` to ``out``; without gradients."""
+    if suits_onednn(x, weight):
+        out.add_(_onednn_linear(x, weight, None))
+    else:
+        out.addmm_(x, weight.T)
+
+
+def suits_onednn(x: Tensor, weight: Tensor) -> bool:
+    """Whether oneDNN multiplies these faster: large and float32, on the processors where it does."""
+    return (
+        is_plain(x, weight)
+        and x.dtype == weight.dtype == torch.float32
+        and not torch.is_autocast_enabled("cpu")
+        and x.numel() * len(weight) >= SMALLEST
+        and prefers_onednn()
+    )
+
+
+def _onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    left = x.reshape(-1, x.shape[-1])
+    if 1 not in left.stride() or 0 in left.stride():
+        left = left.contiguous()
+    if not weight.is_contiguous() and not weight.T.is_contiguous():  # oneDNN would take a thousand times as long
+        weight = weight.contiguous()
+    product = torch.ops.mkldnn._linear_pointwise.default(left, weight, bias, "none", [], "")
+    return product.view(*x.shape[:-1], len(weight))
+
+
+class _Linear(torch.autograd.Function):
+    """:func:`linear`, whose gradients are products of the same kind."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        x, weight = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+        rows = grad.reshape(-1, grad.shape[-1])
+        return (
+            linear(grad, weight.T) if needs_x else None,
+            linear(rows.T, x.reshape(-1, x.shape[-1]).T) if needs_weight else None,
+            rows.sum(0) if needs_bias else None,
+        )
+
+
+@known
+class Linear(nn.Linear):
+    """``torch.nn.Linear``."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        """(..., in) to (..., out)."""
+        return linear(input, self.weight, self.bias)
 
 
 # ------------------------------------------------------------------------------------------- for training on a CPU
@@ -226,9 +344,9 @@ def _strided_conv(frames: Tensor, taps: Tensor, stride: int) -> Tensor:
     """
     groups = frames.view(-1, stride * frames.shape[1])
     first, *rest = taps.split(groups.shape[1])
-    out = groups[:, : first.shape[0]] @ first
+    out = linear(groups[:, : first.shape[0]], first.T)
     for shift, part in enumerate(rest, start=1):
-        out[:-shift].addmm_(groups[shift:, : part.shape[0]], part)
+        add_linear_(out[:-shift], groups[shift:, : part.shape[0]], part.T)
     return out
 
 
@@ -241,16 +359,16 @@ def _strided_conv_backward(
     grad_frames = grad_taps = None
     if needed[0]:
         if first.shape[0] == groups.shape[1]:
-            grad_groups = grad @ first.T
+            grad_groups = linear(grad, first)
         else:  # the kernel is smaller than the stride: the frames in between have no gradient
-            grad_groups = F.pad(grad @ first.T, (0, groups.shape[1] - first.shape[0]))
+            grad_groups = F.pad(linear(grad, first), (0, groups.shape[1] - first.shape[0]))
         for shift, part in enumerate(rest, start=1):
-            grad_groups[shift:, : part.shape[0]].addmm_(grad[:-shift], part.T)
+            add_linear_(grad_groups[shift:, : part.shape[0]], grad[:-shift], part)
         grad_frames = grad_groups.view_as(frames)
     if needed[1]:
-        products = [groups[:, : first.shape[0]].T @ grad]
+        products = [linear(groups[:, : first.shape[0]].T, grad.T)]
         for shift, part in enumerate(rest, start=1):
-            products.append(groups[shift:, : part.shape[0]].T @ grad[:-shift])
+            products.append(linear(groups[shift:, : part.shape[0]].T, grad[:-shift].T))
         grad_taps = torch.cat(products)
     return grad_frames, grad_taps
 
@@ -335,7 +453,7 @@ class _FirstConvs(torch.autograd.Function):
         ctx.save_for_backward(kernels, first, weight, bias, taps)
         ctx.eps, ctx.stride, ctx.batch = eps, stride, batch
         return torch.cat(
-            [_normed_conv(part @ first, (weight, bias, eps), taps, stride) for part in kernels.chunk(batch)]
+            [_normed_conv(linear(part, first.T), (weight, bias, eps), taps, stride) for part in kernels.chunk(batch)]
         )
 
     @staticmethod
@@ -345,11 +463,11 @@ class _FirstConvs(torch.autograd.Function):
         totals: tuple[Tensor, ...] = ()
         grad_kernels = []
         for part, part_grad in zip(kernels.chunk(ctx.batch), grad.chunk(ctx.batch), strict=True):
-            found = _normed_conv_backward(part_grad, part @ first, (weight, bias, ctx.eps), taps, ctx.stride)
+            found = _normed_conv_backward(part_grad, linear(part, first.T), (weight, bias, ctx.eps), taps, ctx.stride)
             grad_rows, *others = found
             if ctx.needs_input_grad[0]:
-                grad_kernels.append(grad_rows @ first.T)
-            others.append(part.T @ grad_rows)
+                grad_kernels.append(linear(grad_rows, first))
+            others.append(linear(part.T, grad_rows.T))
             totals = tuple(a + b for a, b in zip(totals, others, strict=True)) if totals else tuple(others)
         grad_weight, grad_bias, grad_taps, grad_first = totals
         return (

@@ -8,11 +8,10 @@ from functools import partial
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spidr.models.extractor import FeatureExtractor
-from spidr.models.kernels import Moments, can_extract, extract, first_conv, untouched, valid_rows
+from spidr.models.kernels import Moments, can_extract, extract, first_conv, linear, untouched, valid_rows
 from spidr.models.transformer import SelfAttention, Transformer, TransformerLayer
 from spidr.tools.errors import InputError
 from spidr.tools.frames import conv_length, receptive_field
@@ -244,7 +243,7 @@ def _attention(module: SelfAttention, x: Tensor, attention_mask: Tensor | None) 
     heads: Tensor | None = None
     for head in range(module.num_heads):
         head_bias = None if bias is None else bias[:, head].flatten()
-        found = module.attend_heads(F.linear(x, weight[:, head].flatten(0, 1), head_bias), 1, attention_mask)
+        found = module.attend_heads(linear(x, weight[:, head].flatten(0, 1), head_bias), 1, attention_mask)
         heads = found.new_empty(*found.shape[:2], module.num_heads * size) if heads is None else heads
         heads[..., head * size : (head + 1) * size] = found
     return _piecewise(module.proj, cast("Tensor", heads), into=heads)

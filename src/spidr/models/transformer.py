@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from spidr.config import DinoSRConfig
 from spidr.models.extractor import LayerNorm
-from spidr.models.kernels import Dropout, attend, known, recomputed
+from spidr.models.kernels import Dropout, Linear, attend, known, recomputed
 
 
 def frame_mask(x: Tensor, attention_mask: Tensor | None) -> Tensor | None:
@@ -72,8 +72,8 @@ class SelfAttention(nn.Module):
     def __init__(self, embed_dim: int, num_heads: int, *, qkv_bias: bool, dropout: float = 0.0) -> None:
         super().__init__()
         self.embed_dim, self.num_heads, self.dropout = embed_dim, num_heads, dropout
-        self.qkv = nn.Linear(embed_dim, 3 * embed_dim, bias=qkv_bias)
-        self.proj = nn.Linear(embed_dim, embed_dim)
+        self.qkv = Linear(embed_dim, 3 * embed_dim, bias=qkv_bias)
+        self.proj = Linear(embed_dim, embed_dim)
         nn.init.xavier_uniform_(self.qkv.weight, gain=1 / math.sqrt(2))
         nn.init.xavier_uniform_(self.proj.weight)
         nn.init.zeros_(self.proj.bias)
@@ -103,12 +103,12 @@ class FeedForward(nn.Module):
 
     def __init__(self, embed_dim: int, interm_features: int, interm_dropout: float) -> None:
         super().__init__()
-        self.intermediate_dense = nn.Linear(embed_dim, interm_features)
+        self.intermediate_dense = Linear(embed_dim, interm_features)
         self.intermediate_dropout = Dropout(interm_dropout)
-        self.output_dense = nn.Linear(interm_features, embed_dim)
-        for linear in (self.intermediate_dense, self.output_dense):
-            nn.init.normal_(linear.weight, std=0.02)
-            nn.init.zeros_(linear.bias)
+        self.output_dense = Linear(interm_features, embed_dim)
+        for dense in (self.intermediate_dense, self.output_dense):
+            nn.init.normal_(dense.weight, std=0.02)
+            nn.init.zeros_(dense.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, D) to (B, T, D)."""
