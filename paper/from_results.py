@@ -13,9 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import NullFormatter, ScalarFormatter
-from style import BLUE, GREY, MODEL_STYLES, ORANGE, legend_only, model_handle, new_figure
-
 from published import BEST_LAYER, METRICS, MODELS, perplexities, pretraining_hours, results
+from style import BLUE, GREY, MODEL_STYLES, ORANGE, legend_only, model_handle, new_figure
 
 LM_HOURS = 6000
 """Hours of speech of the spoken language models that are compared by layer."""

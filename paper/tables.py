@@ -23,7 +23,6 @@ from spidr.tools.lazy import command_needs
 
 with command_needs("paper", __name__):
     import polars as pl
-
     from published import BEST_LAYER, KEYS, METRICS, MODELS, REPRESENTATIONS, SCHEMA, pretraining_hours, results
 
 LOWER_IS_BETTER = {"abx", "per", "asr"}
