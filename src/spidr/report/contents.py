@@ -234,7 +234,7 @@ class Report:
             codebook = numbers.index(chosen)
             aligned: Any = {str(row): (phones[row], u[codebook].numpy()) for row, u in units.items()}
             num_phones = len({phone for row in units for phone in phones[row]})
-            matrix, names, columns = proba_phone_code(
+            matrix, names, order = proba_phone_code(
                 aligned,
                 num_units=size,
                 num_phones=num_phones,
@@ -247,7 +247,7 @@ class Report:
                 "A dark diagonal: each unit stands for one phone. Pale columns are units that stand for nothing.",
             )
             title = (
-                f"{len(columns)} of {size} units active in {lengths[list(units)].sum() / SAMPLE_RATE / 60:.1f} minutes"
+                f"{len(order)} of {size} units active in {lengths[list(units)].sum() / SAMPLE_RATE / 60:.1f} minutes"
             )
             self.add(
                 figures.heat_map("phones", matrix.numpy(), names, title), "Probability of each phone given each unit"
