@@ -145,7 +145,7 @@ def test_all_that_is_wrong_is_said_at_once_or_left_out(
         output = tmp_path / "m.csv"
         assert main([str(dataset), str(output)]) == 2
         said = capsys.readouterr().err
-        assert "4 problems. --on-error skip leaves out what cannot be read." in said
+        assert said.endswith("\n4 of 12 recordings cannot be read; --on-error skip leaves them out.\n")
         assert all(f"{place}{name}: " in said for name in bad)
         assert not output.exists()
         assert main([str(dataset), str(output), "--on-error", "skip"]) == 0

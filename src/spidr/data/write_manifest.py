@@ -175,7 +175,7 @@ def _write(
     suffixes = _suffixes(file_extension)
     sources = [os.path.abspath(expand(source)) for source in (dataset if isinstance(dataset, list) else [dataset])]  # noqa: PTH100
     found = pl.concat([_find(source, suffixes) for source in sources], how="diagonal_relaxed")
-    written = _describe(_named(found), " ".join(sources), stats=stats, on_error=on_error)
+    written = _describe(_named(found), stats=stats, on_error=on_error)
     make_folder(output.parent)
     table = written.manifest
     if fairseq:
@@ -356,7 +356,7 @@ def _is_compressed(path: str) -> bool:
 # What is in them
 
 
-def _describe(found: pl.DataFrame, name: str, *, stats: bool, on_error: OnError) -> Written:
+def _describe(found: pl.DataFrame, *, stats: bool, on_error: OnError) -> Written:
     """The manifest of what was found; recordings that cannot be read are left out or named in one error."""
 
     def describe(recording: Recording) -> tuple[int, float, float]:
@@ -371,8 +371,7 @@ def _describe(found: pl.DataFrame, name: str, *, stats: bool, on_error: OnError)
         for column, value in zip(moments, result[1:], strict=True):
             column.append(value)
     if len(errors) == found.height or (errors and on_error == "raise"):
-        remedy = "" if on_error == "skip" else "--on-error skip leaves out what cannot be read."
-        raise problems_of(name, errors, remedy)
+        raise problems_of(errors, found.height, "" if on_error == "skip" else "--on-error skip leaves them out")
     columns: dict[str, Any] = {
         "num_samples": lengths,
         **(dict(zip(("mean", "std"), moments, strict=True)) if stats else {}),
