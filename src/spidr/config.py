@@ -371,12 +371,13 @@ _MODEL_CONFIGS: dict[str, type[DinoSRConfig]] = {"spidr": SpidRConfig, "dinosr":
 # Reading and writing
 
 
-def read_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+def read_config(path: str | Path, overrides: Sequence[str] = (), *, warn: bool = True) -> Config:
     """Read and check a configuration file.
 
     Args:
         path: A JSON file if its name ends in ``.json``, else a TOML file. A run's ``config.json`` is one.
         overrides: Settings that replace those of the file, as ``"optimizer.lr=1e-3"``.
+        warn: Whether to warn of what is odd.
 
     Returns:
         The settings, with the defaults where the file is silent.
@@ -404,7 +405,7 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         problems += error.problems
     if problems:
         raise ProblemsError(problems, str(path))
-    if (warning := _schedule_warning(config.optimizer)) is not None:
+    if warn and (warning := _schedule_warning(config.optimizer)) is not None:
         logger.warning("%s: %s", path, warning)
     object.__setattr__(config, "_model_given", None if model_table is None else frozenset(model_table))
     return config

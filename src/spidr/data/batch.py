@@ -69,6 +69,16 @@ class Batch:
         frames = torch.arange(self.max_frames, device=self.frame_lengths.device)
         return (frames < self.frame_lengths[:, None])[:, None, None, :]
 
+    @property
+    def options(self) -> dict[str, Tensor | None]:
+        """The keyword arguments of the model's ``forward`` that belong to the waveforms."""
+        return {
+            "mask": self.mask_indices,
+            "attention_mask": self.attention_mask,
+            "lengths": self.lengths,
+            "channel_mask": self.channel_mask,
+        }
+
     def __iter__(self) -> Iterator[Tensor | None]:
         return iter((self.waveforms, self.attention_mask, self.mask))
 

@@ -56,7 +56,9 @@ class SpeechDataset(Dataset[Tensor]):
         """
         if not -len(self) <= row < len(self):
             raise IndexError(f"row {row} of a manifest of {len(self)} rows")
-        samples = read_audio(self.recordings(np.array([row % len(self)]))[0])
+        # One value at a time: in a forked worker, what polars does in threads would wait for ever.
+        fields = [name for name in Recording._fields if name in self.manifest.columns]
+        samples = read_audio(Recording(**{name: self.manifest[name][row % len(self)] for name in fields}))
         if self.normalize:
             standardize(samples, *statistics_of(samples), out=samples)
         return torch.from_numpy(samples)

@@ -19,7 +19,7 @@ from spidr.checkpoint import Checkpointer
 from spidr.config import SAMPLE_RATE, Config, DataConfig, SpidRConfig, read_config, to_dict
 from spidr.data import speech_dataset
 from spidr.data.alignments import FRAME_STEP, read_alignments
-from spidr.environment import Environment, choose_device
+from spidr.environment import Environment
 from spidr.models.metrics import proba_phone_code
 from spidr.models.weights import read_weights
 from spidr.report import figures
@@ -216,7 +216,7 @@ class Report:
     def _units(
         self, group: str, data: DataConfig, checkpoint: Path, layer: int | None, max_minutes: float, device: str
     ) -> None:
-        env = Environment(0, 0, 1, choose_device(device))
+        env = Environment.alone(device)
         model = load_trained(self.cfg, checkpoint).to(env.device)
         numbers = model.codebook_layers
         chosen = self._layer(group, layer, numbers)
@@ -234,7 +234,7 @@ class Report:
             codebook = numbers.index(chosen)
             aligned: Any = {str(row): (phones[row], u[codebook].numpy()) for row, u in units.items()}
             num_phones = len({phone for row in units for phone in phones[row]})
-            matrix, names, columns = proba_phone_code(
+            matrix, names, order = proba_phone_code(
                 aligned,
                 num_units=size,
                 num_phones=num_phones,
@@ -247,7 +247,7 @@ class Report:
                 "A dark diagonal: each unit stands for one phone. Pale columns are units that stand for nothing.",
             )
             title = (
-                f"{len(columns)} of {size} units active in {lengths[list(units)].sum() / SAMPLE_RATE / 60:.1f} minutes"
+                f"{len(order)} of {size} units active in {lengths[list(units)].sum() / SAMPLE_RATE / 60:.1f} minutes"
             )
             self.add(
                 figures.heat_map("phones", matrix.numpy(), names, title), "Probability of each phone given each unit"
