@@ -117,7 +117,7 @@ class _Aside(_Lasting):
 def _results_only() -> Iterator[None]:
     """Inside, ``sys.stdout`` is standard error for all but :func:`write_result`."""
     with Path(os.devnull).open("w") as nowhere:
-        _results.append(sys.stdout or nowhere)  # None if it was closed
+        _results.append(_results[-1] if _results else sys.stdout or nowhere)  # None if it was closed
         try:
             with redirect_stdout(cast("TextIO", _Aside(sys.stderr))):
                 yield
