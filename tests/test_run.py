@@ -9,7 +9,7 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -20,11 +20,12 @@ from spidr.checkpoint import CONTENTS
 from spidr.config import Config, read_config
 from spidr.environment import Preempted
 from spidr.models import DinoSR
-from spidr.tools import metrics, profiler
+from spidr.tools import profiler, wandb
 from spidr.tools.errors import InputError
 from spidr.tools.lock import Process
 from spidr.tools.metrics import read_metrics
 from spidr.train import Hooks, State, train
+from spidr.validation_jobs import ValidationJobs
 from tiny_run import MEASURED, write_config, write_recordings
 
 LAYERS = ("l2", "l3", "l4")
@@ -65,7 +66,7 @@ def test_folder_of_a_run(tmp_path: Path, manifest: Path, caplog: pytest.LogCaptu
     assert "finished 7 steps" in log
     lines = read_metrics(cfg.run.dir / "metrics.jsonl")
     assert [(line["step"], line["group"]) for line in lines] == [
-        (0, "dev"), (3, "train"), (4, "dev"), (6, "train"), (7, "dev")
+        (0, "dev"), (3, "train"), (4, "dev"), (6, "train"), (7, "train"), (7, "dev")
     ]  # fmt: skip
     per_codebook = {f"{name}_{layer}" for name in ("target_ppl", "pred_ppl") for layer in LAYERS}
     assert lines[0].keys() == {"step", "group", "loss", "target_ppl", "pred_ppl"} | per_codebook
@@ -161,7 +162,7 @@ def test_damaged_checkpoint_costs_only_time(tmp_path: Path, manifest: Path) -> N
 def test_checkpoint_that_cannot_be_used_is_an_error(tmp_path: Path, manifest: Path) -> None:
     train(read_config(write_config(tmp_path, manifest, optimizer={"max_steps": 1})))
     cfg = read_config(write_config(tmp_path, manifest, model={"encoder_num_layers": 3}))
-    with pytest.raises(InputError, match=r"final\.pt: does not fit the configured model .*another run\.wandb_name"):
+    with pytest.raises(InputError, match=r"encoder_num_layers = 4 there, 3 here.*another run\.wandb_name"):
         train(cfg)
 
 
@@ -172,40 +173,35 @@ def test_two_steps_are_profiled(tmp_path: Path, manifest: Path, monkeypatch: pyt
     assert "train_step" in (cfg.run.dir / "trace.html").read_text()
 
 
-class Jobs:
-    """Stands for the cluster: validation jobs that give their results when the test says so."""
+class Jobs(ValidationJobs):
+    """Submits to no cluster: the test writes the results."""
 
-    def __init__(self, folder: Path) -> None:
-        self.submitted: list[tuple[int, str]] = []
-        self.done: list[int] = []
-        self.lines: list[dict[str, Any]] = []
+    submitted: ClassVar[list[tuple[int, str]]] = []
 
     def submit(self, cfg: Config, step: int, checkpoint: Path) -> None:
         self.submitted.append((step, checkpoint.name))
+        self.folder.mkdir(exist_ok=True)
+        (self.folder / f"step_{step}.pending").write_text(json.dumps({"checkpoint": str(checkpoint), "job": "1"}))
 
-    def pending(self) -> set[int]:
-        return {step for step, _ in self.submitted} - set(self.done)
-
-    def collect(self) -> list[dict[str, Any]]:
-        lines, self.lines = self.lines, []
-        return lines
+    def find_lost(self) -> None:
+        pass
 
 
 def test_validation_in_jobs(tmp_path: Path, manifest: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[Jobs] = []
-    monkeypatch.setattr(run_module, "ValidationJobs", lambda folder: made.append(Jobs(folder)) or made[-1])
+    monkeypatch.setattr(run_module, "ValidationJobs", Jobs)
     monkeypatch.setenv("SLURM_STEP_ID", "none")  # a job, as far as validation is concerned
     cfg = read_config(
         write_config(tmp_path, manifest, run={"save_interval": 2, "keep_latest": 1}, optimizer={"max_steps": 7})
     )
+    results = [{"step": step, "group": "dev", "loss": 1.25 + step} for step in (0, 2)]
 
-    def results_of_step_2_at_step_5(state: State) -> None:
+    def two_have_ended_at_step_5(state: State) -> None:
         if state.step == 5:
-            made[0].done.append(2)
-            made[0].lines.append({"step": 2, "group": "dev", "loss": 1.25})
+            for line in results:
+                (cfg.run.dir / f"validation/step_{line['step']}.jsonl").write_text(json.dumps(line) + "\n")
 
-    train(cfg, Hooks(after_step=results_of_step_2_at_step_5))
-    assert made[0].submitted == [
+    train(cfg, Hooks(after_step=two_have_ended_at_step_5))
+    assert Jobs.submitted == [
         (0, "step_0.pt"),
         (2, "step_2.pt"),
         (4, "step_4.pt"),
@@ -213,9 +209,8 @@ def test_validation_in_jobs(tmp_path: Path, manifest: Path, monkeypatch: pytest.
         (7, "final.pt"),
     ]
     # What pending validations need is still there.
-    assert sorted(path.name for path in cfg.run.dir.glob("*.pt")) == ["final.pt", "step_0.pt", "step_4.pt", "step_6.pt"]
-    lines = [line for line in read_metrics(cfg.run.dir / "metrics.jsonl") if line["group"] == "dev"]
-    assert lines == [{"step": 2, "group": "dev", "loss": 1.25}]
+    assert sorted(path.name for path in cfg.run.dir.glob("*.pt")) == ["final.pt", "step_4.pt", "step_6.pt"]
+    assert [line for line in read_metrics(cfg.run.dir / "metrics.jsonl") if line["group"] == "dev"] == results
 
 
 def test_wandb_gets_each_line_once_and_keeps_its_run(tmp_path: Path, manifest: Path) -> None:
@@ -230,7 +225,7 @@ def test_wandb_gets_each_line_once_and_keeps_its_run(tmp_path: Path, manifest: P
     train(cfg)
     state = json.loads((cfg.run.dir / "wandb.json").read_text())
     assert state["id"] == first["id"]
-    assert state["pushed"] == {"train": 6, "dev": 6}
+    assert state["pushed"]["offline"] == {"train": 6, "dev": [0, 2, 4, 6]}
     sessions = sorted(cfg.run.dir.glob("wandb/offline-run-*/*.wandb"))
     assert {path.name for path in sessions} == {f"run-{state['id']}.wandb"}
     logged = []
@@ -247,7 +242,7 @@ def test_unreachable_wandb_does_not_stop_training(
 ) -> None:
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
-    monkeypatch.setattr(metrics, "TIMEOUT", 2.0)
+    monkeypatch.setattr(wandb, "TIMEOUT", 2.0)
     cfg = read_config(write_config(tmp_path, manifest, run={"wandb_mode": "online"}, optimizer={"max_steps": 2}))
     train(cfg)
     assert (cfg.run.dir / "final.pt").exists()

@@ -18,6 +18,7 @@ from spidr.config import Config, SlurmConfig, read_config
 from spidr.tools.command import PROGRAMS, Parser, command, write_result
 from spidr.tools.errors import InputError
 from spidr.tools.lazy import needs_extra
+from spidr.tools.threads import set_up_threads
 
 DESCRIPTION = """\
 Train SpidR or DinoSR: with -N and -G as SLURM jobs, else here, one after the other, on all GPUs or the CPU. Started
@@ -30,6 +31,7 @@ python -m spidr config.toml -N 2 -G 8 -t 1200 --dump jobs --dry-run"""
 
 def spidr() -> None:
     """Run ``spidr NAME``, which is ``python -m`` of the program's module."""
+    set_up_threads()
     name = sys.argv[1] if len(sys.argv) > 1 else ""
     if name in PROGRAMS and name != "train":
         del sys.argv[1]

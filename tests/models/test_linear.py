@@ -86,6 +86,16 @@ def test_only_what_needs_a_gradient_gets_one() -> None:
         assert not module(x).requires_grad
 
 
+def test_gelu_in_one_operation() -> None:
+    module, x = Linear(48, 64), random(2, 20, 48)
+    expected = F.gelu(F.linear(x, module.weight, module.bias))
+    torch.testing.assert_close(module.gelu(x), expected, rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(module.gelu(x), expected, rtol=1e-5, atol=1e-5)
+        module.register_forward_hook(lambda *_: torch.zeros(2, 20, 64))
+        assert not module.gelu(x).any()
+
+
 def test_threads_agree() -> None:
     module, inputs = Linear(64, 48).requires_grad_(False), [random(200 + i, 64) for i in range(16)]
     expected = [module(x) for x in inputs]

@@ -21,6 +21,9 @@ FRAME_STEP = 10
 MAX_SECONDS = 86_400.0
 """No recording is longer than a day: an alignment that is would take any amount of memory."""
 
+TOLERANCE = 100
+"""Milliseconds by which an alignment may be shorter or longer than the units."""
+
 ROUNDING = 1e-3
 """Seconds by which times may contradict each other: other programs round them."""
 
@@ -196,6 +199,23 @@ def _read_grid(path: Path, tier: str | None, phones: _Phones) -> list[str]:
 def _phone_tiers(names: list[str]) -> list[str]:
     named = [name for name in names if name.split("-")[-1].strip().lower() in ("phones", "phone")]
     return named or (names if len(names) == 1 else [])
+
+
+def fit(phones: list[str], frames: int, tolerance: int = TOLERANCE) -> list[str] | None:
+    """The phones of so many frames of 10 ms: filled up with silence or cut; None if that would be too much.
+
+    Args:
+        phones: One per frame.
+        frames: As many as there should be.
+        tolerance: Milliseconds that may be filled up or cut. A difference of two frames is left as it is: as in the
+            paper, the end of the longer one does not count.
+    """
+    short = frames - len(phones)
+    if abs(short) <= 2:
+        return phones
+    if abs(short) * FRAME_STEP > tolerance:
+        return None
+    return [*phones, *[SILENCE] * short] if short > 0 else phones[:short]
 
 
 def match_alignments(alignments: Alignments, fileids: Iterable[str]) -> Alignments:

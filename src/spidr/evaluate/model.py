@@ -91,7 +91,7 @@ def evaluate_model(
         from tqdm import tqdm
 
         from spidr.data import speech_dataset
-        from spidr.environment import Environment, choose_device
+        from spidr.environment import Environment
         from spidr.evaluate.abx import Scorer
         from spidr.validate import codebooks_quality, encode_rows, phones_of_rows
 
@@ -100,7 +100,7 @@ def evaluate_model(
     chosen = chosen_layers(model, layers)
     stride = math.prod(stride for _, _, stride in model.cfg.extractor_conv_layer_config)
     scorer = Scorer(items, frame_rate=Fraction(SAMPLE_RATE, stride)) if items is not None else None
-    env = Environment(0, 0, 1, choose_device(device))
+    env = Environment.alone(device)
     dataset = speech_dataset(manifest, normalize=True)
     phones = phones_of_rows(dataset.manifest, read_alignments(alignments, tier, silence=silence))
     if not phones:

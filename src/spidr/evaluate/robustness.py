@@ -21,6 +21,7 @@ from spidr.config import SAMPLE_RATE
 from spidr.evaluate.model import chosen_layers
 from spidr.tools.errors import InputError
 from spidr.tools.lazy import needs_extra
+from spidr.tools.waveforms import standardise
 
 if TYPE_CHECKING:
     from spidr.models import DinoSR
@@ -163,8 +164,7 @@ def evaluate_robustness(
     model = model.to(target).eval()
 
     def units_of(waveform: Tensor) -> list[NDArray[Any]]:
-        waveform = F.layer_norm(waveform, waveform.shape).to(target)
-        outputs = model.get_codebooks(waveform.unsqueeze(0))
+        outputs = model.get_codebooks(standardise(waveform.unsqueeze(0)).to(target))
         return [merged(cast("Tensor", outputs[layer - 1])[0].argmax(-1).cpu().numpy()) for layer in chosen]
 
     edits = {name: np.zeros(len(chosen)) for name in CHANGES}

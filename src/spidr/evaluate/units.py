@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spidr.data.alignments import FRAME_STEP, SILENCE, SILENT_LABELS, Alignments, Skipped, read_alignments
+from spidr.data.alignments import FRAME_STEP, SILENT_LABELS, TOLERANCE, Alignments, Skipped, fit, read_alignments
 from spidr.data.names import match_names
 from spidr.data.units import Units, read_units
 from spidr.models.metrics import Aligned, UnitsQuality, units_quality
@@ -22,9 +22,6 @@ logger = logging.getLogger(__name__)
 
 NUM_UNITS, FRAME_MS = 256, 20
 """Size of the codebook and milliseconds of a unit, where nothing tells."""
-
-TOLERANCE = 100
-"""Milliseconds by which an alignment may be shorter or longer than the units."""
 
 
 @dataclass(frozen=True)
@@ -201,20 +198,19 @@ def _pair(units: Units, aligned: Alignments, frame_step: int, tolerance: int, sk
             skipped[name] = "not aligned"
             continue
         phones = aligned[names[name]]
-        short = len(sequence) * frame_step // FRAME_STEP - len(phones)
-        if abs(short) * FRAME_STEP > max(tolerance, 2 * FRAME_STEP):
+        fitting = fit(phones, len(sequence) * frame_step // FRAME_STEP, tolerance)
+        if fitting is None:
             skipped[name] = (
                 f"the alignment has {len(phones) * FRAME_STEP:,} ms, the units {len(sequence) * frame_step:,} ms; are "
                 "they of the same recording?"
             )
             continue
-        if abs(short) > 2:  # up to there, the end of the longer one does not count, as in the paper
-            changed.append(short)
-            phones = [*phones, *[SILENCE] * short] if short > 0 else phones[:short]
-        data[name] = (phones, sequence)
+        if len(fitting) != len(phones):
+            changed.append(abs(len(fitting) - len(phones)))
+        data[name] = (fitting, sequence)
     if changed:
-        longest = max(map(abs, changed)) * FRAME_STEP
-        logger.warning("%d alignments were filled with silence or cut, by at most %d ms", len(changed), longest)
+        most = max(changed) * FRAME_STEP
+        logger.warning("%d alignments were filled with silence or cut, by at most %d ms", len(changed), most)
     return data
 
 

@@ -21,7 +21,7 @@ import spidr
 from spidr.models import DinoSR, standardise
 from spidr.models.weights import type_of
 from spidr.tools.errors import InputError
-from spidr.tools.files import atomic_write
+from spidr.tools.files import atomic_write, expand
 from spidr.tools.frames import conv_length
 from spidr.tools.lazy import needs_extra
 
@@ -36,8 +36,9 @@ def export_onnx(model: DinoSR, output: str | Path, *, layers: Sequence[int] | No
     Inputs: ``waveforms (B, S)`` float32, 16 kHz, padded at the end, and ``lengths (B,)`` int64, the samples that count
     in each row, at least as many as one frame takes. Outputs: ``frames (B,)`` int64, the frames of each row, and for
     each layer N ``features_N (B, T, D)`` float32 and, if it has a codebook, ``units_N (B, T)`` int64, -1 in the
-    padding: what ``model.encode`` and ``model.units`` give; each utterance is standardised. B and S are free. The
-    file's metadata has ``model_type``, ``model`` (the configuration), ``layers`` and ``spidr_version``.
+    padding: what ``model.encode`` and ``model.units`` give; each utterance is standardised. B and S are free. A row
+    with samples that are not finite, or a length beyond S, gives NaN and units of -1. The file's metadata has
+    ``model_type``, ``model`` (the configuration), ``layers`` and ``spidr_version``.
 
     Args:
         model: The model; it is not changed.
@@ -66,7 +67,7 @@ def export_onnx(model: DinoSR, output: str | Path, *, layers: Sequence[int] | No
         "spidr_version": spidr.__version__,
     }
     content = _graph(encoder, metadata)
-    with atomic_write(Path(output)) as file:
+    with atomic_write(expand(output)) as file:
         file.write(content)
 
 
@@ -124,7 +125,9 @@ class _Encoder(nn.Module):
         """(B, S) and (B,) to the outputs that :func:`export_onnx` describes."""
         model = self.model
         frames = conv_length(model.feature_extractor.shapes, lengths)
-        extracted = model.feature_extractor(standardise(waveforms, lengths), lengths)
+        # Lengths beyond the samples would count samples that are not there: nothing but NaN then.
+        enough = torch.where(lengths > waveforms.shape[1], torch.nan, 1.0).unsqueeze(1)
+        extracted = model.feature_extractor(standardise(waveforms * enough, lengths), lengths)
         exists = torch.arange(extracted.shape[1]) < frames.unsqueeze(1)
         mask, features = exists[:, None, None], model.feature_projection(extracted)
         # As in the models' _hidden, but in one pass for features and units.
@@ -137,5 +140,7 @@ class _Encoder(nn.Module):
             log_probs = model._log_probs(
                 outputs[first:top] if per_layer else [model.student.finish(final)], top - first
             )
-            units = [torch.where(exists, log_probs[n - 1 - first].argmax(-1), -1) for n in self.with_units]
+            # Where the model is wrong, say of samples that are not numbers, no unit is better than any.
+            of_layers = [log_probs[n - 1 - first] for n in self.with_units]
+            units = [torch.where(exists & (p.sum(-1) <= 0), p.argmax(-1), -1) for p in of_layers]
         return (frames, *(outputs[layer - 1] for layer in self.layers), *units)

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from spidr.models.kernels import known
 
-NUM_EXTRA = 5
+NUM_EXTRA = 16
+"""Room for what training counts beside: more than it does today."""
 
 SPLIT = 1 / 64
 """How far, relative to itself, each half of a codeword that is split moves away from the other."""
@@ -149,7 +150,7 @@ class StepStatistics(nn.Module):
 
     ``sums (K, V, D)`` and ``assigned (K, V)`` are the frames assigned to each codeword and their number, ``predicted
     (K, V)`` the sum of the predicted distributions, ``loss ()`` and ``frames ()`` the loss summed over the masked
-    frames and their number. ``extra (5,)`` is for whatever the caller wants summed along. None of it is part of a
+    frames and their number. ``extra (16,)`` is for whatever the caller wants summed along. None of it is part of a
     checkpoint: it is zero between steps.
     """
 

@@ -20,6 +20,7 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.modules import module as torch_module
 from torch.utils.checkpoint import checkpoint
 
@@ -152,6 +153,13 @@ def processor() -> str:
         return platform.processor()
 
 
+def multiplies_fast(dtype: torch.dtype) -> bool:
+    """Whether oneDNN's products of this type are the fastest there are."""
+    if dtype == torch.bfloat16 and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return dtype == torch.float32 and prefers_onednn()
+
+
 def is_plain(*tensors: Tensor) -> bool:
     """Whether operations of ours may take these tensors: on a CPU, and nobody records, transforms or compiles."""
     return not (
@@ -191,13 +199,13 @@ def suits_onednn(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-def _onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "none") -> Tensor:
     left = x.reshape(-1, x.shape[-1])
     if 1 not in left.stride() or 0 in left.stride():
         left = left.contiguous()
     if not weight.is_contiguous() and not weight.T.is_contiguous():  # oneDNN would take a thousand times as long
         weight = weight.contiguous()
-    product = torch.ops.mkldnn._linear_pointwise.default(left, weight, bias, "none", [], "")
+    product = torch.ops.mkldnn._linear_pointwise.default(left, weight, bias, activation, [], "none")
     return product.view(*x.shape[:-1], len(weight))
 
 
@@ -230,6 +238,12 @@ class Linear(nn.Linear):
         """(..., in) to (..., out)."""
         return linear(input, self.weight, self.bias)
 
+    def gelu(self, x: Tensor) -> Tensor:
+        """GELU of the output, in one operation where no backward pass is to come."""
+        if torch.is_grad_enabled() or not suits_onednn(x, self.weight) or not untouched(self):
+            return F.gelu(self(x))
+        return _onednn_linear(x, self.weight, self.bias, "gelu")
+
 
 # ------------------------------------------------------------------------------------------- for training on a CPU
 
@@ -255,21 +269,23 @@ def recomputed(
     return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=draws)
 
 
-def draw_dropped(shape: Sequence[int], p: float) -> tuple[Tensor, float]:
-    """What dropout drops, out of 16 random bits for each element: ``bernoulli_`` takes eight times as long.
+def draw_kept(shape: Sequence[int], p: float) -> tuple[Tensor, float]:
+    """Draw what dropout keeps, from 16 random bits per element: ``bernoulli_`` takes eight times as long.
 
     Args:
         shape: Of the result.
         p: Probability to drop, strictly between 0 and 1. It is rounded to a multiple of 2^-16.
 
     Returns:
-        Boolean, True where an element is dropped, and the factor for the others that keeps the expected value.
+        int8, 1 where an element is kept and 0 elsewhere, and the factor that keeps the expected value. (Multiplying by
+        int8 is vectorised; ``masked_fill`` is not and takes eight times as long.)
     """
     threshold = min(max(round(p * 2**16), 1), 2**16 - 1)
     count = math.prod(shape)
     words = torch.empty((count + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
-    dropped = words.view(torch.int16)[:count].view(*shape) < threshold - 2**15
-    return dropped, 2**16 / (2**16 - threshold)
+    kept = torch.empty(*shape, dtype=torch.int8)
+    torch.ge(words.view(torch.int16)[:count].view(*shape), threshold - 2**15, out=kept)
+    return kept, 2**16 / (2**16 - threshold)
 
 
 @known
@@ -280,15 +296,16 @@ class Dropout(nn.Dropout):
         """Any shape to the same."""
         if not self.training or not 0 < self.p < 1 or not is_lean(input):
             return super().forward(input)
-        dropped, scale = draw_dropped(input.shape, self.p)
-        return (input * scale).masked_fill(dropped, 0)
+        kept, scale = draw_kept(input.shape, self.p)
+        return input * scale * kept
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
     """``scaled_dot_product_attention``.
 
     With dropout it materialises the weights of all heads several times and keeps them for the backward pass. Here,
-    there are those of a few heads at a time, and the backward pass computes them again.
+    there are those of a few heads at a time, and the backward pass computes them again. Without, its products are
+    MKL's, so that here, too, large ones go to oneDNN, head by head.
 
     Args:
         q: (B, H, T, D), like ``k`` and ``v``.
@@ -300,28 +317,87 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float)
     Returns:
         (B, H, T, D).
     """
-    if not 0 < dropout < 1 or not is_lean(q):
+    drops, (batch, heads, frames, dim) = 0 < dropout < 1, q.shape
+    by_head = frames * frames * dim >= SMALLEST and multiplies_fast(q.dtype) and is_plain(q, k, v)
+    if not (by_head or (drops and is_lean(q))) or (dropout > 0 and not drops):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
-    batch, heads, frames, dim = q.shape
-    dropped, scale = draw_dropped((batch * heads, frames, frames), dropout)
-    together = max(1, WEIGHTS_AT_A_TIME // frames**2)
-    inputs = [x.flatten(0, 1).split(together) for x in (q * dim**-0.5, k, v * scale)]
-    hidden: Sequence[Tensor | None] = [None] * len(inputs[0])
+    kept, scale = draw_kept((batch * heads, frames, frames), dropout) if drops else (None, 1.0)
+    bias = alive = None
     if mask is not None:
-        mask = mask.expand(batch, heads, mask.shape[-2], frames)
-        hidden = mask.logical_not().flatten(0, 1).split(together)
-    parts = [recomputed(_attend, *args) for args in zip(*inputs, dropped.split(together), hidden, strict=True)]
-    return torch.cat(parts).unflatten(0, (batch, heads))
+        mask = mask.expand(batch, heads, mask.shape[-2], frames).flatten(0, 1)
+        bias = torch.zeros(mask.shape, dtype=q.dtype).masked_fill_(~mask, torch.finfo(q.dtype).min)
+        alive = mask.any(-1, keepdim=True).to(torch.int8)  # the weights of a row without any key are zero
+    rows = [x.flatten(0, 1).contiguous() for x in (q * dim**-0.5, k, v * scale if drops else v)]
+    together = 0 if by_head else max(1, WEIGHTS_AT_A_TIME // frames**2)
+    return _Attention.apply(*rows, kept, bias, alive, together).unflatten(0, (batch, heads))
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, dropped: Tensor, hidden: Tensor | None) -> Tensor:
-    scores = q @ k.transpose(1, 2)
-    if hidden is not None:
-        scores = scores.masked_fill(hidden, torch.finfo(scores.dtype).min)
-    weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
-    if hidden is not None:
-        weights = weights.masked_fill(hidden, 0)  # else those of a row without any key would not be zero
-    return weights.masked_fill(dropped, 0).to(v.dtype) @ v
+class _Attention(torch.autograd.Function):
+    """Attention of queries that are scaled already, which keeps no weights. All inputs are (B * H, T, ...)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        kept: Tensor | None,
+        bias: Tensor | None,
+        alive: Tensor | None,
+        together: int,
+    ) -> Tensor:
+        ctx.save_for_backward(q, k, v, kept, bias, alive)
+        ctx.together = together
+        out = torch.empty_like(q)
+        step = q.shape[1] if together else max(1, WEIGHTS_AT_A_TIME // 4 // q.shape[1])
+        for i in _parts(len(q), together):
+            for start in range(0, q.shape[1], step):
+                part = (i, slice(start, start + step))
+                factors = [x if x is None else x[i if x.shape[1] == 1 else part] for x in (bias, alive, kept)]
+                _, weights = _weights(q[part], k[i], *factors)
+                out[part] = _times(weights, v[i])
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, *others = ctx.saved_tensors
+        grads = [torch.empty_like(x) for x in (q, k, v)]
+        grad = grad.contiguous()
+        for i in _parts(len(q), ctx.together):
+            bias, alive, kept = (None if x is None else x[i] for x in (others[1], others[2], others[0]))
+            softmax, weights = _weights(q[i], k[i], bias, alive, kept)
+            grads[2][i] = _times(weights.mT, grad[i])
+            grad_weights = _times(grad[i], v[i].mT)
+            for factor in (alive, kept):
+                if factor is not None:
+                    grad_weights.mul_(factor)
+            scores = torch._softmax_backward_data(grad_weights, softmax, -1, softmax.dtype)
+            grads[0][i], grads[1][i] = _times(scores, k[i]), _times(scores.mT, q[i])
+        return *grads, None, None, None, None
+
+
+def _parts(count: int, together: int) -> Sequence[Any]:
+    """Indices of single heads, or slices of several."""
+    return [slice(i, i + together) for i in range(0, count, together)] if together else range(count)
+
+
+def _weights(
+    q: Tensor, k: Tensor, bias: Tensor | None, alive: Tensor | None, kept: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Attention weights before and after what makes some of them zero."""
+    scores = _times(q, k.mT)
+    softmax = (scores if bias is None else scores.add_(bias)).softmax(-1)
+    weights = softmax
+    for factor in (alive, kept):
+        if factor is not None:
+            weights = weights * factor
+    return softmax, weights
+
+
+def _times(a: Tensor, b: Tensor) -> Tensor:
+    """Products of several matrices by PyTorch, of two by oneDNN."""
+    return a @ b if a.ndim > 2 else _onednn_linear(a, b.mT, None)
 
 
 # ----------------------------------------------------------------------------------------- the feature extractor

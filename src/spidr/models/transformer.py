@@ -112,6 +112,8 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, D) to (B, T, D)."""
+        if not torch.is_grad_enabled() and isinstance(self.intermediate_dense, Linear):
+            return self.output_dense(self.intermediate_dropout(self.intermediate_dense.gelu(x)))
         calls = (self.intermediate_dropout, self.output_dense)
         draws = getattr(self.intermediate_dropout, "p", 0) > 0
         return recomputed(self._activate_and_reduce, self.intermediate_dense(x), calls=calls, draws=draws)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from spidr.tools.errors import InputError
-from spidr.tools.files import atomic_write
+from spidr.tools.files import atomic_write, why_not_written
 from spidr.tools.untrusted import parse_json
 
 logger = logging.getLogger(__name__)
@@ -61,11 +61,13 @@ class MetricsFile:
         path: The file.
         step: The step that the run goes on from. What a killed run wrote of later training steps is removed: it will be
             written again.
+        again: Step and group of another line that will be.
     """
 
-    def __init__(self, path: Path, step: int) -> None:
+    def __init__(self, path: Path, step: int, again: tuple[int, str] | None = None) -> None:
         self.path = path
-        kept = [line for line in read_metrics(path) if line["step"] <= step]
+        lines = read_metrics(path)
+        kept = [line for line in lines if line["step"] <= step and (line["step"], line["group"]) != again]
         self._written = {(line["step"], line["group"]) for line in kept}
         if path.exists():
             with atomic_write(path) as file:
@@ -89,7 +91,7 @@ class MetricsFile:
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
-            raise InputError(f"{self.path}: cannot be written ({error.strerror}); make room and start again") from error
+            raise why_not_written(self.path, error) from error
         self._written.add(key)
         return True
 
@@ -98,23 +100,3 @@ def _to_text(line: Line) -> str:
     # NaN is no JSON; a value that does not exist (perplexity of nothing, say) is null.
     finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
     return json.dumps(finite) + "\n"
-
-
-class Means:
-    """Means over an interval, of values that come once a step, as sums that a checkpoint can hold."""
-
-    def __init__(self, state: dict[str, list[float]] | None = None) -> None:
-        self.sums: dict[str, list[float]] = state or {}
-
-    def add(self, values: dict[str, float]) -> None:
-        """Count a step's values."""
-        for name, value in values.items():
-            entry = self.sums.setdefault(name, [0.0, 0])
-            entry[0] += value
-            entry[1] += 1
-
-    def pop(self) -> dict[str, float]:
-        """The means, and start again."""
-        means = {name: total / count for name, (total, count) in self.sums.items()}
-        self.sums = {}
-        return means
