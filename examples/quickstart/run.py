@@ -16,8 +16,8 @@ ROOT = HERE.parents[1]
 OUTPUT = Path("runs/quickstart")
 
 BEFORE = """\
-This trains a small SpidR on {train} recorded prompts ({minutes:.0f} minutes of speech) and looks at its units on {valid}
-others, in three to ten minutes on two CPU cores. Everything goes to {folder}.
+This trains a small SpidR on {train} recorded prompts ({minutes:.0f} minutes of speech) and looks at its units on
+{valid} others, in three to ten minutes on two CPU cores. Everything goes to {folder}.
 """
 AFTER = """
 PNMI is the share of what there is to know about the phone that the unit tells: 0 is nothing, 1 everything. It should
