@@ -74,7 +74,7 @@ def _rank(config: Path, rank: int, world_size: int, port: int, log: Path, fault:
     multiprocessing.set_start_method("fork", force=True)  # the default for data workers, which this process is not
     sys.stderr = sys.stdout = log.open("a", buffering=1)
     os.dup2(sys.stderr.fileno(), 2)
-    peers.BEAT, peers.SILENCE = 0.2, 6  # the dead are to be missed soon
+    peers.BEAT, peers.SILENCE, peers.GRACE = 0.2, 6, 5  # the dead are to be missed soon
     if world_size > 1:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}

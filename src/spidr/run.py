@@ -75,6 +75,7 @@ class Run:
         self.must_stop = False
         self.jobs: ValidationJobs | None = None
         self._hooks = hooks or Hooks()
+        self._final_step: int | None = None  # what is in final.pt
         self._rows_in_flight: dict[int, Tensor] = {}
         self._clock = _Clock()
 
@@ -216,6 +217,8 @@ class Run:
         state, checkpoint = self.state, read_checkpoint(path)
         self.checkpointer.restore(path, checkpoint)
         state.step = checkpoint["step"]
+        if path.name == "final.pt":
+            self._final_step = state.step
         state.freeze_if_due()
         state.epoch, extra = checkpoint["epoch"], self.checkpointer.extra
         if "position" not in extra:
@@ -394,8 +397,7 @@ class Run:
 
     def _save_final(self) -> None:
         self._lock.check()
-        last = self.checkpointer.last
-        if last is None or last.name != "final.pt" or self.checkpointer.step < self.state.step:
+        if self.state.step != self._final_step:
             self.checkpointer.save_final(self.state.step, self.state.epoch)
         self.checkpointer.wait()
 
