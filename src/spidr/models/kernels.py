@@ -40,9 +40,7 @@ WEIGHTS_AT_A_TIME = 1 << 20
 
 M = TypeVar("M", bound=type[nn.Module])
 
-_FORWARDS: dict[type, Any] = {
-    cls: cls.forward for cls in (nn.Linear, nn.LayerNorm, nn.Conv1d, nn.LogSoftmax, nn.Sequential)
-}
+_FORWARDS: dict[type, Any] = {cls: cls.forward for cls in (nn.Linear, nn.LayerNorm, nn.Conv1d, nn.LogSoftmax)}
 """Classes whose modules may be bypassed, with their ``forward``."""
 
 
@@ -599,14 +597,21 @@ def can_extract(layers: Sequence[nn.Module]) -> bool:
     if torch.compiler.is_exporting() or not untouched(*layers):  # an exported graph would be full of copies
         return False
     for index, layer in enumerate(layers):
-        conv, norm = cast("nn.Conv1d", layer.conv), cast("Any", layer.layer_norm)
+        conv, norm = getattr(layer, "conv", None), cast("Any", layer).layer_norm
+        if not isinstance(conv, nn.Conv1d):
+            return False
         if (conv.padding, conv.dilation, conv.groups, conv.padding_mode) != ((0,), (1,), 1, "zeros"):
             return False
         if isinstance(norm, nn.GroupNorm):
             if index > 0 or norm.num_groups != norm.num_channels or norm.weight is None:
                 return False
-        elif norm is not None and (type(norm) is nn.LayerNorm or norm.weight is None or norm.bias is None):
-            return False  # PyTorch's LayerNorm normalises over time here
+        elif norm is not None and (
+            not isinstance(norm, nn.LayerNorm)
+            or type(norm) is nn.LayerNorm  # which normalises over time here
+            or norm.weight is None
+            or norm.bias is None
+        ):
+            return False
     return True
 
 

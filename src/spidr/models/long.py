@@ -30,10 +30,12 @@ SAMPLES = 320_000
 def extract_features(extractor: FeatureExtractor, waveforms: Tensor, lengths: Tensor | None = None) -> Tensor:
     """Call a feature extractor, in pieces if the batch is large: (B, S) to (B, T, C)."""
     samples = waveforms.shape[1]
+    if not isinstance(extractor, FeatureExtractor) or not extractor.has_group_norm:
+        lengths = None  # frames do not depend on padding, so a published extractor's single argument is enough
     if (
         waveforms.numel() <= SAMPLES
-        or extractor.num_frames(samples) < 1
         or not _serves(extractor)
+        or extractor.num_frames(samples) < 1
         or not can_extract(list(extractor.conv_layers))
     ):
         return extractor(waveforms) if lengths is None else extractor(waveforms, lengths)

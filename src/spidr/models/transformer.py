@@ -54,7 +54,7 @@ class ConvPositionalEmbedding(nn.Module):
             x = conv(x.transpose(1, 2))
             if self.num_remove:
                 x = x[..., : -self.num_remove]
-            x = F.gelu(self.layer_norm(x)).transpose(1, 2)
+            x = F.gelu(self.layer_norm(x).transpose(1, 2))
         return x if exists is None else x * exists
 
 
