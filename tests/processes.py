@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from spidr.config import read_config
-from spidr.tools.errors import InputError
+from spidr.tools.command import command
 from spidr.tools.metrics import read_metrics
 from tiny_run import MEASURED
 
@@ -68,7 +68,7 @@ class Fault:
 def _rank(config: Path, rank: int, world_size: int, port: int, log: Path, fault: Fault | None, hooks: Any) -> None:
     """One process of a run."""
     from spidr.tools import peers
-    from spidr.train import say_why, train
+    from spidr.train import train
 
     torch.set_num_threads(1)
     multiprocessing.set_start_method("fork", force=True)  # the default for data workers, which this process is not
@@ -80,10 +80,7 @@ def _rank(config: Path, rank: int, world_size: int, port: int, log: Path, fault:
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     if fault is not None and fault.rank in (None, rank):
         fault.arm()
-    try:
-        train(read_config(config), hooks() if hooks is not None else None)
-    except InputError as error:
-        sys.exit(say_why(error))
+    sys.exit(command(train)(read_config(config), hooks() if hooks is not None else None))
 
 
 def free_port() -> int:
