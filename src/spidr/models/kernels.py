@@ -40,9 +40,7 @@ WEIGHTS_AT_A_TIME = 1 << 20
 
 M = TypeVar("M", bound=type[nn.Module])
 
-_FORWARDS: dict[type, Any] = {
-    cls: cls.forward for cls in (nn.Linear, nn.LayerNorm, nn.Conv1d, nn.LogSoftmax, nn.Sequential)
-}
+_FORWARDS: dict[type, Any] = {cls: cls.forward for cls in (nn.Linear, nn.LayerNorm, nn.Conv1d, nn.LogSoftmax)}
 """Classes whose modules may be bypassed, with their ``forward``."""
 
 
@@ -230,19 +228,23 @@ class _Linear(torch.autograd.Function):
         )
 
 
-@known
-class Linear(nn.Linear):
-    """``torch.nn.Linear``."""
+def through(module: nn.Module, x: Tensor) -> Tensor:
+    """Call a linear layer. One that nobody touched is computed by :func:`linear`.
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
-        """(..., in) to (..., out)."""
-        return linear(input, self.weight, self.bias)
+    Layers stay of the very type ``torch.nn.Linear``, by which quantisation and adapters find them.
+    """
+    if type(module) is nn.Linear and suits_onednn(x, module.weight) and untouched(module):
+        return linear(x, module.weight, module.bias)
+    return module(x)
 
-    def gelu(self, x: Tensor) -> Tensor:
-        """GELU of the output, in one operation where no backward pass is to come."""
-        if torch.is_grad_enabled() or not suits_onednn(x, self.weight) or not untouched(self):
-            return F.gelu(self(x))
-        return _onednn_linear(x, self.weight, self.bias, "gelu")
+
+def through_gelu(module: nn.Module, x: Tensor) -> Tensor:
+    """GELU of a linear layer's output, in one operation where no backward pass is to come."""
+    if torch.is_grad_enabled() or type(module) is not nn.Linear:
+        return F.gelu(through(module, x))
+    if suits_onednn(x, module.weight) and untouched(module):
+        return _onednn_linear(x, module.weight, module.bias, "gelu")
+    return F.gelu(module(x))
 
 
 # ------------------------------------------------------------------------------------------- for training on a CPU
@@ -599,14 +601,21 @@ def can_extract(layers: Sequence[nn.Module]) -> bool:
     if torch.compiler.is_exporting() or not untouched(*layers):  # an exported graph would be full of copies
         return False
     for index, layer in enumerate(layers):
-        conv, norm = cast("nn.Conv1d", layer.conv), cast("Any", layer.layer_norm)
+        conv, norm = getattr(layer, "conv", None), cast("Any", layer).layer_norm
+        if not isinstance(conv, nn.Conv1d):
+            return False
         if (conv.padding, conv.dilation, conv.groups, conv.padding_mode) != ((0,), (1,), 1, "zeros"):
             return False
         if isinstance(norm, nn.GroupNorm):
             if index > 0 or norm.num_groups != norm.num_channels or norm.weight is None:
                 return False
-        elif norm is not None and (type(norm) is nn.LayerNorm or norm.weight is None or norm.bias is None):
-            return False  # PyTorch's LayerNorm normalises over time here
+        elif norm is not None and (
+            not isinstance(norm, nn.LayerNorm)
+            or type(norm) is nn.LayerNorm  # which normalises over time here
+            or norm.weight is None
+            or norm.bias is None
+        ):
+            return False
     return True
 
 
