@@ -277,7 +277,11 @@ class Run:
             samples, rows = cfg.data.max_sample_size, cfg.data.max_batch_length / cfg.data.max_sample_size
             tflop = rows * self.state.loader.accumulation * step_flops(cfg.model, samples, 0, frozen=False) / 1e12
             hours = steps * tflop / (CPU_TFLOPS * torch.get_num_threads()) / 3600
-            logger.warning("a large model on a CPU: %d steps take about %.2g days", steps, hours / 24)
+            logger.warning(
+                "a large model on a CPU: %d steps take about %.2g days; configs/laptop.toml is one for CPUs",
+                steps,
+                hours / 24,
+            )
 
     # ------------------------------------------------------------------------------------------------- every step
 
