@@ -104,7 +104,7 @@ def test_wrong_usage(config: Path, capsys: pytest.CaptureFixture[str], options: 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["CONFIG", "missing.toml"], "error: missing.toml: cannot read the file: No such file or directory"),
+        (["CONFIG", "missing.toml"], "error: missing.toml: cannot be read (No such file or directory)"),
         (["CONFIG", "CONFIG2"], "both train in"),
         (["CONFIG", *ON_SLURM], "error: no folder for the job: give --dump or set SPIDR_SUBMITIT_FOLDER"),
         (["CONFIG", *ON_SLURM, "--dump", "DUMP", "-t", "0"], "time: found 0, accepted: an integer of at least 1"),
@@ -237,7 +237,7 @@ def test_own_presets(
     given.write_text('[NOWHERE]\ntime = "long"\n')
     assert "time: found 'long', accepted: an integer" in dry_run(config, capsys)
     monkeypatch.setenv("SPIDR_CLUSTERS_FILE", str(tmp_path / "no.toml"))
-    assert "no.toml: cannot read the file" in dry_run(config, capsys)
+    assert "no.toml: cannot be read" in dry_run(config, capsys)
 
 
 def test_dump_folder_from_the_environment(
