@@ -43,6 +43,7 @@ def _build_parser() -> argparse.ArgumentParser:
     common = Parser(add_help=False)
     common.add_argument("sources", nargs="+", help="manifests, lists, folders, audio files")
     common.add_argument("--model", default="spidr_base", help="a published model or a checkpoint (%(default)s)")
+    common.add_argument("--model-type", choices=["spidr", "dinosr"], help="of a checkpoint without config.json (told)")
     common.add_argument("--layer", type=int, metavar="N", help="counted from 1 (the model's best)")
     common.add_argument("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto", help="(%(default)s)")
     common.add_argument(
