@@ -50,7 +50,7 @@ def test_nothing_in_a_step_waits_for_the_device(model_type: str, mode: str) -> N
             nn.utils.clip_grad_norm_(parameters, 10.0)
             model.update_ema(1)
         assert not operators.names().intersection(WAITING)
-        assert {"_foreach_norm", "_foreach_mul_", "_foreach_lerp_", "_foreach_copy_"} <= operators.names()
+        assert {"_foreach_lerp_", "_foreach_copy_"} <= operators.names()
 
 
 @pytest.mark.parametrize("mode", ["layer_norm", "group_norm"])
