@@ -55,7 +55,7 @@ def _build_parser() -> argparse.ArgumentParser:
     common.add_argument("--context", type=float, metavar="S", help="seen on each side of a window (a quarter of it)")
     common.add_argument("--resample", action="store_true", help="convert what is not 16 kHz mono")
     common.add_argument(
-        "--on-error", choices=["raise", "skip"], default="raise", help="what bad recordings do (%(default)s)"
+        "--on-error", choices=["raise", "skip"], default="raise", help="bad recordings (default: %(default)s)"
     )
     common.add_argument("--quiet", action="store_true", help="no progress bar")
 
