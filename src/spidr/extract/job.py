@@ -11,9 +11,10 @@ from typing import Any
 import torch.distributed as dist
 
 from spidr.environment import Environment, environment
+from spidr.extract.options import Options
 from spidr.extract.outputs import Output
-from spidr.extract.session import Options, Session, Skipped, Summary, ahead
-from spidr.extract.sources import find_items, measure, name_items, refuse
+from spidr.extract.session import Session, Skipped, Summary, ahead
+from spidr.extract.sources import find_items, find_lengths, name_items
 
 
 def extract(
@@ -42,9 +43,7 @@ def extract(
         job: Any = None
         if env.is_main:
             items = name_items(found, output.known(), tree=output.tree)
-            items, problems = measure(items, shortest=session.shortest, resample=options.resample)
-            if options.on_error == "raise":
-                refuse(problems, len(found))
+            items, problems = find_lengths(items, options, shortest=session.shortest)
             folders = stack.enter_context(output.claimed({item.name for item in items}))
             with output.alone():
                 output.begin(items, session, folders)

@@ -22,8 +22,9 @@ from spidr.environment import Environment
 from spidr.extract.formats import FORMATS, Row, UnitFormat, output_file
 from spidr.extract.job import extract
 from spidr.extract.kmeans import KMeans
+from spidr.extract.options import Options, check_choice
 from spidr.extract.outputs import Output
-from spidr.extract.session import Encoded, Options, Session, Skipped, check_choice
+from spidr.extract.session import Encoded, Session, Skipped
 from spidr.extract.sources import Item
 from spidr.models import DinoSR
 from spidr.models.hub import check_name
