@@ -164,7 +164,8 @@ def name_items(items: Sequence[Item], known: Mapping[str, str], *, tree: bool) -
     levels = [0] * len(items)
     kept = set()
     for i, item in enumerate(items):
-        for level, name in enumerate(choices[i]):
+        asked_for = not tree and item.fileid != Path(item.recording.path).stem  # by a table
+        for level, name in enumerate(choices[i][:1] if asked_for else choices[i]):
             if name in before.get(item.place, ()):
                 levels[i] = level
                 kept.add(i)

@@ -176,9 +176,8 @@ class _Table(Output):
             self.settings[ORDER] = [item.name for item in items]
         super().finish(items, skipped, folders)  # first: a table without a record would be refused
         rows, _ = self._rows(folders, {})
-        known, present = self.known(), {item.place for item in items if item.name not in skipped}
-        others = [name for name in rows if known.get(name) not in present] if self.format.has_names else []
-        names = [*others, *(encoded if self.format.has_names else self.settings[ORDER])]
+        ours = dict.fromkeys(encoded)
+        names = self.settings.get(ORDER) or [*(name for name in rows if name not in ours), *ours]
         merged = folders[0] / "merged" if self.is_parquet else self.path
         with atomic_write(merged) as file:
             file.writelines(self._line(rows.get(name)) for name in names)
