@@ -42,13 +42,14 @@ def extract(
         session = stack.enter_context(make_session(env))
         job: Any = None
         if env.is_main:
-            items = name_items(found, output.known(), tree=output.tree)
-            items, problems = find_lengths(items, options, shortest=session.shortest)
+            named = name_items(found, output.known(), tree=output.tree)
+            items, problems = find_lengths(named, options, shortest=session.shortest)
             folders = stack.enter_context(output.claimed({item.name for item in items}))
             with output.alone():
                 output.begin(items, session, folders)
-            job = items, [item for item in items if item.name not in output.done], problems, folders
-        items, pending, problems, folders = env.broadcast_object(job)
+            pending = [item for item in items if item.name not in output.done]
+            job = named, pending, problems, folders
+        named, pending, problems, folders = env.broadcast_object(job)
         with output.writing(session, folders[0]) as write:
             results = session.run(session.plan(pending), description)
             written = ahead(write, results, workers=output.writers, depth=output.writers)
@@ -61,7 +62,7 @@ def extract(
             for name, why in problems.items():
                 summary.skip(name, why)
             with output.alone():
-                output.finish(items, summary.skipped, folders)
+                output.finish(named, summary.skipped, folders)
                 output.release(folders)
             summary.report(output.path, len(pending) + len(problems))
         return summary.skipped

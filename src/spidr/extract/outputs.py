@@ -28,7 +28,7 @@ from spidr.tools.untrusted import parse_json
 
 logger = logging.getLogger(__name__)
 
-INFORMATIVE = ("model", "spidr", "num_units", "skipped", "recordings")
+INFORMATIVE = ("model", "spidr", "num_units", "skipped", "recordings", "crc32")
 """What a record says beside the settings: the weights decide, not what they are called or who encoded with them."""
 
 NAMES = "recordings.json"
