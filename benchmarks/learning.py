@@ -25,14 +25,14 @@ import polars as pl
 import torch
 from sklearn.cluster import MiniBatchKMeans
 
-from spidr.abx import ABX, Scorer, read_items
 from spidr.config import DEFAULT_CONV_LAYER_CONFIG, SAMPLE_RATE, read_config, to_dict
 from spidr.data import read_manifest, speech_dataset
 from spidr.data.alignments import read_alignments
 from spidr.environment import Environment
 from spidr.evaluate import evaluate_model
+from spidr.evaluate.abx import ABX, Scorer, read_items
 from spidr.models import DinoSR, build_model
-from spidr.models.codebook import standardise
+from spidr.models.codebook import normalise_over_time
 from spidr.models.metrics import units_quality
 from spidr.validate import encode_rows
 from spidr.warm_start import cepstra, log_mel, smooth_and_slope, weights
@@ -96,7 +96,10 @@ def spectral(manifest: Path, compute: Callable[..., torch.Tensor], scale: torch.
     """Log-mel energies or cepstra at the models' frames, standardised over each recording, times ``scale``."""
     dataset = speech_dataset(manifest, normalize=True)
     frames = (compute(dataset[i].unsqueeze(0), DEFAULT_CONV_LAYER_CONFIG)[0] for i in range(len(dataset)))
-    return {name: (standardise(x) * scale).numpy() for name, x in zip(dataset.manifest["fileid"], frames, strict=True)}
+    return {
+        name: (normalise_over_time(x) * scale).numpy()
+        for name, x in zip(dataset.manifest["fileid"], frames, strict=True)
+    }
 
 
 def model_features(model: DinoSR, manifest: Path, layers: list[int]) -> dict[int, Features]:
@@ -107,7 +110,7 @@ def model_features(model: DinoSR, manifest: Path, layers: list[int]) -> dict[int
     features: dict[int, Features] = {layer: {} for layer in layers}
     for row, _, outputs in encode_rows(model, dataset, list(range(len(names))), 640_000, env, layers=layers):
         for layer, output in zip(layers, outputs, strict=True):
-            features[layer][names[row]] = standardise(output).numpy()
+            features[layer][names[row]] = normalise_over_time(output).numpy()
     return features
 
 

@@ -31,11 +31,11 @@ with command_needs("paper", __name__):
     import polars as pl
     from published import KEYS, METRICS, REPRESENTATIONS, SCHEMA, results
 
-    from spidr.abx import Scorer, read_items
     from spidr.data.alignments import match_alignments, read_alignments
     from spidr.data.units import read_units
     from spidr.data.write_manifest import write_manifest
     from spidr.evaluate import evaluate_abx
+    from spidr.evaluate.abx import Scorer, read_items
     from spidr.extract import Options, extract_features, extract_units
     from spidr.models import DinoSR, SpidR
     from spidr.models.hub import load_encoder

@@ -231,6 +231,11 @@ def wait_for(condition: Callable[[], bool], seconds: float) -> bool:
     return True
 
 
+def logs(folder: Path) -> str:
+    """All that the tasks of a job and SLURM wrote."""
+    return "\n".join(path.read_text() for path in sorted(folder.rglob("*.err")) + sorted(folder.glob("*.log")))
+
+
 def _end(process: subprocess.Popen[bytes]) -> None:
     if process.poll() is None:
         process.send_signal(signal.SIGTERM)

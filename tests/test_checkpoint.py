@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
+import errno
 import json
 import logging
 import os
 import pickle
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ from hypothesis import strategies as st
 from small_models import tiny_model
 from spidr.checkpoint import Checkpointer, read_checkpoint
 from spidr.config import OptimizerConfig
-from spidr.optimizer import build_optimizer
+from spidr.optimizer import build_optimizer, drop_frozen
+from spidr.tools import files
 from spidr.tools.errors import InputError
 
 CFG = OptimizerConfig(lr=1e-2, warmup_steps=4, hold_steps=2, decay_steps=4)
@@ -207,9 +209,9 @@ def test_any_damage_is_noticed_or_harmless(tmp_path: Path, position: float, bit:
 
 def test_load_says_what_is_wrong(tmp_path: Path) -> None:
     state = checkpointer(tmp_path)
-    with pytest.raises(InputError, match=r"step_3\.pt: cannot be read \(No such file or directory\)"):
-        state.load(3)
+    assert not state.load(3)
     state.save(3, 0)
+    assert state.load(3)
     other = checkpointer(tmp_path, codebook_size=10)
     with pytest.raises(InputError, match=r"step_3\.pt: does not fit the configured model \(.*heads\.0"):
         other.load(3)
@@ -229,9 +231,11 @@ def test_checkpoint_of_version_0_1_2(tmp_path: Path) -> None:
     document["scheduler"] = {"_schedulers": [{}], "last_epoch": 6}
     document["scaler"] = {"scale": 65536.0, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 2000,
                           "_growth_tracker": 6}  # fmt: skip
+    document |= {"epoch": torch.tensor([2]), "step": torch.tensor([6])}
     torch.save(document, tmp_path / "step_6.pt")
     found = checkpointer(tmp_path, seed=1)
-    found.load(6)
+    assert found.load_existing_run()
+    assert (found.step, found.epoch) == (6, 2)
     train_a_step(saved)
     train_a_step(found)
     assert found.scheduler.get_last_lr() == saved.scheduler.get_last_lr()
@@ -240,11 +244,127 @@ def test_checkpoint_of_version_0_1_2(tmp_path: Path) -> None:
     assert "position" not in found.extra
 
 
-def test_new_metrics(tmp_path: Path) -> None:
-    state = checkpointer(tmp_path)
-    assert state.find_new_metrics() == []
-    lines = [{"step": step, "group": "dev", "loss": 1.0} for step in range(3)]
-    for expected in itertools.chain([lines[:2]], [lines[2:]], [[]]):
+def test_new_metrics_come_in_the_order_of_steps(tmp_path: Path) -> None:
+    state = checkpointer(tmp_path, interval=2)
+    assert list(state.find_new_metrics()) == []
+
+    def write(*where: tuple[int, str]) -> list[tuple[int, str]]:
         with state.metrics.open("a") as file:
-            file.writelines(json.dumps(line) + "\n" for line in expected)
-        assert state.find_new_metrics() == expected
+            file.writelines(json.dumps({"step": step, "group": group, "loss": 1.0}) + "\n" for step, group in where)
+        found = list(state.find_new_metrics())
+        groups = [next(key.removesuffix("/step") for key in line if key.endswith("/step")) for line in found]
+        assert found == [
+            {f"{g}/loss": 1.0, f"{g}/step": line[f"{g}/step"]} for g, line in zip(groups, found, strict=True)
+        ]
+        return [(line[f"{group}/step"], group) for group, line in zip(groups, found, strict=True)]
+
+    assert write((0, "dev"), (2, "dev"), (6, "dev")) == [(0, "dev"), (2, "dev")]
+    assert write() == []
+    assert write((4, "dev"), (2, "other")) == [(4, "dev"), (6, "dev")]
+    assert write((0, "other")) == [(0, "other"), (2, "other")]
+
+
+def test_on_its_own_with_any_model_and_schedule(tmp_path: Path) -> None:
+    def build(folder: Path, **options: Any) -> tuple[Checkpointer, torch.optim.Optimizer, Any]:
+        model = torch.nn.Linear(2, 2)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.9)
+        schedules = [
+            torch.optim.lr_scheduler.ConstantLR(optimizer),
+            torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5),
+        ]
+        scheduler = torch.optim.lr_scheduler.SequentialLR(optimizer, schedules, milestones=[2])
+        state = Checkpointer(folder, 2, **options)
+        state.init_state(model, optimizer, scheduler, torch.amp.GradScaler("cpu", enabled=False))
+        return state, optimizer, scheduler
+
+    state, optimizer, scheduler = build(tmp_path / "a/b")
+    assert (tmp_path / "a/b").is_dir()
+    assert state.last is None
+    for step in range(6):
+        assert state.save(torch.tensor([step]), torch.tensor([1])) == (step % 2 == 0)  # type: ignore[arg-type]
+        state.model(torch.ones(1, 2)).sum().backward()
+        optimizer.step()
+        scheduler.step()
+    assert state.last == tmp_path / "a/b/step_4.pt"
+    other, other_optimizer, other_scheduler = build(tmp_path / "a/b")
+    assert other.last == tmp_path / "a/b/step_4.pt"
+    assert other.load_existing_run()
+    assert (other.step, other.epoch) == (4, 1)
+    assert other_optimizer.param_groups[0]["lr"] == 4 * optimizer.param_groups[0]["lr"]
+    other_scheduler.step()
+    assert other_optimizer.param_groups[0]["lr"] == 2 * optimizer.param_groups[0]["lr"]
+
+    never, *_ = build(tmp_path / "never", keep_latest=1)
+    never.interval = 0
+    assert [never.save(0, 0), never.save(1, 0, force=True), never.save_final(1, 0)] == [False] * 3
+    assert not list((tmp_path / "never").iterdir())
+    build(tmp_path / "disabled", disable=True)
+    assert not (tmp_path / "disabled").exists()
+
+
+def test_moved_freeze_step(tmp_path: Path) -> None:
+    """With parameters frozen when it was saved but not now, and the other way round."""
+    saved = checkpointer(tmp_path)
+    train_a_step(saved)
+    saved.save(1, 0)
+    drop_frozen(saved.optimizer, saved.scheduler)  # type: ignore[arg-type]
+    train_a_step(saved)
+    saved.save(2, 0)
+    later = checkpointer(tmp_path, seed=1)
+    assert later.load(2)
+    assert len(later.optimizer.param_groups) == 2
+    assert not any(parameter in later.optimizer.state for parameter in later.optimizer.param_groups[1]["params"])
+    train_a_step(later)
+    earlier = checkpointer(tmp_path, seed=1)
+    drop_frozen(earlier.optimizer, earlier.scheduler)  # type: ignore[arg-type]
+    assert earlier.load(1)
+    assert {int(state["step"]) for state in earlier.optimizer.state.values()} == {1}
+    train_a_step(earlier)
+
+
+def test_none_that_can_be_used_is_an_error(tmp_path: Path) -> None:
+    saved = checkpointer(tmp_path)
+    saved.save(1, 0)
+    saved.save_final(2, 0)
+    for path in tmp_path.iterdir():
+        _truncate(path)
+    os.mkfifo(tmp_path / "step_7.pt")
+    with pytest.raises(InputError, match=r"none of its checkpoints can be used.*final\.pt.*step_7\.pt.*step_1\.pt"):
+        checkpointer(tmp_path).load_existing_run()
+
+
+def test_weights_that_are_not_finite_are_not_gone_on_with(tmp_path: Path) -> None:
+    saved = checkpointer(tmp_path)
+    saved.save(1, 0)
+    saved.model.mask_embedding.data[3] = float("nan")  # type: ignore[union-attr, operator]
+    saved.save(2, 0)
+    assert checkpointer(tmp_path).find_latest() == tmp_path / "step_1.pt"
+    with pytest.raises(InputError, match="1 weights are not finite, the first are mask_embedding"):
+        checkpointer(tmp_path).load(2)
+
+
+def test_in_the_background(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is written is what was there when it was saved; one file at a time; what fails is said by the next."""
+    state = checkpointer(tmp_path, keep_latest=1)
+    state._background = True
+    gate, rename = threading.Event(), files._rename
+    monkeypatch.setattr(files, "_rename", lambda *paths: (gate.wait(30), rename(*paths)))
+    before = {name: value.clone() for name, value in state.model.state_dict().items()}
+    assert state.save(1, 0)
+    train_a_step(state)
+    assert not (tmp_path / "step_1.pt").exists()
+    threading.Timer(0.2, gate.set).start()
+    assert state.save(2, 0)
+    written = read_checkpoint(tmp_path / "step_1.pt")["model"]
+    assert all(torch.equal(value, written[name]) for name, value in before.items())
+    state.wait()
+    assert steps(tmp_path) == [2]  # and only now is the one before removed
+
+    def full(*_: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(files, "_rename", full)
+    assert state.save(3, 0)
+    with pytest.raises(InputError, match=r"step_3\.pt: cannot be written .*make room"):
+        state.save(4, 0)
+    assert steps(tmp_path) == [2]

@@ -71,7 +71,7 @@ SIGNATURES: list[tuple[Any, str]] = [
     (spidr.optimizer.build_optimizer, "model cfg"),
     (spidr.train.train, "cfg"),
     (spidr.validate.validate, "model loader device"),
-    (spidr.slurm.launch_with_submitit, "job_name functions dump slurm * copy_code"),
+    (spidr.slurm.launch_with_submitit, "job_name jobs dump slurm * copy_code="),
     (spidr.checkpoint.Checkpointer, "folder interval keep_latest= * disable= start="),
     (spidr.checkpoint.Checkpointer.init_state, "self model optimizer scheduler scaler"),
     (spidr.checkpoint.Checkpointer.save, "self step epoch * force="),

@@ -55,8 +55,7 @@ def step(model: DinoSR, call: Callable[..., tuple[Tensor, object]], rows: int, s
 def test_one_code_for_each_kind_of_batch(model: DinoSR, cfg: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was made up to compile for leaves no trace, neither in the model nor in random draws."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager", fullgraph=True))
-    for module in ("kernels", "extractor"):  # which compiled code never is
-        monkeypatch.setattr(f"spidr.models.{module}.is_lean", lambda _: False)
+    monkeypatch.setattr("spidr.models.kernels.is_lean", lambda _: False)  # which compiled code never is
     compiled = Compiled(model, cfg)
     lengths = torch.tensor([7011, 4000, 5001])
     frames = conv_length(model.cfg.extractor_conv_layer_config, lengths)

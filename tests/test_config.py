@@ -104,6 +104,8 @@ def test_published_defaults() -> None:
         "alignments_path": None,
         "global_batch_length": None,
         "on_error": "raise",
+        "weights": None,
+        "length_multiple": 1,
     }
     assert dataclasses.asdict(OptimizerConfig()) == {
         "lr": 5e-4,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +14,7 @@ import pytest
 
 from slurm_cluster import wait_for
 from spidr import __main__ as command_line
+from spidr import __version__
 from spidr.__main__ import main
 from spidr.tools.metrics import read_metrics
 from tiny_run import assert_same_outcome, write_config, write_recordings
@@ -33,24 +36,62 @@ def spidr(*args: str, **options: object) -> subprocess.CompletedProcess[str]:
     )
 
 
+def test_front_door(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    shown = capsys.readouterr()
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"spidr {__version__}\n"
+    for name in ("evaluate", "export", "extract", "manifest", "metrics", "models", "report"):
+        assert name in shown.out
+    assert len(shown.out.splitlines()) <= 48
+    assert "\nexample:\n  python -m spidr config.toml " in shown.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "begin"),
+    [
+        (["train", "--help"], "usage: spidr train [-h]"),
+        (["--help"], "usage: spidr train [-h]"),
+        (["manifest", "--help"], "usage: spidr manifest [-h]"),
+        (["extract", "units", "--help"], "usage: spidr extract units [-h]"),
+        (["metrics", "--help"], "usage: spidr metrics [-h]"),
+    ],
+)
+def test_console_script(tmp_path: Path, arguments: list[str], begin: str) -> None:
+    script = tmp_path / "spidr"
+    script.write_text(f"#!{sys.executable}\nfrom spidr.__main__ import spidr\nspidr()\n")
+    done = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(begin)
+
+
+def test_console_script_has_the_command_s_status(config: Path, tmp_path: Path) -> None:
+    code = "import sys; sys.argv[0] = 'spidr'; from spidr.__main__ import spidr; spidr()"
+    command = [sys.executable, "-c", code, "metrics", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert "not a run folder" in done.stderr
+
+
 def test_help_needs_no_torch() -> None:
-    code = "import runpy, sys; sys.argv = ['spidr', '--help']; import atexit\n"
+    code = "import runpy, sys; sys.argv = ['-m', '--help']; import atexit\n"
     code += "atexit.register(lambda: print([m for m in ('torch', 'submitit', 'polars') if m in sys.modules]))\n"
     code += "runpy.run_module('spidr', run_name='__main__')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0
-    assert "usage: python -m spidr [-h] [-A ACCOUNT] [-N N] [-G N]" in done.stdout
+    assert "usage: python -m spidr [-h] [--dry-run] [--version] [-A ACCOUNT]" in done.stdout
     assert done.stdout.splitlines()[-1] == "[]"
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ([], "the following arguments are required: configs"),
-        (["CONFIG", "-A", "me"], "SLURM needs -A, -N and -G together"),
-        (["CONFIG", "-A", "me", "-G", "4"], "SLURM needs -A, -N and -G together"),
-        (["CONFIG", "-t", "60"], "SLURM needs -A, -N and -G together"),
-        (["CONFIG", "--dump", "x"], "SLURM needs -A, -N and -G together"),
+        (["--dry-run"], "the following arguments are required: CONFIG"),
+        (["CONFIG", "-A", "me"], "SLURM needs -N and -G together"),
+        (["CONFIG", "-A", "me", "-G", "4"], "SLURM needs -N and -G together"),
+        (["CONFIG", "-t", "60"], "SLURM needs -N and -G together"),
+        (["CONFIG", "--dump", "x"], "SLURM needs -N and -G together"),
+        (["optimizer.lr=1"], "no configuration is given"),
         (["CONFIG", *ON_SLURM, "-t", "soon"], "argument -t/--time: invalid int value: 'soon'"),
     ],
 )
@@ -107,15 +148,45 @@ def test_dry_run_shows_the_exact_submission(config: Path, tmp_path: Path, capsys
     assert sorted(tmp_path.rglob("*")) == sorted([*before, other])
 
 
-def test_dry_run_checks_manifests(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    missing = {"dev": {"manifest": str(tmp_path / "no.csv")}}
-    other = write_config(tmp_path, tmp_path / "data/manifest.csv", "other", validation=missing)
-    for options in ([], [*ON_SLURM, "--dump", str(tmp_path / "dump")]):
-        assert main([str(config), "--dry-run", *options]) == 0
-        assert main([str(config), str(other), "--dry-run", *options]) == 2
-        assert f"error: {tmp_path}/no.csv: the manifest does not exist" in capsys.readouterr().err
+def test_command_of_discophon_s_page(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """No account, options by their long names, an hour's limit in minutes."""
+    words = "--nodes 4 --gpus-per-node 4 --cpus-per-task 24 --time 1200 --constraint h100 --dump dump".split()  # noqa: SIM905
+    assert main([str(config), *words, "--dry-run"]) == 0
+    assert (
+        "--job-name=run --nodes=4 --ntasks-per-node=4 --gpus-per-node=4 --cpus-per-task=24 --time=1200 "
+        "--constraint=h100 --signal=USR2@120"
+    ) in capsys.readouterr().out
+
+
+def test_everything_is_checked_first(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """All that is missing at once: here and on SLURM, with --dry-run and without."""
+    missing = {"a": {"manifest": str(tmp_path / "no.csv")}, "b": {"alignments_path": str(tmp_path / "no.jsonl")}}
+    missing["b"] |= {"manifest": str(tmp_path / "data/manifest.csv")}
+    run = {"init_ckpt": str(tmp_path / "no.pt")}
+    other = write_config(tmp_path, tmp_path / "data/manifest.csv", "other", validation=missing, run=run)
+    on_slurm = [*ON_SLURM, "--dump", str(tmp_path / "dump")]
+    assert main([str(config), "--dry-run"]) == 0
+    (tmp_path / "data/audio/3.wav").unlink()
+    for options in (["--dry-run"], ["--dry-run", *on_slurm], on_slurm):
+        assert main([str(config), str(other), *options]) == 2
+        said = capsys.readouterr().err
+        for problem in (
+            f"{tmp_path}/no.pt: neither a file nor a published model",
+            f"{tmp_path}/no.csv: the manifest does not exist",
+            f"{tmp_path}/no.jsonl: ",
+            f"data/manifest.csv: 1 of 6 files do not exist: {tmp_path}/data/audio/3.wav",
+        ):
+            assert said.count(problem) == 1, said
     assert not (tmp_path / "dump").exists()
     assert not (tmp_path / "p").exists()
+
+
+def test_lengths_of_some_recordings_are_compared(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copyfile(tmp_path / "data/audio/1.wav", tmp_path / "data/audio/0.wav")
+    assert main([str(config), "--dry-run"]) == 2
+    assert re.search(r"audio/0.wav has [\d,]+ samples, not [\d,]+: write the manifest again", capsys.readouterr().err)
 
 
 def dry_run(config: Path, capsys: pytest.CaptureFixture[str], *options: str) -> str:
@@ -177,6 +248,24 @@ def test_dump_folder_from_the_environment(
     assert f"--output={tmp_path}/jobs/run/%j_slurm.log" in capsys.readouterr().out
 
 
+def test_a_run_that_fails_does_not_stop_the_others(config: Path, tmp_path: Path) -> None:
+    nowhere = write_config(tmp_path, tmp_path / "no.csv", "nowhere")
+    done = spidr(str(nowhere), str(config), "optimizer.max_steps=2", "run.save_interval=0")
+    assert done.returncode == 2
+    assert f"error: {tmp_path}/no.csv: the manifest does not exist" in done.stderr
+    assert read_metrics(tmp_path / "p/run/metrics.jsonl")[-1]["step"] == 2
+
+
+def test_overrides(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    named = ["run.wandb_name=x", "--dry-run", "run.wandb_project = 'a b'"]
+    assert main([str(config), *named]) == 0
+    assert capsys.readouterr().out == f"{config}: trains here, in {tmp_path}/a b/x\n"
+    assert main([str(config), "optimizer.lrr=1e-3", "optimizer.lr=-1", "optimizer.dtype=int8"]) == 2
+    said = capsys.readouterr().err
+    assert "3 problems" in said
+    assert "optimizer.lrr: unknown key, did you mean lr?" in said
+
+
 def test_trains_one_configuration_after_the_other(config: Path, tmp_path: Path) -> None:
     short = {"max_steps": 3}
     paths = [write_config(tmp_path, tmp_path / "data/manifest.csv", name, optimizer=short) for name in ("a", "b")]
@@ -187,7 +276,7 @@ def test_trains_one_configuration_after_the_other(config: Path, tmp_path: Path) 
 
 def test_one_process_per_gpu(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[str, int]] = []
-    monkeypatch.setattr(command_line, "_train_on_gpus", lambda path, count: calls.append((path, count)))
+    monkeypatch.setattr(command_line, "_train_on_gpus", lambda words, count: calls.append((words[0], count)) or 0)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
     auto = write_config(tmp_path, tmp_path / "data/manifest.csv", "auto", run={"device": "auto"})
     assert main([str(auto)]) == 0
@@ -211,7 +300,7 @@ def test_status_of_several_processes_is_the_command_s(config: Path) -> None:
     document = json.loads(config.read_text())
     document["data"]["manifest"] = "gone.csv"
     config.write_text(json.dumps(document))
-    code = f"from spidr.__main__ import _train_on_gpus; _train_on_gpus({str(config)!r}, 2)"
+    code = f"import sys; from spidr.__main__ import _train_on_gpus; sys.exit(_train_on_gpus([{str(config)!r}], 2))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 2
     assert "error: gone.csv: the manifest does not exist" in done.stderr
@@ -220,7 +309,7 @@ def test_status_of_several_processes_is_the_command_s(config: Path) -> None:
 @pytest.mark.slow
 def test_all_processes_save_when_the_command_is_told_to_stop(config: Path, tmp_path: Path) -> None:
     long = write_config(tmp_path, tmp_path / "data/manifest.csv", "long", optimizer={"max_steps": 100_000})
-    code = f"from spidr.__main__ import _train_on_gpus; _train_on_gpus({str(long)!r}, 2)"
+    code = f"from spidr.__main__ import _train_on_gpus; _train_on_gpus([{str(long)!r}], 2)"
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
         run_dir = tmp_path / "p/long"
         assert wait_for(lambda: len(read_metrics(run_dir / "metrics.jsonl")) > 3, 120)

@@ -7,24 +7,28 @@ import logging
 import os
 import re
 import shutil
+import signal
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 
-from processes import assert_same_run, differences
+from processes import Fault, Ranks, assert_same_run, differences, outcome
+from slurm_cluster import wait_for
 from spidr import run as run_module
-from spidr.checkpoint import CONTENTS
+from spidr.checkpoint import CONTENTS, read_checkpoint
 from spidr.config import Config, read_config
 from spidr.environment import Preempted
 from spidr.models import DinoSR
-from spidr.tools import metrics, profiler
+from spidr.tools import profiler, wandb
 from spidr.tools.errors import InputError
 from spidr.tools.lock import Process
 from spidr.tools.metrics import read_metrics
 from spidr.train import Hooks, State, train
+from spidr.validation_jobs import ValidationJobs
 from tiny_run import MEASURED, write_config, write_recordings
 
 LAYERS = ("l2", "l3", "l4")
@@ -65,7 +69,7 @@ def test_folder_of_a_run(tmp_path: Path, manifest: Path, caplog: pytest.LogCaptu
     assert "finished 7 steps" in log
     lines = read_metrics(cfg.run.dir / "metrics.jsonl")
     assert [(line["step"], line["group"]) for line in lines] == [
-        (0, "dev"), (3, "train"), (4, "dev"), (6, "train"), (7, "dev")
+        (0, "dev"), (3, "train"), (4, "dev"), (6, "train"), (7, "train"), (7, "dev")
     ]  # fmt: skip
     per_codebook = {f"{name}_{layer}" for name in ("target_ppl", "pred_ppl") for layer in LAYERS}
     assert lines[0].keys() == {"step", "group", "loss", "target_ppl", "pred_ppl"} | per_codebook
@@ -154,14 +158,14 @@ def test_damaged_checkpoint_costs_only_time(tmp_path: Path, manifest: Path) -> N
     train(cfg)
     assert_same_run(cfg.run.dir, whole.run.dir)
     log = (cfg.run.dir / "log_0.txt").read_text()
-    assert log.count("WARNING [rank 0] passed over a checkpoint") == 2
+    assert log.count("WARNING passed over a checkpoint") == 2
     assert f"going on from {cfg.run.dir / 'step_3.pt'}" in log
 
 
 def test_checkpoint_that_cannot_be_used_is_an_error(tmp_path: Path, manifest: Path) -> None:
     train(read_config(write_config(tmp_path, manifest, optimizer={"max_steps": 1})))
     cfg = read_config(write_config(tmp_path, manifest, model={"encoder_num_layers": 3}))
-    with pytest.raises(InputError, match=r"final\.pt: does not fit the configured model .*another run\.wandb_name"):
+    with pytest.raises(InputError, match=r"encoder_num_layers = 4 there, 3 here.*another run\.wandb_name"):
         train(cfg)
 
 
@@ -172,40 +176,35 @@ def test_two_steps_are_profiled(tmp_path: Path, manifest: Path, monkeypatch: pyt
     assert "train_step" in (cfg.run.dir / "trace.html").read_text()
 
 
-class Jobs:
-    """Stands for the cluster: validation jobs that give their results when the test says so."""
+class Jobs(ValidationJobs):
+    """Submits to no cluster: the test writes the results."""
 
-    def __init__(self, folder: Path) -> None:
-        self.submitted: list[tuple[int, str]] = []
-        self.done: list[int] = []
-        self.lines: list[dict[str, Any]] = []
+    submitted: ClassVar[list[tuple[int, str]]] = []
 
     def submit(self, cfg: Config, step: int, checkpoint: Path) -> None:
         self.submitted.append((step, checkpoint.name))
+        self.folder.mkdir(exist_ok=True)
+        (self.folder / f"step_{step}.pending").write_text(json.dumps({"checkpoint": str(checkpoint), "job": "1"}))
 
-    def pending(self) -> set[int]:
-        return {step for step, _ in self.submitted} - set(self.done)
-
-    def collect(self) -> list[dict[str, Any]]:
-        lines, self.lines = self.lines, []
-        return lines
+    def find_lost(self) -> None:
+        pass
 
 
 def test_validation_in_jobs(tmp_path: Path, manifest: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[Jobs] = []
-    monkeypatch.setattr(run_module, "ValidationJobs", lambda folder: made.append(Jobs(folder)) or made[-1])
+    monkeypatch.setattr(run_module, "ValidationJobs", Jobs)
     monkeypatch.setenv("SLURM_STEP_ID", "none")  # a job, as far as validation is concerned
     cfg = read_config(
         write_config(tmp_path, manifest, run={"save_interval": 2, "keep_latest": 1}, optimizer={"max_steps": 7})
     )
+    results = [{"step": step, "group": "dev", "loss": 1.25 + step} for step in (0, 2)]
 
-    def results_of_step_2_at_step_5(state: State) -> None:
+    def two_have_ended_at_step_5(state: State) -> None:
         if state.step == 5:
-            made[0].done.append(2)
-            made[0].lines.append({"step": 2, "group": "dev", "loss": 1.25})
+            for line in results:
+                (cfg.run.dir / f"validation/step_{line['step']}.jsonl").write_text(json.dumps(line) + "\n")
 
-    train(cfg, Hooks(after_step=results_of_step_2_at_step_5))
-    assert made[0].submitted == [
+    train(cfg, Hooks(after_step=two_have_ended_at_step_5))
+    assert Jobs.submitted == [
         (0, "step_0.pt"),
         (2, "step_2.pt"),
         (4, "step_4.pt"),
@@ -213,9 +212,8 @@ def test_validation_in_jobs(tmp_path: Path, manifest: Path, monkeypatch: pytest.
         (7, "final.pt"),
     ]
     # What pending validations need is still there.
-    assert sorted(path.name for path in cfg.run.dir.glob("*.pt")) == ["final.pt", "step_0.pt", "step_4.pt", "step_6.pt"]
-    lines = [line for line in read_metrics(cfg.run.dir / "metrics.jsonl") if line["group"] == "dev"]
-    assert lines == [{"step": 2, "group": "dev", "loss": 1.25}]
+    assert sorted(path.name for path in cfg.run.dir.glob("*.pt")) == ["final.pt", "step_4.pt", "step_6.pt"]
+    assert [line for line in read_metrics(cfg.run.dir / "metrics.jsonl") if line["group"] == "dev"] == results
 
 
 def test_wandb_gets_each_line_once_and_keeps_its_run(tmp_path: Path, manifest: Path) -> None:
@@ -230,16 +228,21 @@ def test_wandb_gets_each_line_once_and_keeps_its_run(tmp_path: Path, manifest: P
     train(cfg)
     state = json.loads((cfg.run.dir / "wandb.json").read_text())
     assert state["id"] == first["id"]
-    assert state["pushed"] == {"train": 6, "dev": 6}
+    assert state["pushed"]["offline"] == {"train": 6, "dev": [0, 2, 4, 6]}
     sessions = sorted(cfg.run.dir.glob("wandb/offline-run-*/*.wandb"))
     assert {path.name for path in sessions} == {f"run-{state['id']}.wandb"}
-    logged = []
-    for path in sessions:
-        for record in records(path):
-            items = {item.key or "/".join(item.nested_key): item.value_json for item in record.history.item}
-            logged += [(int(value), key) for key, value in items.items() if key.endswith("/step")]
+
+    def logged() -> list[tuple[int, str]]:
+        found = []
+        for path in sessions:
+            for record in records(path):
+                items = {item.key or "/".join(item.nested_key): item.value_json for item in record.history.item}
+                found += [(int(value), key) for key, value in items.items() if key.endswith("/step")]
+        return found
+
     lines = read_metrics(cfg.run.dir / "metrics.jsonl")
-    assert logged == [(line["step"], f"{line['group']}/step") for line in lines]
+    assert wait_for(lambda: len(logged()) >= len(lines), 30)  # wandb writes when it likes
+    assert logged() == [(line["step"], f"{line['group']}/step") for line in lines]
 
 
 def test_unreachable_wandb_does_not_stop_training(
@@ -247,12 +250,12 @@ def test_unreachable_wandb_does_not_stop_training(
 ) -> None:
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
-    monkeypatch.setattr(metrics, "TIMEOUT", 2.0)
+    monkeypatch.setattr(wandb, "TIMEOUT", 2.0)
     cfg = read_config(write_config(tmp_path, manifest, run={"wandb_mode": "online"}, optimizer={"max_steps": 2}))
     train(cfg)
     assert (cfg.run.dir / "final.pt").exists()
     log = (cfg.run.dir / "log_0.txt").read_text()
-    assert re.search(r"WARNING \[rank 0\] wandb is not available \(.+\); training goes on without it\n", log)
+    assert re.search(r"WARNING wandb is not available \(.+\); training continues without it\n", log)
     assert "Traceback" not in log
 
 
@@ -268,3 +271,128 @@ def test_collapse_is_warned_of(tmp_path: Path, manifest: Path) -> None:
     train(cfg, Hooks(on_model=one_codeword_only))
     log = (cfg.run.dir / "log_0.txt").read_text()
     assert "step 2: the codebook of layer 2 has used less than 100 % of its 12 codewords for 2 steps" in log
+
+
+# ------------------------------------------------------------------------------------------------- going on, and ends
+
+
+def settings(tmp_path: Path, manifest: Path, **sections: dict[str, Any]) -> Config:
+    sections["run"] = {"save_interval": 4} | sections.get("run", {})
+    sections["optimizer"] = {"max_steps": 6} | sections.get("optimizer", {})
+    return read_config(write_config(tmp_path, manifest, **sections))
+
+
+def trained(run_dir: Path) -> list[int]:
+    return [line["step"] for line in read_metrics(run_dir / "metrics.jsonl") if line["group"] == "train"]
+
+
+def test_a_finished_run_is_left_alone(tmp_path: Path, manifest: Path) -> None:
+    cfg = settings(tmp_path, manifest)
+    train(cfg)
+    before = {path.name: path.read_bytes() for path in cfg.run.dir.iterdir() if path.suffix in (".json", ".pt")}
+    for section, changes, message in [
+        ("run", {"model_type": "dinosr"}, "run.model_type = spidr there, dinosr here"),
+        ("optimizer", {"lr": 0.1}, "optimizer.lr = 0.0005 there, 0.1 here"),
+        ("optimizer", {"max_steps": 5}, "optimizer.max_steps = 6 there, 5 here"),
+        ("masking", {"mask_prob": 0.5}, "masking.mask_prob = 0.8 there, 0.5 here"),
+        ("data", {"max_batch_length": 30_000}, "data.max_batch_length = 24000 there, 30000 here"),
+        ("model", {"freeze_step": 3}, "model.freeze_step = 200000 there, 3 here"),
+    ]:
+        with pytest.raises(InputError, match=rf"holds a finished run with other settings: .*{re.escape(message)}"):
+            train(settings(tmp_path, manifest, **{section: changes}))
+    train(settings(tmp_path, manifest, run={"log_interval": 3}, data={"num_workers": 1}))
+    assert before == {name: (cfg.run.dir / name).read_bytes() for name in before}
+
+
+def test_what_changed_is_listed(tmp_path: Path, manifest: Path) -> None:
+    cfg = settings(tmp_path, manifest)
+    train(cfg)
+    train(settings(tmp_path, manifest, optimizer={"max_steps": 8, "lr": 0.1}, model={"freeze_step": 7}))
+    log = (cfg.run.dir / "log_0.txt").read_text()
+    assert (
+        "changed since the run began: model.freeze_step = 200000 there, 7 here; optimizer.lr = 0.0005 there, 0.1 here; "
+        "optimizer.max_steps = 6 there, 8 here"
+    ) in log
+    assert read_config(cfg.run.dir / "config.json").optimizer.lr == 0.1
+    checkpoint, _ = outcome(cfg.run.dir)
+    assert len(checkpoint["optimizer"]["param_groups"]) == 1
+    # Frozen parameters that are to be trained again.
+    train(settings(tmp_path, manifest, optimizer={"max_steps": 10}, model={"freeze_step": 100}))
+    checkpoint, _ = outcome(cfg.run.dir)
+    assert len(checkpoint["optimizer"]["param_groups"]) == 2
+
+
+def test_the_last_interval_may_be_a_short_one(tmp_path: Path, manifest: Path) -> None:
+    def logged(max_steps: int) -> list[int]:
+        cfg = settings(tmp_path, manifest, run={"log_interval": 4}, optimizer={"max_steps": max_steps})
+        train(cfg)
+        return trained(cfg.run.dir)
+
+    assert logged(3) == [3]
+    assert logged(9) == [3, 4, 8, 9]
+
+
+def test_nothing_is_written_where_no_checkpoint_can_be_used(tmp_path: Path, manifest: Path) -> None:
+    cfg = settings(tmp_path, manifest)
+    train(cfg)
+    for path in cfg.run.dir.glob("*.pt"):
+        path.write_bytes(path.read_bytes()[:1000])
+    os.mkfifo(cfg.run.dir / "step_9.pt")
+    before = {path.name: path.read_bytes() for path in cfg.run.dir.iterdir() if path.is_file()}
+    with pytest.raises(InputError, match="none of its checkpoints can be used, so nothing was changed"):
+        train(cfg)
+    assert before == {path.name: path.read_bytes() for path in cfg.run.dir.iterdir() if path.is_file()}
+
+
+@pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGHUP, 75)])
+def test_second_start_and_a_stop_that_saves(tmp_path: Path, manifest: Path, signum: int, status: int) -> None:
+    sections: dict[str, Any] = {"run": {"log_interval": 5}, "optimizer": {"max_steps": 8}}
+    cfg = settings(tmp_path, manifest, **sections)
+    undisturbed = replace(cfg, run=replace(cfg.run, wandb_name="undisturbed"))
+    train(undisturbed)
+    ranks = Ranks(tmp_path / "run.json", 1, Fault("step", 4, signal.SIGSTOP))
+    pid = ranks.processes[0].pid
+    assert pid is not None
+    assert wait_for(lambda: Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T", 60)
+    with pytest.raises(InputError, match=rf"another process is training in this folder \(process {pid} on"):
+        train(cfg)
+    os.kill(pid, signum)
+    os.kill(pid, signal.SIGCONT)
+    assert ranks.wait() == [status]
+    log = (cfg.run.dir / "log_0.txt").read_text()
+    assert f"the run ended: stopped by {signal.Signals(signum).name}" in log
+    assert trained(cfg.run.dir) == [4]  # what was measured last
+    train(cfg)
+    assert_same_run(cfg.run.dir, undisturbed.run.dir)
+
+
+def test_the_reason_of_the_end_is_in_the_log(tmp_path: Path, manifest: Path) -> None:
+    def fail(state: State) -> None:
+        if state.step == 3:
+            raise ZeroDivisionError("in a hook")
+
+    cfg = settings(tmp_path, manifest, run={"log_interval": 2})
+    with pytest.raises(ZeroDivisionError):
+        train(cfg, Hooks(after_step=fail))
+    log = (cfg.run.dir / "log_0.txt").read_text()
+    assert "the run ended: ZeroDivisionError: in a hook" in log
+    assert "Traceback" in log
+
+
+def test_in_a_thread_and_with_other_defaults(tmp_path: Path, manifest: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The process is the caller's: what training changes in it is restored."""
+    cfg = settings(tmp_path, manifest, run={"use_deterministic": True}, optimizer={"max_steps": 2})
+    torch.manual_seed(3)
+    expected = torch.rand(3)
+    torch.manual_seed(3)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(train, cfg).result()
+        assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(torch.rand(3), expected)
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert "training runs in a thread: signals" in (cfg.run.dir / "log_0.txt").read_text()
+    assert read_checkpoint(cfg.run.dir / "final.pt")["model"]["mask_embedding"].dtype == torch.float32

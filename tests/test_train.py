@@ -25,10 +25,11 @@ from spidr.environment import Environment, Preempted, StopFlag
 from spidr.models import DinoSR
 from spidr.models.hub import build_model
 from spidr.optimizer import build_optimizer
+from spidr.state import Hooks, State, model_settings
 from spidr.tools import peers
 from spidr.tools.errors import InputError
 from spidr.tools.metrics import read_metrics
-from spidr.train import Hooks, State, main, model_settings, train, train_step
+from spidr.train import main, train, train_step
 from tiny_run import write_config, write_recordings
 
 CPU = Environment(0, 0, 1, torch.device("cpu"))
@@ -66,9 +67,12 @@ def test_golden_trajectory(golden: GoldenCase) -> None:
         measured = train_step(state, [batch])
         assert measured is not None
         for name in ("loss", "grad_norm", "lr", "ema_decay"):
-            assert float(measured[name]) == pytest.approx(step[name], rel=1e-4), (i, name)
+            assert float(getattr(measured, name)) == pytest.approx(step[name], rel=1e-4), (i, name)
         for name in ("target_ppl", "pred_ppl"):
-            assert float(torch.as_tensor(measured[f"{name}s"]).mean()) == pytest.approx(step[name], rel=1e-4), (i, name)
+            assert float(torch.as_tensor(getattr(measured, name)).mean()) == pytest.approx(step[name], rel=1e-4), (
+                i,
+                name,
+            )
     weights = model.state_dict()
     for name, value in golden.weights("checkpoint_after.pt").items():
         torch.testing.assert_close(weights[name], value, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")

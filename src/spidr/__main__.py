@@ -1,80 +1,111 @@
-"""The command line: train configurations here, one after the other, or submit them to SLURM as one job array."""
+"""The command line: the package's programs by name, and the one that trains, here or on SLURM."""
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import os
+import re
+import runpy
 import shlex
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
+from spidr import __version__
 from spidr.config import Config, SlurmConfig, read_config
+from spidr.tools.command import PROGRAMS, Parser, command, write_result
 from spidr.tools.errors import InputError
 from spidr.tools.lazy import needs_extra
+from spidr.tools.threads import set_up_threads
 
 DESCRIPTION = """\
-Train SpidR or DinoSR. With -A, -N and -G every configuration becomes a SLURM job; without SLURM options they are
-trained here, one after the other, on all GPUs of this machine, else on its CPU.
+Train SpidR or DinoSR: with -N and -G as SLURM jobs, else here, one after the other, on all GPUs or the CPU. Started
+again, a run resumes.
 """
+EXAMPLE = """\
+python -m spidr config.toml optimizer.lr=1e-3 run.wandb_name=faster
+python -m spidr config.toml -N 2 -G 8 -t 1200 --dump jobs --dry-run"""
 
 
+def spidr() -> None:
+    """Run ``spidr NAME``, which is ``python -m`` of the program's module."""
+    set_up_threads()
+    name = sys.argv[1] if len(sys.argv) > 1 else ""
+    if name in PROGRAMS and name != "train":
+        del sys.argv[1]
+        runpy.run_module(PROGRAMS[name], run_name="__main__", alter_sys=False)
+    sys.exit(main())
+
+
+@command
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line.
+    """Train, or submit to SLURM.
 
     Returns:
-        The exit status: 0 if everything was trained, or submitted.
+        The exit status: 0 if everything was trained, or submitted, else that of the first run that failed.
     """
-    parser = _build_parser()
-    args = parser.parse_args(argv)
-    given = {
-        field.name: value
-        for field in dataclasses.fields(SlurmConfig)
-        if (value := getattr(args, field.name)) is not None
-    }
-    on_slurm = given.keys() >= {"account", "nodes", "gpus_per_node"}
-    if not on_slurm and (given or args.dump is not None):
-        parser.error("SLURM needs -A, -N and -G together; without SLURM options, training runs here")
-    try:
-        configs = {path: read_config(path) for path in args.configs}
-        _check_folders(configs)
-        if on_slurm:
-            return _on_slurm(list(configs.values()), given, args.dump, dry_run=args.dry_run)
-        return _here(configs, dry_run=args.dry_run)
-    except InputError as error:
-        sys.stderr.write(f"error: {error}\n")
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = _parser()
+    if not argv:
+        parser.print_help()
         return 2
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted; the same command goes on from the last checkpoint\n")
-        return 130
+    if "--version" in argv:
+        write_result(f"spidr {__version__}\n")
+        return 0
+    args = parser.parse_intermixed_args(argv[1:] if argv[:1] == ["train"] else argv)
+    overrides = [word for word in args.configs if _OVERRIDE.match(word)]
+    paths = [word for word in args.configs if word not in overrides]
+    if not paths:
+        parser.error("no configuration is given, such as config.toml")
+    options = {name: value for name in _SLURM_OPTIONS if (value := getattr(args, name)) is not None}
+    on_slurm = options.keys() >= {"nodes", "gpus_per_node"}
+    if not on_slurm and (options or args.dump is not None):
+        parser.error("SLURM needs -N and -G together; without SLURM options, training runs here")
+    configs = {path: read_config(path, overrides) for path in dict.fromkeys(paths)}
+    _check_folders(configs)
+    if args.dry_run or on_slurm:
+        _check_inputs(list(configs.values()))
+    if on_slurm:
+        return _on_slurm(list(configs.values()), options, args.dump, dry_run=args.dry_run)
+    if args.dry_run:
+        write_result("".join(f"{path}: trains here, in {config.run.dir}\n" for path, config in configs.items()))
+        return 0
+    return _here(configs, overrides)
 
 
-def _build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("python -m spidr", description=DESCRIPTION)
-    parser.add_argument("configs", nargs="+", help="configuration files, TOML or JSON")
+_OVERRIDE = re.compile(r"[A-Za-z_][\w-]*(\.[\w-]+)+\s*=")
+_SLURM_OPTIONS = (
+    *("account", "nodes", "gpus_per_node", "cpus_per_task", "mem_per_gpu", "time", "constraint", "partition", "qos"),
+)
+
+
+def _parser() -> argparse.ArgumentParser:
+    others = ", ".join(sorted(PROGRAMS.keys() - {"train"}))
+    parser = Parser(
+        "python -m spidr",
+        description=DESCRIPTION,
+        epilog=f"other programs (spidr NAME --help): {others}",
+        example=EXAMPLE,
+    )
+    parser.add_argument("configs", nargs="+", metavar="CONFIG", help="TOML or JSON; SECTION.KEY=VALUE changes all")
+    parser.add_argument("--dry-run", action="store_true", help="check all inputs, show what would be done, and end")
+    parser.add_argument("--version", action="store_true", help="show the version, and end")
     slurm = parser.add_argument_group(
-        "SLURM options", "Defaults are those of the cluster that $SPIDR_CLUSTER names, else of SLURM, where it says so."
+        "SLURM options", "A preset is the table of clusters.toml that $SPIDR_CLUSTER names."
     )
-    preset = "(default: the cluster's)"
-    slurm.add_argument("-A", "--account", help="account to charge (default: none, training runs here)")
-    slurm.add_argument("-N", "--nodes", type=int, metavar="N", help="nodes of each job (default: none)")
-    slurm.add_argument(
-        "-G", "--gpus-per-node", type=int, metavar="N", help="GPUs of each node, one task for each (default: none)"
-    )
-    slurm.add_argument("-c", "--cpus-per-task", type=int, metavar="N", help=f"CPUs of each task {preset}")
-    slurm.add_argument("--mem-per-gpu", metavar="MEMORY", help=f"memory for each GPU, such as 80g {preset}")
-    slurm.add_argument(
-        "-t", "--time", type=int, metavar="MINUTES", help=f"time limit; the job goes on in another one {preset}"
-    )
-    slurm.add_argument("-C", "--constraint", help=f"features that the nodes must have {preset}")
-    slurm.add_argument("-p", "--partition", help=f"partition to use {preset}")
+    preset = "(default: preset)"
+    slurm.add_argument("-A", "--account", help="account to charge (default: the user's)")
+    slurm.add_argument("-N", "--nodes", type=int, metavar="N", help="nodes (default: none, trains here)")
+    slurm.add_argument("-G", "--gpus-per-node", type=int, metavar="N", help="GPUs and tasks per node (default: none)")
+    slurm.add_argument("-c", "--cpus-per-task", type=int, metavar="N", help=f"CPUs per task {preset}")
+    slurm.add_argument("--mem-per-gpu", metavar="MEMORY", help=f"memory per GPU, such as 80g {preset}")
+    slurm.add_argument("-t", "--time", type=int, metavar="MINUTES", help=f"time limit, then it resumes {preset}")
+    slurm.add_argument("-C", "--constraint", help=f"features of the nodes {preset}")
+    slurm.add_argument("-p", "--partition", help=f"partition {preset}")
     slurm.add_argument("-q", "--qos", help=f"quality of service {preset}")
-    slurm.add_argument("--dump", type=Path, help="folder for the job folder (default: $SPIDR_SUBMITIT_FOLDER)")
-    parser.add_argument(
-        "--dry-run", action="store_true", help="check configurations and manifests, show what would be done, and end"
-    )
+    slurm.add_argument("--dump", type=Path, help="for job folders (default: $SPIDR_SUBMITIT_FOLDER)")
     return parser
 
 
@@ -86,39 +117,40 @@ def _check_folders(configs: dict[str, Config]) -> None:
             raise InputError(f"{other} and {path} both train in {config.run.dir}; change run.wandb_name of one of them")
 
 
-def _check_manifests(configs: Sequence[Config]) -> None:
+def _check_inputs(configs: Sequence[Config]) -> None:
+    """Find all that is missing before a job has waited for its turn."""
     with needs_extra("train"):
-        from spidr.data import read_manifest
+        from spidr.inputs import problems_of
 
-    for path in {data.manifest for config in configs for data in (config.data, *config.validation.values())}:
-        read_manifest(path)
+    if problems := list(dict.fromkeys(problem for config in configs for problem in problems_of(config))):
+        raise InputError("\n  ".join([f"{len(problems)} problems", *problems] if len(problems) > 1 else problems))
 
 
 # --------------------------------------------------------------------------------------------------------------------
 # On SLURM
 
 
-def _on_slurm(configs: Sequence[Config], options: dict[str, object], dump: Path | None, *, dry_run: bool) -> int:
-    from spidr import slurm
+def _on_slurm(configs: Sequence[Config], options: dict[str, Any], dump: Path | None, *, dry_run: bool) -> int:
+    from spidr.slurm.code import is_installed
+    from spidr.slurm.launch import submit
+    from spidr.slurm.presets import default_train_job_config
+    from spidr.slurm.submission import job_folders, prepare
 
     dump = dump or Path(os.environ.get("SPIDR_SUBMITIT_FOLDER", ""))
     if dump == Path():
         raise InputError("no folder for the job: give --dump or set SPIDR_SUBMITIT_FOLDER")
-    settings = SlurmConfig(**slurm.cluster_preset() | options)
-    name = configs[0].run.wandb_name
-    copy_code = not slurm.is_installed()
-    _check_manifests(configs)
+    settings = SlurmConfig(**default_train_job_config(os.environ.get("SPIDR_CLUSTER")) | options)
+    name, copy_code = configs[0].run.wandb_name, not is_installed()
     if dry_run:
-        folder = next(f for f in slurm.job_folders(dump, name, datetime.now(UTC)) if not f.exists())
-        submission = slurm.prepare(name, len(configs), folder, settings, copy_code=copy_code)
-        sys.stdout.write(f"{shlex.join(submission.command)} <<'EOF'\n{submission.script}EOF\n")
+        folder = next(f for f in job_folders(dump, name, datetime.now(UTC)) if not f.exists())
+        submission = prepare(name, len(configs), folder, settings, copy_code=copy_code)
+        write_result(f"{shlex.join(submission.command)} <<'EOF'\n{submission.script}EOF\n")
         return 0
     with needs_extra("train"):
         from spidr.train import train
 
-    jobs = [(train, (config,)) for config in configs]
-    job_id, folder = slurm.submit(name, jobs, dump, settings, copy_code=copy_code)
-    sys.stdout.write(f"Submitted job {job_id}: {folder}\n")
+    job_id, folder = submit(name, [(train, (config,)) for config in configs], dump, settings, copy_code=copy_code)
+    write_result(f"Submitted job {job_id}: {folder}\n")
     return 0
 
 
@@ -126,22 +158,16 @@ def _on_slurm(configs: Sequence[Config], options: dict[str, object], dump: Path 
 # Here
 
 
-def _here(configs: dict[str, Config], *, dry_run: bool) -> int:
-    if dry_run:
-        _check_manifests(list(configs.values()))
-        for path, config in configs.items():
-            sys.stdout.write(f"{path}: trains here, in {config.run.dir}\n")
-        return 0
+def _here(configs: dict[str, Config], overrides: list[str]) -> int:
     with needs_extra("train"):
         from spidr.train import train
 
+    status = 0
     for path, config in configs.items():
         gpus = _gpus_to_spread_over(config)
-        if gpus > 1:
-            _train_on_gpus(path, gpus)
-        else:
-            train(config)
-    return 0
+        ended = _train_on_gpus([path, *overrides], gpus) if gpus > 1 else command(train)(config)
+        status = status or ended
+    return status
 
 
 def _gpus_to_spread_over(config: Config) -> int:
@@ -154,23 +180,27 @@ def _gpus_to_spread_over(config: Config) -> int:
     return 0 if several or config.run.device not in ("auto", "cuda") else torch.cuda.device_count()
 
 
-def _train_on_gpus(path: str, count: int) -> None:
+def _train_on_gpus(arguments: list[str], count: int) -> int:
     """Train in one process per GPU, which end with this one.
 
+    Returns:
+        The status of the process that failed first.
+
     Raises:
-        SystemExit: With the status of the process that failed first, or that of a signal, which all of them get.
+        SystemExit: After a signal, which all of them get.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
     try:
-        torchrun(["--standalone", f"--nproc-per-node={count}", "-m", "spidr.train", path])
+        torchrun(["--standalone", f"--nproc-per-node={count}", "-m", "spidr.train", *arguments])
     except ChildFailedError as error:
-        raise SystemExit(error.get_first_failure()[1].exitcode) from None
+        return error.get_first_failure()[1].exitcode
     except SignalException as stop:
         raise SystemExit(128 + stop.sigval) from None
+    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    spidr()

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.amp import GradScaler
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import LRScheduler
 
-from spidr.tools.errors import InputError
-from spidr.tools.files import atomic_write
+from spidr.optimizer import Schedule, load_optimizer
+from spidr.tools.errors import InputError, first_line
+from spidr.tools.files import atomic_write, check_file, make_folder
 from spidr.tools.lazy import names_from
 from spidr.tools.metrics import read_metrics
 from spidr.tools.tensors import load_verified
@@ -23,12 +29,10 @@ logger = logging.getLogger(__name__)
 
 __getattr__ = names_from(__name__, "spidr.compat.training")  # what published packages also have here
 
-CONTENTS: dict[str, type] = {
-    "model": dict, "optimizer": dict, "scheduler": dict, "scaler": dict, "epoch": int, "step": int
-}  # fmt: skip
+CONTENTS = {"model": dict, "optimizer": dict, "scheduler": dict, "scaler": dict, "epoch": int, "step": int}
 """What every training checkpoint holds."""
 
-EXTRA: dict[str, type] = {"position": int, "means": dict, "idle": list}
+EXTRA = {"position": int, "means": dict, "idle": list}
 """What those of a run hold too, see :class:`spidr.run.Run`."""
 
 
@@ -36,20 +40,26 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a training checkpoint on the CPU, without running code from it.
 
     Raises:
-        InputError: If it is missing, truncated, damaged (its checksums are verified) or something else.
+        InputError: If it is missing, truncated, damaged (its checksums are verified), something else, or of a model
+            whose weights are not finite.
     """
+    check_file(path)
     try:
         checkpoint = load_verified(path)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
     except Exception as error:  # a damaged archive or pickle can fail in any way
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise InputError(f"{path}: not a valid checkpoint ({reason})") from error
+        raise InputError(f"{path}: not a valid checkpoint ({first_line(error)})") from error
     found = checkpoint if isinstance(checkpoint, dict) else {}
     for key, kind in (CONTENTS | EXTRA).items():
         value = found.get(key, None if key in CONTENTS else kind())
+        if kind is int and isinstance(value, Tensor) and value.numel() == 1 and not value.is_floating_point():
+            value = found[key] = int(value)  # as published
         if not isinstance(value, kind) or (isinstance(value, int) and value < 0):
             raise InputError(f"{path}: not a training checkpoint, it has no {key!r} or a wrong one")
+    weights = {name: value for name, value in found["model"].items() if isinstance(value, Tensor)}
+    if broken := [name for name, value in weights.items() if not torch.isfinite(value).all()]:
+        raise InputError(f"{path}: {len(broken)} weights are not finite, the first are {', '.join(broken[:3])}")
     return found
 
 
@@ -57,16 +67,16 @@ class Checkpointer:
     """The checkpoints ``step_N.pt`` and ``final.pt`` of a run folder.
 
     Args:
-        folder: The run folder.
-        interval: Save when the step is a multiple of it; 0 or less: only when forced.
+        folder: The run folder, made if it is missing.
+        interval: Save when the step is a multiple of it; 0 or less: never.
         keep_latest: How many ``step_N.pt`` to keep, besides those that :attr:`needed` names; 0 or less: all.
         disable: Do not write (processes other than the main one).
-        start: What :attr:`step` is at first.
+        start: What :attr:`step` is at first, and the first step whose metrics are waited for.
+        background: Save copies on a thread: :meth:`save` returns when they are made. A second save waits for the first.
 
     Attributes:
         step: Optimiser steps done by the loaded or last saved checkpoint.
         epoch: Its epoch.
-        last: Its path, None at first.
         extra: What is saved beside model, optimizer, scheduler, scaler, epoch and step: set it before saving, find it
             after loading.
         needed: Gives the steps whose checkpoints must stay because something still reads them.
@@ -74,7 +84,14 @@ class Checkpointer:
     """
 
     def __init__(
-        self, folder: str | Path, interval: int, keep_latest: int = -1, *, disable: bool = False, start: int = 0
+        self,
+        folder: str | Path,
+        interval: int,
+        keep_latest: int = -1,
+        *,
+        disable: bool = False,
+        start: int = 0,
+        background: bool = False,
     ) -> None:
         self.folder = Path(folder)
         self.interval = interval
@@ -82,21 +99,28 @@ class Checkpointer:
         self.disable = disable
         self.step = start
         self.epoch = 0
-        self.last: Path | None = None
         self.extra: dict[str, Any] = {}
         self.needed: Callable[[], set[int]] = set
         self.metrics = self.folder / "metrics.jsonl"
-        self._seen_metrics = 0
+        self._next_metrics: dict[str, int] = defaultdict(lambda: start)
+        self._background = background
+        self._writing: Future[None] | None = None
+        if not disable:
+            make_folder(self.folder)
 
-    def init_state(
-        self, model: nn.Module, optimizer: Optimizer, scheduler: LambdaLR, scaler: torch.amp.GradScaler
-    ) -> None:
+    def init_state(self, model: nn.Module, optimizer: Optimizer, scheduler: LRScheduler, scaler: GradScaler) -> None:
         """Hand over what :meth:`save` saves and :meth:`load` restores."""
         self.model, self.optimizer, self.scheduler, self.scaler = model, optimizer, scheduler, scaler
 
     def path(self, step: int) -> Path:
         """Where the checkpoint of a step is, or would be."""
         return self.folder / f"step_{step}.pt"
+
+    @property
+    def last(self) -> Path | None:
+        """The newest file of the folder, ``final.pt`` if there is one."""
+        final = self.folder / "final.pt"
+        return final if final.exists() else next(reversed(self._saved()), None)
 
     # ------------------------------------------------------------------------------------------------- saving
 
@@ -110,24 +134,19 @@ class Checkpointer:
         Returns:
             Whether a checkpoint was due.
         """
-        if not (force or self.is_due(step)):
+        if self.interval <= 0 or not (force or self.is_due(int(step))):
             return False
-        self._write(self.path(step), step, epoch)
-        if self.keep_latest > 0 and not self.disable:
-            needed = self.needed()
-            # A file of a later step is one that was passed over as damaged: it does not count.
-            until_now = [path for path in self._saved() if _step_of(path) <= step]
-            for path in until_now[: -self.keep_latest]:
-                if _step_of(path) not in needed:
-                    path.unlink(missing_ok=True)
+        self._write(self.path(int(step)), int(step), int(epoch))
         return True
 
-    def save_final(self, step: int, epoch: int) -> None:
-        """Save ``final.pt``."""
-        self._write(self.folder / "final.pt", step, epoch)
+    def save_final(self, step: int, epoch: int) -> bool:
+        """Save ``final.pt``. Returns whether checkpoints are saved at all."""
+        if self.interval > 0:
+            self._write(self.folder / "final.pt", int(step), int(epoch))
+        return self.interval > 0
 
     def _write(self, path: Path, step: int, epoch: int) -> None:
-        self.step, self.epoch, self.last = step, epoch, path
+        self.step, self.epoch = step, epoch
         if self.disable:
             return
         state = {
@@ -139,9 +158,47 @@ class Checkpointer:
             "step": step,
             **self.extra,
         }
+        self.wait()
+        if self._background:
+            self._writing = Future()
+            Thread(target=self._write_later, args=(self._writing, path, copy_to_host(state)), name="checkpoint").start()
+        else:
+            self._write_now(path, state)
+
+    def _write_now(self, path: Path, state: dict[str, Any]) -> None:
         with atomic_write(path) as file:
             torch.save(state, file)
         logger.info("saved %s", path)
+        self.remove_old(state["step"])
+
+    def _write_later(self, writing: Future[None], *args: Any) -> None:
+        try:
+            self._write_now(*args)
+            writing.set_result(None)
+        except BaseException as error:
+            writing.set_exception(error)
+
+    def wait(self) -> None:
+        """Wait until what :meth:`save` saves in the background is written.
+
+        Raises:
+            InputError: It could not be written.
+        """
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def remove_old(self, until: float = math.inf) -> None:
+        """Remove the oldest ``step_N.pt`` beyond ``keep_latest`` that are not needed.
+
+        Args:
+            until: The run's step. Files of later ones were passed over as damaged: they do not count.
+        """
+        if self.keep_latest > 0 and not self.disable:
+            needed = self.needed()
+            for path in [path for path in self._saved() if _step_of(path) <= until][: -self.keep_latest]:
+                if _step_of(path) not in needed:
+                    path.unlink(missing_ok=True)
 
     # ------------------------------------------------------------------------------------------------- loading
 
@@ -151,17 +208,27 @@ class Checkpointer:
         return sorted(paths, key=_step_of)
 
     def find_latest(self) -> Path | None:
-        """The newest valid checkpoint of the run; damaged and foreign files are passed over with a warning."""
+        """The newest valid checkpoint of the run; damaged and foreign files are passed over with a warning.
+
+        Raises:
+            InputError: There are checkpoints, but none of them can be used.
+        """
+        problems: list[str] = []
         final = self.folder / "final.pt"
-        final_step = self._valid_step(final) if final.exists() else None
+        final_step = self._valid_step(final, problems) if final.exists() else None
         for path in reversed(self._saved()):
             if final_step is not None and _step_of(path) <= final_step:
                 break
-            if self._valid_step(path) is not None:
+            if self._valid_step(path, problems) is not None:
                 return path
+        if final_step is None and problems:
+            raise InputError(
+                f"{self.folder}: none of its checkpoints can be used, so nothing was changed. Put a good one there, or "
+                f"choose another run.wandb_name for a new run. {'; '.join(problems)}"
+            )
         return None if final_step is None else final
 
-    def _valid_step(self, path: Path) -> int | None:
+    def _valid_step(self, path: Path, problems: list[str]) -> int | None:
         """The step of a checkpoint, None if it is damaged or foreign."""
         try:
             step: int = read_checkpoint(path)["step"]
@@ -169,6 +236,7 @@ class Checkpointer:
                 raise InputError(f"{path}: holds step {step}, which is not what its name says")
         except InputError as error:
             logger.warning("passed over a checkpoint: %s", error)
+            problems.append(str(error))
             return None
         return step
 
@@ -179,13 +247,17 @@ class Checkpointer:
             self.restore(path, read_checkpoint(path))
         return path is not None
 
-    def load(self, step: int) -> None:
-        """Go on from ``step_N.pt``.
+    def load(self, step: int) -> bool:
+        """Go on from ``step_N.pt``. Returns whether there is one.
 
         Raises:
-            InputError: If it is missing or damaged, or does not fit the model.
+            InputError: If it is damaged, or does not fit the model.
         """
-        self.restore(self.path(step), read_checkpoint(self.path(step)))
+        path = self.path(int(step))
+        if not path.exists():
+            return False
+        self.restore(path, read_checkpoint(path))
+        return True
 
     def restore(self, path: Path, checkpoint: dict[str, Any]) -> None:
         """Put the state of a checkpoint that was read from ``path`` into model, optimizer, scheduler and scaler.
@@ -193,49 +265,66 @@ class Checkpointer:
         Raises:
             InputError: If it does not fit them.
         """
-        configured = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
+        scheduler = self.scheduler
         try:
-            weights = {name.removeprefix("module."): value for name, value in checkpoint["model"].items()}
-            self.model.load_state_dict(weights)
-            _check_adam(self.optimizer, checkpoint["optimizer"])
-            self.optimizer.load_state_dict(checkpoint["optimizer"])
+            weights = {_PREFIXES.sub("", name): value for name, value in checkpoint["model"].items()}
+            getattr(self.model, "module", self.model).load_state_dict(weights)
+            load_optimizer(self.optimizer, checkpoint["optimizer"], keep_settings=isinstance(scheduler, Schedule))
             if checkpoint["scaler"]:  # empty unless float16
                 self.scaler.load_state_dict(checkpoint["scaler"])
+            if isinstance(scheduler, Schedule):  # whatever kind of scheduler wrote the file
+                scheduler.go_to(checkpoint["step"])
+            else:
+                scheduler.load_state_dict(checkpoint["scheduler"])
         except Exception as error:  # what is not what it should be can fail in any way
             raise InputError(
                 f"{path}: does not fit the configured model ({' '.join(str(error).split())[:500]}); use the "
                 "configuration that the run began with, or another run.wandb_name for a new run"
             ) from error
-        self.step, self.epoch, self.last = checkpoint["step"], checkpoint["epoch"], path
-        # The rate is a function of the number of updates, whatever kind of scheduler wrote the file.
-        self.scheduler.last_epoch, self.scheduler._step_count = self.step, self.step + 1
-        schedules = zip(self.scheduler.base_lrs, self.scheduler.lr_lambdas, strict=True)
-        for group, settings, (base, factor) in zip(self.optimizer.param_groups, configured, schedules, strict=True):
-            group.update(settings)  # the file's state, the configuration's settings
-            group["lr"] = base * factor(self.step)
-        self.scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+        self.step, self.epoch = checkpoint["step"], checkpoint["epoch"]
         self.extra = {key: value for key, value in checkpoint.items() if key not in CONTENTS}
 
     # ------------------------------------------------------------------------------------------------- metrics
 
-    def find_new_metrics(self) -> list[dict[str, Any]]:
-        """The lines of ``metrics.jsonl`` that have been written since the last call."""
-        lines = read_metrics(self.metrics)
-        new = lines[self._seen_metrics :]
-        self._seen_metrics = len(lines)
-        return new
+    def find_new_metrics(self) -> Iterator[dict[str, Any]]:
+        """Yield the metrics that have come in since the last call, as ``{"GROUP/NAME": value, "GROUP/step": step}``.
+
+        Each group's come in the order of steps, one for each checkpoint: what follows a gap waits until it is filled.
+        """
+        found: dict[str, dict[int, dict[str, Any]]] = defaultdict(dict)
+        for line in read_metrics(self.metrics):
+            found[line["group"]][line["step"]] = line
+        for group, lines in found.items():
+            while (step := self._next_metrics[group]) in lines:
+                values = {key: value for key, value in lines[step].items() if key not in ("step", "group")}
+                yield {f"{group}/{key}": value for key, value in (values | {"step": step}).items()}
+                self._next_metrics[group] += max(1, self.interval)
 
 
-def _check_adam(optimizer: Optimizer, state: dict[str, Any]) -> None:
-    """Look at what the optimizer itself takes for granted, and would only miss in its next step."""
-    names = [name for group in state["param_groups"] for name in group["params"]]
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    of_name = dict(zip(names, parameters, strict=True))
-    for name, values in state["state"].items():
-        float(values["step"])
-        for key in ("exp_avg", "exp_avg_sq"):
-            if (found := values[key].shape) != (expected := of_name[name].shape):
-                raise ValueError(f"{key} of the optimizer's parameter {name} is {tuple(found)}, not {tuple(expected)}")
+_PREFIXES = re.compile(r"^((module|_orig_mod)\.)+")
+"""What DistributedDataParallel and torch.compile put before the names of weights."""
+
+
+def copy_to_host(state: Any) -> Any:
+    """Copy the tensors in nested containers, those on a GPU into page-locked memory; returns when all are there."""
+    devices: set[torch.device] = set()
+
+    def copy(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: copy(item) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [copy(item) for item in value]
+        if not isinstance(value, Tensor):
+            return value
+        if value.device.type != "cuda":
+            return value.detach().to("cpu", copy=True)
+        devices.add(value.device)
+        return torch.empty(value.shape, dtype=value.dtype, pin_memory=True).copy_(value.detach(), non_blocking=True)
+
+    copied = copy(state)
+    for device in devices:
+        torch.cuda.current_stream(device).synchronize()
+    return copied
 
 
 def _step_of(path: Path) -> int:

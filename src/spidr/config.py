@@ -125,13 +125,15 @@ class RunConfig(Settings):
 
 @dataclass(frozen=True)
 class DataConfig(Settings):
-    """A manifest and how batches are made from it. Sizes and lengths are in samples.
+    """Manifests and how batches are made from them. Sizes and lengths are in samples.
 
     ``max_batch_length`` holds per process and micro-batch, ``global_batch_length`` per optimiser step over all
-    processes: the number of accumulated micro-batches follows from it (None: no accumulation).
+    processes: the number of accumulated micro-batches follows from it (None: no accumulation). ``weights`` are the
+    shares of several manifests in the hours of an epoch, which has as many hours as all of them together (None: each
+    recording once). The frames of a batch are a multiple of ``length_multiple``.
     """
 
-    manifest: Text
+    manifest: Text | Annotated[list[Text], Accepts("with at least one", bool)]
     enable_padding: bool = False
     rand_crop: bool = True
     normalize: bool = True
@@ -149,11 +151,25 @@ class DataConfig(Settings):
     alignments_path: Text | None = None
     global_batch_length: Annotated[int, between(1, 10**10)] | None = ours(None)
     on_error: Literal["raise", "skip"] = ours("raise")
+    weights: list[PositiveFloat] | None = ours(None)
+    length_multiple: Annotated[int, between(1, 1024)] = ours(1)
 
     RULES: ClassVar = (
+        Rule(
+            ("weights", "manifest"),
+            lambda weights, manifest: (
+                weights is None or (not isinstance(manifest, str) and len(weights) == len(manifest))
+            ),
+            "must be as many as there are manifests",
+        ),
         Rule(("min_sample_size", "max_sample_size"), lambda low, high: low <= high, "must not exceed max_sample_size"),
         Rule(("max_sample_size", "max_batch_length"), lambda one, sum_: one <= sum_, "must fit in max_batch_length"),
     )
+
+    @property
+    def manifests(self) -> list[str]:
+        """The manifests, one or several."""
+        return [self.manifest] if isinstance(self.manifest, str) else self.manifest
 
 
 @dataclass(frozen=True)
@@ -355,12 +371,13 @@ _MODEL_CONFIGS: dict[str, type[DinoSRConfig]] = {"spidr": SpidRConfig, "dinosr":
 # Reading and writing
 
 
-def read_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+def read_config(path: str | Path, overrides: Sequence[str] = (), *, warn: bool = True) -> Config:
     """Read and check a configuration file.
 
     Args:
         path: A JSON file if its name ends in ``.json``, else a TOML file. A run's ``config.json`` is one.
         overrides: Settings that replace those of the file, as ``"optimizer.lr=1e-3"``.
+        warn: Whether to warn of what is odd.
 
     Returns:
         The settings, with the defaults where the file is silent.
@@ -388,7 +405,7 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         problems += error.problems
     if problems:
         raise ProblemsError(problems, str(path))
-    if (warning := _schedule_warning(config.optimizer)) is not None:
+    if warn and (warning := _schedule_warning(config.optimizer)) is not None:
         logger.warning("%s: %s", path, warning)
     object.__setattr__(config, "_model_given", None if model_table is None else frozenset(model_table))
     return config

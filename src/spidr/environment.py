@@ -8,6 +8,8 @@ import re
 import signal
 import socket
 import subprocess
+import sys
+import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -23,13 +25,18 @@ from torch import Tensor
 from spidr.config import RunConfig
 from spidr.tools.errors import InputError
 from spidr.tools.lazy import names_from
-from spidr.tools.peers import Peers, connect
+from spidr.tools.peers import Cause, Peers, connect
 
 logger = logging.getLogger(__name__)
 
 __getattr__ = names_from(__name__, "spidr.compat.training")  # what published packages also have here
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+# By name, as Windows has only some of them.
+STOP_SIGNALS = tuple(
+    getattr(signal, name)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGBREAK")
+    if hasattr(signal, name)
+)
 PREEMPTED_EXIT_CODE = 75
 MEETING_TIMEOUT = timedelta(minutes=10)
 """How long processes wait for each other at the start: a cluster may start them one after the other."""
@@ -48,26 +55,52 @@ REMEDY = "start the processes with torchrun or srun, or unset these variables to
 
 
 class Preempted(SystemExit):
-    """A signal asked the run to stop; its state is saved and the same command goes on from there. Exit status 75."""
+    """A signal asked the run to stop; the same command goes on from what is saved. Exit status 75, 130 after Ctrl-C."""
 
-    def __init__(self, signum: int) -> None:
-        super().__init__(PREEMPTED_EXIT_CODE)
+    def __init__(self, signum: int, *, agreed: bool = False) -> None:
+        super().__init__(130 if signum == signal.SIGINT else PREEMPTED_EXIT_CODE)
         self.signum = signum
+        self.agreed = agreed  # whether all processes stop here
+
+    def __str__(self) -> str:
+        name = signal.Signals(self.signum).name if self.signum else "a signal to another process"
+        return f"stopped by {name}; the same command goes on from the last checkpoint"
 
 
 class StopFlag:
-    """Remembers the first stop signal. The training loop looks at it at step boundaries."""
+    """Remembers the first stop signal, for the training loop to look at it at step boundaries.
+
+    Attributes:
+        signum: The signal, 0 if there was none.
+        immediate: Whether a signal ends the process where it is, as nobody looks at the flag.
+    """
 
     def __init__(self) -> None:
         self.signum = 0
+        self.immediate = False
 
     def set(self, signum: int, frame: FrameType | None = None) -> None:  # noqa: ARG002
-        """Handle a signal: only remember it, so that nothing is interrupted half-way."""
+        """Handle a signal: only remember it, so that nothing is interrupted half-way, unless :attr:`immediate`.
+
+        Raises:
+            KeyboardInterrupt: At the second Ctrl-C.
+            Preempted: At once, if that was asked for.
+        """
+        if self.signum == signum == signal.SIGINT:
+            raise KeyboardInterrupt
         self.signum = self.signum or signum
+        if self.immediate:
+            raise Preempted(signum)
+        if signum == signal.SIGINT:
+            sys.stderr.write("\nstopping after this step, to save; press Ctrl-C again to stop at once\n")
 
     @contextmanager
     def listening(self) -> Iterator[StopFlag]:
-        """Handle the stop signals inside the block."""
+        """Handle the stop signals inside the block, in the main thread."""
+        if threading.current_thread() is not threading.main_thread():
+            logger.warning("training runs in a thread: signals, Ctrl-C too, do not save and stop it")
+            yield self
+            return
         previous = {signum: signal.signal(signum, self.set) for signum in STOP_SIGNALS}
         try:
             yield self
@@ -89,6 +122,11 @@ class Environment:
     def is_main(self) -> bool:
         """Whether this is the process that logs, saves and talks to others."""
         return self.rank == 0
+
+    @classmethod
+    def alone(cls, device: str = "auto") -> Environment:
+        """A single process on a device, see :func:`choose_device`."""
+        return cls(0, 0, 1, choose_device(device))
 
     def all_reduce(self, x: Tensor) -> None:
         """Sum over all processes, in place."""
@@ -139,6 +177,9 @@ def ranks() -> tuple[int, int, int]:
         return rank, local_rank, world_size
     if "LOCAL_RANK" in environ:
         _needed("RANK")
+    for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
+        if "SLURM_STEP_ID" not in environ and environ.get(name, "1") != "1":
+            raise InputError(f"{name} = {environ[name][:80]}: mpirun started several processes; use torchrun or srun")
     if environ.get("SLURM_STEP_ID", "").isdigit():  # in an allocation without a step, this process is alone
         world_size = _number("SLURM_NTASKS", 1, MAX_PROCESSES)
         rank = _number("SLURM_PROCID", 0, world_size - 1, "SLURM_NTASKS")
@@ -192,9 +233,10 @@ def _others(name: str) -> str:
 def _first_host(nodelist: str) -> str:
     """Name of the first host of a SLURM node list such as ``node[01-04,07]``."""
     try:
-        shown = subprocess.run(["scontrol", "show", "hostnames", nodelist], capture_output=True, text=True, check=True)
+        command = ["scontrol", "show", "hostnames", nodelist]
+        shown = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
         return shown.stdout.split()[0]
-    except (OSError, subprocess.CalledProcessError, IndexError) as error:
+    except (OSError, subprocess.SubprocessError, IndexError) as error:
         reason = (getattr(error, "stderr", None) or getattr(error, "strerror", None) or "no host").strip()
         raise InputError(
             f"SLURM_JOB_NODELIST = {nodelist[:80]!r}: scontrol does not tell the first host ({reason}): set MASTER_ADDR"
@@ -246,9 +288,23 @@ def _join(peers: Peers, store: Any, device: torch.device) -> None:
     )
 
 
+class RunEndedError(SystemExit):
+    """Another process of the run is the reason why this one ends.
+
+    Attributes:
+        cause: What happened.
+    """
+
+    def __init__(self, cause: Cause, rank: int) -> None:
+        super().__init__(f"\nerror: {cause.text}" if cause.told_by == rank else cause.status)
+        self.cause = cause
+
+
 @contextmanager
 def environment(run: RunConfig) -> Iterator[Environment]:
     """Join the other processes of the run, if any, and choose the device; leave them at the end of the block.
+
+    Torch's global settings are at their defaults inside the block and the caller's after it.
 
     If something goes wrong, every process ends soon, and one of them says what it was: an error that several have comes
     out of the block on one of them only, and a process that has died is named by one of the others. The rest exits with
@@ -258,37 +314,70 @@ def environment(run: RunConfig) -> Iterator[Environment]:
     if world_size > 1:
         use_slurm()
     device = choose_device(run.device, local_rank)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        torch.backends.cuda.matmul.allow_tf32 = False
-        torch.backends.cudnn.allow_tf32 = False
-    torch.use_deterministic_algorithms(run.use_deterministic)
-    if run.use_deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses
-    if world_size == 1:
-        yield Environment(rank, local_rank, world_size, device)
-        return
-    store = _connect(rank)
-    with closing(Peers(rank, world_size)) as peers:
-        try:
-            _join(peers, store, device)
-            logger.info("rank %d of %d on %s (%s)", rank, world_size, socket.gethostname(), device)
+    with _settings(device, use_deterministic=run.use_deterministic):
+        if world_size == 1:
             yield Environment(rank, local_rank, world_size, device)
-        except Exception as error:
-            cause = peers.explain(error, status=2 if isinstance(error, InputError) else 1)
-            if cause.told_by != rank:
-                raise SystemExit(cause.status) from error
-            if cause.about != rank:
-                raise SystemExit(f"\nerror: {cause.text}") from error
-            raise
-        except Preempted:
-            peers.leave()
-            raise
-        else:
-            peers.leave()
+            return
+        store = _connect(rank)
+        with closing(Peers(rank, world_size)) as peers:
+            try:
+                _join(peers, store, device)
+                logger.info("rank %d of %d on %s (%s)", rank, world_size, socket.gethostname(), device)
+                yield Environment(rank, local_rank, world_size, device)
+            except Preempted as stop:
+                if stop.agreed:
+                    peers.leave()
+                    raise
+                peers.explain(stop, status=PREEMPTED_EXIT_CODE)
+                raise
+            except Exception as error:
+                cause = peers.explain(error, status=2 if isinstance(error, InputError) else 1)
+                if cause.told_by == cause.about == rank:
+                    raise
+                raise RunEndedError(cause, rank) from error
+            else:
+                peers.leave()
+            finally:
+                _leave_group()
+
+
+def _leave_group() -> None:
+    """Leave the process group, without waiting for the others if something went wrong: they may be dead."""
+    if not dist.is_initialized():
+        return
+    abort = getattr(dist.distributed_c10d, "_abort_process_group", None)
+    if sys.exc_info()[1] is not None and dist.get_backend() == "nccl" and abort is not None:
+        abort()
+    else:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def _settings(device: torch.device, *, use_deterministic: bool) -> Iterator[None]:
+    """Set torch's global settings and random generator for a run, and restore the caller's at the end."""
+    dtype, default_device = torch.get_default_dtype(), torch.get_default_device()
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only, threads = torch.is_deterministic_algorithms_warn_only_enabled(), torch.get_num_threads()
+    matmul, cudnn = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        try:
+            torch.set_default_dtype(torch.float32)
+            if default_device.type != "cpu":
+                torch.set_default_device(None)
+            torch.use_deterministic_algorithms(use_deterministic)
+            if use_deterministic:
+                os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses
+            if device.type == "cuda":
+                torch.cuda.set_device(device)
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+            yield
         finally:
-            if dist.is_initialized():
-                dist.destroy_process_group()
+            torch.set_default_dtype(dtype)
+            if default_device.type != "cpu":
+                torch.set_default_device(default_device)
+            torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+            torch.set_num_threads(threads)
+            torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, cudnn
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:

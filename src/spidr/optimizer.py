@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -37,11 +37,18 @@ def lr_factor(step: int, cfg: OptimizerConfig) -> float:
             return 1.0
 
 
-def _starts_with(name: str, prefixes: Sequence[str]) -> bool:
-    return name.startswith(tuple(prefixes))
+class Schedule(LambdaLR):
+    """The learning rate as a function of the number of updates, whatever happened before."""
+
+    def go_to(self, step: int) -> None:
+        """Set the rate after ``step`` updates."""
+        self.last_epoch, self._step_count = step, step + 1
+        for group, base, factor in zip(self.optimizer.param_groups, self.base_lrs, self.lr_lambdas, strict=True):
+            group["lr"] = base * factor(step)
+        self._last_lr = [group["lr"] for group in self.optimizer.param_groups]
 
 
-def build_optimizer(model: nn.Module, cfg: OptimizerConfig) -> tuple[AdamW, torch.amp.GradScaler, LambdaLR]:
+def build_optimizer(model: nn.Module, cfg: OptimizerConfig) -> tuple[AdamW, torch.amp.GradScaler, Schedule]:
     """Build what a training step needs beside the model.
 
     Args:
@@ -52,14 +59,22 @@ def build_optimizer(model: nn.Module, cfg: OptimizerConfig) -> tuple[AdamW, torc
         AdamW with the parameters under ``cfg.to_freeze`` in group 1 and the rest in group 0, a gradient scaler, enabled
         for float16 only, and the schedule: ``scheduler.get_last_lr()`` is the rate in use.
     """
-    named = [(n, p) for n, p in model.named_parameters() if not _starts_with(n, cfg.exclude_from_optimizer)]
-    to_freeze = [p for n, p in named if _starts_with(n, cfg.to_freeze)]
-    rest = [p for n, p in named if not _starts_with(n, cfg.to_freeze)]
-    groups = [{"params": params} for params in (rest, to_freeze) if params or params is rest]
+    excluded, to_freeze = tuple(cfg.exclude_from_optimizer), tuple(cfg.to_freeze)
+    groups: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
+    for name, parameter in model.named_parameters():
+        if not name.startswith(excluded):
+            groups[name.startswith(to_freeze)].append(parameter)
     device = next(model.parameters()).device.type
-    optimizer = AdamW(groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, weight_decay=cfg.weight_decay, fused=True)
+    optimizer = AdamW(
+        [{"params": params} for params in groups if params],
+        lr=cfg.lr,
+        betas=cfg.betas,
+        eps=cfg.eps,
+        weight_decay=cfg.weight_decay,
+        fused=True,
+    )
     scaler = torch.amp.GradScaler(device, enabled=cfg.dtype == "float16")
-    return optimizer, scaler, LambdaLR(optimizer, lambda step: lr_factor(step, cfg))
+    return optimizer, scaler, Schedule(optimizer, lambda step: lr_factor(step, cfg))
 
 
 def drop_frozen(optimizer: Optimizer, scheduler: LambdaLR) -> None:
@@ -72,3 +87,35 @@ def drop_frozen(optimizer: Optimizer, scheduler: LambdaLR) -> None:
     # The schedule keeps one entry a group and refuses to step with more of them than there are groups.
     for entries in (optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, scheduler._last_lr):
         del entries[1:]
+
+
+def load_optimizer(optimizer: Optimizer, saved: dict[str, Any], *, keep_settings: bool) -> None:
+    """Load an optimiser's state, and its settings (rate, betas, …) unless those that it has are to be kept.
+
+    A group that the file lacks, as it was saved with the parameters frozen, begins without a state; one that only the
+    file has is left out: ``freeze_step`` may have moved since.
+
+    Raises:
+        ValueError: The file is of other parameters. (A damaged one may raise anything.)
+    """
+    own = optimizer.state_dict()
+    state = {}
+    for group, saved_group in zip(own["param_groups"], saved["param_groups"], strict=False):
+        for index, saved_index in zip(group["params"], saved_group["params"], strict=True):
+            if saved_index in saved["state"]:
+                state[index] = saved["state"][saved_index]
+    # What the optimiser takes for granted, and would only miss in its next step.
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for index, values in state.items():
+        for key, value in values.items():
+            if isinstance(value, Tensor) and value.numel() != 1 and value.shape != parameters[index].shape:
+                raise ValueError(f"{key} of the optimizer's parameter {index} has the shape {tuple(value.shape)}")
+        if isinstance(optimizer, AdamW) and not (
+            values.keys() >= {"exp_avg", "exp_avg_sq"} and float(values["step"]) > 0
+        ):
+            raise ValueError(f"the state of the optimizer's parameter {index} is not that of AdamW")
+    groups = own["param_groups"]
+    if not keep_settings:
+        settings = [{k: v for k, v in group.items() if k != "params"} for group in saved["param_groups"]]
+        groups = [group | (settings[i] if i < len(settings) else {}) for i, group in enumerate(groups)]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})

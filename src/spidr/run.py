@@ -5,76 +5,112 @@ from __future__ import annotations
 import json
 import logging
 import math
-import resource
+import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from types import TracebackType
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from spidr.checkpoint import Checkpointer, read_checkpoint
-from spidr.config import Config, to_dict
-from spidr.environment import Environment
-from spidr.models.flops import peak_tflops
-from spidr.slurm import ValidationJobs, validates_in_jobs
+from spidr.config import Config, read_config, to_dict
+from spidr.data import Batch
+from spidr.environment import Environment, Preempted, RunEndedError, StopFlag, environment, ranks
+from spidr.models.flops import peak_tflops, step_flops
+from spidr.state import Hooks, Measured, State, build_state, may_differ, model_settings, wrap
 from spidr.tools.collapse import CollapseWatch
-from spidr.tools.errors import InputError
-from spidr.tools.files import atomic_write, remove_unfinished
-from spidr.tools.logging import run_log
-from spidr.tools.metrics import Means, MetricsFile, WandbSink, read_metrics
+from spidr.tools.command import write_result
+from spidr.tools.errors import InputError, first_line
+from spidr.tools.files import atomic_write, make_folder, remove_unfinished
+from spidr.tools.lock import Lock
+from spidr.tools.logging import FILE_ONLY, run_log
+from spidr.tools.meters import Interval, Readback
+from spidr.tools.metrics import MetricsFile, read_metrics
 from spidr.tools.profiler import StepProfiler
-from spidr.tools.readback import Readback
+from spidr.tools.wandb import WandbSink, wandb_mode
 from spidr.validate import layer_names, validate_set
-
-if TYPE_CHECKING:
-    from spidr.data import Batch
-    from spidr.train import State
+from spidr.validation_jobs import ValidationJobs, validates_in_jobs
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-NOT_AVERAGED = ("lr", "ema_decay")
-PER_CODEBOOK = {"target_ppls": "target_ppl", "pred_ppls": "pred_ppl", "active_codewords": "active_codewords"}
+
+LOADING = ("num_workers", "pin_memory", "prefetch_factor", "persistent_workers", "on_error")
+"""Settings of data that change no batch."""
+
+BASE_MODEL = 50_000_000
+"""Parameters from which on training on a CPU is worth a warning."""
+
+CPU_TFLOPS = 0.05
+"""A core's, about."""
 
 
 class Run:
-    """What surrounds the training loop.
+    """A run: its state, its folder and everything that surrounds its training loop.
 
-    Every method is called by all processes at the same steps; the main one writes. Nothing is written before
-    :meth:`begin`.
+    Used as a context manager. Every method is called by all processes at the same steps; the main one writes. Nothing
+    but a lock is written before :meth:`begin` has found that the run can go on.
+
+    Args:
+        cfg: The configuration.
+        hooks: What to add.
 
     Attributes:
+        state: What a step reads and changes, from :meth:`begin` on.
         must_stop: Whether a stop signal has reached any process; the same on all of them.
     """
 
-    def __init__(self, cfg: Config, env: Environment) -> None:
-        self.cfg, self.env, self.folder = cfg, env, cfg.run.dir
+    env: Environment
+    state: State
+
+    def __init__(self, cfg: Config, hooks: Hooks | None = None) -> None:
+        self.cfg, self.folder = cfg, cfg.run.dir
         self.must_stop = False
-        self.checkpointer = Checkpointer(
-            self.folder, cfg.run.save_interval, cfg.run.keep_latest, disable=not env.is_main
-        )
-        self.profiler = StepProfiler(self.folder / "trace.html", enabled=cfg.run.profile and env.is_main)
-        self._collapse = CollapseWatch(cfg.run.collapse_share, cfg.run.collapse_steps, cfg.model.codebook_size)
-        self._means = Means()
-        self._latest: dict[str, float] = {}
-        self._readback = Readback(env.device)
+        self.jobs: ValidationJobs | None = None
+        self._hooks = hooks or Hooks()
+        self._final_step: int | None = None  # what is in final.pt
         self._rows_in_flight: dict[int, Tensor] = {}
         self._clock = _Clock()
-        self._stack = ExitStack()
-        self._open_log = self._stack.enter_context(run_log(env.rank))
-        self._stack.callback(self.profiler.stop)
 
-    def close(self) -> None:
-        """Close everything, whatever has happened."""
-        self._stack.close()
+    def __enter__(self) -> Run:
+        with ExitStack() as stack:
+            rank, _, processes = ranks()
+            self._open_log = stack.enter_context(run_log(rank, processes))
+            stack.enter_context(_reason_in_log())
+            self.env = stack.enter_context(environment(self.cfg.run))
+            self.stop = stack.enter_context(StopFlag().listening())
+            self.stop.immediate = True
+            self._on_main(lambda: self._take_folder(stack))
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if error is not None:
+            with suppress(Exception):  # what was measured last; the reason of the end comes first
+                self._write_interval()
+        self._stack.__exit__(kind, error, traceback)
+
+    def _take_folder(self, stack: ExitStack) -> None:
+        missing = [folder for folder in (self.folder, *self.folder.parents) if not folder.exists()]
+        try:
+            make_folder(self.folder)
+        except InputError as error:
+            raise InputError(f"run.workdir: {error}") from error
+        stack.callback(_remove_empty, missing)
+        self._lock = stack.enter_context(Lock(self.folder, "is training in this folder"))
+        remove_unfinished(self.folder)
 
     def _on_main(self, function: Callable[[], T]) -> T:
-        """Do something on the main process and tell all what came of it, so that no one waits for one that failed."""
+        """Run a function on the main process and broadcast its result, or its InputError, to all of them."""
         result, error = None, None
         if self.env.is_main:
             try:
@@ -88,117 +124,200 @@ class Run:
 
     # ------------------------------------------------------------------------------------------------- beginning
 
-    def find_checkpoint(self) -> Path | None:
-        """The newest valid checkpoint of the folder, None for a new run."""
-        return self._on_main(self.checkpointer.find_latest)
+    def begin(self) -> None:
+        """Build or restore the state, open the run's files, save and validate what is due before the first step.
 
-    def restore(self, state: State, path: Path) -> None:
-        """Go on from a checkpoint."""
-        checkpoint = read_checkpoint(path)
-        state.step = checkpoint["step"]
-        state.freeze_if_due()
-        self._hand_over(state)
-        self.checkpointer.restore(path, checkpoint)
-        state.epoch, extra = self.checkpointer.epoch, self.checkpointer.extra
-        if "position" in extra:
-            # In batches, so that other numbers of processes go on from the same place.
-            state.position = extra["position"] // self._batches_per_step(state)
-            try:
-                self._means = Means({name: [float(total), int(n)] for name, (total, n) in extra["means"].items()})
-                for codebook, idle in zip(state.model.codebooks, extra.get("idle", ()), strict=False):
-                    cast("Tensor", codebook.idle).copy_(idle)
-            except (KeyError, RuntimeError, TypeError, ValueError) as error:
-                raise InputError(f"{path}: 'means' or 'idle' is not what a run has saved ({error})") from error
-        else:
-            logger.warning("%s does not say which data it had seen: going on with the next epoch", path)
-            state.epoch += 1
-
-    def _hand_over(self, state: State) -> None:
-        self.checkpointer.init_state(state.model, state.optimizer, state.scheduler, state.scaler)
-
-    def begin(self, state: State) -> None:
-        """Open the run folder, save and validate the untrained model, validate what a killed run did not get to."""
-        cfg, last = self.cfg, self.checkpointer.last
-        self._on_main(self._make_folder)
-        self._open_log(self.folder / f"log_{self.env.rank}.txt")
-        logger.info("training %s: %s", cfg.run.model_type, f"going on from {last}" if last else f"new in {self.folder}")
-        if self.env.is_main:
-            self.metrics = MetricsFile(self.folder / "metrics.jsonl", state.step)
-            self.wandb = WandbSink(
-                self.folder, cfg.run.wandb_project, cfg.run.wandb_name, cfg.run.wandb_mode, to_dict(cfg)
-            )
-            self._stack.callback(self.wandb.close)
-            for line in read_metrics(self.metrics.path):
-                self.wandb.push(line)
-            self.jobs = ValidationJobs(self.folder) if cfg.validation and validates_in_jobs(cfg) else None
-            if self.jobs is not None:
-                self.checkpointer.needed = self.jobs.pending
+        Raises:
+            InputError: The run cannot begin, or not go on with this configuration.
+        """
+        env = self.env
+        self.checkpointer = Checkpointer(
+            self.folder,
+            self.cfg.run.save_interval,
+            self.cfg.run.keep_latest,
+            disable=not env.is_main,
+            background=env.device.type == "cuda",
+        )
+        latest = self._on_main(self.checkpointer.find_latest)
+        logger.info(
+            "training %s: %s", self.cfg.run.model_type, f"going on from {latest}" if latest else f"new in {self.folder}"
+        )
+        self.cfg = cfg = replace(self.cfg, model=model_settings(self.cfg))
+        finished = self._on_main(lambda: latest is not None and self._compare_settings(latest))
+        self.profiler = StepProfiler(self.folder / "trace.html", enabled=cfg.run.profile and env.is_main)
+        self._stack.callback(self.profiler.stop)
+        self.state = build_state(cfg, env, self.stop, self._hooks, new=latest is None)
+        self._stack.callback(self.state.loader.close)
+        self.layers = layer_names(self.state.model)
+        self._interval = Interval(Measured, self.layers)
+        self._readback = Readback(env.device)
+        self._collapse = CollapseWatch(cfg.run.collapse_share, cfg.run.collapse_steps, cfg.model.codebook_size)
+        self.checkpointer.init_state(self.state.model, self.state.optimizer, self.state.scheduler, self.state.scaler)
+        if latest is not None:
+            self._restore(latest)
+        self.state.network = wrap(self.state.model, cfg, env)
+        self.stop.immediate = False  # from here on somebody looks at it
+        if not finished:
+            self._on_main(self._write_config)
+        self._open_log(self.folder / f"log_{env.rank}.txt")
+        if env.is_main:
+            self._open_metrics(latest)
+            self._warn_of_size()
+            self.state.loader.summary().log(logger, cfg.data)
         self.bar = tqdm(
             total=cfg.optimizer.max_steps,
-            initial=state.step,
+            initial=self.state.step,
             desc=cfg.run.wandb_name,
             unit="step",
-            disable=not self.env.is_main,
+            disable=not env.is_main,
             mininterval=0.5 if sys.stderr.isatty() else 60,
+            ncols=shutil.get_terminal_size().columns if sys.stderr.isatty() else None,  # some terminals have none
         )
         self._stack.callback(self.bar.close)
-        self._hand_over(state)
-        if last is None:
-            self.save(state)
-        self.validate(state)
+        self._stack.callback(self.checkpointer.wait)
+        if latest is None:
+            self.save()
+        self._validate()
 
-    def _make_folder(self) -> None:
+    def _compare_settings(self, latest: Path) -> bool:
+        """Compare the configuration with the one that the run in the folder has.
+
+        Returns:
+            Whether that run is finished.
+
+        Raises:
+            InputError: Something differs that must not.
+        """
+        path = self.folder / "config.json"
+        if not path.exists():
+            return False
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
+            recorded = read_config(path, warn=False)
+        except InputError as error:
+            logger.warning("the settings that the run began with are not known: %s", error)
+            return False
+        finished = latest.name == "final.pt" and self.cfg.optimizer.max_steps <= recorded.optimizer.max_steps
+        before, now = _flat(asdict(recorded)), _flat(asdict(self.cfg))
+        changed = {
+            name: f"{name} = {before.get(name)} there, {now.get(name)} here"
+            for name in sorted(before.keys() | now.keys())
+            if before.get(name) != now.get(name) and name not in ("run.workdir", "run.wandb_project", "run.wandb_name")
+        }
+        if forbidden := [text for name, text in changed.items() if _must_stay(name, finished=finished)]:
+            what = "holds a finished run" if finished else "holds a run"
             raise InputError(
-                f"run.workdir: the run folder {self.folder} cannot be made ({error.strerror}); choose another one"
-            ) from error
-        remove_unfinished(self.folder)
+                f"{self.folder} {what} with other settings: {'; '.join(forbidden)}. Use its settings to go on, or "
+                "another run.wandb_name for a new run."
+            )
+        if changed:
+            logger.warning("changed since the run began: %s", "; ".join(changed.values()))
+        return finished
+
+    def _restore(self, path: Path) -> None:
+        """Go on from a checkpoint."""
+        state, checkpoint = self.state, read_checkpoint(path)
+        self.checkpointer.restore(path, checkpoint)
+        state.step = checkpoint["step"]
+        if path.name == "final.pt":
+            self._final_step = state.step
+        state.freeze_if_due()
+        state.epoch, extra = checkpoint["epoch"], self.checkpointer.extra
+        if "position" not in extra:
+            logger.warning("%s does not say which data it had seen: going on with the next epoch", path)
+            state.epoch += 1
+            return
+        # In batches, so that other numbers of processes go on from the same place.
+        state.position = extra["position"] // self._batches_per_step
+        try:
+            self._interval = Interval(Measured, self.layers, extra["means"])
+            for codebook, idle in zip(state.model.codebooks, extra.get("idle", ()), strict=False):
+                cast("Tensor", codebook.idle).copy_(idle)
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise InputError(f"{path}: 'means' or 'idle' is not what a run has saved ({error})") from error
+
+    def _write_config(self) -> None:
         with atomic_write(self.folder / "config.json") as file:
             file.write(json.dumps(to_dict(self.cfg), indent=2).encode())
 
-    def timed(self, rounds: Iterator[list[Batch]]) -> Iterator[list[Batch]]:
-        """Measure how long the loop waits for its data."""
-        while True:
+    def _open_metrics(self, latest: Path | None) -> None:
+        cfg, step = self.cfg, self.state.step
+        # The line of an interval that was interrupted is written again when it is complete.
+        partial = step % cfg.run.log_interval > 0 and latest is not None and latest.name != "final.pt"
+        self.metrics = MetricsFile(self.folder / "metrics.jsonl", step, again=(step, "train") if partial else None)
+        mode = wandb_mode(cfg.run.wandb_mode)
+        self.wandb = WandbSink(self.folder, cfg.run.wandb_project, cfg.run.wandb_name, mode, to_dict(cfg))
+        self._stack.callback(self.wandb.close)
+        for line in read_metrics(self.metrics.path):
+            self.wandb.push(line)
+        self.jobs = ValidationJobs(self.folder) if cfg.validation and validates_in_jobs(cfg) else None
+        if self.jobs is not None:
+            self._stack.callback(self.jobs.close)
+            self.checkpointer.needed = self.jobs.needed
+            self._collect_validation()
+            self.jobs.submit_again(cfg)
+
+    def _warn_of_size(self) -> None:
+        """Say what the run will take: disk for its checkpoints and, on a CPU, time."""
+        cfg, state = self.cfg, self.state
+        steps, interval = cfg.optimizer.max_steps - state.step, cfg.run.save_interval
+        trained = sum(p.numel() for group in state.optimizer.param_groups for p in group["params"])
+        if interval > 0:
+            size = sum(value.nbytes for value in state.model.state_dict().values()) + 8 * trained
+            count = (
+                steps // interval + 1 if cfg.run.keep_latest <= 0 else min(steps // interval, cfg.run.keep_latest) + 1
+            )
+            text = f"checkpoints take up to {count * size / 1e9:.3g} GB ({count} of {size / 1e9:.2g} GB)"
+            if cfg.run.keep_latest <= 0 and count > 1:
+                text += "; set run.keep_latest to keep fewer"
+            free = shutil.disk_usage(self.folder).free
+            if count * size > free:
+                logger.warning("%s, but only %.3g GB are free in %s", text, free / 1e9, self.folder)
+            else:
+                logger.info("%s", text)
+        if self.env.device.type == "cpu" and trained > BASE_MODEL and steps > 0:
+            samples, rows = cfg.data.max_sample_size, cfg.data.max_batch_length / cfg.data.max_sample_size
+            tflop = rows * self.state.loader.accumulation * step_flops(cfg.model, samples, 0, frozen=False) / 1e12
+            hours = steps * tflop / (CPU_TFLOPS * torch.get_num_threads()) / 3600
+            logger.warning("a large model on a CPU: %d steps take about %.2g days", steps, hours / 24)
+
+    # ------------------------------------------------------------------------------------------------- every step
+
+    def rounds(self) -> Iterator[list[Batch]]:
+        """This process's micro-batches, for one optimiser step after the other, until all are done."""
+        rounds = self.state.rounds()
+        while self.state.step < self.cfg.optimizer.max_steps:
             start = time.perf_counter()
             micro_batches = next(rounds)
             self._clock.waited += time.perf_counter() - start
             yield micro_batches
 
-    # ------------------------------------------------------------------------------------------------- every step
-
-    def record(self, state: State, micro_batches: list[Batch], measured: Mapping[str, Tensor | float]) -> None:
+    def record(self, micro_batches: list[Batch], measured: Measured) -> None:
         """Take note of a step: its measurements come in when the device has them.
 
         Raises:
             InputError: If a loss or gradient was not finite.
         """
-        self._rows_in_flight[state.step] = torch.cat([batch.rows for batch in micro_batches])
-        self._readback.put(state.step, measured)
+        self._rows_in_flight[self.state.step] = torch.cat([batch.rows for batch in micro_batches])
+        self._readback.put(self.state.step, measured)
         self.bar.update()
-        self.profiler(state.step)
-        self._absorb(state, wait=False)
+        self.profiler(self.state.step)
+        self._absorb(wait=False)
 
-    def _absorb(self, state: State, *, wait: bool) -> None:
+    def _absorb(self, *, wait: bool) -> None:
         for step, values in self._readback.take(wait=wait):
             rows = self._rows_in_flight.pop(step)
             if not (math.isfinite(values["loss"][0]) and math.isfinite(values["grad_norm"][0])):
-                self._stop_not_finite(state, step, values, rows)
-            self.must_stop |= values.pop("stop")[0] > 0
-            self._clock.audio_seconds += values.pop("seconds")[0]
-            self._clock.tflop += values.pop("tflop")[0]
-            layers = layer_names(state.model)
+                self._stop_not_finite(step, values, rows)
+            self.must_stop |= values["stop"][0] > 0
+            self._clock.audio_seconds += values["seconds"][0]
+            self._clock.tflop += values["tflop"][0]
             if self.env.is_main:
-                self._collapse.step(step, layers, values["active_codewords"], values["frames"][0])
-            del values["finite_here"], values["frames"]
-            named = _by_layer(values, layers)
-            self._latest = {name: named.pop(name) for name in NOT_AVERAGED}
-            self._means.add(named)
+                self._collapse.step(step, self.layers, values["active_codewords"], values["frames"][0])
+            self._interval.add(values)
 
-    def _stop_not_finite(self, state: State, step: int, values: dict[str, list[float]], rows: Tensor) -> None:
+    def _stop_not_finite(self, step: int, values: dict[str, list[float]], rows: Tensor) -> None:
         """Say which files the step was about, on the processes whose own loss was not finite, else on all."""
-        files = [str(recording) for recording in state.loader.dataset.recordings(rows.numpy())]
+        files = [str(recording) for recording in self.state.loader.dataset.recordings(rows.numpy())]
         everywhere = self.env.gather_objects((bool(values["finite_here"][0]), files))
         guilty = [rank for rank, (finite, _) in enumerate(everywhere) if not finite] or range(len(everywhere))
         raise InputError(
@@ -209,59 +328,88 @@ class Run:
 
     # ------------------------------------------------------------------------------------------------- now and then
 
-    def log(self, state: State) -> None:
+    def log(self) -> None:
         """Every ``log_interval`` steps, write the means since the last time. Waits for the device."""
-        if state.step % self.cfg.run.log_interval:
+        if self.state.step % self.cfg.run.log_interval:
             return
-        self._absorb(state, wait=True)
-        means = self._means.pop()
-        line = {"step": state.step, "group": "train", "epoch": state.epoch, **means, **self._latest}
+        self._absorb(wait=True)
+        self._write_interval()
+        self._on_main(self._collect_validation)
+
+    def _write_interval(self) -> None:
+        """Write a line about the steps since the last one."""
+        if not self._interval:
+            return
+        values = self._interval.pop()
+        line = {"step": self.state.step, "group": "train", "epoch": self.state.epoch, **values}
         self._write(line | self._clock.rates(self.env, self.cfg.optimizer.dtype))
         self._clock = _Clock()
-        self.bar.set_postfix(loss=f"{means['loss']:.3f}", target_ppl=f"{means['target_ppl']:.1f}")
-        self._on_main(self._collect_validation)
+        self.bar.set_postfix(loss=f"{values['loss']:.3f}", target_ppl=f"{values['target_ppl']:.1f}")
 
     def _write(self, line: dict[str, Any]) -> None:
-        if self.env.is_main and self.metrics.write(line):
-            self.wandb.push(line)
-
-    def save(self, state: State) -> bool:
-        """Save a checkpoint if it is due or the run must stop. Waits for the device, to be sure that all went well."""
-        interval = self.checkpointer.interval
-        if interval <= 0 or not (self.must_stop or self.checkpointer.is_due(state.step)):
-            return False
-        self._absorb(state, wait=True)
-        self._set_extra(state)
-        self._on_main(lambda: self.checkpointer.save(state.step, state.epoch, force=True))
-        return True
-
-    def _set_extra(self, state: State) -> None:
-        position = state.position * self._batches_per_step(state)
-        idle = [codebook.idle for codebook in state.model.codebooks]
-        self.checkpointer.extra = {"position": position, "means": self._means.sums, "idle": idle}
-
-    def _batches_per_step(self, state: State) -> int:
-        return self.env.world_size * state.loader.accumulation
-
-    def finish(self, state: State) -> None:
-        """Save and validate the trained model, and say what its units are worth."""
-        self._absorb(state, wait=True)
-        saved = self.checkpointer.last
-        if self.checkpointer.interval > 0 and not (
-            saved is not None and saved.name == "final.pt" and self.checkpointer.step == state.step
-        ):
-            self._set_extra(state)
-            self._on_main(lambda: self.checkpointer.save_final(state.step, state.epoch))
-        self.validate(state)
-        self._on_main(self._collect_validation)
-        logger.info("finished %d steps of %s", state.step, self.folder)
         if self.env.is_main:
+            self._lock.check()
+            if self.metrics.write(line):
+                self.wandb.push(line)
+
+    def save(self) -> None:
+        """Save a checkpoint if it is due or the run must stop. Waits for the device, to be sure that all went well.
+
+        Raises:
+            Preempted: The run must stop.
+        """
+        if not (self.must_stop or self.checkpointer.is_due(self.state.step)):
+            return
+        self._absorb(wait=True)
+        self._set_extra()
+        self._on_main(self._save)
+        if self.must_stop:
+            self._on_main(self.checkpointer.wait)
+            self._write_interval()
+            raise Preempted(self.stop.signum, agreed=True)
+
+    def _save(self) -> None:
+        self._lock.check()
+        self.checkpointer.save(self.state.step, self.state.epoch, force=True)
+
+    def _set_extra(self) -> None:
+        position = self.state.position * self._batches_per_step
+        idle = [codebook.idle for codebook in self.state.model.codebooks]
+        self.checkpointer.extra = {"position": position, "means": self._interval.sums, "idle": idle}
+
+    @property
+    def _batches_per_step(self) -> int:
+        return self.env.world_size * self.state.loader.accumulation
+
+    def finish(self) -> None:
+        """Save and validate the trained model, and say what its units are worth."""
+        self._absorb(wait=True)
+        self._write_interval()
+        self._set_extra()
+        self._on_main(self._save_final)
+        self._validate()
+        self._on_main(self._collect_validation)
+        logger.info("finished %d steps of %s", self.state.step, self.folder)
+        if self.env.is_main:
+            self.bar.close()
             for group in self.cfg.validation:
-                self._print_units(state, group)
+                self._print_units(group)
+        self.stop.immediate = True
+
+    def _save_final(self) -> None:
+        self._lock.check()
+        if self.state.step != self._final_step:
+            self.checkpointer.save_final(self.state.step, self.state.epoch)
+        self.checkpointer.wait()
 
     # ------------------------------------------------------------------------------------------------- validation
 
-    def validate(self, state: State) -> None:
+    def validate(self) -> None:
+        """Validate the model if its checkpoint has just been saved, see :meth:`_validate`."""
+        if self.checkpointer.is_due(self.state.step):
+            self._validate()
+
+    def _validate(self) -> None:
         """Validate the model on every set on which it has not been, if its step is one whose checkpoint is validated.
 
         In this process, or in jobs whose results come back later.
@@ -269,45 +417,97 @@ class Run:
         Raises:
             Preempted: A signal asked to stop; the validation is done after the restart.
         """
-        due = state.step in (0, self.cfg.optimizer.max_steps) or self.checkpointer.is_due(state.step)
-        for group in self._on_main(lambda: self._unvalidated(state.step)) if due else ():
+        step = self.state.step
+        due = step in (0, self.cfg.optimizer.max_steps) or self.checkpointer.is_due(step)
+        for group in self._on_main(self._unvalidated) if due else ():
             start = time.perf_counter()
-            values = validate_set(state.model, self.cfg.validation[group], self.cfg.masking, self.env, stop=state.stop)
-            self._write({"step": state.step, "group": group, **values})
+            values = validate_set(
+                self.state.model, self.cfg.validation[group], self.cfg.masking, self.env, stop=self.stop
+            )
+            self._write({"step": step, "group": group, **values})
             seconds = time.perf_counter() - start
-            logger.info("step %d, %s: loss %.4f (%.0f s)", state.step, group, values["loss"], seconds)
+            logger.info("step %d, %s: loss %.4f (%.0f s)", step, group, values["loss"], seconds)
             self._clock.paused += seconds
 
-    def _unvalidated(self, step: int) -> list[str]:
+    def _unvalidated(self) -> list[str]:
         """The sets to validate here and now; what is to be done in a job is submitted."""
         self._collect_validation()
+        step = self.state.step
         groups = [group for group in self.cfg.validation if (step, group) not in self.metrics]
-        if self.jobs is None or self.checkpointer.last is None:
+        saved = next(filter(Path.exists, (self.checkpointer.path(step), self.folder / "final.pt")), None)
+        if self.jobs is None or saved is None:
             return groups
         if groups and step not in self.jobs.pending():
-            self.jobs.submit(self.cfg, step, self.checkpointer.last)
+            self.checkpointer.wait()
+            self.jobs.submit(self.cfg, step, saved)
         return []
 
     def _collect_validation(self) -> None:
         """Take the results of validation jobs that have come in."""
-        if self.jobs is not None:
-            for line in self.jobs.collect():
-                self._write(line)
-
-    def _print_units(self, state: State, group: str) -> None:
-        lines = {line["step"]: line for line in read_metrics(self.metrics.path) if line["group"] == group}
-        before, after = lines.get(0), lines.get(state.step)
-        layers = layer_names(state.model)
-        if before is None or after is None or f"pnmi_{layers[0]}" not in after:
+        if self.jobs is None:
             return
-        print(f"\nUnits of {group}, untrained -> after {state.step} steps")  # noqa: T201
-        print("layer  PNMI              active codewords  perplexity")  # noqa: T201
-        for layer in layers:
+        for line in self.jobs.collect():
+            self._write(line)
+            self.checkpointer.remove_old(self.state.step)
+        self.jobs.report()
+
+    def _print_units(self, group: str) -> None:
+        found = {line["step"]: line for line in read_metrics(self.metrics.path) if line["group"] == group}
+        before, after = found.get(0), found.get(self.state.step)
+        if before is None or after is None or f"pnmi_{self.layers[0]}" not in after:
+            return
+        start = "untrained" if self.cfg.run.init_ckpt is None else "as it began"
+        lines = [f"\nUnits of {group}, {start} -> after {self.state.step} steps"]
+        lines.append("layer  PNMI              active codewords  perplexity")
+        for layer in self.layers:
             pnmi, active, ppl = (
                 f"{before[name]:.{digits}f} -> {after[name]:.{digits}f}"
                 for name, digits in ((f"pnmi_{layer}", 3), (f"active_codewords_{layer}", 0), (f"unit_ppl_{layer}", 1))
             )
-            print(f"{layer[1:]:5}  {pnmi:16}  {active:16}  {ppl}")  # noqa: T201
+            lines.append(f"{layer[1:]:5}  {pnmi:16}  {active:16}  {ppl}")
+        write_result("\n".join(lines) + "\n")
+
+
+@contextmanager
+def _reason_in_log() -> Iterator[None]:
+    """Write to the log why the run ended; whoever started it says so on standard error."""
+    try:
+        yield
+    except (InputError, Preempted) as error:
+        logger.error("the run ended: %s", error, extra=FILE_ONLY)
+        raise
+    except RunEndedError as error:
+        logger.error("the run ended: %s", error.cause.text, extra=FILE_ONLY)
+        raise
+    except BaseException as error:
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        logger.error("the run ended: %s", reason, extra=FILE_ONLY, exc_info=isinstance(error, Exception))
+        raise
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    """Remove folders, the innermost first, as long as they are empty."""
+    with suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
+
+
+def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of nested tables by dotted names."""
+    result: dict[str, Any] = {}
+    for key, value in table.items():
+        result |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return result
+
+
+def _must_stay(name: str, *, finished: bool) -> bool:
+    """Whether a setting must be as it was: what makes the model's shape, and all that made a finished model."""
+    section, _, rest = name.partition(".")
+    if section == "model" or name == "run.model_type":
+        return finished or not may_differ(rest)
+    return finished and (
+        section in ("optimizer", "masking") or (section == "data" and rest not in LOADING) or name == "run.random_seed"
+    )
 
 
 class _Clock:
@@ -334,19 +534,13 @@ class _Clock:
         return rates
 
 
-def _peak_memory(device: torch.device) -> int:
-    """Bytes that this process has used at most: of the GPU's memory, elsewhere of the machine's."""
+def _peak_memory(device: torch.device) -> float:
+    """Bytes that this process has used at most: of the GPU's memory, elsewhere of the machine's; NaN if not known."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # on Windows
+        return math.nan
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak  # Linux counts in KiB
-
-
-def _by_layer(values: dict[str, list[float]], layers: list[str]) -> dict[str, float]:
-    """One name for each number: what comes for every codebook is named by its layer, perplexities also averaged."""
-    named = {name: value[0] for name, value in values.items() if name not in PER_CODEBOOK}
-    for name, singular in PER_CODEBOOK.items():
-        if singular.endswith("_ppl"):
-            named[singular] = sum(values[name]) / len(layers)
-        named |= {f"{singular}_{layer}": value for layer, value in zip(layers, values[name], strict=True)}
-    return named

@@ -11,16 +11,17 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from spidr.config import SAMPLE_RATE, Config, DataConfig, MaskingConfig, ResumeConfig
 from spidr.data import Batch, build_validation_dataloader, speech_dataset
-from spidr.data.alignments import FRAME_STEP, Alignments, match_alignments, read_alignments
+from spidr.data.alignments import FRAME_STEP, Alignments, fit, read_alignments
+from spidr.data.names import match_rows
 from spidr.environment import Environment, Preempted, StopFlag, environment
 from spidr.models import DinoSR
 from spidr.models.hub import build_model, load_weights
@@ -37,14 +38,15 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 Metrics = dict[str, float]
+AnyBatch = Batch | tuple[Tensor, Tensor | None, Tensor | None]
 
 
-def validate(model: DinoSR, loader: Iterable[Batch], device: torch.device | str) -> Metrics:
+def validate(model: nn.Module, loader: Iterable[AnyBatch], device: torch.device | str) -> Metrics:
     """Validate on the batches of a loader, in float32.
 
     Args:
-        model: On ``device``; its mode is as before afterwards.
-        loader: See :func:`spidr.data.build_validation_dataloader`.
+        model: On ``device``, as it is or wrapped for several processes; its mode is as before afterwards.
+        loader: See :func:`spidr.data.build_validation_dataloader`; or any batches (waveforms, attention_mask, mask).
         device: Where to compute.
 
     Returns:
@@ -54,11 +56,11 @@ def validate(model: DinoSR, loader: Iterable[Batch], device: torch.device | str)
     Raises:
         InputError: If there is no batch.
     """
-    means = _weighted_means(_measure(model, loader, device))
+    means = _weighted_means(_measure(cast("DinoSR", getattr(model, "module", model)), loader, device))
     return {name: means[name][0] for name in ("loss", "target_ppl", "pred_ppl")}
 
 
-Measured = tuple[float, dict[str, list[float]]]
+_Part = tuple[float, dict[str, list[float]]]
 """Masked frames of a batch, and its values."""
 
 
@@ -77,21 +79,15 @@ def _inference(model: DinoSR, device: torch.device | str) -> Iterator[None]:
 
 
 def _measure(
-    model: DinoSR, loader: Iterable[Batch], device: torch.device | str, stop: StopFlag | None = None
-) -> list[Measured]:
+    model: DinoSR, loader: Iterable[AnyBatch], device: torch.device | str, stop: StopFlag | None = None
+) -> list[_Part]:
     measured = []
     with _inference(model, device):
-        for cpu_batch in loader:
+        for batch in loader:
             if stop is not None and stop.signum:
                 break
-            batch = cpu_batch.to(device, non_blocking=True)
-            loss, outputs = model(
-                batch.waveforms,
-                mask=batch.mask_indices,
-                attention_mask=batch.attention_mask,
-                lengths=batch.lengths,
-                channel_mask=batch.channel_mask,
-            )
+            waveforms, options = _inputs(batch, device)
+            loss, outputs = model(waveforms, **options)
             if not loss.numel():  # very short recordings, no frame of which is masked
                 continue
             # On the CPU, since MPS has no float64.
@@ -101,7 +97,17 @@ def _measure(
     return measured
 
 
-def _weighted_means(measured: list[Measured]) -> dict[str, list[float]]:
+def _inputs(batch: AnyBatch, device: torch.device | str) -> tuple[Tensor, dict[str, Tensor | None]]:
+    """Waveforms and the other arguments of the model, on its device."""
+    if isinstance(batch, Batch):
+        batch = batch.to(device, non_blocking=True)
+        return batch.waveforms, batch.options
+    waveforms, attention_mask, mask = batch
+    options = {"attention_mask": attention_mask, "mask": mask}
+    return waveforms.to(device), {name: None if x is None else x.to(device) for name, x in options.items()}
+
+
+def _weighted_means(measured: list[_Part]) -> dict[str, list[float]]:
     """Means weighted by frames. ``fsum`` rounds once, so the order does not matter."""
     if not measured:
         raise InputError("there is no batch to validate on")
@@ -164,7 +170,7 @@ def _gather(env: Environment, part: T, stop: StopFlag) -> list[T]:
     """What each process has measured."""
     signums, parts = zip(*env.gather_objects((stop.signum, part)), strict=True)
     if any(signums):
-        raise Preempted(max(signums))
+        raise Preempted(max(signums), agreed=True)
     return list(parts)
 
 
@@ -204,7 +210,9 @@ def codebooks_quality(model: DinoSR, phones: dict[int, list[str]], units: dict[i
         phones: Of the recordings, by row, one per 10 ms.
         units: Of the same recordings or some of them, (K, T).
     """
-    num_phones = len({phone for row in units for phone in phones[row]})
+    frames = {row: codebooks.shape[1] * frame_step(model) // FRAME_STEP for row, codebooks in units.items()}
+    phones = {row: fit(phones[row], frames[row]) or phones[row] for row in units}
+    num_phones = len({phone for labels in phones.values() for phone in labels})
     qualities = []
     for k in range(model.num_codebooks):
         aligned = {f"row {row}": (phones[row], codebooks[k].numpy()) for row, codebooks in sorted(units.items())}
@@ -221,12 +229,9 @@ def codebooks_quality(model: DinoSR, phones: dict[int, list[str]], units: dict[i
 
 
 def phones_of_rows(manifest: pl.DataFrame, alignments: Alignments) -> dict[int, list[str]]:
-    """The phones of those rows of a manifest that are aligned, by their fileid or else the stem of their path."""
-    fileids = manifest["fileid"].to_list()
-    stems = [Path(path).stem for path in manifest["path"]]
-    phones = match_alignments(alignments, [*fileids, *stems])
-    names = (fileid if fileid in phones else stem for fileid, stem in zip(fileids, stems, strict=True))
-    return {row: phones[name] for row, name in enumerate(names) if name in phones}
+    """The phones of those rows of a manifest that are aligned, by their fileid or else their path."""
+    matched = match_rows(alignments, manifest["fileid"].to_list(), manifest["path"].to_list())
+    return {row: alignments[name] for row, name in matched.items()}
 
 
 Encoded = tuple[int, Tensor, list[Tensor]]

@@ -220,6 +220,7 @@ def warm_start(cfg: Config, output: Path, *, steps: int = STEPS, lr: float = LR,
             optimizer.zero_grad()
             scheduler.step()
             losses.append(loss.detach())
+        assert model.teacher is not None
         model.teacher.load_state_dict(model.student.state_dict())
         init_codebooks()
     finally:

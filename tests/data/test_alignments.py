@@ -51,8 +51,9 @@ def test_against_a_search_frame_by_frame() -> None:
         (({"fileid": "a"},), "line 1: expected a JSON object"),
         (({"fileid": 3, "phones": ["A"]},), "line 1: expected"),
         (({"fileid": "a", "phones": []},), "line 1: expected"),
-        (({"fileid": "a", "phones": [["A", 0.5, 0.2]]},), "line 1: expected"),
-        (({"fileid": "a", "phones": [["A", 0, 0.2], ["B", 0.1, 0.3]]},), "line 1: expected"),
+        (({"fileid": "a", "phones": [["A", 0.5, 0.2]]},), "line 1: interval 1, 'A' from 0.5 to 0.2 s: ends before it"),
+        (({"fileid": "a", "phones": [["A", 0, 0.2], ["B", 0.1, 0.3]]},), "interval 2, 'B' from 0.1 to 0.3 s: begins"),
+        (({"fileid": "a", "phones": [["A", 0, 90_000]]},), "line 1: a duration of 90000 s, not from 0 to 86400"),
         (({"fileid": "a", "phones": [["A", 0]]},), "line 1: expected"),
         ((["a"],), "line 1: expected"),
         ((), "no alignment"),
@@ -130,3 +131,76 @@ def test_match() -> None:
     assert match_alignments(alignments, ["a", "b", "z"]) == {"a": ["A"], "b": ["B"]}
     with pytest.raises(InputError, match="x/c, y/c"):
         match_alignments(alignments, ["c"])
+
+
+def textgrid_text(intervals: list[tuple[str, str, str]]) -> str:
+    """A long TextGrid as other programs write its numbers."""
+    head = 'File type = "ooTextFile"\nObject class = "TextGrid"\n\nxmin = 0\nxmax = 0.2\ntiers? <exists>\nsize = 1\n'
+    head += 'item []:\n item [1]:\n class = "IntervalTier"\n name = "phones"\n xmin = 0\n xmax = 0.2\n'
+    lines = [f" intervals: size = {len(intervals)}\n"]
+    for number, (start, end, label) in enumerate(intervals, start=1):
+        lines.append(f' intervals [{number}]:\n xmin = {start}\n xmax = {end}\n text = "{label}"\n')
+    return head + "".join(lines)
+
+
+A, B = ["A"] * 4, ["B"] * 16
+
+
+@pytest.mark.parametrize(
+    ("intervals", "expected"),
+    [
+        ([("0", "0.04000000001", "A"), ("0.04", "0.2", "B")], [*A, *B]),
+        ([("0", "0.0405", "A"), ("0.04", "0.2", "B")], [*A, *B]),
+        ([("0", "0.04", "A"), ("0.04", "0.04", "Z"), ("0.04", "0.2", "B")], [*A, *B]),
+        ([("0", "4E-02", "A"), ("4e-2", "0.2", "B")], [*A, *B]),
+        ([("0", "5e-05", "Z"), ("5e-05", "0.04", "A"), ("0.04", "0.2", "B")], [*A, *B]),
+        ([("0", "0.04", "sil"), ("0.04", "0.2", "")], ["SIL"] * 20),
+    ],
+)
+def test_textgrids_with_rounded_times(
+    tmp_path: Path, intervals: list[tuple[str, str, str]], expected: list[str]
+) -> None:
+    (tmp_path / "a.TextGrid").write_text(textgrid_text(intervals))
+    (tmp_path / "._a.TextGrid").write_bytes(b"\0macOS")
+    assert read_alignments(tmp_path) == {"a": expected}
+    (tmp_path / "a.TextGrid").write_text("\ufeff" + textgrid_text(intervals), encoding="utf-16")
+    assert read_alignments(tmp_path) == {"a": expected}
+
+
+def test_bad_textgrids_are_left_out(tmp_path: Path) -> None:
+    (tmp_path / "good.TextGrid").write_text(textgrid_text([("0", "0.2", "A")]))
+    (tmp_path / "overlap.TextGrid").write_text(textgrid_text([("0", "0.1", "A"), ("0.05", "0.2", "B")]))
+    (tmp_path / "other.TextGrid").write_text("else")
+    with pytest.raises(InputError) as info:
+        read_alignments(tmp_path)
+    message = str(info.value)
+    assert "overlap.TextGrid: tier 'phones': interval 2, 'B' from 0.05 to 0.2 s: begins before 0.1 s" in message
+    assert "other.TextGrid: not a TextGrid" in message
+    skipped: dict[str, str] = {}
+    assert list(read_alignments(tmp_path, skipped=skipped)) == ["good"]
+    assert [Path(place).name for place in skipped] == ["other.TextGrid", "overlap.TextGrid"]
+
+
+SILENT = ["sil", "sp", "", "SIL", "<sil>", "pau", "spn"]
+
+
+def test_silence_has_one_rule(tmp_path: Path) -> None:
+    """The same in TextGrids, in intervals and frame by frame, and as it is given."""
+    times = [f"{i / 100:.2f}" for i in range(len(SILENT) + 1)]
+    (tmp_path / "a.TextGrid").write_text(textgrid_text(list(zip(times, times[1:], SILENT, strict=False))))
+    intervals = [[label, i / 100, (i + 1) / 100] for i, label in enumerate(SILENT)]
+    lines = write(tmp_path, {"fileid": "b", "phones": SILENT}, {"fileid": "c", "phones": intervals})
+    assert {phone for source in (tmp_path, lines) for row in read_alignments(source).values() for phone in row} == {
+        "SIL"
+    }
+    mine = read_alignments(write(tmp_path, {"fileid": "b", "phones": ["sil", "QUIET", "a"]}), silence=["quiet"])
+    assert mine == {"b": ["sil", "SIL", "a"]}
+
+
+def test_discophons_tables(tmp_path: Path) -> None:
+    path = tmp_path / "alignment-deu-dev.txt"
+    path.write_text("#file onset offset #phone\na 0.00 0.03 SIL\nb 0.0 0.01 x\na 0.03 0.05 ʃ\n", encoding="utf-8")
+    assert read_alignments(path) == {"a": ["SIL"] * 3 + ["ʃ"] * 2, "b": ["x"]}
+    path.write_text("#file onset offset #phone\na 0.00 x SIL\n")
+    with pytest.raises(InputError, match=r"line 2: expected #file onset offset #phone; found 'a 0\.00 x SIL'"):
+        read_alignments(path)

@@ -227,3 +227,35 @@ def test_skip(partly_bad: Path, normalize: bool, padding: bool) -> None:
 def test_nothing_left_to_stand_in(partly_bad: Path) -> None:
     with pytest.raises(InputError, match=r"No recording of a batch can be read. .*00001.flac"):
         collate(partly_bad, replace(CFG, on_error="skip"), rows=[1, 4])
+
+
+@pytest.mark.parametrize("padding", [True, False])
+@pytest.mark.parametrize("multiple", [8, 16])
+def test_frames_are_a_multiple(recordings: Callable[..., Path], padding: bool, multiple: int) -> None:
+    cfg = replace(CFG, enable_padding=padding, length_multiple=multiple, normalize=False, rand_crop=False)
+    manifest = recordings([9000, 12_345, 15_000])
+    batch, plain = (collate(manifest, c) for c in (cfg, replace(cfg, length_multiple=1)))
+    assert batch.max_frames == conv_length(DEFAULT_CONV_LAYER_CONFIG, batch.waveforms.shape[1])
+    assert batch.max_frames % multiple == 0 == batch.mask.shape[1] % multiple
+    assert abs(batch.max_frames - plain.max_frames) < multiple
+    if padding:
+        assert batch.lengths.tolist() == plain.lengths.tolist()
+        assert torch.equal(batch.waveforms[:, :15_000], plain.waveforms)
+        assert not batch.waveforms[:, 15_000:].any()
+        assert not (batch.mask & ~batch.attention_mask[:, 0, 0]).any()
+    else:
+        assert batch.lengths is None
+        assert torch.equal(batch.waveforms, plain.waveforms[:, : batch.waveforms.shape[1]])
+
+
+@pytest.mark.parametrize("padding", [True, False])
+def test_wrong_lengths_make_no_batch_too_long(
+    recordings: Callable[..., Path], caplog: pytest.LogCaptureFixture, padding: bool
+) -> None:
+    manifest = recordings([15_000] * 4)
+    manifest.write_text(manifest.read_text().replace(",15000", ",2000"))
+    batch_module._warn_of_wrong_lengths.cache_clear()
+    batch = collate(manifest, replace(CFG, enable_padding=padding, max_batch_length=20_000))
+    assert batch.waveforms.shape == (4, 2000)
+    assert "recordings are longer than it says" in caplog.text
+    assert collate(manifest, replace(CFG, enable_padding=padding)).waveforms.shape == (4, 15_000)

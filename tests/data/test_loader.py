@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -12,14 +13,16 @@ import textwrap
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from spidr.config import DataConfig, MaskingConfig
-from spidr.data import Batch, build_dataloader, build_validation_dataloader
+from spidr.data import Batch, build_dataloader, build_validation_dataloader, speech_dataset
 from spidr.data.sampler import BatchSampler
 from spidr.tools.errors import InputError
 
@@ -332,3 +335,118 @@ def running(process: Path) -> bool:
         return "State:\tZ" not in (process / "status").read_text()
     except OSError:
         return False
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_group_deals_the_batches(cfg: DataConfig, rank: int) -> None:
+    whole = [batch.rows.tolist() for batch in build_dataloader(cfg, None)]
+    torch.distributed.init_process_group("fake", rank=rank, world_size=2, store=FakeStore())
+    try:
+        loader = build_dataloader(cfg, None)
+        mine = [batch.rows.tolist() for batch in loader]
+    finally:
+        torch.distributed.destroy_process_group()
+    assert mine == (whole + whole[: len(whole) % 2])[rank::2]
+
+
+def test_published_ways_to_choose_an_epoch_and_its_draws(cfg: DataConfig) -> None:
+    loader, ours = build_dataloader(cfg, MaskingConfig()), build_dataloader(cfg, MaskingConfig())
+    loader.batch_sampler.set_epoch(3)
+    third = list(loader)
+    assert identical(third, list(ours.epoch(3)))
+    assert len(loader.batch_sampler) == len(loader) == len(third)
+    loader.generator.manual_seed(7)
+    other = list(loader)
+    assert [b.rows.tolist() for b in other] == [b.rows.tolist() for b in third]
+    assert not torch.equal(other[0].mask, third[0].mask)
+    loader.generator.manual_seed(7)
+    assert identical(other, list(loader))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_batch_of_one_bad_file_is_replaced(cfg: DataConfig, workers: int) -> None:
+    """By another batch of the epoch, the same one each time; and counted."""
+    cfg = replace(cfg, on_error="skip", num_workers=workers, max_batch_length=5000)
+    bad = Path(cfg.manifest).parent / "audio" / "00039.wav"
+    bad.write_bytes(b"")
+    made = []
+    for _ in range(2):
+        loader = build_dataloader(cfg, MaskingConfig())
+        made.append(list(loader))
+        assert loader.skipped == {str(bad): 1}
+        loader.close()
+    assert identical(*made)
+    assert len(made[0]) == len(loader)
+    assert 39 not in torch.cat([batch.rows for batch in made[0]])
+    for file in bad.parent.iterdir():
+        file.write_bytes(b"")
+    with pytest.raises(InputError, match="No recording of a batch can be read"):
+        list(build_dataloader(cfg, None))
+
+
+def test_lists_without_lengths_are_measured(cfg: DataConfig) -> None:
+    folder = Path(cfg.manifest).parent
+    (folder / "wav.scp").write_text("".join(f"utt{i} audio/{i:05}.wav\n" for i in range(40)))
+    listed = replace(cfg, manifest=str(folder / "wav.scp"))
+    assert identical(list(build_dataloader(listed, MaskingConfig())), list(build_dataloader(cfg, MaskingConfig())))
+    for name in ("00003.wav", "00007.wav"):
+        (folder / "audio" / name).unlink()
+    with pytest.raises(InputError, match=r"00003(.|\n)*00007(.|\n)*2 of 40 recordings cannot be read; `python -m"):
+        build_dataloader(listed, None)
+
+
+def test_spans_are_utterances(cfg: DataConfig) -> None:
+    folder = Path(cfg.manifest).parent
+    (folder / "wav.scp").write_text("".join(f"utt{i} audio/{i:05}.wav\n" for i in range(40)))
+    (folder / "segments").write_text(
+        "".join(f"s{i} utt{i} 0.0125 {(200 + 1200 + i) / 16_000}\n" for i in range(20, 40))
+    )
+    spans = replace(cfg, manifest=str(folder / "segments"), rand_crop=False, normalize=False)
+    whole = speech_dataset(cfg.manifest, normalize=False)
+    for batch in build_dataloader(spans, None):
+        for row, waveform in zip(batch.rows.tolist(), batch.waveforms, strict=True):
+            assert torch.equal(waveform, whole[row + 20][200 : 200 + len(waveform)])
+
+
+def test_several_manifests_with_weights(recordings: Callable[..., Path], tmp_path: Path, cfg: DataConfig) -> None:
+    rows = Path(cfg.manifest).read_text().splitlines()
+    parts = {"a.csv": rows[11:16], "b.csv": rows[16:]}  # 5 and 25 recordings
+    for name, part in parts.items():
+        (tmp_path / name).write_text("\n".join([rows[0], *part]))
+    both = replace(cfg, manifest=[str(tmp_path / name) for name in parts])
+    once = torch.cat([batch.rows for batch in build_dataloader(both, None)])
+    assert sorted(once.tolist()) == list(range(30))
+    loader = build_dataloader(replace(both, weights=[1, 1]), None)
+    lengths = np.minimum(loader.dataset.manifest["num_samples"].to_numpy(), cfg.max_sample_size)
+    shares = []
+    for epoch in range(20):
+        drawn = np.concatenate([loader._batches(epoch)[n] for n in range(len(loader._batches(epoch)))])
+        shares.append(lengths[drawn[drawn < 5]].sum() / lengths[drawn].sum())
+        assert 0.7 < lengths[drawn].sum() / lengths.sum() < 1.3
+        if epoch == 0:
+            assert np.bincount(drawn, minlength=30)[:5].min() >= 2  # each of the few several times
+    assert abs(np.mean(shares) - 0.5) < 0.03
+    with pytest.raises(InputError, match="must be as many as there are manifests"):
+        replace(both, weights=[1.0])
+
+
+def test_batches_travel_without_shared_memory(cfg: DataConfig) -> None:
+    batch = next(iter(build_dataloader(cfg, MaskingConfig())))
+    data = ForkingPickler.dumps(batch)
+    assert len(data) > batch.waveforms.nbytes
+    copy = pickle.loads(data)
+    assert identical([batch], [copy])
+    assert copy.lengths is None
+
+
+def test_a_killed_worker_ends_the_epoch(cfg: DataConfig) -> None:
+    loader = build_dataloader(replace(cfg, num_workers=2, prefetch_factor=1), None)
+
+    def use() -> None:
+        for epoch in range(1000):
+            for _ in loader.epoch(epoch):
+                os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+
+    with pytest.raises(InputError, match="A data worker died: DataLoader worker"):
+        use()
+    loader.close()

@@ -5,12 +5,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spidr.models.codebook import Codebook, StepStatistics, assign, count_perplexity, standardise
+from spidr.models.codebook import Codebook, StepStatistics, assign, count_perplexity, normalise_over_time
 
 
 def test_initial_codewords() -> None:
-    """Standard normal, standardised over the codewords for each feature; counts 1."""
-    codebook = Codebook(256, 48)
+    """Standard normal, normalise_over_timed over the codewords for each feature; counts 1."""
+    codebook = Codebook(48, 256, 0.9)
     assert torch.equal(codebook.counts, torch.ones(256))
     torch.testing.assert_close(codebook.codebook.mean(0), torch.zeros(48), atol=1e-5, rtol=0)
     torch.testing.assert_close(codebook.codebook.std(0, correction=0), torch.ones(48), atol=1e-4, rtol=0)
@@ -18,7 +18,7 @@ def test_initial_codewords() -> None:
 
 
 def test_reset_gives_new_codewords() -> None:
-    codebook = Codebook(16, 4)
+    codebook = Codebook(4, 16, 0.9)
     before = codebook.codebook.clone()
     codebook.counts.fill_(7)
     codebook.reset_parameters()
@@ -26,10 +26,12 @@ def test_reset_gives_new_codewords() -> None:
     assert not torch.equal(codebook.codebook, before)
 
 
-def test_standardise_over_time_within_each_utterance() -> None:
+def test_normalise_over_time_over_time_within_each_utterance() -> None:
     x = torch.randn(3, 50, 4) * 5 + 2
-    torch.testing.assert_close(standardise(x), torch.nn.functional.instance_norm(x.transpose(1, 2)).transpose(1, 2))
-    assert standardise(x.bfloat16()).dtype == torch.float32
+    torch.testing.assert_close(
+        normalise_over_time(x), torch.nn.functional.instance_norm(x.transpose(1, 2)).transpose(1, 2)
+    )
+    assert normalise_over_time(x.bfloat16()).dtype == torch.float32
 
 
 @given(st.integers(1, 3), st.integers(1, 20), st.integers(1, 9), st.integers(0, 1000))
@@ -45,13 +47,13 @@ def test_assignment_is_the_nearest_codeword(books: int, frames: int, size: int, 
 
 def test_update_moves_used_codewords_only() -> None:
     torch.manual_seed(0)
-    codebook = Codebook(6, 3)
+    codebook = Codebook(3, 6, 0.9)
     before, counts = codebook.codebook.clone(), torch.arange(1.0, 7.0)
     codebook.counts.copy_(counts)
     targets, labels = torch.randn(20, 3), torch.randint(0, 4, (20,))  # codewords 4 and 5 get nothing
     sums = torch.zeros(6, 3).index_add_(0, labels, targets)
     assigned = labels.bincount(minlength=6).float()
-    codebook.update(sums, assigned, 0.9)
+    codebook.update(sums, assigned)
     for v in range(6):
         frames = targets[labels == v]
         if len(frames):
@@ -64,7 +66,7 @@ def test_update_moves_used_codewords_only() -> None:
 
 def test_revival_splits_the_busiest() -> None:
     torch.manual_seed(0)
-    codebook = Codebook(6, 4)
+    codebook = Codebook(4, 6, 0.9)
     codebook.counts.copy_(torch.arange(1.0, 7.0))
     codewords, counts = codebook.codewords.clone(), codebook.counts.clone()
     assigned = torch.tensor([0.0, 5.0, 9.0, 1.0, 0.0, 0.0])
@@ -83,7 +85,7 @@ def test_revival_splits_the_busiest() -> None:
 
 
 def test_revival_leaves_single_frames_and_living_codewords_alone() -> None:
-    codebook = Codebook(4, 3)
+    codebook = Codebook(3, 4, 0.9)
     before = codebook.codebook.clone()
     codebook.revive(torch.tensor([1.0, 1.0, 0.0, 0.0]), after=1)  # nothing to split
     assert torch.equal(codebook.codebook, before)
@@ -99,13 +101,13 @@ def test_revival_brings_all_codewords_into_use() -> None:
     points += 0.5 * torch.randn(points.shape, generator=generator)
     active = []
     for after in (0, 5):
-        codebook = Codebook(16, 16)
+        codebook = Codebook(16, 16, 0.5)
         codebook.codebook[1:] += 100
         for _ in range(100):
             labels = assign(points[None], codebook.codewords[None])[0]
             sums = torch.zeros(16, 16).index_add_(0, labels, points)
             assigned = labels.bincount(minlength=16).float()
-            codebook.update(sums, assigned, 0.5)
+            codebook.update(sums, assigned)
             if after:
                 codebook.revive(assigned, after)
         active.append(int((assigned > 0).sum()))

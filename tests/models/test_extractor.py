@@ -31,7 +31,7 @@ def oracle(extractor: FeatureExtractor, waveforms: Tensor) -> Tensor:
 
 def build(mode: str, shapes: list[tuple[int, int, int]], *, bias: bool) -> FeatureExtractor:
     torch.manual_seed(0)
-    extractor = FeatureExtractor(mode, shapes, bias=bias)
+    extractor = FeatureExtractor.build(mode, shapes, bias=bias)
     for parameter in extractor.parameters():  # biases and norms too, which start at 0 and 1
         torch.nn.init.normal_(parameter, std=0.5)
     return extractor.double()
@@ -91,9 +91,9 @@ def test_one_number_of_frames_for_ints_and_tensors(samples: int) -> None:
 
 def test_too_short() -> None:
     with pytest.raises(InputError, match="20 samples are too short"):
-        FeatureExtractor("layer_norm", SHAPES, bias=False)(torch.randn(1, 20))
+        FeatureExtractor.build("layer_norm", SHAPES, bias=False)(torch.randn(1, 20))
     with pytest.raises(InputError, match="at least one row"):
-        FeatureExtractor("layer_norm", SHAPES, bias=False)(torch.randn(0, 2000))
+        FeatureExtractor.build("layer_norm", SHAPES, bias=False)(torch.randn(0, 2000))
 
 
 def test_group_norm_with_lengths_sees_only_the_utterance() -> None:
@@ -120,7 +120,7 @@ def test_bfloat16_autocast_stays_close() -> None:
 def test_initial_kernels() -> None:
     """Kaiming normal: fan-in, gain sqrt(2)."""
     torch.manual_seed(0)
-    extractor = FeatureExtractor("layer_norm", [(512, 10, 5), (512, 3, 2)], bias=False)
+    extractor = FeatureExtractor.build("layer_norm", [(512, 10, 5), (512, 3, 2)], bias=False)
     for layer, fan_in in zip(extractor.conv_layers, (10, 1536), strict=True):
         assert layer.conv.weight.std().item() == pytest.approx((2 / fan_in) ** 0.5, rel=0.05)
 

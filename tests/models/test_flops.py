@@ -60,7 +60,7 @@ def test_transformer() -> None:
     cfg = tiny_config()
     for layers in (2, 4):
         with Counter() as counter:
-            Transformer(cfg).eval().get_intermediate_outputs(torch.randn(1, 70, 32), None, layers)
+            Transformer.build(cfg).eval().get_intermediate_outputs(torch.randn(1, 70, 32), None, layers)
         assert counter.total == transformer_flops(cfg, 70, layers)
 
 

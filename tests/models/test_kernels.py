@@ -30,9 +30,10 @@ def kept_bytes(function: Any, *inputs: Tensor) -> int:
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
 def test_share_dropped(p: float) -> None:
     torch.manual_seed(0)
-    dropped, scale = kernels.draw_dropped((1001, 999), p)
-    assert dropped.shape == (1001, 999)
-    assert dropped.dtype == torch.bool
+    kept, scale = kernels.draw_kept((1001, 999), p)
+    assert kept.shape == (1001, 999)
+    assert kept.dtype == torch.int8
+    dropped = kept == 0
     assert scale == pytest.approx(1 / (1 - p), rel=1e-4 / (1 - p))
     # Over everything, and over each of the four elements that share a random word, and pairs of neighbours.
     deviation = math.sqrt(p * (1 - p) / (dropped.numel() // 4))
@@ -44,8 +45,8 @@ def test_share_dropped(p: float) -> None:
 
 @pytest.mark.parametrize("p", [1e-9, 1 - 1e-9])
 def test_extreme_probabilities(p: float) -> None:
-    dropped, scale = kernels.draw_dropped((400, 400), p)
-    assert dropped.float().mean().sub(p).abs() < 1e-3
+    kept, scale = kernels.draw_kept((400, 400), p)
+    assert (1 - kept.float()).mean().sub(p).abs() < 1e-3
     assert math.isfinite(scale)
 
 
@@ -54,10 +55,10 @@ def test_draws_depend_on_the_seed_only() -> None:
     for threads in (1, 2):
         torch.set_num_threads(threads)
         torch.manual_seed(3)
-        draws.append(kernels.draw_dropped((500, 500), P)[0])
+        draws.append(kernels.draw_kept((500, 500), P)[0])
     torch.set_num_threads(1)
     assert torch.equal(*draws)
-    assert not torch.equal(draws[0], kernels.draw_dropped((500, 500), P)[0])
+    assert not torch.equal(draws[0], kernels.draw_kept((500, 500), P)[0])
 
 
 def test_dropout() -> None:
@@ -84,6 +85,25 @@ MASKS = {
 }
 
 
+@pytest.mark.parametrize("dropout", [0.0, P])
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS.keys())
+def test_attention_head_by_head(mask: Tensor | None, dropout: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through oneDNN, a few queries at a time, against PyTorch's own and against heads together."""
+    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        pytest.skip("this PyTorch has no such operation of oneDNN")
+    monkeypatch.setattr(kernels, "prefers_onednn", lambda: True)
+    seed, found = torch.randn(2, 3, 23, 8), []
+    for smallest, at_a_time in ((1, 1), (1 << 40, 1 << 20)):
+        monkeypatch.setattr(kernels, "SMALLEST", smallest)
+        monkeypatch.setattr(kernels, "WEIGHTS_AT_A_TIME", at_a_time)
+        torch.manual_seed(0)
+        q, k, v = (torch.randn(2, 3, 23, 8, requires_grad=True) for _ in range(3))
+        out = kernels.attend(q, k, v, mask, dropout)
+        found.append([out, *torch.autograd.grad(out, (q, k, v), seed)])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("at_a_time", [1, 23 * 23 * 4, 1 << 20])
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS.keys())
 def test_attention(mask: Tensor | None, at_a_time: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,12 +113,12 @@ def test_attention(mask: Tensor | None, at_a_time: int, monkeypatch: pytest.Monk
     torch.manual_seed(1)
     found = kernels.attend(q, k, v, mask, P)
     torch.manual_seed(1)
-    dropped, scale = kernels.draw_dropped((6, 23, 23), P)
+    kept, scale = kernels.draw_kept((6, 23, 23), P)
     scores = q @ k.transpose(2, 3) / math.sqrt(8)
     if mask is not None:
         scores = scores.masked_fill(~mask, -1e300)
     weights = scores.softmax(-1) * (1 if mask is None else mask)
-    expected = weights.masked_fill(dropped.view(2, 3, 23, 23), 0) * scale @ v
+    expected = weights * kept.view(2, 3, 23, 23) * scale @ v
     torch.testing.assert_close(found, expected)
     seed = torch.randn_like(expected)
     for a, b in zip(*(torch.autograd.grad(out, (q, k, v), seed) for out in (found, expected)), strict=True):

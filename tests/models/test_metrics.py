@@ -122,7 +122,8 @@ def test_recordings_are_cut_to_the_shorter() -> None:
 @settings(max_examples=50, deadline=None)
 @given(datasets(), st.booleans())
 def test_proba_phone_code(data: Data, only_active: bool) -> None:
-    proba, names, units = proba_phone_code(data, num_units=NUM_UNITS, num_phones=4, only_active=only_active)
+    proba, names, columns = proba_phone_code(data, num_units=NUM_UNITS, num_phones=4, only_active=only_active)
+    units = columns.tolist()
     counts, rows = build_count_matrix(data, NUM_UNITS, 4, 2)
     occurring = {u for u in range(NUM_UNITS) if counts[:, u].any()}
     assert names == rows

@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from small_models import tiny_config
-from spidr.models.transformer import Attention, Block, PositionalConvolution, Transformer
+from spidr.models.transformer import ConvPositionalEmbedding, SelfAttention, Transformer, TransformerLayer
 
 
-def positional_oracle(module: PositionalConvolution, x: Tensor) -> Tensor:
+def positional_oracle(module: ConvPositionalEmbedding, x: Tensor) -> Tensor:
     """One utterance (T, D) without padding, output by output."""
     for conv in module.convs:
         kernel, groups = conv.weight.shape[-1], conv.groups
@@ -30,7 +30,7 @@ def positional_oracle(module: PositionalConvolution, x: Tensor) -> Tensor:
     return x
 
 
-def attention_oracle(module: Attention, x: Tensor) -> Tensor:
+def attention_oracle(module: SelfAttention, x: Tensor) -> Tensor:
     """One utterance (T, D), head by head."""
     dim = x.shape[1]
     q, k, v = F.linear(x, module.qkv.weight, module.qkv.bias).split(dim, dim=1)
@@ -43,7 +43,7 @@ def attention_oracle(module: Attention, x: Tensor) -> Tensor:
     return torch.cat(heads, dim=1) @ module.proj.weight.T + module.proj.bias
 
 
-def block_oracle(block: Block, x: Tensor) -> tuple[Tensor, Tensor]:
+def block_oracle(block: TransformerLayer, x: Tensor) -> tuple[Tensor, Tensor]:
     def feed_forward(y: Tensor) -> Tensor:
         return block.feed_forward.output_dense(F.gelu(block.feed_forward.intermediate_dense(y)))
 
@@ -59,19 +59,19 @@ def block_oracle(block: Block, x: Tensor) -> tuple[Tensor, Tensor]:
 def oracle(model: Transformer, x: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Final output, outputs before the residual addition, and after."""
     x = x + positional_oracle(model.pos_conv_embed, x)
-    if not model.layer_norm_first:
+    if model.layer_norm_first:
         x = model.layer_norm(x)
     before, after = [], []
     for block in model.layers:
         x, forwarded = block_oracle(block, x)
         before.append(forwarded)
         after.append(x)
-    return model.layer_norm(x) if model.layer_norm_first else x, before, after
+    return x if model.layer_norm_first else model.layer_norm(x), before, after
 
 
 def build(**changes: object) -> Transformer:
     torch.manual_seed(0)
-    model = Transformer(tiny_config(**changes)).double().eval()
+    model = Transformer.build(tiny_config(**changes)).double().eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return model
@@ -143,7 +143,7 @@ def test_blocks_are_dropped_as_often_as_configured() -> None:
 
 def test_initial_weights() -> None:
     torch.manual_seed(0)
-    model = Transformer(tiny_config(encoder_embed_dim=256, encoder_ff_interm_features=512, encoder_qkv_bias=True))
+    model = Transformer.build(tiny_config(encoder_embed_dim=256, encoder_ff_interm_features=512, encoder_qkv_bias=True))
     for layer in model.layers:
         bound = math.sqrt(6 / (256 + 768)) / math.sqrt(2)
         assert layer.attention.qkv.weight.abs().max().item() == pytest.approx(bound, rel=0.01)

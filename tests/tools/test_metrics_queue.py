@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,16 +14,17 @@ from wandb.proto.wandb_internal_pb2 import Record
 
 from slurm_cluster import wait_for
 from spidr.config import read_config, to_dict
-from spidr.tools import metrics_queue
-from spidr.tools.metrics import read_metrics
+from spidr.tools.metrics import Line, read_metrics
 from spidr.tools.metrics_queue import main
+from spidr.tools.wandb import WandbMode, WandbSink
 
 
 @pytest.fixture
 def run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A finished run: training lines of steps 5 and 10, validation of step 0; those of 5 and 10 have just come in."""
-    for name in ("WANDB_MODE", "WANDB_ENTITY", "WANDB_PROJECT", "WANDB_RUN_ID", "WANDB_DIR"):
+    for name in ("WANDB_ENTITY", "WANDB_PROJECT", "WANDB_RUN_ID", "WANDB_DIR", "WANDB_DISABLED"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WANDB_MODE", "offline")  # instead of the network
     settings = {"workdir": str(tmp_path), "wandb_project": "p", "wandb_name": "n", "model_type": "spidr"}
     (tmp_path / "c.json").write_text(json.dumps({"run": settings, "data": {"manifest": "m.csv"}}))
     config = read_config(tmp_path / "c.json")
@@ -87,7 +88,7 @@ def test_pushes_in_step_order_and_only_once(run_dir: Path, capsys: pytest.Captur
 
     # The folder knows the run from now on. Nothing is left to push, until another result comes in.
     assert main([str(run_dir / "metrics.jsonl"), "--entity", "team"]) == 0
-    assert capsys.readouterr().out == "0 lines pushed\n"
+    assert capsys.readouterr().out == "0 lines pushed: wandb has all of them\n"
     (run_dir / "validation/step_15.jsonl").write_text('{"step": 15, "group": "dev", "loss": 1.5}\n')
     assert main([str(run_dir), "--entity", "team"]) == 0
     assert_logged(run_dir, [*rows, row("dev", 15)])
@@ -99,14 +100,17 @@ def test_collects_without_wandb(
     monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
     for lines in (2, 0):
         assert main([str(run_dir)]) == 0
-        assert capsys.readouterr().out == f"{lines} lines collected\n"
+        assert capsys.readouterr().out.startswith(f"{lines} lines collected")
         steps = [(line["group"], line["step"]) for line in read_metrics(run_dir / "metrics.jsonl")]
         assert steps == [("dev", 0), ("train", 5), ("train", 10), ("dev", 5), ("dev", 10)]
     assert not (run_dir / "wandb.json").exists()
 
 
-def test_says_what_is_still_to_come(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_says_what_is_still_to_come(
+    run_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     (run_dir / "validation/step_7.pending").write_text("12")
+    monkeypatch.setenv("PATH", "")  # no SLURM here to ask
     assert main([str(run_dir), "--entity", "team", "--runid", "abc"]) == 0
     captured = capsys.readouterr()
     assert captured.out == "4 lines pushed\n"
@@ -119,33 +123,106 @@ class Api:
     def __init__(self, *found: SimpleNamespace) -> None:
         self.found = found
 
-    def run(self, path: str) -> SimpleNamespace:
-        [found] = [run for run in self.found if path == f"team/p/{run.id}"]
-        return found
-
     def runs(self, path: str, filters: dict[str, str]) -> list[SimpleNamespace]:
         assert (path, filters) == ("team/p", {"display_name": "n", "state": "finished"})
         return list(self.found)
 
 
-@pytest.mark.parametrize("options", [[], ["--runid", "old"]])
-def test_folder_that_knows_no_run_asks_wandb(
-    run_dir: Path, monkeypatch: pytest.MonkeyPatch, options: list[str]
+FAKE_WANDB = """
+import json, os
+class Settings:
+    def __init__(self, **settings): pass
+class Run:
+    def __init__(self, mode, summary): self.mode, self.summary = mode, summary
+    def define_metric(self, *names, **options): pass
+    def log(self, row): open(os.environ["PUSHED"], "a").write(json.dumps([self.mode, row]) + "\\n")
+    def finish(self): pass
+def init(*, mode, id, **options):
+    return Run(mode, json.loads(os.environ.get("SUMMARY", "{}")) if mode == "online" else {})
+class Api:
+    def runs(self, path, filters): return [type("Found", (), {"id": "old"})]
+"""
+
+
+@pytest.fixture
+def pushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], list[tuple[str, str, int]]]]:
+    """A wandb that can be online; gives what has come in since the last call: mode, group, step."""
+    (tmp_path / "wandb.py").write_text(FAKE_WANDB)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PUSHED", str(tmp_path / "pushed"))
+    monkeypatch.setenv("WANDB_MODE", "")
+    real = {name: module for name, module in sys.modules.items() if name.partition(".")[0] == "wandb"}
+    for name in real:
+        del sys.modules[name]
+
+    def take() -> list[tuple[str, str, int]]:
+        path = tmp_path / "pushed"
+        lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        path.write_text("")
+        return [(mode, *key.split("/")[:1], row[key]) for mode, row in lines for key in row if key.endswith("/step")]
+
+    yield take
+    sys.modules.pop("wandb", None)
+    sys.modules.update(real)
+
+
+def test_offline_run_goes_online(
+    run_dir: Path, pushed: Callable[[], list[tuple[str, str, int]]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    online = json.loads((run_dir / "config.json").read_text())
-    online["run"]["wandb_mode"] = "online"
-    (run_dir / "config.json").write_text(json.dumps(online))
-    run = SimpleNamespace(id="old", summary={"train/step": 10, "train/loss": 1.0, "dev/step": 0})
-    monkeypatch.setattr("wandb.Api", lambda: Api(run))
+    """All of it, whatever it pushed offline; and a run that is resumed online has but its new lines to push."""
+    run = read_config(run_dir / "config.json").run
+    lines = read_metrics(run_dir / "metrics.jsonl")
 
-    class OfflineSink(metrics_queue.WandbSink):
-        def __init__(self, folder: Path, project: str, name: str, mode: str, config: dict[str, Any]) -> None:
-            assert mode == "online"
-            super().__init__(folder, project, name, "offline", config)
+    def train(mode: WandbMode, lines: list[Line]) -> None:
+        sink = WandbSink(run_dir, run.wandb_project, run.wandb_name, mode, {})
+        for line in lines:
+            sink.push(line)
+        sink.close()
 
-    monkeypatch.setattr(metrics_queue, "WandbSink", OfflineSink)
-    assert main([str(run_dir), "--entity", "team", *options]) == 0
-    assert_logged(run_dir, [row("dev", 5), row("dev", 10)])
+    train("offline", lines)
+    assert [mode for mode, _, _ in pushed()] == ["offline"] * 3
+    assert main([str(run_dir), "--entity", "team"]) == 0
+    assert pushed() == [("online", *x) for x in [("dev", 0), ("train", 5), ("dev", 5), ("train", 10), ("dev", 10)]]
+    train("online", [*read_metrics(run_dir / "metrics.jsonl"), {"step": 15, "group": "train", "loss": 1.5}])
+    assert pushed() == [("online", "train", 15)]
+
+
+def test_folder_that_knows_no_run_asks_wandb(
+    run_dir: Path, pushed: Callable[[], list[tuple[str, str, int]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SUMMARY", json.dumps({"train/step": 10, "train/loss": 1.0, "dev/step": 0}))
+    assert main([str(run_dir), "--entity", "team"]) == 0
+    assert pushed() == [("online", "dev", 5), ("online", "dev", 10)]
+    assert json.loads((run_dir / "wandb.json").read_text())["id"] == "old"
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"WANDB_MODE": "disabled"}, "disables wandb"),
+        ({"WANDB_DISABLED": "true"}, "disables wandb"),
+        ({"WANDB_MODE": "maybe"}, "WANDB_MODE is 'maybe', not online, offline or disabled"),
+    ],
+)
+def test_wandb_s_own_variables_hold(
+    run_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    variables: dict[str, str],
+    message: str,
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert main([str(run_dir), "--entity", "team", "--runid", "x"]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ['{"id": ', "[]", '{"id": "x", "pushed": {"online": {"train": "x"}}}'])
+def test_damaged_state_is_named_and_replaced(run_dir: Path, caplog: pytest.LogCaptureFixture, text: str) -> None:
+    (run_dir / "wandb.json").write_text(text)
+    assert main([str(run_dir), "--entity", "team"]) == 0
+    assert "wandb.json is damaged and is replaced" in caplog.text
+    assert json.loads((run_dir / "wandb.json").read_text())["pushed"]["offline"]["train"] == 10
 
 
 @pytest.mark.parametrize(

@@ -1,23 +1,19 @@
-"""Phone alignments: which phone is spoken when.
-
-JSON lines, and Praat's TextGrids through praatio, imported here only.
-"""
+"""Phone alignments, from JSON lines and Praat's TextGrids: which phone is spoken when."""
 
 from __future__ import annotations
 
-import math
+import codecs
 import os
-import sys
-from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, Any
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator
+from pathlib import Path
 
 from spidr.data.json_lines import read_lines
+from spidr.data.names import match_names
 from spidr.tools.errors import InputError, first_line
+from spidr.tools.files import check_file, expand, find_files
 from spidr.tools.lazy import needs_extra
 from spidr.tools.untrusted import check_memory, parse_json
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
 
 FRAME_STEP = 10
 """Milliseconds per frame of an alignment."""
@@ -25,24 +21,43 @@ FRAME_STEP = 10
 MAX_SECONDS = 86_400.0
 """No recording is longer than a day: an alignment that is would take any amount of memory."""
 
+TOLERANCE = 100
+"""Milliseconds by which an alignment may be shorter or longer than the units."""
+
+ROUNDING = 1e-3
+"""Seconds by which times may contradict each other: other programs round them."""
+
 SILENCE = "SIL"
-SILENT_LABELS = {"", "sil", "sp"}
-"""How TextGrids name silence, in lower case."""
+_NAMES = "sil sp spn pau silence <sil> <sp> <spn> <pau> <eps> <p:> h# #h"
+SILENT_LABELS = frozenset(["", *_NAMES.split()])
+"""How alignments name silence, in lower case."""
 
 Alignments = dict[str, list[str]]
 """Name of a recording → its phones, one per frame of 10 ms."""
 
+Skipped = dict[str, str]
+"""What was left out, and why."""
 
-def read_alignments(path: str | Path, tier: str | None = None) -> Alignments:
+
+def read_alignments(
+    path: str | Path,
+    tier: str | None = None,
+    *,
+    silence: Collection[str] = SILENT_LABELS,
+    skipped: Skipped | None = None,
+) -> Alignments:
     """Read phone alignments.
 
     Args:
-        path: JSON lines (also gzipped, ``.gz``), a Praat ``.TextGrid``, or a folder of them, at any depth. A line has
-            the recording's ``fileid`` (or ``name``) and ``phones``: either one phone per frame of 10 ms, or
-            ``[phone, start, end]`` in seconds, in order, and then perhaps the ``duration``. A TextGrid is named as its
-            recording, and its empty intervals, "sil" and "sp" are silence.
+        path: JSON lines (also gzipped, ``.gz``), DiscoPhon's table (``#file onset offset #phone``, in seconds), a Praat
+            ``.TextGrid``, or a folder of TextGrids, at any depth. A line of JSON has the recording's ``fileid`` (or
+            ``name``) and ``phones``: either one phone per frame of 10 ms, or ``[phone, start, end]`` in seconds, in
+            order, and then perhaps the ``duration``. A TextGrid is named as its recording. Times that contradict each
+            other by less than 1 ms are rounded.
         tier: The tier of TextGrids that holds the phones. None: the one named "phones" or "phone", with or without a
             speaker's name before it, else the only tier of intervals.
+        silence: Labels that mean silence, in any case.
+        skipped: Gathers lines and TextGrids that cannot be read. None: they are an error.
 
     Returns:
         For each recording, the phone in the middle of each frame of 10 ms: frame i is at ``(i + 0.5) * 10`` ms, and
@@ -52,75 +67,133 @@ def read_alignments(path: str | Path, tier: str | None = None) -> Alignments:
         InputError: The file is missing, a line is not of this form, a TextGrid has no such tier, or a recording occurs
             twice.
     """
-    path = Path(path)
-    try:
-        if os.path.isdir(path):  # noqa: PTH112 (False for all that cannot be a folder)
-            alignments = _read_folder(path, tier)
-        elif path.suffix.lower() == ".textgrid":
-            alignments = {path.stem: _read_grid(path, tier)}
-        else:
-            alignments = _read_lines(path)
-    except OSError as error:
-        raise InputError(f"{path}: the alignments cannot be read ({error.strerror or error}).") from None
-    if not alignments:
-        what = "no .TextGrid in the folder" if os.path.isdir(path) else "no alignment in the file"  # noqa: PTH112
-        raise InputError(f"{path}: {what}.")
-    return alignments
-
-
-def _read_folder(folder: Path, tier: str | None) -> Alignments:
+    path, phones = expand(path), _Phones(silence)
     alignments: Alignments = {}
-    for file in sorted(file for file in folder.rglob("*") if file.suffix.lower() == ".textgrid"):
-        name = file.relative_to(folder).with_suffix("").as_posix()
-        if name in alignments:
-            raise InputError(f"{file}: {name!r} is aligned twice.")
-        alignments[name] = _read_grid(file, tier)
-    return alignments
-
-
-def _read_lines(path: Path) -> Alignments:
-    alignments: Alignments = {}
-    frames = 0
-    for number, line in read_lines(path):
+    problems: Skipped = {} if skipped is None else skipped
+    is_folder, frames = os.path.isdir(path), 0  # noqa: PTH112 (False for all that cannot be a folder)
+    for place, read in _sources(path, tier, phones, is_folder):
         try:
-            name, phones = _parse(parse_json(line))
-        except (ValueError, TypeError, KeyError, AttributeError):
-            raise InputError(
-                f"{path}: line {number}: expected a JSON object with `fileid` and `phones`, one per 10 ms or "
-                f"[phone, start, end] in seconds; found {line[:80]!r}."
-            ) from None
+            name, labels = read()
+            frames += len(labels)
+            check_memory(8 * frames, "all alignments up to here")
+        except InputError as error:
+            problems[place] = str(error)
+            continue
         if name in alignments:
-            raise InputError(f"{path}: line {number}: {name!r} is aligned twice.")
-        frames += len(phones)
-        check_memory(8 * frames, f"{path}: line {number}: all alignments up to here")
-        alignments[name] = phones
+            raise InputError(f"{place}: {name!r} is aligned twice")
+        alignments[name] = labels
+    if skipped is None and problems:
+        shown = [f"{place}: {problem}" for place, problem in list(problems.items())[:5]]
+        more = f"\n… and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise InputError("\n".join(shown) + more)
+    if not alignments:
+        raise InputError(f"{path}: no {'.TextGrid in the folder' if is_folder else 'alignment in the file'}.")
     return alignments
 
 
-def _read_grid(path: Path, tier: str | None) -> list[str]:
-    with needs_extra("train"):
-        from praatio import textgrid
+Source = tuple[str, Callable[[], tuple[str, list[str]]]]
+"""A place, for messages, and what reads the alignment there."""
+
+
+def _sources(path: Path, tier: str | None, phones: _Phones, is_folder: bool) -> Iterator[Source]:
+    if is_folder:
+        for file in find_files(path, lambda name: name.lower().endswith(".textgrid")):
+            name = os.path.splitext(os.path.relpath(file, path))[0].replace(os.sep, "/")  # noqa: PTH122
+            yield file, lambda name=name, file=file: (name, _read_grid(Path(file), tier, phones))  # type: ignore[misc]
+    elif path.suffix.lower() == ".textgrid":
+        check_file(path)
+        yield str(path), lambda: (path.stem, _read_grid(path, tier, phones))
+    else:
+        header: list[str] = []
+        table: dict[str, list[tuple[str, float, float]]] = {}
+        for number, line in read_lines(path):
+            if header:
+                _add_row(table, dict(zip(header, line.split(), strict=False)), phones, f"{path}: line {number}")
+            elif line.startswith("#file"):
+                header = line.split()
+            else:
+                yield f"{path}: line {number}", lambda line=line: _read_line(line, phones)  # type: ignore[misc]
+        for name, intervals in table.items():
+            intervals.sort(key=lambda interval: interval[1])
+            yield f"{path}: {name}", lambda n=name, i=intervals: (n, _frames(i, i[-1][2]))  # type: ignore[misc]
+
+
+def _add_row(
+    table: dict[str, list[tuple[str, float, float]]], row: dict[str, str], phones: _Phones, place: str
+) -> None:
     try:
-        grid = textgrid.openTextgrid(str(path), includeEmptyIntervals=True)
-    except OSError:
+        interval = (phones[row["#phone"]], float(row["onset"]), float(row["offset"]))
+        table.setdefault(row["#file"], []).append(interval)
+    except (KeyError, ValueError):
+        raise InputError(
+            f"{place}: expected #file onset offset #phone; found {' '.join(row.values())[:80]!r}."
+        ) from None
+
+
+class _Phones(dict[str, str]):
+    """A label → its phone: one string for all its frames, and one for all names of silence."""
+
+    def __init__(self, silence: Collection[str]) -> None:
+        super().__init__()
+        self._silence = {label.strip().lower() for label in silence}
+
+    def __missing__(self, label: str) -> str:
+        if not isinstance(label, str):
+            raise TypeError
+        self[label] = SILENCE if label.strip().lower() in self._silence else label.strip()
+        return self[label]
+
+
+def _read_line(line: str, phones: _Phones) -> tuple[str, list[str]]:
+    try:
+        row = parse_json(line)
+        name, labels = row["fileid"] if "fileid" in row else row["name"], row["phones"]
+        if not isinstance(name, str) or not isinstance(labels, list) or not labels:
+            raise TypeError
+        if all(isinstance(label, str) for label in labels):
+            return name, [phones[label] for label in labels]
+        intervals = [(phones[label], float(start), float(end)) for label, start, end in labels]
+        duration = float(row.get("duration", intervals[-1][2]))
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise InputError(
+            "expected a JSON object with `fileid` and `phones`, one per 10 ms or [phone, start, end] in seconds; "
+            f"found {line[:80]!r}."
+        ) from None
+    return name, _frames(intervals, duration)
+
+
+_EXPONENT = re.compile(r"^(.*?=\s*|\s*)([-+]?\d*\.?\d+[eE][-+]?\d+)(\s*)$", re.MULTILINE)
+
+
+def _read_grid(path: Path, tier: str | None, phones: _Phones) -> list[str]:
+    with needs_extra("train"):
+        from praatio.utilities import textgrid_io
+    try:
+        check_file(path)
+        content = path.read_bytes()
+        utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        text = content.decode("utf-16" if utf16 else "utf-8-sig").replace("\r\n", "\n")
+        # praatio knows no exponents.
+        text = _EXPONENT.sub(lambda match: f"{match[1]}{float(match[2]):.12f}{match[3]}", text)
+        grid = textgrid_io.parseTextgridStr(text, True)
+        tiers = {t["name"]: t["entries"] for t in grid["tiers"] if t["class"] == "IntervalTier"}
+    except OSError as error:
+        raise InputError(f"the alignments cannot be read ({error.strerror or error}).") from None
+    except InputError:
         raise
     except Exception as error:  # a parser without an error of its own
         reason = f"{type(error).__name__}: {first_line(error)}"
-        raise InputError(f"{path}: not a TextGrid that praatio can read ({reason}).") from None
-    tiers = [name for name in grid.tierNames if isinstance(grid.getTier(name), textgrid.IntervalTier)]
-    chosen = [name for name in tiers if name == tier] if tier is not None else _phone_tiers(tiers)
+        raise InputError(f"not a TextGrid that praatio can read ({reason}).") from None
+    chosen = [name for name in tiers if name == tier] if tier is not None else _phone_tiers(list(tiers))
     if len(chosen) != 1:
         wanted = f"no tier {tier!r}" if tier is not None else "cannot tell the tier of the phones"
-        raise InputError(f"{path}: {wanted}; tiers of intervals found: {', '.join(tiers) or 'none'}.")
-    entries = grid.getTier(chosen[0]).entries
-    intervals = [
-        (SILENCE if label.strip().lower() in SILENT_LABELS else label.strip(), float(start), float(end))
-        for start, end, label in entries
-    ]
+        raise InputError(f"{wanted}; tiers of intervals found: {', '.join(tiers) or 'none'}.")
     try:
-        return _frames(intervals, float(grid.maxTimestamp))
-    except ValueError:
-        raise InputError(f"{path}: the intervals of tier {chosen[0]!r} overlap, or last longer than a day.") from None
+        intervals = [(phones[label], float(start), float(end)) for start, end, label in tiers[chosen[0]]]
+        return _frames(intervals, max([float(grid["xmax"]), *(end for *_, end in intervals[-1:])]))
+    except ValueError as error:
+        message = error if isinstance(error, InputError) else f"not a number ({first_line(error)})"
+        raise InputError(f"tier {chosen[0]!r}: {message}") from None
 
 
 def _phone_tiers(names: list[str]) -> list[str]:
@@ -128,59 +201,49 @@ def _phone_tiers(names: list[str]) -> list[str]:
     return named or (names if len(names) == 1 else [])
 
 
-def match_alignments(alignments: Alignments, fileids: Iterable[str]) -> Alignments:
-    """The alignment of each recording that has one, see :func:`match_names`."""
-    return {fileid: alignments[name] for fileid, name in match_names(alignments, fileids).items()}
+def fit(phones: list[str], frames: int, tolerance: int = TOLERANCE) -> list[str] | None:
+    """The phones of so many frames of 10 ms: filled up with silence or cut; None if that would be too much.
 
-
-def match_names(names: Iterable[str], wanted: Iterable[str]) -> dict[str, str]:
-    """What each wanted recording is called among ``names``, as far as it is there.
-
-    That is the same name, else the one whose name without folders and extension is the recording's.
-
-    Raises:
-        InputError: Several could be meant.
+    Args:
+        phones: One per frame.
+        frames: As many as there should be.
+        tolerance: Milliseconds that may be filled up or cut. A difference of two frames is left as it is: as in the
+            paper, the end of the longer one does not count.
     """
-    exact = set(names)
-    by_stem: dict[str, list[str]] = {}
-    for name in exact:
-        by_stem.setdefault(PurePath(name).stem, []).append(name)
-    matched = {}
-    for fileid in wanted:
-        found = [fileid] if fileid in exact else by_stem.get(PurePath(fileid).stem, [])
-        if len(found) > 1:
-            raise InputError(f"{fileid}: several recordings could be meant: {', '.join(sorted(found)[:3])}.")
-        if found:
-            matched[fileid] = found[0]
-    return matched
+    short = frames - len(phones)
+    if abs(short) <= 2:
+        return phones
+    if abs(short) * FRAME_STEP > tolerance:
+        return None
+    return [*phones, *[SILENCE] * short] if short > 0 else phones[:short]
 
 
-def _parse(row: dict[str, Any]) -> tuple[str, list[str]]:
-    name = row["fileid"] if "fileid" in row else row["name"]
-    phones = row["phones"]
-    if not isinstance(name, str) or not isinstance(phones, list) or not phones:
-        raise TypeError
-    if all(isinstance(phone, str) for phone in phones):
-        return name, list(map(sys.intern, phones))  # 8 bytes for each frame instead of 60
-    intervals = [(sys.intern(phone), float(start), float(end)) for phone, start, end in phones]
-    return name, _frames(intervals, float(row.get("duration", intervals[-1][2])))
+def match_alignments(alignments: Alignments, fileids: Iterable[str]) -> Alignments:
+    """The alignment of each recording that has one, see :func:`spidr.data.names.match_names`."""
+    return {fileid: alignments[name] for fileid, name in match_names(alignments, fileids).items()}
 
 
 def _frames(intervals: list[tuple[str, float, float]], duration: float) -> list[str]:
     """Phone at the middle of each frame.
 
     Raises:
-        ValueError: The intervals overlap, or there are none that long.
+        InputError: The intervals overlap, or last longer than a day.
     """
-    if not (0 <= duration <= MAX_SECONDS and math.isfinite(duration)):
-        raise ValueError
+    if not 0 <= duration <= MAX_SECONDS:
+        raise InputError(f"a duration of {duration:g} s, not from 0 to {MAX_SECONDS:g}.")
     # Rounded a little first, or 0.29 s would be 28.999… frames.
     frames = [SILENCE] * int(round(duration * 1000 / FRAME_STEP, 6))
     before = 0.0
-    for phone, start, end in intervals:
-        if not before <= start <= end <= MAX_SECONDS:
-            raise ValueError
-        before = end
-        first, last = (max(0, -int(-(round(time * 1000 / FRAME_STEP - 0.5, 6)) // 1)) for time in (start, end))
+    for number, (phone, start, end) in enumerate(intervals, start=1):
+        where = f"interval {number}, {phone!r} from {start:g} to {end:g} s"
+        if not start >= before - ROUNDING:
+            raise InputError(f"{where}: begins before {before:g} s, where the one before it ends.")
+        if not end >= start - ROUNDING:
+            raise InputError(f"{where}: ends before it begins.")
+        if not end <= MAX_SECONDS:
+            raise InputError(f"{where}: ends after more than a day.")
+        start = max(start, before)
+        before = max(end, start)
+        first, last = (max(0, -int(-(round(time * 1000 / FRAME_STEP - 0.5, 6)) // 1)) for time in (start, before))
         frames[first:last] = [phone] * len(frames[first:last])
     return frames

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
@@ -17,12 +18,14 @@ from spidr.data.masks import MaskGenerator
 from spidr.data.recording import Recording
 from spidr.data.seeds import Draw, generator
 from spidr.tools.errors import InputError
-from spidr.tools.frames import conv_length
+from spidr.tools.frames import conv_length, samples_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from numpy.typing import NDArray
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -66,8 +69,23 @@ class Batch:
         frames = torch.arange(self.max_frames, device=self.frame_lengths.device)
         return (frames < self.frame_lengths[:, None])[:, None, None, :]
 
+    @property
+    def options(self) -> dict[str, Tensor | None]:
+        """The keyword arguments of the model's ``forward`` that belong to the waveforms."""
+        return {
+            "mask": self.mask_indices,
+            "attention_mask": self.attention_mask,
+            "lengths": self.lengths,
+            "channel_mask": self.channel_mask,
+        }
+
     def __iter__(self) -> Iterator[Tensor | None]:
         return iter((self.waveforms, self.attention_mask, self.mask))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Travel as bytes: tensors would need shared memory, of which containers have little, and sockets."""
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        return _from_arrays, ({name: v.numpy() if isinstance(v, Tensor) else v for name, v in values.items()},)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Self:
         """The batch on another device. From pinned memory, ``non_blocking`` copies while the caller goes on."""
@@ -80,6 +98,13 @@ class Batch:
     def _map(self, function: Any) -> Self:
         values = {item.name: getattr(self, item.name) for item in fields(self)}
         return replace(self, **{name: function(value) for name, value in values.items() if isinstance(value, Tensor)})
+
+
+def _from_arrays(values: dict[str, Any]) -> Batch:
+    tensors: dict[str, Any] = {}
+    for name, value in values.items():
+        tensors[name] = torch.from_numpy(value) if isinstance(value, np.ndarray) else value
+    return Batch(**tensors)
 
 
 class BatchRequest(NamedTuple):
@@ -106,6 +131,15 @@ class BatchRequest(NamedTuple):
         return [generator(self.seed, Draw.ROW, int(row)) for row in self.rows]
 
 
+@cache
+def _warn_of_wrong_lengths(manifest: str) -> None:
+    logger.warning(
+        "%s: recordings are longer than it says; they are cropped, or batches would exceed "
+        "data.max_batch_length. Write the manifest again.",
+        manifest,
+    )
+
+
 # A long recording is decoded whole for its statistics only once per process, however often it is cropped.
 _remembered_statistics = lru_cache(maxsize=1 << 16)(statistics)
 
@@ -126,6 +160,21 @@ class _Loaded(NamedTuple):
             out[:] = samples
         else:
             standardize(samples, *self.moments, out=out)
+
+
+class UnreadableBatchError(InputError):
+    """With ``on_error = "skip"``, no recording of a batch can be read.
+
+    Attributes:
+        skipped: The files, and why.
+    """
+
+    def __init__(self, skipped: dict[str, str]) -> None:
+        super().__init__(f"No recording of a batch can be read. {next(iter(skipped.values()))}")
+        self.skipped = skipped
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.skipped,)
 
 
 class Collator:
@@ -168,15 +217,13 @@ class Collator:
         rngs = request.generators()
         known = [item.length for item in loaded if item is not None]
         available = np.array([min(known, default=1) if item is None else item.length for item in loaded])
-        lengths = np.minimum(available, self.cfg.max_sample_size)
-        if not self.cfg.enable_padding:
-            lengths[:] = lengths.min()
+        lengths, width = self._lengths(available, request.lengths)
         starts = np.zeros_like(lengths)
         if self.cfg.rand_crop:
             shares = np.concatenate([rng.random(len(rows) // len(rngs)) for rng in rngs])
             starts = (shares * (available - lengths + 1)).astype(np.int64)
 
-        waveforms = np.empty((len(rows), lengths.max()), dtype=np.float32)
+        waveforms = np.empty((len(rows), width), dtype=np.float32)
         good = []
         for i, item in enumerate(loaded):
             if item is not None:
@@ -185,26 +232,53 @@ class Collator:
                     waveforms[i, lengths[i] :] = 0
                     good.append(i)
         if not good:
-            raise InputError(f"No recording of a batch can be read. {next(iter(skipped.values()))}")
+            raise UnreadableBatchError(skipped)
         if skipped:
             # Recordings that can be read stand in, in turn, for those that cannot: the batch keeps its size.
             chosen = [i if i in good else good[i % len(good)] for i in range(len(rows))]
-            waveforms, rows, starts, lengths = (array[chosen] for array in (waveforms, rows, starts, lengths))
+            waveforms, rows, starts, lengths = waveforms[chosen], rows[chosen], starts[chosen], lengths[chosen]
 
         frames = conv_length(self.conv_layer_config, lengths)
-        padded = bool((lengths != lengths[0]).any())
+        padded = bool((lengths != width).any())
         batch = Batch(
             torch.from_numpy(waveforms),
             rows=torch.from_numpy(rows),
             starts=torch.from_numpy(starts),
             num_samples=int(lengths.sum()),
             num_frames=int(frames.sum()),
-            max_frames=int(frames.max()),
+            max_frames=int(conv_length(self.conv_layer_config, width)),
             lengths=torch.from_numpy(lengths) if padded else None,
             frame_lengths=torch.from_numpy(frames) if padded else None,
             skipped=skipped,
         )
         return batch if self.masks is None else self._mask(batch, frames, rngs)
+
+    def _lengths(
+        self, available: NDArray[np.int64], promised: NDArray[np.integer[Any]]
+    ) -> tuple[NDArray[np.int64], int]:
+        """Samples to take of each recording, and samples of the batch's rows.
+
+        Args:
+            available: Samples of each recording (B,).
+            promised: The same by the manifest.
+        """
+        cfg, shapes = self.cfg, self.conv_layer_config
+        lengths = np.minimum(available, cfg.max_sample_size)
+        # Lengths by spidr 0.1.2 are one sample off at most.
+        if lengths.sum() > max(cfg.max_batch_length, np.minimum(promised, cfg.max_sample_size).sum()) + len(lengths):
+            _warn_of_wrong_lengths(str(cfg.manifest))
+            lengths = np.minimum(lengths, np.maximum(promised, cfg.min_sample_size))
+        if not cfg.enable_padding:
+            lengths[:] = lengths.min()
+        width = int(lengths.max())
+        frames = int(conv_length(shapes, width))
+        if excess := frames % cfg.length_multiple:
+            if cfg.enable_padding:
+                width = samples_of(shapes, frames - excess + cfg.length_multiple)
+            elif frames > excess:
+                width = samples_of(shapes, frames - excess)
+                lengths[:] = width
+        return lengths, width
 
     @contextmanager
     def _skipping(self, recording: Recording, skipped: dict[str, str]) -> Iterator[None]:

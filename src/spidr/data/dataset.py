@@ -19,7 +19,7 @@ from spidr.tools.frames import conv_length
 from spidr.tools.lazy import names_from
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from numpy.typing import NDArray
 
@@ -40,8 +40,9 @@ class SpeechDataset(Dataset[Tensor]):
         normalize: Whether each recording is standardised over its whole length (population variance, 1e-5 added to it).
     """
 
-    def __init__(self, manifest_path: str | Path | pl.DataFrame, *, normalize: bool) -> None:
-        self.manifest = read_manifest(manifest_path) if isinstance(manifest_path, str | Path) else manifest_path
+    def __init__(self, manifest_path: str | Path | Sequence[str | Path] | pl.DataFrame, *, normalize: bool) -> None:
+        given = manifest_path
+        self.manifest = given if isinstance(given, pl.DataFrame) else read_manifest(given)
         self.normalize = normalize
 
     def __len__(self) -> int:
@@ -55,7 +56,9 @@ class SpeechDataset(Dataset[Tensor]):
         """
         if not -len(self) <= row < len(self):
             raise IndexError(f"row {row} of a manifest of {len(self)} rows")
-        samples = read_audio(self.recordings(np.array([row % len(self)]))[0])
+        # One value at a time: in a forked worker, what polars does in threads would wait for ever.
+        fields = [name for name in Recording._fields if name in self.manifest.columns]
+        samples = read_audio(Recording(**{name: self.manifest[name][row % len(self)] for name in fields}))
         if self.normalize:
             standardize(samples, *statistics_of(samples), out=samples)
         return torch.from_numpy(samples)
@@ -84,11 +87,11 @@ def iter_recordings(manifest: pl.DataFrame) -> Iterator[Recording]:
         yield from recordings_of(rows)
 
 
-def speech_dataset(path: str | Path, *, normalize: bool) -> SpeechDataset:
+def speech_dataset(path: str | Path | Sequence[str | Path], *, normalize: bool) -> SpeechDataset:
     """Recordings of the manifest at ``path``; ``[i]`` is row i's waveform, float32 (S,) at 16 kHz.
 
     Args:
-        path: A manifest (see :func:`spidr.data.read_manifest`).
+        path: A manifest, or several (see :func:`spidr.data.read_manifest`).
         normalize: Standardise each recording over its whole length, as the published models expect.
     """
     return SpeechDataset(path, normalize=normalize)

@@ -11,24 +11,31 @@ import weakref
 from collections import Counter
 from dataclasses import replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import torch
+import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from spidr.config import DEFAULT_CONV_LAYER_CONFIG, DataConfig, MaskingConfig
-from spidr.data.batch import Batch, BatchRequest, Collator
+from spidr.data.batch import Batch, BatchRequest, Collator, UnreadableBatchError
 from spidr.data.dataset import SpeechDataset
-from spidr.data.manifest import read_manifest
+from spidr.data.manifest import read_manifests
 from spidr.data.measure import with_lengths
 from spidr.data.sampler import BatchList, BatchSampler, sorted_batches
-from spidr.tools.errors import InputError
+from spidr.data.summary import DataSummary, summarise
+from spidr.tools.errors import InputError, first_line
 from spidr.tools.frames import receptive_field
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator, Sequence
 
+    import polars as pl
+
 logger = logging.getLogger(__name__)
+
+MAX_REPLACEMENTS = 1000
+"""Batches looked at for one that can stand in for an unreadable one."""
 
 WORKER_GRACE = 30
 """Seconds a worker process outlives a SIGTERM."""
@@ -40,40 +47,42 @@ def build_dataloader(
     *,
     conv_layer_config: Sequence[tuple[int, int, int]] | None = None,
     channels: int | None = None,
-    rank: int = 0,
-    world_size: int = 1,
+    rank: int | None = None,
+    world_size: int | None = None,
     accumulation: int | None = None,
     start_method: str | None = None,
 ) -> SpeechLoader:
-    """Batches to train on.
+    """Build the batches to train on.
 
     Batches, crops and masks are functions of (seed, epoch, number of the batch), whatever the number of workers. The
     order of the batches is that of :class:`spidr.data.sampler.BatchSampler`, dealt in turn to the processes.
 
     Args:
-        data_cfg: The manifest and how batches are made from it.
+        data_cfg: The manifests and how batches are made from them.
         mask_cfg: The masks; None: no masks.
         conv_layer_config: (out_channels, kernel, stride) of the feature extractor's convolutions; None: the default.
         channels: Number of feature channels, needed when ``mask_channel_prob`` is above 0.
-        rank: This process's number.
-        world_size: Number of processes.
+        rank: This process's number; None: that in the process group, 0 without one.
+        world_size: Number of processes; None: that of the process group.
         accumulation: Batches of this process per optimiser step; None: derived from ``data_cfg.global_batch_length``.
         start_method: How workers are started: "fork", "spawn" or "forkserver"; None: Python's default.
 
     Raises:
-        InputError: The manifest cannot be read or gives no batch, or ``global_batch_length`` cannot be had.
+        InputError: A manifest cannot be read or gives no batch, or ``global_batch_length`` cannot be had.
     """
-    conv_layer_config = conv_layer_config or DEFAULT_CONV_LAYER_CONFIG
-    usable = _with_one_frame(data_cfg, conv_layer_config)
+    processes = _Processes.of(rank, world_size)
     if accumulation is None:
-        accumulation = _accumulation(data_cfg, world_size)
-    collator = Collator(usable, mask_cfg, conv_layer_config, channels)
-    manifest = with_lengths(read_manifest(data_cfg.manifest), data_cfg.manifest)
-    dataset = SpeechDataset(manifest, normalize=data_cfg.normalize)
-    lengths = dataset.manifest["num_samples"].to_numpy()
-    shortest = usable.min_sample_size
-    sampler = BatchSampler(lengths, data_cfg, shortest=shortest, world_size=world_size, accumulation=accumulation)
-    processes = _Processes(rank, world_size, accumulation)
+        accumulation = _accumulation(data_cfg, processes.world_size)
+    processes = processes._replace(accumulation=accumulation)
+    dataset, sources, collator = _parts(data_cfg, mask_cfg, conv_layer_config, channels)
+    sampler = BatchSampler(
+        dataset.manifest["num_samples"].to_numpy(),
+        data_cfg,
+        shortest=collator.cfg.min_sample_size,
+        world_size=processes.world_size,
+        accumulation=accumulation,
+        sources=sources.to_numpy(),
+    )
     return SpeechLoader(dataset, collator, sampler.epoch, processes, start_method=start_method)
 
 
@@ -83,23 +92,32 @@ def build_validation_dataloader(
     *,
     conv_layer_config: Sequence[tuple[int, int, int]] | None = None,
     channels: int | None = None,
-    rank: int = 0,
-    world_size: int = 1,
+    rank: int | None = None,
+    world_size: int | None = None,
     start_method: str | None = None,
 ) -> SpeechLoader:
-    """Batches to validate on: always the same, each recording once, from the shortest to the longest.
+    """Build the batches to validate on: always the same, each recording once, from the shortest to the longest.
 
     Crops and masks are seeded by the row of the manifest. Batch i goes to process ``i % world_size``, so a process may
     get one batch less than another. Arguments and errors are those of :func:`build_dataloader`.
     """
-    conv_layer_config = conv_layer_config or DEFAULT_CONV_LAYER_CONFIG
-    data_cfg = _with_one_frame(data_cfg, conv_layer_config)
-    collator = Collator(data_cfg, mask_cfg, conv_layer_config, channels)
-    manifest = with_lengths(read_manifest(data_cfg.manifest), data_cfg.manifest)
-    dataset = SpeechDataset(manifest, normalize=data_cfg.normalize)
-    batches = sorted_batches(dataset.manifest["num_samples"].to_numpy(), data_cfg)
-    processes = _Processes(rank, world_size)
+    dataset, _, collator = _parts(data_cfg, mask_cfg, conv_layer_config, channels)
+    batches = sorted_batches(dataset.manifest["num_samples"].to_numpy(), collator.cfg)
+    processes = _Processes.of(rank, world_size)
     return SpeechLoader(dataset, collator, lambda _: batches, processes, seed_by_row=True, start_method=start_method)
+
+
+def _parts(
+    cfg: DataConfig,
+    mask_cfg: MaskingConfig | None,
+    conv_layer_config: Sequence[tuple[int, int, int]] | None,
+    channels: int | None,
+) -> tuple[SpeechDataset, pl.Series, Collator]:
+    conv_layer_config = conv_layer_config or DEFAULT_CONV_LAYER_CONFIG
+    collator = Collator(_with_one_frame(cfg, conv_layer_config), mask_cfg, conv_layer_config, channels)
+    manifest, sources = read_manifests(cfg.manifests)
+    manifest = with_lengths(manifest, " ".join(cfg.manifests))
+    return SpeechDataset(manifest, normalize=cfg.normalize), sources, collator
 
 
 def _with_one_frame(cfg: DataConfig, conv_layer_config: Sequence[tuple[int, int, int]]) -> DataConfig:
@@ -132,6 +150,15 @@ class _Processes(NamedTuple):
     world_size: int
     accumulation: int = 1
 
+    @classmethod
+    def of(cls, rank: int | None, world_size: int | None) -> _Processes:
+        """What is not given is what the process group says."""
+        is_group = dist.is_available() and dist.is_initialized()
+        return cls(
+            (dist.get_rank() if is_group else 0) if rank is None else rank,
+            (dist.get_world_size() if is_group else 1) if world_size is None else world_size,
+        )
+
 
 class SpeechLoader:
     """This process's batches, epoch by epoch.
@@ -140,6 +167,9 @@ class SpeechLoader:
         dataset: The recordings.
         accumulation: Batches of this process per optimiser step.
         skipped: With ``on_error = "skip"``, how often each unreadable file was replaced in this process's batches.
+        generator: Its ``initial_seed()`` seeds crops and masks: ``manual_seed`` with another one gives others, with the
+            same one the same again.
+        batch_sampler: The loader itself, whose :meth:`set_epoch` is looked for there.
     """
 
     def __init__(
@@ -157,7 +187,8 @@ class SpeechLoader:
         self.skipped: Counter[str] = Counter()
         self._processes = processes
         self._lengths = dataset.manifest["num_samples"].to_numpy()
-        self._seed, self._seed_by_row = collator.cfg.random_seed, seed_by_row
+        self.generator = torch.Generator().manual_seed(collator.cfg.random_seed)
+        self._collator, self._seed_by_row = collator, seed_by_row
         # An epoch's list is needed several times in a row, and large.
         self._batches = lru_cache(maxsize=1)(batches)
         self._workers = _Workers(collator, start_method)
@@ -188,7 +219,10 @@ class SpeechLoader:
         Raises:
             InputError: A recording cannot be read, unless ``on_error`` is "skip".
         """
-        for batch in self._workers.make(self._requests(epoch, start)):
+        made = self._workers.make(self._requests(epoch, start))
+        for number, batch in zip(self._numbers(epoch, start), made, strict=False):
+            if isinstance(batch, UnreadableBatchError):
+                batch = self._another(epoch, number, batch)
             if isinstance(batch, InputError):
                 raise batch
             for file, reason in batch.skipped.items():
@@ -196,6 +230,27 @@ class SpeechLoader:
                     logger.warning("Skipped: %s", reason)
                 self.skipped[file] += 1
             yield batch
+
+    def _another(self, epoch: int, number: int, error: UnreadableBatchError) -> Batch | InputError:
+        """The next batch of the epoch that can be read, in place of one that cannot."""
+        skipped, count = dict(error.skipped), len(self._batches(epoch))
+        for other in range(number + 1, number + min(count, MAX_REPLACEMENTS)):
+            try:
+                batch = self._collator(self._request(epoch, other % count))
+            except UnreadableBatchError as another:
+                skipped |= another.skipped
+            else:
+                return replace(batch, skipped=skipped | batch.skipped)
+        return error
+
+    def summary(self) -> DataSummary:
+        """What becomes of the recordings in epoch 0."""
+        return summarise(self._lengths, self._collator.cfg, self._collator.cfg.min_sample_size, self._batches(0))
+
+    @property
+    def batch_sampler(self) -> Self:
+        """See the attributes."""
+        return self
 
     def close(self) -> None:
         """Stop the worker processes. Iterating again starts new ones."""
@@ -207,11 +262,13 @@ class SpeechLoader:
         return range(start * world_size * accumulation + rank, len(self._batches(epoch)), world_size)
 
     def _requests(self, epoch: int, start: int) -> Iterator[BatchRequest]:
-        batches = self._batches(epoch)
-        for number in self._numbers(epoch, start):
-            rows = batches[number]
-            key = None if self._seed_by_row else (epoch, number)
-            yield BatchRequest(rows, self._lengths[rows], self.dataset.recordings(rows), self._seed, key)
+        return (self._request(epoch, number) for number in self._numbers(epoch, start))
+
+    def _request(self, epoch: int, number: int) -> BatchRequest:
+        rows = self._batches(epoch)[number]
+        key = None if self._seed_by_row else (epoch, number)
+        seed = self.generator.initial_seed()
+        return BatchRequest(rows, self._lengths[rows], self.dataset.recordings(rows), seed, key)
 
 
 class _Maker(Dataset[Batch | InputError]):
@@ -258,7 +315,15 @@ class _Workers:
         if self._dataloader is None:
             self._dataloader = self._build()
         self._queue.requests = requests
-        yield from self._dataloader
+        try:
+            yield from self._dataloader
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader worker"):
+                raise
+            raise InputError(
+                f"A data worker died: {first_line(error).rstrip('.')}. If the machine ran out of memory, lower "
+                "data.num_workers, data.prefetch_factor or data.max_batch_length."
+            ) from None
 
     def _build(self) -> DataLoader[Batch | InputError]:
         cfg = self._collator.cfg
@@ -270,7 +335,8 @@ class _Workers:
             prefetch_factor=cfg.prefetch_factor if cfg.num_workers else None,
             persistent_workers=cfg.persistent_workers and cfg.num_workers > 0,
             multiprocessing_context=self._start_method if cfg.num_workers else None,
-            pin_memory=cfg.pin_memory and torch.cuda.is_available(),
+            # By itself where a model is on a GPU; asked for, wherever there is one.
+            pin_memory=torch.cuda.is_available() and (cfg.pin_memory or torch.cuda.is_initialized()),
             collate_fn=_unchanged,
             worker_init_fn=_begin_worker,
             # Torch draws a seed here at each epoch: not from the generator that dropout depends on.

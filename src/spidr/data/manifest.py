@@ -20,7 +20,7 @@ from spidr.tools.files import check_file, expand
 from spidr.tools.untrusted import parse_json
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
 REQUIRED = {"fileid": pl.String, "path": pl.String, "num_samples": pl.Int64}
 ARCHIVE = {"archive": pl.String, "byte_offset": pl.Int64, "byte_size": pl.Int64}
@@ -35,7 +35,7 @@ HEAD = 1 << 16
 """Bytes at the beginning of a file by which its form is told."""
 
 
-def read_manifest(path: str | Path) -> pl.DataFrame:
+def read_manifest(path: str | Path | Sequence[str | Path]) -> pl.DataFrame:
     """Read a manifest or a list of recordings.
 
     The forms are told apart by the first line, not by the file's name, except Kaldi's, which are told by theirs:
@@ -52,7 +52,7 @@ def read_manifest(path: str | Path) -> pl.DataFrame:
     Relative paths are looked for in the current folder, then beside the file. ``~`` and ``$VARIABLES`` are replaced.
 
     Args:
-        path: The file.
+        path: The file, or several that are joined.
 
     Returns:
         One row per recording, in the file's order: those of the columns above that the file has, ``fileid`` always,
@@ -61,6 +61,8 @@ def read_manifest(path: str | Path) -> pl.DataFrame:
     Raises:
         InputError: The file is missing, has no row, lacks a column or holds a value of the wrong type.
     """
+    if not isinstance(path, (str, Path)):
+        return read_manifests(path)[0]
     path = expand(path)
     if not os.path.exists(path):  # noqa: PTH110 (False for all that cannot be a file)
         raise InputError(f"{path}: the manifest does not exist. Write one with `python -m spidr.data.write_manifest`.")
@@ -79,6 +81,21 @@ def read_manifest(path: str | Path) -> pl.DataFrame:
     if manifest.is_empty():
         raise InputError(f"{path}: the manifest has no row.")
     return _located(_named(_typed(path, manifest)), path.parent)
+
+
+def read_manifests(paths: Sequence[str | Path]) -> tuple[pl.DataFrame, pl.Series]:
+    """Read several manifests as one.
+
+    Returns:
+        The rows, and the number of the manifest that each is from.
+    """
+    tables = [read_manifest(path) for path in paths]
+    if len({"num_samples" in table.columns for table in tables}) > 1:
+        raise InputError(
+            f"{', '.join(map(str, paths))}: only some of them say how long recordings are; write manifests of all."
+        )
+    sources = pl.concat([pl.repeat(i, table.height, dtype=pl.Int32, eager=True) for i, table in enumerate(tables)])
+    return pl.concat(tables, how="diagonal_relaxed"), sources
 
 
 def is_table(path: str | Path) -> bool:

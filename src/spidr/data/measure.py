@@ -73,13 +73,13 @@ def measure(
             pool.shutdown(cancel_futures=True)
 
 
-def problems_of(what: str, errors: list[InputError], remedy: str) -> InputError:
-    """One error for the problems of many recordings."""
-    if len(errors) == 1:
-        return InputError(f"{errors[0]} {remedy}")
-    lines = [f"  {error}" for error in errors[:LISTED]]
-    more = [f"  … and {len(errors) - LISTED:,} more"] if len(errors) > LISTED else []
-    return InputError("\n".join([f"{what}: {len(errors):,} problems. {remedy}", *lines, *more]))
+def problems_of(errors: list[InputError], total: int, remedy: str) -> InputError:
+    """One error for the problems of many recordings, with what can be done about them at the end."""
+    lines = [str(error) for error in errors[:LISTED]]
+    if len(errors) > LISTED:
+        lines.append(f"… and {len(errors) - LISTED:,} more")
+    end = f"{len(errors):,} of {total:,} recordings cannot be read{remedy and '; '}{remedy}."
+    return InputError("\n  ".join(lines) + f"\n{end}")
 
 
 def with_lengths(manifest: pl.DataFrame, name: str) -> pl.DataFrame:
@@ -92,6 +92,6 @@ def with_lengths(manifest: pl.DataFrame, name: str) -> pl.DataFrame:
         return manifest
     found = list(measure(num_samples, iter_recordings(manifest), total=manifest.height, description="Lengths"))
     if errors := [error for error in found if isinstance(error, InputError)]:
-        remedy = f"`python -m spidr.data.write_manifest {name} OUT.csv --on-error skip` leaves out what cannot be read."
-        raise problems_of(name, errors, remedy)
+        remedy = f"`python -m spidr.data.write_manifest {name} OUT.csv --on-error skip` leaves them out"
+        raise problems_of(errors, manifest.height, remedy)
     return manifest.with_columns(pl.Series("num_samples", found, dtype=pl.Int64))

@@ -60,11 +60,12 @@ def file_of(source: Source) -> str | None:
     if isinstance(source, bytes) or (isinstance(source, Recording) and source.archive is not None):
         return None
     path = source.path if isinstance(source, Recording) else os.fspath(source)
-    _check(path)
+    check_exists(path)
     return path
 
 
-def _check(path: str) -> None:
+def check_exists(path: str) -> None:
+    """See that a recording's file is there and a regular file, of which reading does not wait."""
     if not os.path.lexists(path):
         raise InputError(f"{path}: the file does not exist. Was it moved since it was listed?")
     check_file(path)
@@ -90,7 +91,7 @@ class Member(io.RawIOBase):
     """
 
     def __init__(self, archive: str, name: str, offset: int, size: int) -> None:
-        _check(archive)
+        check_exists(archive)
         try:
             status = os.stat(archive)  # noqa: PTH116
             self._archive = _open(archive, status.st_ino, status.st_mtime_ns)

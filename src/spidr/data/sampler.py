@@ -54,15 +54,31 @@ class BatchSampler:
     ``max_batch_length`` samples, and shuffled. An epoch consists of whole rounds of ``round_size`` batches: what one
     optimiser step takes over all processes. The last one is completed with the epoch's first batches or, with
     ``drop_last``, left out. Apart from that, the list is the same for any number of processes.
+
+    Args:
+        lengths: Length of each row of the manifest.
+        cfg: How batches are made.
+        shortest: Samples of which the model makes a frame.
+        world_size: Number of processes.
+        accumulation: Batches per process and optimiser step.
+        sources: Number of the manifest that each row is from, for ``cfg.weights``.
     """
 
     def __init__(
-        self, lengths: Integers, cfg: DataConfig, *, shortest: int = 1, world_size: int = 1, accumulation: int = 1
+        self,
+        lengths: Integers,
+        cfg: DataConfig,
+        *,
+        shortest: int = 1,
+        world_size: int = 1,
+        accumulation: int = 1,
+        sources: Integers | None = None,
     ) -> None:
         self.cfg = cfg
         self.world_size = world_size
         self.round_size = world_size * accumulation
         self._rows, self._lengths = usable_rows(lengths, cfg, shortest)
+        self._times = None if cfg.weights is None or sources is None else self._shares(sources[self._rows], cfg.weights)
         boundaries = bucket_boundaries(self._lengths, cfg)
         # The smallest type that fits: numpy sorts 16-bit integers in linear time.
         dtype = np.uint16 if len(boundaries) < 2**16 else np.uint32
@@ -75,11 +91,23 @@ class BatchSampler:
             InputError: There are fewer batches than processes, or than a round has with ``drop_last``.
         """
         rng = generator(self.cfg.random_seed, Draw.ORDER, epoch)
-        shuffled = rng.permutation(np.arange(len(self._rows), dtype=self._rows.dtype))
+        chosen = np.arange(len(self._rows), dtype=self._rows.dtype)
+        if self._times is not None:  # whole times, and once more with the probability of the rest
+            chosen = np.repeat(chosen, (self._times + rng.random(len(chosen))).astype(np.int64))
+        shuffled = rng.permutation(chosen)
         shuffled = shuffled[np.argsort(self._buckets[shuffled], kind="stable")]
         bounds = pack(self._lengths[shuffled], self.cfg.max_batch_length)
         order = rng.permutation(len(bounds) - 1)
         return BatchList(self._rows[shuffled], bounds, self._whole_rounds(order))
+
+    def _shares(self, sources: Integers, weights: list[float]) -> NDArray[np.float64]:
+        """How often each row occurs in an epoch, on average, for manifests to have their shares of the hours."""
+        hours = np.bincount(sources, self._lengths, minlength=len(weights))
+        if not hours.all():
+            empty = self.cfg.manifests[int(np.argmin(hours))]
+            raise InputError(f"{empty}: no recording is long enough; leave the manifest out of data.manifest.")
+        times: NDArray[np.float64] = np.array(weights) / sum(weights) * hours.sum() / hours
+        return times[sources]
 
     def _whole_rounds(self, order: Integers) -> Integers:
         name, count = self.cfg.manifest, len(order)

@@ -1,8 +1,9 @@
-"""Reading discrete units: one sequence for each recording."""
+"""Reading discrete units: one sequence for each recording, in the forms in which programs write them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
 from glob import escape
 from pathlib import Path
 from typing import Any
@@ -11,55 +12,115 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spidr.data.json_lines import read_lines
+from spidr.data.names import plain_name
 from spidr.tools.errors import InputError, first_line
+from spidr.tools.files import check_file, expand, find_files
 from spidr.tools.lazy import needs_extra
 from spidr.tools.untrusted import check_memory, parse_json
 
 Units = dict[str, NDArray[np.int64]]
 """Name of a recording → its units, one per frame."""
 
+MAX_FRAMES = 86_400 * 100
+"""Frames of a recording at most: a day at 100 a second. A line of 60 bytes could ask for any number."""
 
-def read_units(path: str | Path) -> Units:
+NAME_KEYS = ("fileid", "name", "file", "file_name", "audio")
+UNIT_KEYS = ("units", "hubert")
+DURATION_KEYS = ("durations", "duration")
+
+EXPECTED = "expected `fileid` and `units`, integers, and perhaps `durations`, as many, as JSON; or NAME|UNITS"
+
+
+def read_units(path: str | Path, *, names: Sequence[str] | None = None) -> Units:
     """Read the units of recordings.
 
     Args:
-        path: JSON lines (also gzipped, ``.gz``) or Parquet (``.parquet``), with the recording's ``fileid`` (or
-            ``name``, or ``audio``, of which the file's stem counts), its ``units`` and, if runs of the same unit are
-            merged, ``durations`` in frames.
+        path: JSON lines (also gzipped, ``.gz``) or Parquet (``.parquet``) with the recording's ``fileid`` (or ``name``,
+            ``file``, ``file_name``, ``audio``), its ``units`` (or ``hubert``), a list or text, and, if runs of the same
+            unit are merged, ``durations`` (or ``duration``) in frames. Or text: lines ``NAME|71 12 …``, or units alone
+            (``.km``). Or a folder of ``.npy`` files, one for each recording, at any depth.
+        names: The recordings of lines without names, in their order. None: those of the fairseq manifest (``.tsv``)
+            beside the file.
 
     Returns:
         For each recording its units, one per frame, with merged runs written out again.
 
     Raises:
-        InputError: The file is missing, a row is not of this form, or a recording occurs twice.
+        InputError: The file is missing, a row is not of one of these forms, or a recording occurs twice.
     """
-    path, units, frames = Path(path), {}, 0
-    for number, row in _rows(path):
+    path, units, frames = expand(path), {}, 0
+    for place, row in _rows(path, names):
         try:
             name, sequence, durations = _parse(row)
         except (ValueError, TypeError, KeyError, AttributeError, OverflowError):
-            raise InputError(
-                f"{path}: row {number}: expected `fileid` and `units`, a list of integers, and perhaps `durations`, as "
-                f"many; found {str(row)[:80]}."
-            ) from None
+            raise InputError(f"{path}: {place}: {EXPECTED}; found {str(row)[:80]}.") from None
         if name in units:
-            raise InputError(f"{path}: row {number}: {name!r} occurs twice.")
-        frames += len(sequence) if durations is None else sum(durations.tolist())
-        check_memory(8 * frames, f"{path}: row {number}: all units up to here")
+            raise InputError(f"{path}: {place}: {name!r} occurs twice.")
+        length = len(sequence) if durations is None else sum(durations.tolist())
+        if length > MAX_FRAMES:
+            raise InputError(f"{path}: {place}: {length:,} units, more than a recording of a day has.")
+        frames += length
+        check_memory(8 * frames, f"{path}: {place}: all units up to here")
         units[name] = sequence if durations is None else sequence.repeat(durations)
     if not units:
-        raise InputError(f"{path}: no units in the file.")
+        raise InputError(f"{path}: no units in the {'folder' if os.path.isdir(path) else 'file'}.")  # noqa: PTH112
     return units
 
 
-def _rows(path: Path) -> Iterator[tuple[int, Any]]:
-    if path.suffix != ".parquet":
-        for number, line in read_lines(path):
+def _rows(path: Path, names: Sequence[str] | None) -> Iterator[tuple[str, Any]]:
+    """Each recording's place, for messages, and what is there: an object with keys."""
+    if os.path.isdir(path):  # noqa: PTH112 (False for all that cannot be a folder)
+        yield from _arrays(path)
+    elif path.suffix == ".parquet":
+        yield from _parquet(path)
+    else:
+        yield from _named(path, list(_lines(path)), names) if path.suffix == ".km" else _lines(path)
+
+
+def _lines(path: Path) -> Iterator[tuple[str, Any]]:
+    for number, line in read_lines(path):
+        place = f"row {number}"
+        if line[0] in "{[":
             try:
-                yield number, parse_json(line)
+                yield place, parse_json(line)
             except ValueError as error:
-                raise InputError(f"{path}: row {number}: not JSON ({error}).") from None
-        return
+                raise InputError(f"{path}: {place}: not JSON ({error}).") from None
+        else:
+            name, bar, sequence = line.rpartition("|")
+            yield place, {"name": name, "units": sequence} if bar else {"units": line}
+
+
+def _named(
+    path: Path, lines: list[tuple[str, Any]], names: Sequence[str] | None
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    manifest = path.with_suffix(".tsv")
+    if names is None and not manifest.exists():
+        raise InputError(f"{path}: lines without names: whose they are, say --manifest or {manifest.name} beside it.")
+    if names is None:  # fairseq's: a folder, then a path and a number of samples in each line
+        names = [plain_name(line.split("\t")[0]) for _, line in list(read_lines(manifest))[1:]]
+    if len(names) != len(lines):
+        raise InputError(f"{path}: {len(lines)} lines, but {len(names)} recordings in the manifest.")
+    for name, (place, row) in zip(names, lines, strict=True):
+        yield place, row | {"name": name}
+
+
+def _arrays(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    for file in find_files(folder, lambda name: name.endswith(".npy")):
+        name = os.path.relpath(file, folder).removesuffix(".npy").replace(os.sep, "/")
+        try:
+            check_file(file)
+            array = np.load(file, mmap_mode="r")
+            if array.ndim != 1 or array.dtype.kind not in "iu":
+                raise ValueError(f"{array.dtype} of shape {array.shape}, expected a vector of integers")
+        except InputError:
+            raise
+        except Exception as error:  # a broken file can fail in any way
+            raise InputError(f"{file}: no units of a recording ({first_line(error)})") from None
+        yield name, {"name": name, "units": array}
+
+
+def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
+    check_file(path)
     with needs_extra("train"):
         import polars as pl  # takes longer to import than most files of units to read
 
@@ -69,13 +130,14 @@ def _rows(path: Path) -> Iterator[tuple[int, Any]]:
         raise InputError(f"{path}: the units cannot be read ({error.strerror or error}).") from None
     except (ValueError, pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
         raise InputError(f"{path}: not Parquet ({first_line(error)}).") from None
-    yield from enumerate(rows, start=1)
+    yield from ((f"row {number}", row) for number, row in enumerate(rows, start=1))
 
 
 def _parse(row: dict[str, Any]) -> tuple[str, NDArray[np.int64], NDArray[np.int64] | None]:
-    name = row.get("fileid", row.get("name"))
-    name = Path(row["audio"]).stem if name is None else name
-    units, durations = _integers(row["units"]), row.get("durations")
+    name = next((row[key] for key in NAME_KEYS if row.get(key) is not None), None)
+    units = _integers(next((row[key] for key in UNIT_KEYS if key in row), None))
+    # A single number is the length of the recording in seconds, as unit vocoders have it.
+    durations = next((row[key] for key in DURATION_KEYS if isinstance(row.get(key), (list, str, np.ndarray))), None)
     if not isinstance(name, str):
         raise TypeError
     if durations is None:
@@ -87,6 +149,10 @@ def _parse(row: dict[str, Any]) -> tuple[str, NDArray[np.int64], NDArray[np.int6
 
 
 def _integers(values: Any) -> NDArray[np.int64]:
+    if isinstance(values, np.ndarray):
+        return values.astype(np.int64)
+    if isinstance(values, str):
+        return np.array(values.split(), dtype=np.int64)
     if not isinstance(values, list) or not set(map(type, values)) <= {int}:
         raise TypeError
     return np.array(values, dtype=np.int64)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import io
 import os
+import re
 import sys
 import tarfile
 from array import array
@@ -80,12 +81,13 @@ with command_needs("train", __name__):
     import numpy as np
     import polars as pl
 
-    from spidr.config import SAMPLE_RATE
+    from spidr.config import SAMPLE_RATE, DataConfig
     from spidr.data.audio import num_samples, statistics
     from spidr.data.dataset import iter_recordings
     from spidr.data.decoders import AUDIO
     from spidr.data.manifest import SCHEMA, is_table, read_manifest, stem
     from spidr.data.measure import measure, problems_of
+    from spidr.data.summary import duration, summarise
 
     if TYPE_CHECKING:
         from spidr.data.recording import Recording
@@ -174,7 +176,7 @@ def _write(
     suffixes = _suffixes(file_extension)
     sources = [os.path.abspath(expand(source)) for source in (dataset if isinstance(dataset, list) else [dataset])]  # noqa: PTH100
     found = pl.concat([_find(source, suffixes) for source in sources], how="diagonal_relaxed")
-    written = _describe(_named(found), " ".join(sources), stats=stats, on_error=on_error)
+    written = _describe(_named(found, suffixes), stats=stats, on_error=on_error)
     make_folder(output.parent)
     table = written.manifest
     if fairseq:
@@ -256,16 +258,18 @@ def _in_archives(archives: list[str], suffixes: tuple[str, ...]) -> pl.DataFrame
     return table.with_columns(relative="path").sort("archive", "path", "byte_offset")
 
 
-def _named(found: pl.DataFrame) -> pl.DataFrame:
-    """Give each recording a ``fileid``: its file's name, or more of its path where that is not unique."""
+def _named(found: pl.DataFrame, suffixes: tuple[str, ...]) -> pl.DataFrame:
+    """Give each recording a ``fileid``: its file's name without the suffix, or more of its path to make it unique."""
+    ending = f"(?i)(?:{'|'.join(map(re.escape, suffixes))})$"
+    path, relative = (pl.col(name).str.replace(ending, ".") for name in ("path", "relative"))
     if "fileid" not in found.columns:
         found = found.with_columns(fileid=pl.lit(None, pl.String))
     place = pl.concat_str(
         pl.col(*(name for name in ("archive", "path") if name in found.columns)), separator="/", ignore_nulls=True
     )
-    choices = [pl.col("relative").str.replace(r"\.[^./]*$", ""), pl.col("relative"), place.str.strip_prefix("/")]
+    choices = [relative.str.replace(r"\.[^./]*$", ""), pl.col("relative"), place.str.strip_prefix("/")]
     own = found["fileid"].is_not_null()
-    found = found.with_columns(fileid=pl.coalesce("fileid", stem(pl.col("path"))))
+    found = found.with_columns(fileid=pl.coalesce("fileid", stem(path)))
     for choice in choices:
         longer = found["fileid"].is_duplicated() & ~own
         if longer.any():
@@ -355,7 +359,7 @@ def _is_compressed(path: str) -> bool:
 # What is in them
 
 
-def _describe(found: pl.DataFrame, name: str, *, stats: bool, on_error: OnError) -> Written:
+def _describe(found: pl.DataFrame, *, stats: bool, on_error: OnError) -> Written:
     """The manifest of what was found; recordings that cannot be read are left out or named in one error."""
 
     def describe(recording: Recording) -> tuple[int, float, float]:
@@ -370,8 +374,7 @@ def _describe(found: pl.DataFrame, name: str, *, stats: bool, on_error: OnError)
         for column, value in zip(moments, result[1:], strict=True):
             column.append(value)
     if len(errors) == found.height or (errors and on_error == "raise"):
-        remedy = "" if on_error == "skip" else "--on-error skip leaves out what cannot be read."
-        raise problems_of(name, errors, remedy)
+        raise problems_of(errors, found.height, "" if on_error == "skip" else "--on-error skip leaves them out")
     columns: dict[str, Any] = {
         "num_samples": lengths,
         **(dict(zip(("mean", "std"), moments, strict=True)) if stats else {}),
@@ -394,8 +397,11 @@ def main(argv: list[str] | None = None) -> None:
     manifest, left_out = _write(args.dataset, args.output, args.ext, **options)
     lengths = manifest["num_samples"].to_numpy() / SAMPLE_RATE
     say = sys.stderr.write
-    say(f"{args.output}: {len(lengths):,} recordings, {lengths.sum() / 3600:,.2f} h ")
+    say(f"{args.output}: {len(lengths):,} recordings, {duration(lengths.sum() / 3600)} ")
     say(f"(each {np.min(lengths):,.2f} s to {np.max(lengths):,.2f} s)\n")
+    cfg = DataConfig(str(args.output))
+    for warning in summarise(manifest["num_samples"].to_numpy(), cfg, cfg.min_sample_size, None).warnings(cfg):
+        say(f"With the default settings of [data], {warning}.\n")
     if left_out:
         say(f"left out, because they cannot be read: {len(left_out):,}\n")
         say("".join(f"  {error}\n" for error in left_out))

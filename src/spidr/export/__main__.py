@@ -32,6 +32,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         form = formats.add_parser(name, help=text, description=f"Write {text}.")
         form.add_argument("model", metavar="MODEL", help="spidr_base or another published model, or a checkpoint")
         form.add_argument("output", metavar="OUTPUT", type=Path, help="what to write; it must not exist")
+        form.add_argument(
+            "--model-type", choices=("spidr", "dinosr"), help="of a checkpoint that does not tell (default: it tells)"
+        )
         if name == "onnx":
             form.add_argument(
                 "--layers", type=int, nargs="+", metavar="N", help="counted from 1 (default: the best for units)"
@@ -49,7 +52,7 @@ def _export(args: argparse.Namespace) -> None:
     from spidr.export import export_onnx, export_safetensors, export_transformers
     from spidr.models.hub import load_encoder
 
-    model = load_encoder(args.model)
+    model = load_encoder(args.model, args.model_type)
     if args.format == "safetensors":
         export_safetensors(model, args.output)
     elif args.format == "onnx":

@@ -14,6 +14,8 @@ from spidr.export.configuration_spidr import SpidREncoderConfig
 from spidr.models.codebook import StepStatistics
 from spidr.models.dinosr import DinoSR
 from spidr.models.spidr import SpidR
+from spidr.tools.errors import InputError
+from spidr.tools.waveforms import standardise
 
 
 class SpidREncoder(PreTrainedModel):
@@ -48,18 +50,26 @@ class SpidREncoder(PreTrainedModel):
 
         Args:
             input_values: (B, S) float, 16 kHz, shorter rows padded at the end.
-            attention_mask: (B, S), 1 for the samples that count.
+            attention_mask: (B, S), 1 for the samples that count, then 0.
             normalize: Standardise each utterance over its own samples, as in training.
             return_dict: Give a ``BaseModelOutput`` instead of a tuple.
 
         Returns:
             ``last_hidden_state`` (B, T, D) and ``hidden_states``: the projected features, then the layers from 1 on,
             each before the residual addition. ``hidden_states[6]`` is what ``encode(layer=6)`` gives.
+
+        Raises:
+            InputError: The mask is of another shape, or rows are padded at the beginning.
         """
         batch, samples = input_values.shape
-        lengths = torch.full((batch,), samples) if attention_mask is None else attention_mask.long().sum(1)
+        lengths = torch.full((batch,), samples)
+        if attention_mask is not None:
+            exists = attention_mask.bool()
+            if exists.shape != input_values.shape or (exists[:, 1:] > exists[:, :-1]).any():
+                raise InputError("attention_mask must be (B, S): 1 for a row's samples, then 0 for its padding")
+            lengths = exists.sum(1)
         if normalize:
-            input_values, _frames = self.model._utterances(input_values, lengths, normalize=True)
+            input_values = standardise(input_values, lengths.to(input_values.device))
         features, mask = self.model.project(input_values, lengths=lengths)
         layers = self.model.student.get_intermediate_outputs(features, mask)
         output = BaseModelOutput(last_hidden_state=layers[-1], hidden_states=(features, *layers))

@@ -12,18 +12,16 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import spidr
-from spidr.models import DinoSR, SpidR
-from spidr.models.extractor import ConvLayer, FeatureExtractor
+from spidr.models import DinoSR, standardise
 from spidr.models.weights import type_of
 from spidr.tools.errors import InputError
-from spidr.tools.files import atomic_write
+from spidr.tools.files import atomic_write, expand
 from spidr.tools.frames import conv_length
 from spidr.tools.lazy import needs_extra
 
@@ -38,8 +36,9 @@ def export_onnx(model: DinoSR, output: str | Path, *, layers: Sequence[int] | No
     Inputs: ``waveforms (B, S)`` float32, 16 kHz, padded at the end, and ``lengths (B,)`` int64, the samples that count
     in each row, at least as many as one frame takes. Outputs: ``frames (B,)`` int64, the frames of each row, and for
     each layer N ``features_N (B, T, D)`` float32 and, if it has a codebook, ``units_N (B, T)`` int64, -1 in the
-    padding: what ``model.encode`` and ``model.units`` give; each utterance is standardised. B and S are free. The
-    file's metadata has ``model_type``, ``model`` (the configuration), ``layers`` and ``spidr_version``.
+    padding: what ``model.encode`` and ``model.units`` give; each utterance is standardised. B and S are free. A row
+    with samples that are not finite, or a length beyond S, gives NaN and units of -1. The file's metadata has
+    ``model_type``, ``model`` (the configuration), ``layers`` and ``spidr_version``.
 
     Args:
         model: The model; it is not changed.
@@ -68,7 +67,7 @@ def export_onnx(model: DinoSR, output: str | Path, *, layers: Sequence[int] | No
         "spidr_version": spidr.__version__,
     }
     content = _graph(encoder, metadata)
-    with atomic_write(Path(output)) as file:
+    with atomic_write(expand(output)) as file:
         file.write(content)
 
 
@@ -116,7 +115,6 @@ class _Encoder(nn.Module):
     def __init__(self, model: DinoSR, layers: Sequence[int]) -> None:
         super().__init__()
         model = copy.deepcopy(model).float().cpu().requires_grad_(False).drop_teacher()
-        model.feature_extractor = cast("FeatureExtractor", _Convolutions(model.feature_extractor))
         self.model, self.layers = model, list(layers)
         self.with_units = [layer for layer in layers if layer in model.codebook_layers]
         self.output_names = ["frames", *(f"features_{n}" for n in layers), *(f"units_{n}" for n in self.with_units)]
@@ -126,50 +124,23 @@ class _Encoder(nn.Module):
     def forward(self, waveforms: Tensor, lengths: Tensor) -> tuple[Tensor, ...]:
         """(B, S) and (B,) to the outputs that :func:`export_onnx` describes."""
         model = self.model
-        waveforms, frames = model._utterances(waveforms, lengths, normalize=True)
-        extracted = model.feature_extractor(waveforms, lengths)
+        frames = conv_length(model.feature_extractor.shapes, lengths)
+        # Lengths beyond the samples would count samples that are not there: nothing but NaN then.
+        enough = torch.where(lengths > waveforms.shape[1], torch.nan, 1.0).unsqueeze(1)
+        extracted = model.feature_extractor(standardise(waveforms * enough, lengths), lengths)
         exists = torch.arange(extracted.shape[1]) < frames.unsqueeze(1)
         mask, features = exists[:, None, None], model.feature_projection(extracted)
         # As in the models' _hidden, but in one pass for features and units.
-        per_layer, num_layers = isinstance(model, SpidR), len(model.student.layers)
+        per_layer, num_layers = model.heads_read_layers, len(model.student.layers)
         last = self.layers[-1] if per_layer or not self.with_units else num_layers
         final, outputs = model.student._run(features, mask, range(last))
         units = []
         if self.with_units:
             first, top = num_layers - model.num_codebooks, self.with_units[-1]
-            if not per_layer and model.student.layer_norm_first:
-                final = model.student.layer_norm(final)
-            logits = model._logits(outputs[first:top] if per_layer else [final], top - first)
-            units = [torch.where(exists, logits[n - 1 - first].argmax(-1), -1) for n in self.with_units]
+            log_probs = model._log_probs(
+                outputs[first:top] if per_layer else [model.student.finish(final)], top - first
+            )
+            # Where the model is wrong, say of samples that are not numbers, no unit is better than any.
+            of_layers = [log_probs[n - 1 - first] for n in self.with_units]
+            units = [torch.where(exists & (p.sum(-1) <= 0), p.argmax(-1), -1) for p in of_layers]
         return (frames, *(outputs[layer - 1] for layer in self.layers), *units)
-
-
-class _Convolutions(nn.Module):
-    """The feature extractor as plain convolutions: the fast one's strided products would be a graph of copies."""
-
-    def __init__(self, extractor: FeatureExtractor) -> None:
-        super().__init__()
-        self.shapes, self.conv_layers = extractor.shapes, extractor.conv_layers
-
-    def forward(self, waveforms: Tensor, lengths: Tensor) -> Tensor:
-        """(B, S) to (B, T, C)."""
-        x = waveforms.unsqueeze(1)
-        for index, module in enumerate(self.conv_layers):
-            layer = cast("ConvLayer", module)
-            x = layer.conv(x)
-            if isinstance(layer.layer_norm, nn.GroupNorm):
-                frames = conv_length(self.shapes[: index + 1], lengths)
-                x = _channel_norm(x, torch.arange(x.shape[2]) < frames.unsqueeze(1), layer.layer_norm)
-            elif layer.layer_norm is not None:
-                x = layer.layer_norm(x.transpose(1, 2)).transpose(1, 2)
-            x = F.gelu(x)
-        return x.transpose(1, 2)
-
-
-def _channel_norm(x: Tensor, exists: Tensor, norm: nn.GroupNorm) -> Tensor:
-    """Group norm with one group per channel, (B, C, T), over the frames that exist, (B, T)."""
-    weight = exists.unsqueeze(1).to(x.dtype)
-    count = weight.sum(2, keepdim=True)
-    centred = x - (x * weight).sum(2, keepdim=True) / count
-    var = (centred.square() * weight).sum(2, keepdim=True) / count
-    return centred * torch.rsqrt(var + norm.eps) * norm.weight.unsqueeze(1) + norm.bias.unsqueeze(1)

@@ -8,7 +8,7 @@ import spidr
 from spidr.models import DinoSR
 from spidr.models.weights import SAFETENSORS, to_safetensors
 from spidr.tools.errors import InputError
-from spidr.tools.files import atomic_write
+from spidr.tools.files import atomic_write, expand
 
 
 def export_safetensors(model: DinoSR, output: str | Path) -> None:
@@ -23,7 +23,7 @@ def export_safetensors(model: DinoSR, output: str | Path) -> None:
     Raises:
         InputError: If the name ends in something else, the file cannot be written, or safetensors is not installed.
     """
-    output = Path(output)
+    output = expand(output)
     if output.suffix != SAFETENSORS:
         raise InputError(f"{output}: the name must end in {SAFETENSORS}")
     weights = {name: value for name, value in model.state_dict().items() if not name.startswith("teacher.")}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -20,6 +20,7 @@ from spidr.config import SpidRConfig
 from spidr.export.safetensors_file import export_safetensors
 from spidr.models import DinoSR
 from spidr.tools.errors import InputError
+from spidr.tools.files import expand, why_not_written
 
 SOURCE = Path(spidr.__file__).parent
 ENTRY_POINTS = ("spidr.export.configuration_spidr", "spidr.export.modeling_spidr")
@@ -79,13 +80,13 @@ def export_transformers(model: DinoSR, output: str | Path) -> None:
         "return_attention_mask": True,
         "sampling_rate": 16000,
     }
-    with _new_folder(Path(output)) as folder:
+    with _new_folder(expand(output)) as folder:
         _write_json(folder / "config.json", config)
         _write_json(folder / "preprocessor_config.json", preprocessor)
         for name, text in code().items():
-            (folder / name).write_text(text)
+            (folder / name).write_text(text, encoding="utf-8")
         card = MODEL_CARD.format(name=type(model).__name__, version=spidr.__version__, layer=model.best_layer)
-        (folder / "README.md").write_text(card)
+        (folder / "README.md").write_text(card, encoding="utf-8")
         export_safetensors(model, folder / "model.safetensors")
 
 
@@ -98,28 +99,26 @@ def code() -> dict[str, str]:
         name = module.rpartition(".")[2]
         if f"{name}.py" in files:
             continue
-        text = SOURCE.parent.joinpath(*module.split(".")).with_suffix(".py").read_text()
+        text = SOURCE.parent.joinpath(*module.split(".")).with_suffix(".py").read_text(encoding="utf-8")
         waiting += IMPORT.findall(text)
         files[f"{name}.py"] = IMPORT.sub(lambda match: f"from .{match[1].rpartition('.')[2]} import", text)
     return files
 
 
 def _write_json(path: Path, document: dict[str, Any]) -> None:
-    path.write_text(json.dumps(document, indent=2) + "\n")
+    path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
 
 @contextmanager
 def _new_folder(path: Path) -> Iterator[Path]:
     """A folder that appears under ``path`` complete, or not at all."""
-    aside = path.with_name(f".{path.name}.tmp")
     try:
         if path.exists():
             raise InputError(f"{path}: exists; choose another output")
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir()
-        yield aside
-        aside.rename(path)
+        with tempfile.TemporaryDirectory(prefix=".spidr-", dir=path.parent) as aside:
+            folder = Path(aside) / path.name
+            folder.mkdir()
+            yield folder
+            folder.rename(path)
     except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror})") from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        raise why_not_written(path, error) from error

@@ -25,7 +25,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "kmeans": fit_kmeans,
     }
     function = functions[args.pop("command")]
-    with run_log(ranks()[0]):
+    rank, _, processes = ranks()
+    with run_log(rank, processes):
         args["progress"] = not args.pop("quiet")
         options = Options(**{name: args.pop(name) for name in Options.__dataclass_fields__})
         function(args.pop("sources"), args.pop("output"), options=options, **args)

@@ -37,10 +37,11 @@ from spidr.extract.smooth import NEAR, Decoder
 from spidr.extract.sources import TOO_SHORT, Item, LongRecording, explained, read_item
 from spidr.models import DinoSR
 from spidr.models.hub import load_encoder
-from spidr.models.long import Standardised, window_frames
+from spidr.models.long import window_frames
 from spidr.tools.errors import InputError
 from spidr.tools.frames import conv_length, receptive_field
 from spidr.tools.progress import progress
+from spidr.tools.waveforms import Standardised, standardise
 
 logger = logging.getLogger(__name__)
 
@@ -262,9 +263,8 @@ class Session:
         padded = pad_sequence(waveforms, batch_first=True).to(device, dtype)
         given = lengths if len(waveforms) > 1 else None
         with self._computing():
-            x, frames = self.model._utterances(padded, given, normalize=True)
-            values = self._values(*self.model.project(x, lengths=given))
-        return [row[:count] for row, count in zip(values, frames.tolist(), strict=True)]
+            values = self._values(*self.model.project(standardise(padded, given), lengths=given))
+        return [row[: self.num_frames(len(w))] for row, w in zip(values, waveforms, strict=True)]
 
     def _windows(self, recording: LongRecording, item: Item) -> Iterator[Tensor]:
         """Values of a recording, (T, …) a window at a time."""
@@ -287,7 +287,7 @@ class Session:
 
     @contextmanager
     def _computing(self) -> Iterator[None]:
-        with torch.no_grad(), torch.autocast(self.env.device.type, torch.bfloat16, enabled=self.bfloat16):
+        with self.model.inference(), torch.autocast(self.env.device.type, torch.bfloat16, enabled=self.bfloat16):
             yield
 
     def _units(self, pieces: Iterable[Tensor], item: Item, *, batched: bool = False) -> tuple[NDArray[np.int32], bool]:

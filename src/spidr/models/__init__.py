@@ -12,16 +12,20 @@ from spidr.tools.lazy import lazy_names
 
 if TYPE_CHECKING:
     from spidr.models.dinosr import DinoSR
+    from spidr.models.encoder import Encoder
     from spidr.models.hub import build_model, load_encoder
     from spidr.models.spidr import SpidR
+    from spidr.tools.waveforms import standardise
 else:
     __getattr__ = lazy_names(
         __name__,
         {
             "DinoSR": "dinosr",
+            "Encoder": "encoder",
             "SpidR": "spidr",
             "build_model": "hub",
             "load_encoder": "hub",
+            "standardise": "encoder",
             **dict.fromkeys(PUBLISHED, "hub"),
         },
     )
@@ -32,4 +36,4 @@ def num_frames(num_samples: int) -> int:
     return conv_length(DEFAULT_CONV_LAYER_CONFIG, num_samples)
 
 
-__all__ = ["DinoSR", "SpidR", "build_model", "load_encoder", "num_frames", *PUBLISHED]
+__all__ = ["DinoSR", "Encoder", "SpidR", "build_model", "load_encoder", "num_frames", "standardise", *PUBLISHED]

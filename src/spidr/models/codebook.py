@@ -3,30 +3,45 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-NUM_EXTRA = 5
+from spidr.models.kernels import known
+
+NUM_EXTRA = 16
+"""Room for what training counts beside: more than it does today."""
 
 SPLIT = 1 / 64
 """How far, relative to itself, each half of a codeword that is split moves away from the other."""
 
 
+@known
 class Codebook(nn.Module):
     """``V`` clusters of one layer, as exponential moving sums: ``codebook (V, D)`` and ``counts (V,)``, float32.
 
     Codeword ``v`` is ``codebook[v] / counts[v]``. ``idle (V,)``, int64 and in no state dict, counts the steps since a
     codeword last got a frame, if :meth:`revive` is called after each.
+
+    Args:
+        encoder_embed_dim: Features of a frame, D.
+        codebook_size: Number of codewords, V.
+        codebook_decay: Weight of the past in an update; from 1 on nothing is updated.
+
+    Attributes:
+        managed: Whether a model updates the codebook. One that is called on its own updates itself in training mode.
     """
 
     codebook: Tensor
     counts: Tensor
     idle: Tensor
 
-    def __init__(self, size: int, dim: int) -> None:
+    def __init__(self, encoder_embed_dim: int, codebook_size: int, codebook_decay: float) -> None:
         super().__init__()
-        self.register_buffer("codebook", torch.empty(size, dim))
-        self.register_buffer("counts", torch.empty(size))
-        self.register_buffer("idle", torch.zeros(size, dtype=torch.int64), persistent=False)
+        self.codebook_size, self.codebook_decay = codebook_size, codebook_decay
+        self.managed = False
+        self.register_buffer("codebook", torch.empty(codebook_size, encoder_embed_dim))
+        self.register_buffer("counts", torch.empty(codebook_size))
+        self.register_buffer("idle", torch.zeros(codebook_size, dtype=torch.int64), persistent=False)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -34,7 +49,7 @@ class Codebook(nn.Module):
         """Draw new codewords: standard normal, standardised over the codewords for each feature. Counts become 1."""
         size, dim = self.codebook.shape
         draw = torch.randn(dim, size, device=self.codebook.device)
-        self.codebook.copy_(standardise(draw.T) if size > 1 else draw.T)
+        self.codebook.copy_(normalise_over_time(draw.T) if size > 1 else draw.T)
         self.counts.fill_(1.0)
 
     @property
@@ -43,15 +58,30 @@ class Codebook(nn.Module):
         return self.codebook / self.counts.unsqueeze(1)
 
     @torch.no_grad()
-    def update(self, sums: Tensor, assigned: Tensor, decay: float) -> None:
+    def forward(self, target: Tensor) -> Tensor:
+        """Assign frames (N, D) to their nearest codewords: one-hot, (N, V) float32."""
+        labels = assign(target.float().unsqueeze(0), self.codewords.unsqueeze(0))[0]
+        one_hot = F.one_hot(labels, self.codebook_size).float()
+        if self.training and not self.managed and self.codebook_decay < 1:
+            self.step(one_hot, target)
+        return one_hot
+
+    @torch.no_grad()
+    def step(self, onehot_target: Tensor, target: Tensor) -> None:
+        """Update with the frames (N, D) of all processes, given which codewords (N, V) they are assigned to."""
+        totals = torch.cat([onehot_target.T @ target.float(), onehot_target.sum(0).unsqueeze(1)], dim=1)
+        reduce_over_default_group(totals)
+        self.update(totals[:, :-1], totals[:, -1])
+
+    @torch.no_grad()
+    def update(self, sums: Tensor, assigned: Tensor) -> None:
         """Move towards the frames of a step. Codewords that got none stay as they are.
 
         Args:
             sums: Sum of the frames assigned to each codeword, (V, D).
             assigned: How many they were, (V,).
-            decay: Weight of the past, in [0, 1).
         """
-        used = assigned > 0
+        used, decay = assigned > 0, self.codebook_decay
         self.counts.copy_(torch.where(used, decay * self.counts + (1 - decay) * assigned, self.counts))
         moved = decay * self.codebook + (1 - decay) * sums
         self.codebook.copy_(torch.where(used.unsqueeze(1), moved, self.codebook))
@@ -83,7 +113,7 @@ class Codebook(nn.Module):
         self.idle.masked_fill_(revived, 0)
 
 
-def standardise(x: Tensor, eps: float = 1e-5) -> Tensor:
+def normalise_over_time(x: Tensor, eps: float = 1e-5) -> Tensor:
     """Give every feature mean 0 and population variance 1 over the last dimension but one: (..., T, D), in float32."""
     var, mean = torch.var_mean(x.float(), dim=-2, correction=0, keepdim=True)
     return (x - mean) * torch.rsqrt(var + eps)
@@ -103,6 +133,12 @@ def assign(targets: Tensor, codewords: Tensor) -> Tensor:
     return torch.baddbmm(bias, targets, codewords.transpose(1, 2)).argmax(-1)
 
 
+def reduce_over_default_group(x: Tensor) -> None:
+    """Sum over the default process group, if there is one."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(x)
+
+
 def count_perplexity(counts: Tensor) -> Tensor:
     """Perplexity, 2 to the entropy in bits, of the distributions that ``counts (..., V)`` are proportional to."""
     probabilities = counts / counts.sum(-1, keepdim=True)
@@ -114,7 +150,7 @@ class StepStatistics(nn.Module):
 
     ``sums (K, V, D)`` and ``assigned (K, V)`` are the frames assigned to each codeword and their number, ``predicted
     (K, V)`` the sum of the predicted distributions, ``loss ()`` and ``frames ()`` the loss summed over the masked
-    frames and their number. ``extra (5,)`` is for whatever the caller wants summed along. None of it is part of a
+    frames and their number. ``extra (16,)`` is for whatever the caller wants summed along. None of it is part of a
     checkpoint: it is zero between steps.
     """
 

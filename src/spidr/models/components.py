@@ -1,4 +1,27 @@
-"""Where published packages have the blocks; see :mod:`spidr.compat.components`."""
+"""The blocks of the models, where published packages have them."""
 
-from spidr.compat.components import *  # noqa: F403
-from spidr.compat.components import __all__  # noqa: F401
+import torch
+from torch import Tensor
+
+from spidr.models.extractor import ConvLayerBlock, FeatureExtractor, FeatureProjection, LayerNorm
+from spidr.models.transformer import ConvPositionalEmbedding, FeedForward, SelfAttention, Transformer, TransformerLayer
+
+__all__ = [
+    "ConvLayerBlock",
+    "ConvPositionalEmbedding",
+    "FeatureExtractor",
+    "FeatureProjection",
+    "FeedForward",
+    "LayerNorm",
+    "SelfAttention",
+    "Transformer",
+    "TransformerLayer",
+    "mask_from_index",
+]
+
+
+def mask_from_index(index: Tensor, size: int) -> Tensor:
+    """Boolean mask (B, ``size``) of the frames in ``index (B, M)``; a boolean mask is returned as it is."""
+    if index.dtype == torch.bool:
+        return index
+    return torch.zeros(len(index), size, dtype=torch.bool, device=index.device).scatter_(1, index, value=True)

@@ -15,16 +15,11 @@ from torch import Tensor
 
 from spidr.config import DinoSRConfig, SpidRConfig, model_config
 from spidr.models.dinosr import DinoSR
+from spidr.models.encoder import Encoder
 from spidr.models.fairseq import load_fairseq_weights
 from spidr.models.published import PUBLISHED, Published
 from spidr.models.spidr import SpidR
-from spidr.models.weights import (
-    fitting,
-    load_into,
-    read_weights,
-    type_needed,
-    type_of,
-)
+from spidr.models.weights import fitting, load_into, read_weights, type_needed, type_of
 from spidr.models.weights import recorded_config as config_of_file
 from spidr.tools.download import Remote, is_remote
 from spidr.tools.errors import InputError
@@ -139,13 +134,13 @@ def load_weights(model: str | Path) -> Weights:
     return read_weights(find_file(model))
 
 
-def check_name(model: str | Path | DinoSR) -> None:
+def check_name(model: str | Path | Encoder) -> None:
     """Check that :func:`load_encoder` has something to load, before anything that takes long.
 
     Raises:
         InputError: It is nothing that it could load; a model itself is always right.
     """
-    if not isinstance(model, DinoSR) and str(model) not in PUBLISHED and not is_remote(str(model)):
+    if not isinstance(model, Encoder) and str(model) not in PUBLISHED and not is_remote(str(model)):
         find_file(model)
 
 

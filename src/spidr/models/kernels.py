@@ -1,21 +1,249 @@
-"""Operations that take less time and memory than PyTorch's own when training on a CPU.
+"""Our own fast operations, and when they may stand in for modules.
 
-Elsewhere, and in compiled code, PyTorch's own kernels are the better ones and are used.
+Three kinds: products by the faster library, those that save time and memory when training on a CPU (elsewhere, and in
+compiled code, PyTorch's own are better and are used), and the feature extractor's convolutions as matrix products.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+import os
+import platform
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.modules import module as torch_module
 from torch.utils.checkpoint import checkpoint
+
+from spidr.tools.errors import InputError
+from spidr.tools.frames import conv_length
+
+ONEDNN_SETTING = "SPIDR_ONEDNN"
+"""Environment variable: 1 computes float32 products with oneDNN, 0 with PyTorch's own. Unset: a rule decides."""
+
+SMALLEST = 1 << 22
+"""Multiplications below which a product is PyTorch's: calling oneDNN takes 13 µs more than calling MKL."""
 
 WEIGHTS_AT_A_TIME = 1 << 20
 """Attention weights that are computed together: so many stay in a core's cache."""
+
+# ---------------------------------------------------------------------------------------- when modules may be bypassed
+
+M = TypeVar("M", bound=type[nn.Module])
+
+_FORWARDS: dict[type, Any] = {cls: cls.forward for cls in (nn.Linear, nn.LayerNorm, nn.Conv1d, nn.LogSoftmax)}
+"""Classes whose modules may be bypassed, with their ``forward``."""
+
+
+def known(cls: M) -> M:
+    """Class decorator: modules of this class may be bypassed as long as they are untouched."""
+    _FORWARDS[cls] = cls.forward
+    return cls
+
+
+def untouched(*modules: nn.Module | None) -> bool:
+    """Whether nobody registered anything on the modules, or on those in them, and none was changed or replaced.
+
+    The one question to ask before computing what a module would compute without calling it: hooks of all kinds (global
+    ones too), parametrisations, pruning, quantisation, replacements and overridden ``forward`` methods answer no.
+    """
+    if torch_module._has_any_global_hook():
+        return False
+    for module in modules:  # in loops: torch.compile traces this
+        if module is None:
+            continue
+        cls = type(module)
+        if cls is not nn.ModuleList and _FORWARDS.get(cls) is not cls.forward:
+            return False
+        if (
+            "forward" in module.__dict__
+            or module._forward_hooks
+            or module._forward_pre_hooks
+            or module._backward_hooks
+            or module._backward_pre_hooks
+            or not untouched(*module._modules.values())
+        ):
+            return False
+    return True
+
+
+# -------------------------------------------------------------------------------------------------------- on a GPU
+
+_tf32_lock = threading.Lock()
+_tf32_users = 0
+_tf32_before: list[tuple[Any, str, Any]] = []
+
+
+@contextmanager
+def exact_products(device: torch.device) -> Iterator[None]:
+    """Compute float32 products and convolutions in float32, not in TF32, so that a GPU gives what a CPU gives.
+
+    The switches are the process's: the first of several threads sets them, the last one restores them.
+    """
+    global _tf32_users
+    if device.type != "cuda" or torch.compiler.is_compiling():
+        yield
+        return
+    with _tf32_lock:
+        _tf32_users += 1
+        if _tf32_users == 1:
+            _tf32_before[:] = _switch_tf32_off()
+    try:
+        yield
+    finally:
+        with _tf32_lock:
+            _tf32_users -= 1
+            if _tf32_users == 0:
+                for where, name, value in _tf32_before:
+                    setattr(where, name, value)
+
+
+def _switch_tf32_off() -> list[tuple[Any, str, Any]]:
+    """Change the settings; returns the values they had."""
+    matmul, cudnn = torch.backends.cuda.matmul, cast("Any", torch.backends.cudnn)
+    if hasattr(matmul, "fp32_precision"):  # from torch 2.9 on, where the older switches warn
+        switches: list[tuple[Any, str, Any]] = [
+            (matmul, "fp32_precision", "ieee"),
+            (cudnn.conv, "fp32_precision", "ieee"),
+        ]
+    else:
+        switches = [(matmul, "allow_tf32", False), (cudnn, "allow_tf32", False)]
+    before = [(where, name, getattr(where, name)) for where, name, _ in switches]
+    for where, name, value in switches:
+        setattr(where, name, value)
+    return before
+
+
+# ---------------------------------------------------------------------------------- products by the faster library
+
+
+@cache
+def prefers_onednn() -> bool:
+    """Whether large float32 products go to oneDNN: on AMD processors with AVX-512, where MKL runs its AVX2 code.
+
+    A rule instead of a timing, so that a resumed run computes the same bits.
+    """
+    chosen = os.environ.get(ONEDNN_SETTING)
+    if chosen not in (None, "0", "1"):
+        raise InputError(f"{ONEDNN_SETTING}: found {chosen!r}, expected 0 or 1")
+    if chosen == "0" or not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return False
+    amd = "AuthenticAMD" in processor()
+    return chosen == "1" or (
+        amd and torch.backends.mkl.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    )
+
+
+def processor() -> str:
+    """Text that names the maker of the processor."""
+    try:
+        return Path("/proc/cpuinfo").read_text()
+    except OSError:  # not Linux
+        return platform.processor()
+
+
+def multiplies_fast(dtype: torch.dtype) -> bool:
+    """Whether oneDNN's products of this type are the fastest there are."""
+    if dtype == torch.bfloat16 and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return dtype == torch.float32 and prefers_onednn()
+
+
+def is_plain(*tensors: Tensor) -> bool:
+    """Whether operations of ours may take these tensors: on a CPU, and nobody records, transforms or compiles."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._is_tracing()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+    ) and all(x.device.type == "cpu" and type(x) in (Tensor, nn.Parameter) for x in tensors)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``torch.nn.functional.linear``, with oneDNN where that is faster."""
+    if not suits_onednn(x, weight):
+        return F.linear(x, weight, bias)
+    tensors = (x, weight) if bias is None else (x, weight, bias)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return _Linear.apply(x, weight, bias)
+    return _onednn_linear(x, weight, bias)
+
+
+def add_linear_(out: Tensor, x: Tensor, weight: Tensor) -> None:
+    """Add the product of matrices ``x @ weight.T`` to ``out``; without gradients."""
+    if suits_onednn(x, weight):
+        out.add_(_onednn_linear(x, weight, None))
+    else:
+        out.addmm_(x, weight.T)
+
+
+def suits_onednn(x: Tensor, weight: Tensor) -> bool:
+    """Whether oneDNN multiplies these faster: large and float32, on the processors where it does."""
+    return (
+        is_plain(x, weight)
+        and x.dtype == weight.dtype == torch.float32
+        and not torch.is_autocast_enabled("cpu")
+        and x.numel() * len(weight) >= SMALLEST
+        and prefers_onednn()
+    )
+
+
+def _onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "none") -> Tensor:
+    left = x.reshape(-1, x.shape[-1])
+    if 1 not in left.stride() or 0 in left.stride():
+        left = left.contiguous()
+    if not weight.is_contiguous() and not weight.T.is_contiguous():  # oneDNN would take a thousand times as long
+        weight = weight.contiguous()
+    product = torch.ops.mkldnn._linear_pointwise.default(left, weight, bias, activation, [], "none")
+    return product.view(*x.shape[:-1], len(weight))
+
+
+class _Linear(torch.autograd.Function):
+    """:func:`linear`, whose gradients are products of the same kind."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        x, weight = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+        rows = grad.reshape(-1, grad.shape[-1])
+        return (
+            linear(grad, weight.T) if needs_x else None,
+            linear(rows.T, x.reshape(-1, x.shape[-1]).T) if needs_weight else None,
+            rows.sum(0) if needs_bias else None,
+        )
+
+
+@known
+class Linear(nn.Linear):
+    """``torch.nn.Linear``."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        """(..., in) to (..., out)."""
+        return linear(input, self.weight, self.bias)
+
+    def gelu(self, x: Tensor) -> Tensor:
+        """GELU of the output, in one operation where no backward pass is to come."""
+        if torch.is_grad_enabled() or not suits_onednn(x, self.weight) or not untouched(self):
+            return F.gelu(self(x))
+        return _onednn_linear(x, self.weight, self.bias, "gelu")
+
+
+# ------------------------------------------------------------------------------------------- for training on a CPU
 
 
 def is_lean(x: Tensor) -> bool:
@@ -23,36 +251,42 @@ def is_lean(x: Tensor) -> bool:
     return x.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
-def recomputed(function: Callable[..., Tensor], *inputs: Any, draws: bool = False) -> Tensor:
-    """Call a function, of which the backward pass computes again what would otherwise be kept: all but its last step.
+def recomputed(
+    function: Callable[..., Tensor], *inputs: Any, calls: Sequence[nn.Module] = (), draws: bool = False
+) -> Tensor:
+    """Checkpoint a function: recompute its intermediates in the backward pass, all but its last step.
 
     Args:
         function: Should end with what costs most, as that is not done twice.
         inputs: Of the function, kept for the backward pass.
+        calls: The modules that it calls. If one is not :func:`untouched`, nothing is called twice.
         draws: Whether the function draws random numbers.
     """
-    if not is_lean(inputs[0]):
+    if not is_lean(inputs[0]) or not untouched(*calls):
         return function(*inputs)
     return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=draws)
 
 
-def draw_dropped(shape: Sequence[int], p: float) -> tuple[Tensor, float]:
-    """What dropout drops, out of 16 random bits for each element: ``bernoulli_`` takes eight times as long.
+def draw_kept(shape: Sequence[int], p: float) -> tuple[Tensor, float]:
+    """Draw what dropout keeps, from 16 random bits per element: ``bernoulli_`` takes eight times as long.
 
     Args:
         shape: Of the result.
         p: Probability to drop, strictly between 0 and 1. It is rounded to a multiple of 2^-16.
 
     Returns:
-        Boolean, True where an element is dropped, and the factor for the others that keeps the expected value.
+        int8, 1 where an element is kept and 0 elsewhere, and the factor that keeps the expected value. (Multiplying by
+        int8 is vectorised; ``masked_fill`` is not and takes eight times as long.)
     """
     threshold = min(max(round(p * 2**16), 1), 2**16 - 1)
     count = math.prod(shape)
     words = torch.empty((count + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
-    dropped = words.view(torch.int16)[:count].view(*shape) < threshold - 2**15
-    return dropped, 2**16 / (2**16 - threshold)
+    kept = torch.empty(*shape, dtype=torch.int8)
+    torch.ge(words.view(torch.int16)[:count].view(*shape), threshold - 2**15, out=kept)
+    return kept, 2**16 / (2**16 - threshold)
 
 
+@known
 class Dropout(nn.Dropout):
     """``torch.nn.Dropout``."""
 
@@ -60,15 +294,16 @@ class Dropout(nn.Dropout):
         """Any shape to the same."""
         if not self.training or not 0 < self.p < 1 or not is_lean(input):
             return super().forward(input)
-        dropped, scale = draw_dropped(input.shape, self.p)
-        return (input * scale).masked_fill(dropped, 0)
+        kept, scale = draw_kept(input.shape, self.p)
+        return input * scale * kept
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
     """``scaled_dot_product_attention``.
 
     With dropout it materialises the weights of all heads several times and keeps them for the backward pass. Here,
-    there are those of a few heads at a time, and the backward pass computes them again.
+    there are those of a few heads at a time, and the backward pass computes them again. Without, its products are
+    MKL's, so that here, too, large ones go to oneDNN, head by head.
 
     Args:
         q: (B, H, T, D), like ``k`` and ``v``.
@@ -80,25 +315,424 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float)
     Returns:
         (B, H, T, D).
     """
-    if not 0 < dropout < 1 or not is_lean(q):
+    drops, (batch, heads, frames, dim) = 0 < dropout < 1, q.shape
+    by_head = frames * frames * dim >= SMALLEST and multiplies_fast(q.dtype) and is_plain(q, k, v)
+    if not (by_head or (drops and is_lean(q))) or (dropout > 0 and not drops):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
-    batch, heads, frames, dim = q.shape
-    dropped, scale = draw_dropped((batch * heads, frames, frames), dropout)
-    together = max(1, WEIGHTS_AT_A_TIME // frames**2)
-    inputs = [x.flatten(0, 1).split(together) for x in (q * dim**-0.5, k, v * scale)]
-    hidden: Sequence[Tensor | None] = [None] * len(inputs[0])
+    kept, scale = draw_kept((batch * heads, frames, frames), dropout) if drops else (None, 1.0)
+    bias = alive = None
     if mask is not None:
-        mask = mask.expand(batch, heads, mask.shape[-2], frames)
-        hidden = mask.logical_not().flatten(0, 1).split(together)
-    parts = [recomputed(_attend, *args) for args in zip(*inputs, dropped.split(together), hidden, strict=True)]
-    return torch.cat(parts).unflatten(0, (batch, heads))
+        mask = mask.expand(batch, heads, mask.shape[-2], frames).flatten(0, 1)
+        bias = torch.zeros(mask.shape, dtype=q.dtype).masked_fill_(~mask, torch.finfo(q.dtype).min)
+        alive = mask.any(-1, keepdim=True).to(torch.int8)  # the weights of a row without any key are zero
+    rows = [x.flatten(0, 1).contiguous() for x in (q * dim**-0.5, k, v * scale if drops else v)]
+    together = 0 if by_head else max(1, WEIGHTS_AT_A_TIME // frames**2)
+    return _Attention.apply(*rows, kept, bias, alive, together).unflatten(0, (batch, heads))
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, dropped: Tensor, hidden: Tensor | None) -> Tensor:
-    scores = q @ k.transpose(1, 2)
-    if hidden is not None:
-        scores = scores.masked_fill(hidden, torch.finfo(scores.dtype).min)
-    weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
-    if hidden is not None:
-        weights = weights.masked_fill(hidden, 0)  # else those of a row without any key would not be zero
-    return weights.masked_fill(dropped, 0).to(v.dtype) @ v
+class _Attention(torch.autograd.Function):
+    """Attention of queries that are scaled already, which keeps no weights. All inputs are (B * H, T, ...)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        kept: Tensor | None,
+        bias: Tensor | None,
+        alive: Tensor | None,
+        together: int,
+    ) -> Tensor:
+        ctx.save_for_backward(q, k, v, kept, bias, alive)
+        ctx.together = together
+        out = torch.empty_like(q)
+        step = q.shape[1] if together else max(1, WEIGHTS_AT_A_TIME // 4 // q.shape[1])
+        for i in _parts(len(q), together):
+            for start in range(0, q.shape[1], step):
+                part = (i, slice(start, start + step))
+                factors = [x if x is None else x[i if x.shape[1] == 1 else part] for x in (bias, alive, kept)]
+                _, weights = _weights(q[part], k[i], *factors)
+                out[part] = _times(weights, v[i])
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, *others = ctx.saved_tensors
+        grads = [torch.empty_like(x) for x in (q, k, v)]
+        grad = grad.contiguous()
+        for i in _parts(len(q), ctx.together):
+            bias, alive, kept = (None if x is None else x[i] for x in (others[1], others[2], others[0]))
+            softmax, weights = _weights(q[i], k[i], bias, alive, kept)
+            grads[2][i] = _times(weights.mT, grad[i])
+            grad_weights = _times(grad[i], v[i].mT)
+            for factor in (alive, kept):
+                if factor is not None:
+                    grad_weights.mul_(factor)
+            scores = torch._softmax_backward_data(grad_weights, softmax, -1, softmax.dtype)
+            grads[0][i], grads[1][i] = _times(scores, k[i]), _times(scores.mT, q[i])
+        return *grads, None, None, None, None
+
+
+def _parts(count: int, together: int) -> Sequence[Any]:
+    """Indices of single heads, or slices of several."""
+    return [slice(i, i + together) for i in range(0, count, together)] if together else range(count)
+
+
+def _weights(
+    q: Tensor, k: Tensor, bias: Tensor | None, alive: Tensor | None, kept: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Attention weights before and after what makes some of them zero."""
+    scores = _times(q, k.mT)
+    softmax = (scores if bias is None else scores.add_(bias)).softmax(-1)
+    weights = softmax
+    for factor in (alive, kept):
+        if factor is not None:
+            weights = weights * factor
+    return softmax, weights
+
+
+def _times(a: Tensor, b: Tensor) -> Tensor:
+    """Products of several matrices by PyTorch, of two by oneDNN."""
+    return a @ b if a.ndim > 2 else _onednn_linear(a, b.mT, None)
+
+
+# ----------------------------------------------------------------------------------------- the feature extractor
+#
+# Channels-last: a convolution of kernel k and stride s is ⌈k/s⌉ matrix products on strided views of its input. Nothing
+# is unfolded or transposed, and each norm reads contiguous rows. The utterances of a batch lie one after the other in
+# one (rows, channels) matrix, each padded to a number of rows that all strides divide. Outputs whose kernel would reach
+# into the next utterance are computed with the rest and left out at the end.
+
+ConvShapes = Sequence[tuple[int, int, int]]
+
+_NormWeights = tuple[Tensor, Tensor, float]
+"""Weight, bias and epsilon of a LayerNorm."""
+
+
+def _strided_conv(frames: Tensor, taps: Tensor, stride: int) -> Tensor:
+    """Convolve (rows * stride, C) frames with taps (kernel * C, O) to (rows, O).
+
+    The last outputs, whose kernel passes the last frame, lack the taps that find nothing.
+    """
+    groups = frames.view(-1, stride * frames.shape[1])
+    first, *rest = taps.split(groups.shape[1])
+    out = linear(groups[:, : first.shape[0]], first.T)
+    for shift, part in enumerate(rest, start=1):
+        add_linear_(out[:-shift], groups[shift:, : part.shape[0]], part.T)
+    return out
+
+
+def _strided_conv_backward(
+    grad: Tensor, frames: Tensor, taps: Tensor, stride: int, needed: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients for frames and taps, those of the two that are needed."""
+    groups = frames.view(-1, stride * frames.shape[1])
+    first, *rest = taps.split(groups.shape[1])
+    grad_frames = grad_taps = None
+    if needed[0]:
+        if first.shape[0] == groups.shape[1]:
+            grad_groups = linear(grad, first)
+        else:  # the kernel is smaller than the stride: the frames in between have no gradient
+            grad_groups = F.pad(linear(grad, first), (0, groups.shape[1] - first.shape[0]))
+        for shift, part in enumerate(rest, start=1):
+            add_linear_(grad_groups[shift:, : part.shape[0]], grad[:-shift], part)
+        grad_frames = grad_groups.view_as(frames)
+    if needed[1]:
+        products = [linear(groups[:, : first.shape[0]].T, grad.T)]
+        for shift, part in enumerate(rest, start=1):
+            products.append(linear(groups[shift:, : part.shape[0]].T, grad[:-shift].T))
+        grad_taps = torch.cat(products)
+    return grad_frames, grad_taps
+
+
+class _StridedConv(torch.autograd.Function):
+    """:func:`_strided_conv`."""
+
+    @staticmethod
+    def forward(ctx: Any, frames: Tensor, taps: Tensor, stride: int) -> Tensor:
+        ctx.save_for_backward(frames, taps)
+        ctx.stride = stride
+        return _strided_conv(frames, taps, stride)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        (grad,) = grads
+        frames, taps = ctx.saved_tensors
+        return *_strided_conv_backward(grad, frames, taps, ctx.stride, ctx.needs_input_grad), None
+
+
+def _normed_conv(rows: Tensor, norm: _NormWeights, taps: Tensor, stride: int) -> Tensor:
+    """:func:`_strided_conv` of ``gelu(layer_norm(rows))``."""
+    weight, bias, eps = norm
+    return _strided_conv(F.gelu(F.layer_norm(rows, weight.shape, weight, bias, eps)), taps, stride)
+
+
+def _normed_conv_backward(
+    grad: Tensor, rows: Tensor, norm: _NormWeights, taps: Tensor, stride: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients for rows, weight and bias of the norm, and taps. The norm and GELU are computed again."""
+    weight, bias, eps = norm
+    normed, mean, rstd = torch.native_layer_norm(rows, weight.shape, weight, bias, eps)
+    grad_frames, grad_taps = _strided_conv_backward(grad, F.gelu(normed), taps, stride, (True, True))
+    torch.ops.aten.gelu_backward.grad_input(grad_frames, normed, grad_input=grad_frames)
+    del normed  # it is large
+    grad_rows, grad_weight, grad_bias = torch.ops.aten.native_layer_norm_backward(
+        grad_frames, rows, weight.shape, mean, rstd, weight, bias, [True, True, True]
+    )
+    return grad_rows, grad_weight, grad_bias, cast("Tensor", grad_taps)
+
+
+class _NormedConv(torch.autograd.Function):
+    """:func:`_normed_conv`, which keeps one tensor for the backward pass instead of three.
+
+    These are the largest of the whole model.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor, eps: float, taps: Tensor, stride: int) -> Tensor:
+        ctx.save_for_backward(rows, weight, bias, taps)
+        ctx.eps, ctx.stride = eps, stride
+        return _normed_conv(rows, (weight, bias, eps), taps, stride)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        rows, weight, bias, taps = ctx.saved_tensors
+        found = _normed_conv_backward(grad, rows, (weight, bias, ctx.eps), taps, ctx.stride)
+        grad_rows, grad_weight, grad_bias, grad_taps = found
+        return grad_rows, grad_weight, grad_bias, None, grad_taps, None
+
+
+class _FirstConvs(torch.autograd.Function):
+    """:func:`_normed_conv` of ``kernels @ first``, the first convolution's output, one utterance at a time.
+
+    That output is cheap to compute and has 6.5 MB for each second of speech, so none of it is kept for the backward
+    pass, and there is never more of it than for one utterance.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        kernels: Tensor,
+        first: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        eps: float,
+        taps: Tensor,
+        stride: int,
+        batch: int,
+    ) -> Tensor:
+        ctx.save_for_backward(kernels, first, weight, bias, taps)
+        ctx.eps, ctx.stride, ctx.batch = eps, stride, batch
+        return torch.cat(
+            [_normed_conv(linear(part, first.T), (weight, bias, eps), taps, stride) for part in kernels.chunk(batch)]
+        )
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        kernels, first, weight, bias, taps = ctx.saved_tensors
+        totals: tuple[Tensor, ...] = ()
+        grad_kernels = []
+        for part, part_grad in zip(kernels.chunk(ctx.batch), grad.chunk(ctx.batch), strict=True):
+            found = _normed_conv_backward(part_grad, linear(part, first.T), (weight, bias, ctx.eps), taps, ctx.stride)
+            grad_rows, *others = found
+            if ctx.needs_input_grad[0]:
+                grad_kernels.append(linear(grad_rows, first))
+            others.append(linear(part.T, grad_rows.T))
+            totals = tuple(a + b for a, b in zip(totals, others, strict=True)) if totals else tuple(others)
+        grad_weight, grad_bias, grad_taps, grad_first = totals
+        return (
+            torch.cat(grad_kernels) if grad_kernels else None,
+            grad_first,
+            grad_weight,
+            grad_bias,
+            None,
+            grad_taps,
+            None,
+            None,
+        )
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Number (B, 1, 1), mean and variance (B, 1, C) of each channel's values in each utterance, float32 at least."""
+
+    count: Tensor
+    mean: Tensor
+    var: Tensor
+
+    @classmethod
+    def of(cls, frames: Tensor, valid: Tensor) -> Moments:
+        """Over the ``valid`` (B, R) of the frames (B, R, C)."""
+        frames = frames.to(torch.promote_types(frames.dtype, torch.float32))
+        weight = valid.unsqueeze(-1).to(frames.dtype)
+        count = weight.sum(1, keepdim=True)
+        divisor = count.clamp(min=1)
+        mean = (frames * weight).sum(1, keepdim=True) / divisor
+        return cls(count, mean, ((frames - mean).square() * weight).sum(1, keepdim=True) / divisor)
+
+    def joined(self, other: Moments) -> Moments:
+        """Over the values of both (Chan, Golub, LeVeque 1979)."""
+        count = (self.count + other.count).clamp(min=1)
+        share, delta = other.count / count, other.mean - self.mean
+        var = (1 - share) * self.var + share * other.var + (1 - share) * share * delta.square()
+        return Moments(self.count + other.count, self.mean + share * delta, var)
+
+    def normalise(self, frames: Tensor, norm: nn.GroupNorm) -> Tensor:
+        """Give each channel of (B, R, C) mean 0 and variance 1, then scale and shift it."""
+        out = (frames.to(self.mean.dtype) - self.mean) * torch.rsqrt(self.var + norm.eps) * norm.weight + norm.bias
+        return out.to(frames.dtype)
+
+
+def conv_shapes(convs: Iterable[nn.Conv1d]) -> list[tuple[int, int, int]]:
+    """(out_channels, kernel, stride) of convolutions, as they are now."""
+    return [(conv.weight.shape[0], conv.weight.shape[2], conv.stride[0]) for conv in convs]
+
+
+def can_extract(layers: Sequence[nn.Module]) -> bool:
+    """Whether :func:`extract` gives what the convolution blocks would."""
+    if torch.compiler.is_exporting() or not untouched(*layers):  # an exported graph would be full of copies
+        return False
+    for index, layer in enumerate(layers):
+        conv, norm = getattr(layer, "conv", None), cast("Any", layer).layer_norm
+        if not isinstance(conv, nn.Conv1d):
+            return False
+        if (conv.padding, conv.dilation, conv.groups, conv.padding_mode) != ((0,), (1,), 1, "zeros"):
+            return False
+        if isinstance(norm, nn.GroupNorm):
+            if index > 0 or norm.num_groups != norm.num_channels or norm.weight is None:
+                return False
+        elif norm is not None and (
+            not isinstance(norm, nn.LayerNorm)
+            or type(norm) is nn.LayerNorm  # which normalises over time here
+            or norm.weight is None
+            or norm.bias is None
+        ):
+            return False
+    return True
+
+
+def extract(
+    layers: Sequence[nn.Module], waveforms: Tensor, lengths: Tensor | None = None, moments: Moments | None = None
+) -> Tensor:
+    """What the convolution blocks make of waveforms.
+
+    Args:
+        layers: Blocks that :func:`can_extract` accepts.
+        waveforms: (B, S).
+        lengths: Samples that count in the statistics of a group norm, (B,).
+        moments: The group norm's statistics, if they are known already.
+
+    Returns:
+        (B, T, C).
+    """
+    blocks = [_Block(layer) for layer in layers]
+    batch, samples = waveforms.shape
+    shapes = [block.shape for block in blocks]
+    frames = _first_rows(waveforms, shapes)
+    if is_lean(frames) and all(isinstance(block.norm, nn.LayerNorm) for block in blocks):
+        frames = _extract_lean(blocks, frames, batch)
+    else:
+        for index, block in enumerate(blocks):
+            frames = block.convolve(frames, block.stride if index else 1)
+            if isinstance(block.norm, nn.GroupNorm):
+                if moments is None:
+                    rows = frames.unflatten(0, (batch, -1))
+                    moments = Moments.of(rows, valid_rows(waveforms, lengths, shapes[0], rows.shape[1]))
+                frames = moments.normalise(frames.view(batch, -1, frames.shape[1]), block.norm).flatten(0, 1)
+            elif block.norm is not None:
+                frames = _layer_norm(frames, cast("nn.LayerNorm", block.norm))
+            frames = F.gelu(frames)
+    return frames.view(batch, -1, frames.shape[1])[:, : conv_length(shapes, samples)]
+
+
+def first_conv(layer: nn.Module, waveforms: Tensor) -> Tensor:
+    """Output of the first convolution, before its norm, (B, R, C)."""
+    block = _Block(layer)
+    return block.convolve(_first_rows(waveforms, [block.shape]), 1).unflatten(0, (len(waveforms), -1))
+
+
+def valid_rows(waveforms: Tensor, lengths: Tensor | None, shape: tuple[int, int, int], num_rows: int) -> Tensor:
+    """Which of the first convolution's outputs lie in each utterance, (B, R)."""
+    batch, samples = waveforms.shape
+    counted = torch.full((batch,), samples, device=waveforms.device) if lengths is None else lengths
+    return torch.arange(num_rows, device=waveforms.device) < conv_length([shape], counted).unsqueeze(1)
+
+
+def _first_rows(waveforms: Tensor, shapes: ConvShapes) -> Tensor:
+    """What each output of the first convolution sees, (B * R, kernel), R a multiple of the other strides."""
+    batch, samples = waveforms.shape
+    _, kernel, stride = shapes[0]
+    multiple = math.prod([stride for _, _, stride in shapes[1:]])  # a list, for torch.compile
+    rows = -(-conv_length(shapes[:1], samples) // multiple) * multiple
+    # One channel: a matrix product over a whole kernel beats one over `stride` samples, and the copy is small.
+    kernels = F.pad(waveforms, (0, max(0, (rows - 1) * stride + kernel - samples))).unfold(1, kernel, stride)
+    return kernels[:, :rows].reshape(batch * rows, kernel)
+
+
+def _extract_lean(blocks: Sequence[_Block], kernels: Tensor, batch: int) -> Tensor:
+    """All blocks. Each LayerNorm and GELU but the last belongs to the convolution that follows."""
+    first, *others = blocks
+    start = 0
+    if others and first.bias is None:
+        frames, start = others[0].convolve_after(first, kernels, batch), 1
+    else:
+        frames = first.convolve(kernels, 1)
+    for i in range(start, len(others)):
+        frames = others[i].convolve(frames, others[i].stride, cast("nn.LayerNorm", blocks[i].norm))
+    return F.gelu(_layer_norm(frames, cast("nn.LayerNorm", blocks[-1].norm)))
+
+
+def _layer_norm(rows: Tensor, norm: nn.LayerNorm) -> Tensor:
+    return F.layer_norm(rows, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+
+
+class _Block:
+    """Weights of a convolution block, and its products on rows."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        conv = cast("nn.Conv1d", layer.conv)
+        self.weight, self.bias, self.norm = conv.weight, conv.bias, cast("nn.Module | None", layer.layer_norm)
+        (self.shape,) = conv_shapes([conv])
+        self.stride = self.shape[2]
+
+    def taps(self, dtype: torch.dtype) -> Tensor:
+        """The kernel as the right factor of products, (kernel * C, O)."""
+        return self.weight.permute(2, 1, 0).flatten(0, 1).to(dtype)
+
+    def convolve(self, frames: Tensor, stride: int, norm: nn.LayerNorm | None = None) -> Tensor:
+        """Convolve the rows of all utterances, (B * R * stride, C) to (B * R, O), after ``norm``, if any, and GELU."""
+        frames = _autocast(frames)
+        taps = self.taps(frames.dtype)
+        if norm is None:
+            out = _StridedConv.apply(frames, taps, stride)
+        else:
+            out = _NormedConv.apply(frames, norm.weight, norm.bias, norm.eps, taps, stride)
+        return out if self.bias is None else out + self.bias.to(out.dtype)
+
+    def convolve_after(self, first: _Block, kernels: Tensor, batch: int) -> Tensor:
+        """Convolve the output of the ``first`` block, whose LayerNorm and GELU come in between.
+
+        Args:
+            first: Without bias.
+            kernels: What each of its outputs sees, (B * R * stride, kernel).
+            batch: The number of utterances B.
+
+        Returns:
+            (B * R, O).
+        """
+        kernels, norm = _autocast(kernels), cast("nn.LayerNorm", first.norm)
+        dtype = kernels.dtype
+        out: Tensor = _FirstConvs.apply(
+            kernels, first.taps(dtype), norm.weight, norm.bias, norm.eps, self.taps(dtype), self.stride, batch
+        )
+        return out if self.bias is None else out + self.bias.to(out.dtype)
+
+
+def _autocast(x: Tensor) -> Tensor:
+    """In the type that autocast gives to matrix products, as operations of ours are unknown to it."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x

@@ -1,45 +1,126 @@
-"""Long recordings, a window at a time: the same numbers as from the whole waveform, in memory that does not grow."""
+"""Long recordings without gradients: piece by piece, the same numbers in little memory."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from spidr.models.extractor import FeatureExtractor
+from spidr.models.kernels import Moments, can_extract, extract, first_conv, linear, untouched, valid_rows
+from spidr.models.transformer import SelfAttention, Transformer, TransformerLayer
 from spidr.tools.errors import InputError
 from spidr.tools.frames import conv_length, receptive_field
+from spidr.tools.waveforms import Read
 
-Read = Callable[[int, int], Tensor]
-"""A range of a waveform, from the first sample up to the second: (1, stop - start) float."""
+LONG = 16_384
+"""Frames above which the transformer goes piece by piece, so that a few (T, D) tensors are all there is at a time."""
 
-PIECE = 1 << 20
-"""Samples to read at once when a whole recording is standardised."""
+PIECE = LONG // 8
+"""Frames of such a piece: the feed-forward's hidden layer takes 25 MB in the base models."""
+
+SAMPLES = 320_000
+"""Samples that are convolved at a time: the first layer's output of a whole hour would fill 24 GB."""
 
 
-class Standardised:
-    """A recording with mean 0 and variance 1, as an encoder standardises it; read twice for its moments.
+def extract_features(extractor: FeatureExtractor, waveforms: Tensor, lengths: Tensor | None = None) -> Tensor:
+    """Call a feature extractor, in pieces if the batch is large: (B, S) to (B, T, C)."""
+    samples = waveforms.shape[1]
+    if not isinstance(extractor, FeatureExtractor) or not extractor.has_group_norm:
+        lengths = None  # frames do not depend on padding, so a published extractor's single argument is enough
+    if (
+        waveforms.numel() <= SAMPLES
+        or not _serves(extractor)
+        or extractor.num_frames(samples) < 1
+        or not can_extract(list(extractor.conv_layers))
+    ):
+        return extractor(waveforms) if lengths is None else extractor(waveforms, lengths)
+    layers, rows = list(extractor.conv_layers), max(1, SAMPLES // samples)
+    parts = []
+    for start in range(0, len(waveforms), rows):
+        part = waveforms[start : start + rows]
+        counted = None if lengths is None else lengths[start : start + rows]
+        if part.numel() <= SAMPLES:
+            parts.append(extract(layers, part, counted))
+        else:
+            pieces = Pieces(extractor, partial(_samples, part), samples, counted)
+            parts.append(pieces(0, pieces.num_frames))
+    return torch.cat(parts)
 
-    Attributes:
-        std: Its standard deviation.
+
+def _samples(waveforms: Tensor, start: int, stop: int) -> Tensor:
+    return waveforms[:, start:stop]
+
+
+def frame_reader(extractor: FeatureExtractor, read: Read, samples: int) -> Callable[[int, int], Tensor]:
+    """What gives the frames (B, stop - start, C) of long waveforms from ``start`` to ``stop``."""
+    if untouched(extractor) and can_extract(list(extractor.conv_layers)):
+        return Pieces(extractor, read, samples)
+    whole = extractor(read(0, samples))
+    return lambda start, stop: whole[:, start:stop]
+
+
+class Pieces:
+    """Any frames of a batch of long waveforms: a frame sees its receptive field only.
+
+    Args:
+        extractor: The feature extractor.
+        read: Reads the waveforms.
+        samples: How many samples each has.
+        lengths: Samples that count in the statistics of a group norm, (B,), gathered at once over all pieces.
     """
 
-    def __init__(self, read: Read, num_samples: int) -> None:
-        def mean_of(function: Callable[[Tensor], Tensor]) -> Tensor:
-            parts = (read(start, min(start + PIECE, num_samples)).cpu() for start in range(0, num_samples, PIECE))
-            return torch.stack([function(part).sum(1, keepdim=True, dtype=torch.float64) for part in parts]).sum(0)
-
-        self._read = read
-        self._mean = (mean_of(lambda x: x) / num_samples).float()
-        variance = mean_of(lambda x: (x - self._mean).square()) / num_samples
-        self._scale = torch.rsqrt(variance + 1e-5).float()
-        self.std = math.sqrt(float(variance))
+    def __init__(self, extractor: FeatureExtractor, read: Read, samples: int, lengths: Tensor | None = None) -> None:
+        self.layers, self.shapes, self.read = list(extractor.conv_layers), extractor.shapes, read
+        self.hop, self.field = math.prod(stride for _, _, stride in self.shapes), receptive_field(self.shapes)
+        self.num_frames = extractor.num_frames(samples)
+        self.moments = self._moments(samples, lengths) if extractor.has_group_norm else None
 
     def __call__(self, start: int, stop: int) -> Tensor:
-        """Samples ``start`` to ``stop``, standardised."""
-        waveform = self._read(start, stop)
-        return (waveform - self._mean.to(waveform)) * self._scale.to(waveform)
+        """Frames from ``start`` to ``stop``, (B, stop - start, C)."""
+        step = max(1, SAMPLES // self.hop)
+        out: Tensor | None = None
+        for first in range(start, stop, step):
+            last = min(first + step, stop)
+            piece = self.read(first * self.hop, (last - 1) * self.hop + self.field)
+            found = extract(self.layers, piece, moments=self.moments)
+            out = found.new_empty(len(found), stop - start, found.shape[2]) if out is None else out
+            out[:, first - start : last - start] = found
+        return cast("Tensor", out)
+
+    def _moments(self, samples: int, lengths: Tensor | None) -> Moments:
+        """What a group norm takes from the whole of each utterance."""
+        _, kernel, stride = self.shapes[0]
+        num_rows, step = conv_length(self.shapes[:1], samples), max(1, SAMPLES // stride)
+        moments: Moments | None = None
+        for start in range(0, num_rows, step):
+            stop = min(start + step, num_rows)
+            piece = self.read(start * stride, (stop - 1) * stride + kernel)
+            rows = first_conv(self.layers[0], piece)
+            left = None if lengths is None else (lengths - start * stride).clamp(max=piece.shape[1])
+            found = Moments.of(rows, valid_rows(piece, left, self.shapes[0], rows.shape[1]))
+            moments = found if moments is None else moments.joined(found)
+        return cast("Moments", moments)
+
+
+def layer_outputs(
+    student: Transformer, x: Tensor, attention_mask: Tensor | None, num_layers: int | None = None, **options: Any
+) -> list[Tensor]:
+    """:meth:`Transformer.get_intermediate_outputs`, piece by piece above ``LONG`` frames."""
+    if not _is_long(student, x):
+        return student.get_intermediate_outputs(x, attention_mask, num_layers, **options)
+    return _run(student, x, attention_mask, num_layers, **options)[1]
+
+
+def final_output(student: Transformer, x: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """Call a transformer, piece by piece above ``LONG`` frames."""
+    if not _is_long(student, x):
+        return student(x, attention_mask)
+    return student.finish(_run(student, x, attention_mask, skip=len(student.layers))[0])
 
 
 def window_frames(window: float, context: float | None, frame_seconds: float) -> tuple[int, int]:
@@ -64,47 +145,120 @@ def window_frames(window: float, context: float | None, frame_seconds: float) ->
     return size, around
 
 
-@torch.no_grad()
 def windows(
-    project: Callable[[Tensor], Tensor],
-    shapes: Sequence[tuple[int, int, int]],
-    read: Read,
-    num_samples: int,
-    function: Callable[[Tensor, None], Tensor],
+    project: Callable[[int, int], Tensor],
+    function: Callable[[Tensor], Tensor],
+    num_frames: int,
     *,
     size: int,
     context: int,
-    whole: bool = False,
 ) -> Iterator[Tensor]:
-    """What a function makes of a model's projected features, a window at a time.
+    """What a function gives for windows of a recording, each seen with its surroundings.
 
     Args:
-        project: A waveform (1, S) to projected features (1, T, D).
-        shapes: (out_channels, kernel, stride) of the convolutions in it.
-        read: The waveform, standardised.
-        num_samples: Its length.
-        function: Projected features (1, T, D) and no attention mask to (1, T, …).
-        size: Frames in a window.
-        context: Frames seen on each side of it.
-        whole: Project the whole waveform at once, as a group norm needs it.
+        project: Gives projected features (B, stop - start, D) from ``start`` to ``stop``; none is asked for twice.
+        function: (B, T, D) to (B, T, ...).
+        num_frames: Frames of the recording.
+        size: Frames of a window.
+        context: Frames that are seen on each side of it.
 
     Yields:
-        The function's values for each window in turn, (1, at most ``size``, …).
+        (B, t, ...) of one window after the other.
     """
-    hop, field, num_frames = math.prod(s for *_, s in shapes), receptive_field(shapes), conv_length(shapes, num_samples)
-    projected = project(read(0, num_samples)) if whole else None
-
-    def frames(start: int, stop: int) -> Tensor:
-        if projected is not None:
-            return projected[:, start:stop]
-        return project(read(start * hop, (stop - 1) * hop + field))
-
-    seen, first, last = None, 0, 0  # projected features of frames first to last
+    seen: Tensor | None = None
+    begin = end = 0
     for start in range(0, num_frames, size):
         stop, left = min(start + size, num_frames), max(0, start - context)
         right = min(stop + context, num_frames)
-        parts = [] if seen is None else [seen[:, left - first :]]
-        if right > last:
-            parts.append(frames(last, right))
-        seen, first, last = torch.cat(parts, 1), left, right
-        yield function(seen, None)[:, start - left : stop - left]
+        parts = [] if seen is None else [seen[:, left - begin :]]
+        if right > end:
+            parts.append(project(end, right))
+        seen = torch.cat(parts, dim=1)
+        begin, end = left, right
+        yield function(seen)[:, start - left : stop - left]
+
+
+def _serves(module: nn.Module) -> bool:
+    """Whether a module may go piece by piece: in eager inference, with no hook that waits for the whole."""
+    return not torch.is_grad_enabled() and not torch.compiler.is_compiling() and untouched(module)
+
+
+def _is_long(student: Transformer, x: Tensor) -> bool:
+    return x.shape[1] > LONG and not student.training and _serves(student)
+
+
+def _run(
+    student: Transformer,
+    x: Tensor,
+    attention_mask: Tensor | None,
+    num_layers: int | None = None,
+    *,
+    before_residual: bool = True,
+    skip: int = 0,
+) -> tuple[Tensor, list[Tensor]]:
+    """:meth:`Transformer.run`: the residual stream after the first blocks, and their outputs."""
+    positions = _positions(student, x, attention_mask)
+    x = _piecewise(student.start, x, positions, into=positions)
+    found = []
+    for i, layer in enumerate(student.layers[:num_layers]):
+        x, forwarded = _block(cast("TransformerLayer", layer), x, attention_mask)
+        if i >= skip:
+            found.append(forwarded if before_residual else x)
+    return x, found
+
+
+def _piecewise(function: Callable[..., Tensor], *inputs: Tensor, into: Tensor | None = None) -> Tensor:
+    """What a function gives for (B, T, ...) tensors, ``PIECE`` frames at a time.
+
+    The result takes the place of ``into``, a tensor that nobody needs any more, if it is of the same type.
+    """
+    num_frames = inputs[0].shape[1]
+    out: Tensor | None = None
+    for start in range(0, num_frames, PIECE):
+        part = slice(start, start + PIECE)
+        found = function(*(x[:, part] for x in inputs))
+        if out is None:
+            fits = into is not None and into.dtype == found.dtype
+            out = into if fits else found.new_empty(found.shape[0], num_frames, *found.shape[2:])
+        cast("Tensor", out)[:, part] = found
+    return cast("Tensor", out)
+
+
+def _positions(student: Transformer, x: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """The positional convolutions, each piece with what its frames see on either side."""
+    convs = student.pos_conv_embed
+    around = convs.depth * (convs.layer_kernel_size // 2)
+    out = torch.empty_like(x)
+    for start in range(0, x.shape[1], LONG):
+        left, stop = max(0, start - around), min(start + LONG, x.shape[1])
+        seen = slice(left, stop + around)
+        found = convs(x[:, seen], None if attention_mask is None else attention_mask[..., :1, seen])
+        out[:, start:stop] = found[:, start - left : stop - left]
+    return out
+
+
+def _attention(module: SelfAttention, x: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """Head by head: queries, keys and values of all at once would be the largest tensor of all."""
+    weight = module.qkv.weight.unflatten(0, (3, module.num_heads, -1))
+    bias = None if module.qkv.bias is None else module.qkv.bias.unflatten(0, (3, module.num_heads, -1))
+    size = weight.shape[2]
+    heads: Tensor | None = None
+    for head in range(module.num_heads):
+        head_bias = None if bias is None else bias[:, head].flatten()
+        found = module.attend_heads(linear(x, weight[:, head].flatten(0, 1), head_bias), 1, attention_mask)
+        heads = found.new_empty(*found.shape[:2], module.num_heads * size) if heads is None else heads
+        heads[..., head * size : (head + 1) * size] = found
+    return _piecewise(module.proj, cast("Tensor", heads), into=heads)
+
+
+def _block(layer: TransformerLayer, x: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """A block's output and its feed-forward output; the former takes the place of the residual stream."""
+
+    def add(norm: nn.Module | None) -> Callable[[Tensor, Tensor], Tensor]:
+        return lambda x, y: x + y if norm is None else norm(x + y)
+
+    first = layer.layer_norm_first
+    attended = _attention(layer.attention, layer.layer_norm(x) if first else x, attention_mask)
+    x = _piecewise(add(None if first else layer.layer_norm), x, attended, into=attended)
+    forwarded = _piecewise(layer.feed_forward, layer.final_layer_norm(x) if first else x)
+    return _piecewise(add(None if first else layer.final_layer_norm), x, forwarded, into=x), forwarded

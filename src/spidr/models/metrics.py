@@ -161,7 +161,7 @@ def proba_phone_code(
     only_active: bool,
     frame_step: int = 20,
     alignment_step: int = 10,
-) -> tuple[Tensor, list[str], list[int]]:
+) -> tuple[Tensor, list[str], Tensor]:
     """P(phone | unit), ordered for a heat map with a diagonal (figure 10 of the SpidR paper).
 
     Args:
@@ -174,8 +174,8 @@ def proba_phone_code(
 
     Returns:
         Probabilities ``(phones, units)``, float64, every active column summing to 1; the phones of the rows, by falling
-        frequency; the units of the columns, grouped by their most likely phone in the order of the rows, then by its
-        falling probability.
+        frequency; the units of the columns, int64 (units,), grouped by their most likely phone in the order of the
+        rows, then by its falling probability.
 
     Raises:
         InputError: As :func:`units_quality`.
@@ -189,7 +189,7 @@ def proba_phone_code(
     order = np.lexsort((-best, probabilities.argmax(0), ~active))
     if only_active:
         order = order[: np.count_nonzero(active)]
-    return torch.from_numpy(probabilities[:, order]), phones, order.tolist()
+    return torch.from_numpy(probabilities[:, order]), phones, torch.from_numpy(order)
 
 
 def bitrate(*, num_units: int, sequences: Iterable[Sequence[int]] | None = None, frame_step: int = 20) -> float:

@@ -1,15 +1,14 @@
 """SpidR: every head reads the student's layer that its codebook is built from, and the teacher slows down smoothly.
 
 Source: Poli, Luthra, Benchekroun, Higuchi, Gleize, Shen, Algayres, Chung, Assran, Pino, Dupoux. SpidR: Learning Fast
-and Stable Linguistic Units for Spoken Language Models Without Supervision. TMLR 2025 (arXiv 2512.20308). Imports
-``spidr.config`` and its siblings only.
+and Stable Linguistic Units for Spoken Language Models Without Supervision. TMLR 2025 (arXiv 2512.20308).
 """
 
 from __future__ import annotations
 
 import math
-
-from torch import Tensor
+from collections.abc import Callable
+from functools import partial
 
 from spidr.config import SpidRConfig
 from spidr.models.dinosr import DinoSR
@@ -33,6 +32,7 @@ class SpidR(DinoSR):
 
     config_class = SpidRConfig
     best_layer = 6
+    heads_read_layers = True
     cfg: SpidRConfig
 
     def __init__(self, cfg: SpidRConfig | None = None) -> None:
@@ -42,10 +42,11 @@ class SpidR(DinoSR):
         )
         unused.requires_grad_(False)
 
-    def ema_decay(self, step: int) -> float:
-        """Teacher decay after optimiser step ``step``."""
-        return exp_ema_scheduler(step, self.cfg.ema_start_decay, self.cfg.ema_timescale, self.cfg.ema_threshold)
-
-    def _hidden(self, x: Tensor, attention_mask: Tensor | None, num_heads: int, skip: int = 0) -> list[Tensor]:
-        num_layers = len(self.student.layers) - self.num_codebooks + num_heads
-        return self.student.get_intermediate_outputs(x, attention_mask, num_layers, skip=num_layers - num_heads + skip)
+    def _ema_scheduler(self) -> Callable[[int], float]:
+        cfg = self.cfg
+        return partial(
+            exp_ema_scheduler,
+            start_decay=cfg.ema_start_decay,
+            timescale=cfg.ema_timescale,
+            threshold=cfg.ema_threshold,
+        )

@@ -1,94 +1,79 @@
-"""The transformer of student and teacher: positional convolutions and post-norm or pre-norm blocks."""
+"""The transformer of student and teacher: positional convolutions and post-norm or pre-norm blocks.
+
+Attention masks are boolean, True where to attend, broadcastable to (B, 1, T, T); the first query row says which frames
+exist. None means that all do.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spidr.config import DinoSRConfig
-from spidr.models.kernels import Dropout, attend, recomputed
-
-LONG = 16_384
-"""Frames above which inference goes piece by piece, so that a few (T, D) tensors are all there is at a time."""
-
-PIECE = LONG // 8
-"""Frames of such a piece: the feed-forward's hidden layer takes 25 MB in the base models."""
+from spidr.models.extractor import LayerNorm
+from spidr.models.kernels import Dropout, Linear, attend, known, recomputed
 
 
-def _in_pieces(num_frames: int) -> bool:
-    return not torch.compiler.is_compiling() and not torch.is_grad_enabled() and num_frames > LONG
+def frame_mask(x: Tensor, attention_mask: Tensor | None) -> Tensor | None:
+    """Which frames of (B, T, D) exist, (B, T, 1); None: all."""
+    if attention_mask is None:
+        return None
+    return attention_mask[..., 0, :].expand(x.shape[0], 1, x.shape[1]).transpose(1, 2)
 
 
-def _piecewise(function: Callable[..., Tensor], *inputs: Tensor, into: Tensor | None = None) -> Tensor:
-    """What a function gives for (B, T, ...) tensors, ``PIECE`` frames at a time.
+@known
+class ConvPositionalEmbedding(nn.Module):
+    """Grouped convolutions over time whose output is added to the features: the model's only sense of position.
 
-    The result takes the place of ``into``, a tensor that nobody needs any more, if it is of the same type.
+    Args:
+        embed_dim: Width D.
+        kernel_size: Frames that the convolutions together see, about; each sees ``max(3, kernel_size // depth)``.
+        groups: Groups of channels.
+        depth: How many convolutions.
     """
-    num_frames = inputs[0].shape[1]
-    out: Tensor | None = None
-    for start in range(0, num_frames, PIECE):
-        part = slice(start, start + PIECE)
-        found = function(*(x[:, part] for x in inputs))
-        if out is None:
-            fits = into is not None and into.dtype == found.dtype
-            out = into if fits else found.new_empty(found.shape[0], num_frames, *found.shape[2:])
-        cast("Tensor", out)[:, part] = found
-    return cast("Tensor", out)
 
-
-class PositionalConvolution(nn.Module):
-    """Grouped convolutions over time whose output is added to the features: the model's only sense of position."""
-
-    def __init__(self, dim: int, kernel: int, groups: int, depth: int) -> None:
+    def __init__(self, embed_dim: int, kernel_size: int, groups: int, depth: int) -> None:
         super().__init__()
-        kernel = max(3, kernel // depth)
+        self.embed_dim, self.kernel_size, self.groups, self.depth = embed_dim, kernel_size, groups, depth
+        self.layer_kernel_size = kernel = max(3, kernel_size // depth)
+        self.num_remove = 1 - kernel % 2  # an even kernel gives one frame too many, at the end
+        self.layer_norm = LayerNorm(embed_dim, elementwise_affine=False)
         self.convs = nn.ModuleList(
-            nn.Conv1d(dim, dim, kernel, padding=kernel // 2, groups=groups) for _ in range(depth)
+            nn.Conv1d(embed_dim, embed_dim, kernel, padding=kernel // 2, groups=groups) for _ in range(depth)
         )
-        self.dim = dim
 
-    def forward(self, x: Tensor, frame_mask: Tensor | None = None) -> Tensor:
-        """(B, T, D) to (B, T, D); ``frame_mask`` (B, T, 1) is True on the frames that exist."""
-        num_frames = x.shape[1]
-        if not _in_pieces(num_frames):
-            return self._convolve(x, frame_mask)
-        around = sum(conv.kernel_size[0] // 2 for conv in self._layers())  # what a frame sees on each side
-        out = torch.empty_like(x)
-        for start in range(0, num_frames, LONG):
-            left, stop = max(0, start - around), min(start + LONG, num_frames)
-            seen = slice(left, stop + around)
-            found = self._convolve(x[:, seen], None if frame_mask is None else frame_mask[:, seen])
-            out[:, start:stop] = found[:, start - left : stop - left]
-        return out
-
-    def _layers(self) -> list[nn.Conv1d]:
-        return cast("list[nn.Conv1d]", list(self.convs))
-
-    def _convolve(self, x: Tensor, frame_mask: Tensor | None) -> Tensor:
-        num_frames = x.shape[1]
+    def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """(B, T, D) to (B, T, D)."""
+        exists = frame_mask(x, attention_mask)
         for conv in self.convs:
-            if frame_mask is not None:
-                x = x * frame_mask
-            # An even kernel gives one frame too many, at the end.
-            x = conv(x.transpose(1, 2))[..., :num_frames].transpose(1, 2)
-            x = F.gelu(F.layer_norm(x, (self.dim,)))
-        return x if frame_mask is None else x * frame_mask
+            if exists is not None:
+                x = x * exists
+            x = conv(x.transpose(1, 2))
+            if self.num_remove:
+                x = x[..., : -self.num_remove]
+            x = F.gelu(self.layer_norm(x).transpose(1, 2))
+        return x if exists is None else x * exists
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention with one fused projection for queries, keys and values."""
+@known
+class SelfAttention(nn.Module):
+    """Multi-head self-attention with one fused projection for queries, keys and values.
 
-    def __init__(self, dim: int, num_heads: int, dropout: float, *, qkv_bias: bool) -> None:
+    Args:
+        embed_dim: Width D.
+        num_heads: Number of heads.
+        qkv_bias: Whether the projection has a bias.
+        dropout: Probability to drop an attention weight in training.
+    """
+
+    def __init__(self, embed_dim: int, num_heads: int, *, qkv_bias: bool, dropout: float = 0.0) -> None:
         super().__init__()
-        self.num_heads = num_heads
-        self.dropout = dropout
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
-        self.proj = nn.Linear(dim, dim)
+        self.embed_dim, self.num_heads, self.dropout = embed_dim, num_heads, dropout
+        self.qkv = Linear(embed_dim, 3 * embed_dim, bias=qkv_bias)
+        self.proj = Linear(embed_dim, embed_dim)
         nn.init.xavier_uniform_(self.qkv.weight, gain=1 / math.sqrt(2))
         nn.init.xavier_uniform_(self.proj.weight)
         nn.init.zeros_(self.proj.bias)
@@ -96,64 +81,68 @@ class Attention(nn.Module):
             nn.init.zeros_(self.qkv.bias)
 
     def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """(B, T, D) to (B, T, D); ``attention_mask``, broadcastable to (B, 1, T, T), is True where to attend."""
-        if not _in_pieces(x.shape[1]):
-            return self.proj(self._attend(self.qkv(x), self.num_heads, attention_mask))
-        # Queries, keys and values of all heads at once would be the largest tensor of all.
-        weight = self.qkv.weight.unflatten(0, (3, self.num_heads, -1))
-        bias = None if self.qkv.bias is None else self.qkv.bias.unflatten(0, (3, self.num_heads, -1))
-        size = weight.shape[2]
-        heads: Tensor | None = None
-        for head in range(self.num_heads):
-            head_bias = None if bias is None else bias[:, head].flatten()
-            found = self._attend(F.linear(x, weight[:, head].flatten(0, 1), head_bias), 1, attention_mask)
-            heads = found.new_empty(*found.shape[:2], self.num_heads * size) if heads is None else heads
-            heads[..., head * size : (head + 1) * size] = found
-        return _piecewise(self.proj, cast("Tensor", heads), into=heads)
+        """(B, T, D) to (B, T, D)."""
+        return self.proj(self.attend_heads(self.qkv(x), self.num_heads, attention_mask))
 
-    def _attend(self, qkv: Tensor, num_heads: int, attention_mask: Tensor | None) -> Tensor:
+    def attend_heads(self, qkv: Tensor, num_heads: int, attention_mask: Tensor | None) -> Tensor:
+        """Attention of some heads, (B, T, 3 * H * D_head) to (B, T, H * D_head)."""
         q, k, v = qkv.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)
         x = attend(q, k, v, attention_mask, self.dropout if self.training else 0.0)
         return x.transpose(1, 2).flatten(2)
 
 
+@known
 class FeedForward(nn.Module):
-    """Linear, exact GELU, dropout, linear."""
+    """Linear, exact GELU, dropout, linear.
 
-    def __init__(self, dim: int, hidden: int, dropout: float) -> None:
+    Args:
+        embed_dim: Width D.
+        interm_features: Width in between.
+        interm_dropout: Probability to drop an activation in between.
+    """
+
+    def __init__(self, embed_dim: int, interm_features: int, interm_dropout: float) -> None:
         super().__init__()
-        self.intermediate_dense = nn.Linear(dim, hidden)
-        self.dropout = Dropout(dropout)
-        self.output_dense = nn.Linear(hidden, dim)
-        for linear in (self.intermediate_dense, self.output_dense):
-            nn.init.normal_(linear.weight, std=0.02)
-            nn.init.zeros_(linear.bias)
+        self.intermediate_dense = Linear(embed_dim, interm_features)
+        self.intermediate_dropout = Dropout(interm_dropout)
+        self.output_dense = Linear(interm_features, embed_dim)
+        for dense in (self.intermediate_dense, self.output_dense):
+            nn.init.normal_(dense.weight, std=0.02)
+            nn.init.zeros_(dense.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, D) to (B, T, D)."""
-        return _piecewise(self._expand_and_reduce, x) if _in_pieces(x.shape[1]) else self._expand_and_reduce(x)
-
-    def _expand_and_reduce(self, x: Tensor) -> Tensor:
-        return recomputed(self._activate_and_reduce, self.intermediate_dense(x), draws=self.dropout.p > 0)
+        if not torch.is_grad_enabled() and isinstance(self.intermediate_dense, Linear):
+            return self.output_dense(self.intermediate_dropout(self.intermediate_dense.gelu(x)))
+        calls = (self.intermediate_dropout, self.output_dense)
+        draws = getattr(self.intermediate_dropout, "p", 0) > 0
+        return recomputed(self._activate_and_reduce, self.intermediate_dense(x), calls=calls, draws=draws)
 
     def _activate_and_reduce(self, x: Tensor) -> Tensor:
-        return self.output_dense(self.dropout(F.gelu(x)))
+        return self.output_dense(self.intermediate_dropout(F.gelu(x)))
 
 
-class Block(nn.Module):
-    """Attention and feed-forward, each with a residual connection and a LayerNorm before or after."""
+@known
+class TransformerLayer(nn.Module):
+    """Attention and feed-forward, each with a residual connection and a LayerNorm before or after.
 
-    def __init__(self, cfg: DinoSRConfig) -> None:
+    Args:
+        attention: Self-attention.
+        dropout: Probability to drop an element before a residual addition.
+        feed_forward: Feed-forward network.
+        layer_norm_first: LayerNorm before attention and feed-forward (pre-norm) instead of after the additions.
+    """
+
+    def __init__(
+        self, attention: SelfAttention, dropout: float, feed_forward: FeedForward, *, layer_norm_first: bool
+    ) -> None:
         super().__init__()
-        dim = cfg.encoder_embed_dim
-        self.attention = Attention(
-            dim, cfg.encoder_num_heads, cfg.encoder_attention_dropout, qkv_bias=cfg.encoder_qkv_bias
-        )
-        self.dropout = Dropout(cfg.encoder_dropout)
-        self.layer_norm = nn.LayerNorm(dim)
-        self.feed_forward = FeedForward(dim, cfg.encoder_ff_interm_features, cfg.encoder_ff_interm_dropout)
-        self.final_layer_norm = nn.LayerNorm(dim)
-        self.layer_norm_first = cfg.encoder_layer_norm_first
+        self.attention = attention
+        self.dropout = Dropout(dropout)
+        self.layer_norm = nn.LayerNorm(attention.embed_dim)
+        self.feed_forward = feed_forward
+        self.final_layer_norm = nn.LayerNorm(attention.embed_dim)
+        self.layer_norm_first = layer_norm_first
 
     def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Run the block.
@@ -162,80 +151,70 @@ class Block(nn.Module):
             The block's output and its feed-forward output before the residual addition, both (B, T, D).
         """
         if self.layer_norm_first:
-            attended = self.attention(self.layer_norm(x), attention_mask)
-            x = self._add(x, attended, into=attended)
+            x = x + self.dropout(self.attention(self.layer_norm(x), attention_mask=attention_mask))
             forwarded = self.feed_forward(self.final_layer_norm(x))
-            return self._add(x, forwarded, into=x), forwarded
-        attended = self.attention(x, attention_mask)
-        x = self._add(x, attended, self.layer_norm, into=attended)
+            return x + self.dropout(forwarded), forwarded
+        x = self.layer_norm(x + self.dropout(self.attention(x, attention_mask=attention_mask)))
         forwarded = self.feed_forward(x)
-        return self._add(x, forwarded, self.final_layer_norm, into=x), forwarded
-
-    def _add(self, x: Tensor, y: Tensor, norm: nn.Module | None = None, *, into: Tensor) -> Tensor:
-        """The residual connection, in the place of ``into`` where that saves memory."""
-
-        def add(x: Tensor, y: Tensor) -> Tensor:
-            x = x + self.dropout(y)
-            return x if norm is None else norm(x)
-
-        return _piecewise(add, x, y, into=into) if _in_pieces(x.shape[1]) else add(x, y)
+        return self.final_layer_norm(x + self.dropout(forwarded)), forwarded
 
 
+@known
 class Transformer(nn.Module):
-    """Positional convolutions, then ``cfg.encoder_num_layers`` blocks.
+    """Positional convolutions, then blocks.
 
-    Attention masks are boolean, True where to attend, broadcastable to (B, 1, T, T); the first query row says which
-    frames exist. None means that all do.
+    Args:
+        layers: The blocks.
+        pos_conv_embed: Positional convolutions.
+        dropout: Probability to drop an element of the first block's input.
+        layer_drop: Probability to skip a block in training.
+        layer_norm_first: LayerNorm before the blocks, as post-norm blocks need it, instead of after the last one.
     """
 
-    def __init__(self, cfg: DinoSRConfig) -> None:
+    def __init__(
+        self,
+        layers: nn.ModuleList,
+        pos_conv_embed: ConvPositionalEmbedding,
+        dropout: float,
+        layer_drop: float,
+        *,
+        layer_norm_first: bool,
+    ) -> None:
         super().__init__()
-        dim = cfg.encoder_embed_dim
-        self.pos_conv_embed = PositionalConvolution(
+        self.pos_conv_embed = pos_conv_embed
+        self.layer_norm = nn.LayerNorm(pos_conv_embed.embed_dim)
+        self.dropout = Dropout(dropout)
+        self.layers = layers
+        self.layer_norm_first = layer_norm_first
+        self.layer_drop = layer_drop
+
+    @classmethod
+    def build(cls, cfg: DinoSRConfig) -> Transformer:
+        """A new transformer of a model's configuration."""
+        dim, norm_first = cfg.encoder_embed_dim, cfg.encoder_layer_norm_first
+        positions = ConvPositionalEmbedding(
             dim, cfg.encoder_pos_conv_kernel, cfg.encoder_pos_conv_groups, cfg.encoder_pos_conv_depth
         )
-        self.layer_norm = nn.LayerNorm(dim)
-        self.dropout = Dropout(cfg.encoder_dropout)
-        self.layers = nn.ModuleList(Block(cfg) for _ in range(cfg.encoder_num_layers))
-        self.layer_norm_first = cfg.encoder_layer_norm_first
-        self.layer_drop = cfg.encoder_layer_drop
-
-    def _run(
-        self, x: Tensor, attention_mask: Tensor | None, kept: range, *, before_residual: bool = True
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Run the blocks up to the last of ``kept``: the residual stream after them, and the outputs of those kept."""
-        frame_mask = None
-        if attention_mask is not None:
-            frame_mask = attention_mask[..., 0, :].expand(x.shape[0], 1, x.shape[1]).transpose(1, 2)
-        x = x + self.pos_conv_embed(x, frame_mask)
-        if not self.layer_norm_first:
-            x = self.layer_norm(x)
-        x = self.dropout(x)
-        outputs = []
-        for i, layer in enumerate(self.layers[: kept.stop]):
-            output, forwarded = layer(x, attention_mask)
-            if i >= kept.start:
-                outputs.append(forwarded if before_residual else output)
-            if self.training and self.layer_drop > 0:
-                # Drawn on the device and computed either way: no synchronisation, and a dropped block's parameters
-                # get the zero gradient that distributed training waits for.
-                output = torch.where(torch.rand((), device=x.device) < self.layer_drop, x, output)
-            x = output
-        return x, outputs
+        layers = nn.ModuleList()
+        for _ in range(cfg.encoder_num_layers):
+            attention = SelfAttention(
+                dim, cfg.encoder_num_heads, qkv_bias=cfg.encoder_qkv_bias, dropout=cfg.encoder_attention_dropout
+            )
+            feed_forward = FeedForward(dim, cfg.encoder_ff_interm_features, cfg.encoder_ff_interm_dropout)
+            layers.append(TransformerLayer(attention, cfg.encoder_dropout, feed_forward, layer_norm_first=norm_first))
+        return cls(layers, positions, cfg.encoder_dropout, cfg.encoder_layer_drop, layer_norm_first=not norm_first)
 
     def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Encode projected features.
 
         Args:
             x: (B, T, D).
-            attention_mask: See the class.
+            attention_mask: See the module.
 
         Returns:
             The final output, (B, T, D): the last block's, after the final LayerNorm in the pre-norm model.
         """
-        num_layers = len(self.layers)
-        x, _ = self._run(x, attention_mask, range(num_layers, num_layers))
-        return self.layer_norm(x) if self.layer_norm_first else x
+        return self.finish(self._run(x, attention_mask, range(len(self.layers), len(self.layers)))[0])
 
     def get_intermediate_outputs(
         self,
@@ -250,7 +229,7 @@ class Transformer(nn.Module):
 
         Args:
             x: Projected features, (B, T, D).
-            attention_mask: See the class.
+            attention_mask: See the module.
             num_layers: How many blocks to run.
             before_residual: Give each block's feed-forward output before the residual addition, as the heads and the
                 teacher's targets use it, instead of the block's full output.
@@ -266,3 +245,29 @@ class Transformer(nn.Module):
         if not 1 <= num_layers <= len(self.layers):
             raise ValueError(f"num_layers must be between 1 and {len(self.layers)}, not {num_layers}")
         return self._run(x, attention_mask, range(skip, num_layers), before_residual=before_residual)[1]
+
+    def _run(
+        self, x: Tensor, attention_mask: Tensor | None, kept: range, *, before_residual: bool = True
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Run the blocks up to the last of ``kept``: the residual stream after them, and the outputs of those kept."""
+        x = self.dropout(self.start(x, self.pos_conv_embed(x, attention_mask)))
+        outputs = []
+        for i, layer in enumerate(self.layers[: kept.stop]):
+            output, forwarded = layer(x, attention_mask)
+            if i >= kept.start:
+                outputs.append(forwarded if before_residual else output)
+            if self.training and self.layer_drop > 0:
+                # Drawn on the device and computed either way: no synchronisation, and a dropped block's parameters
+                # get the zero gradient that distributed training waits for.
+                output = torch.where(torch.rand((), device=x.device) < self.layer_drop, x, output)
+            x = output
+        return x, outputs
+
+    def start(self, x: Tensor, positions: Tensor) -> Tensor:
+        """The first block's input, before dropout."""
+        x = x + positions
+        return self.layer_norm(x) if self.layer_norm_first else x
+
+    def finish(self, x: Tensor) -> Tensor:
+        """The final output, given the last block's."""
+        return x if self.layer_norm_first else self.layer_norm(x)

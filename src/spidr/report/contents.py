@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,13 +16,15 @@ import numpy as np
 import torch
 
 from spidr.checkpoint import Checkpointer
-from spidr.config import SAMPLE_RATE, Config, DataConfig, read_config, to_dict
+from spidr.config import SAMPLE_RATE, Config, DataConfig, SpidRConfig, read_config, to_dict
 from spidr.data import speech_dataset
 from spidr.data.alignments import FRAME_STEP, read_alignments
-from spidr.environment import Environment, choose_device
+from spidr.environment import Environment
 from spidr.models.metrics import proba_phone_code
+from spidr.models.weights import read_weights
 from spidr.report import figures
 from spidr.report.page import Page
+from spidr.tools import healthy
 from spidr.tools.errors import InputError
 from spidr.tools.files import atomic_write, make_folder
 from spidr.tools.metrics import Line, read_metrics
@@ -48,6 +51,22 @@ QUALITY = {
 }
 
 
+LARGEST = 1e100
+"""A step or value beyond it is no measurement, and no axis can be drawn for it."""
+
+
+def drawable(lines: Sequence[Line]) -> tuple[list[Line], list[str]]:
+    """The lines without values that cannot be drawn, and what those are."""
+    left_out: list[str] = []
+    kept = []
+    for line in lines:
+        wrong = [key for key, value in line.items() if not isinstance(value, str | None) and not abs(value) < LARGEST]
+        left_out += [f"{key} of {line['group']} at step {str(line['step'])[:20]}" for key in wrong]
+        if "step" not in wrong:
+            kept.append({key: value for key, value in line.items() if key not in wrong})
+    return kept, left_out
+
+
 def curve(lines: Sequence[Line], key: str) -> tuple[list[float], list[float]]:
     """Steps and values of a metric, where there is one."""
     known = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
@@ -56,11 +75,9 @@ def curve(lines: Sequence[Line], key: str) -> tuple[list[float], list[float]]:
 
 def by_layer(lines: Sequence[Line], name: str) -> figures.Curves:
     """The curves of a metric that each codebook has."""
-    keys = {key for line in lines for key in line if key.startswith(f"{name}_l") and key[len(name) + 2 :].isdigit()}
-    return {
-        f"layer {layer}": curve(lines, f"{name}_l{layer}")
-        for layer in sorted(int(key[len(name) + 2 :]) for key in keys)
-    }
+    found = (re.fullmatch(rf"{name}_l(\d{{1,4}})", key, re.ASCII) for line in lines for key in line)
+    layers = sorted({int(match[1]) for match in found if match})
+    return {f"layer {layer}": curve(lines, f"{name}_l{layer}") for layer in layers}
 
 
 @dataclass
@@ -70,9 +87,11 @@ class Report:
     folder: Path
     cfg: Config
     lines: list[Line]
+    checkpoint: Path | None = None
 
     def __post_init__(self) -> None:
         self.page = Page(f"{self.cfg.run.wandb_project} / {self.cfg.run.wandb_name}")
+        self.lines, self.left_out = drawable(self.lines)
         self.drawn: list[figures.Drawn] = []
 
     def add(self, drawn: figures.Drawn, description: str) -> None:
@@ -99,6 +118,9 @@ class Report:
         _, speeds = curve(self.group("train"), "audio_seconds_per_second")
         trained = f"Trained at {np.median(speeds):,.0f} seconds of audio a second (median). " if speeds else ""
         self.page.text(f"{trained}Folder: {self.folder}", note=True)
+        if self.left_out:
+            rest = f" and {len(self.left_out) - 5} more" if len(self.left_out) > 5 else ""
+            self.page.text(f"Left out, since it cannot be drawn: {', '.join(self.left_out[:5])}{rest}.", note=True)
 
     def training(self) -> None:
         """Losses, rates, throughput, and the use of the codebooks."""
@@ -114,11 +136,20 @@ class Report:
         panels["Loss"] = {"training": curve(train, "loss")} | {
             name: curve(self.group(name), "loss") for name in self.cfg.validation if self.group(name)
         }
-        self.page.heading("Training")
-        self.add(
-            figures.curves("training", panels), "Loss, gradient norm, learning rate, EMA decay and throughput by step"
+        self.page.heading(
+            "Training",
+            "The loss falls fast, then slowly, and validation follows; the gradient norm stays level. Little time "
+            "should be spent waiting for data.",
         )
-        self.page.heading("Codebooks in training batches")
+        bands = self._published(panels["Loss"])
+        self.add(
+            figures.curves("training", panels, bands),
+            "Loss, gradient norm, learning rate, EMA decay and throughput by step",
+        )
+        self.page.heading(
+            "Codebooks in training batches",
+            "Perplexities rise in the first steps and then stay: one that falls towards 1 is of a collapsing codebook.",
+        )
         names = {
             "target_ppl": "Perplexity of the targets",
             "pred_ppl": "Perplexity of the predictions",
@@ -126,6 +157,22 @@ class Report:
         }
         use = {title: by_layer(train, name) for name, title in names.items()}
         self.add(figures.curves("codebooks", use), "Perplexities and active codewords of each layer by step")
+
+    def _published(self, losses: figures.Curves) -> dict[str, figures.Band]:
+        """What published runs of the base model did; a line on the page if this one does something else."""
+        sizes = ("encoder_num_layers", "encoder_embed_dim", "num_codebooks", "codebook_size")
+        model, base = self.cfg.model, SpidRConfig()
+        if not isinstance(model, SpidRConfig) or any(getattr(model, s) != getattr(base, s) for s in sizes):
+            return {}
+        last = max((x[-1] for x, _ in losses.values() if x), default=0)
+        steps = [step for step in healthy.LOSS if step < last] + [last]
+        for group in self.cfg.validation:
+            lines = [line for line in self.group(group) if line.get("loss") is not None]
+            active = [y[-1] for _, y in by_layer(self.group(group), "active_codewords").values() if y]
+            if lines and (said := healthy.unlike_published(lines[-1]["step"], lines[-1]["loss"], active)):
+                self.page.text(f"{group}: {said}.")
+        low, high = zip(*map(healthy.expected_loss, steps), strict=True)
+        return {"Loss": (steps, low, high)}
 
     def quality(self, group: str) -> None:
         """Unit quality over time, and its last values."""
@@ -137,8 +184,14 @@ class Report:
                 f"No unit quality: [validation.{group}] has no alignments_path or is yet to come.", note=True
             )
             return
-        self.page.heading(f"Units of {group}")
-        self.add(figures.curves(f"units-{group}", panels), f"Quality of the units of {group} by step")
+        self.page.heading(
+            f"Units of {group}",
+            "PNMI, the share of the phones' entropy that the units explain, and the purities against the alignments: "
+            "higher is better. They are decided early and differ between layers.",
+        )
+        number = list(self.cfg.validation).index(group)
+        name = f"units-{group}" if re.fullmatch(r"[\w.-]+", group) else f"units-{number}"
+        self.add(figures.curves(name, panels), f"Quality of the units of {group} by step")
         layers = list(next(iter(panels.values())))
         rows = [[layer, *(f"{panels[title][layer][1][-1]:.4g}" for title in panels)] for layer in layers]
         self.page.text(f"At step {lines[-1]['step']:,}:")
@@ -148,7 +201,7 @@ class Report:
 
     def units(self, group: str, layer: int | None, max_minutes: float, device: str) -> None:
         """P(phone | unit) and one utterance, of the newest checkpoint."""
-        checkpoint = newest_checkpoint(self.folder)
+        checkpoint = self.checkpoint
         if checkpoint is None:
             self.page.text("No checkpoint, so no units to show.", note=True)
             return
@@ -163,7 +216,7 @@ class Report:
     def _units(
         self, group: str, data: DataConfig, checkpoint: Path, layer: int | None, max_minutes: float, device: str
     ) -> None:
-        env = Environment(0, 0, 1, choose_device(device))
+        env = Environment.alone(device)
         model = load_trained(self.cfg, checkpoint).to(env.device)
         numbers = model.codebook_layers
         chosen = self._layer(group, layer, numbers)
@@ -181,7 +234,7 @@ class Report:
             codebook = numbers.index(chosen)
             aligned: Any = {str(row): (phones[row], u[codebook].numpy()) for row, u in units.items()}
             num_phones = len({phone for row in units for phone in phones[row]})
-            matrix, names, columns = proba_phone_code(
+            matrix, names, order = proba_phone_code(
                 aligned,
                 num_units=size,
                 num_phones=num_phones,
@@ -189,18 +242,22 @@ class Report:
                 frame_step=step,
                 alignment_step=FRAME_STEP,
             )
-            self.page.heading(f"Which phones the units of layer {chosen} stand for")
+            self.page.heading(
+                f"Which phones the units of layer {chosen} stand for",
+                "A dark diagonal: each unit stands for one phone. Pale columns are units that stand for nothing.",
+            )
             title = (
-                f"{len(columns)} of {size} units active in {lengths[list(units)].sum() / SAMPLE_RATE / 60:.1f} minutes"
+                f"{len(order)} of {size} units active in {lengths[list(units)].sum() / SAMPLE_RATE / 60:.1f} minutes"
             )
             self.add(
                 figures.heat_map("phones", matrix.numpy(), names, title), "Probability of each phone given each unit"
             )
         # One of middling length shows speech rather than a single word.
         row = sorted(units, key=lengths.__getitem__)[len(units) // 2]
-        self.page.heading("One utterance")
+        self.page.heading("One utterance", "Units should change where phones do. Listen to it:")
         waveform = dataset[row]
         shown = min(SHOWN_SECONDS, len(waveform) / SAMPLE_RATE)
+        self.page.sound(waveform[: int(shown * SAMPLE_RATE)].numpy(), SAMPLE_RATE)
         of_units = {f"layer {n}": spans(units[row][k].tolist(), step / 1000, shown) for k, n in enumerate(numbers)}
         self.add(
             figures.utterance(
@@ -244,9 +301,23 @@ class Report:
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The one that the run would go on from, else a ``final.pt`` of weights only."""
-    final = folder / "final.pt"
-    return Checkpointer(folder, interval=0).find_latest() or (final if final.exists() else None)
+    """The one that the run would resume from, else a ``final.pt`` of weights only; None if there is no checkpoint.
+
+    Raises:
+        InputError: There are checkpoints, but none can be used.
+    """
+    final, problem = folder / "final.pt", ""
+    try:
+        if latest := Checkpointer(folder, interval=0).find_latest():
+            return latest
+    except InputError as error:
+        problem = str(error)
+    if final.exists():
+        read_weights(final)
+        return final
+    if problem or (names := [path.name for path in folder.glob("step_*.pt") if path.stem[5:].isdecimal()]):
+        raise InputError(problem or f"{folder}: none of its checkpoints can be used: {', '.join(sorted(names))}")
+    return None
 
 
 def spans(labels: Sequence[Any], step: float, duration: float) -> list[tuple[Any, float, float]]:
@@ -295,6 +366,7 @@ def make_report(
         raise InputError(f"{run}: not a run folder, it has no config.json")
     cfg = read_config(run / "config.json")
     report = Report(run, cfg, sorted(read_metrics(run / "metrics.jsonl"), key=lambda line: line["step"]))
+    report.checkpoint = newest_checkpoint(run)
     if group is not None and group not in cfg.validation:
         raise InputError(f"{run}: no validation set {group!r}; there are: {', '.join(cfg.validation) or 'none'}")
     aligned = [name for name, data in cfg.validation.items() if data.alignments_path]

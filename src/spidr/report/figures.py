@@ -62,6 +62,7 @@ STYLE: dict[Any, Any] = {
     "legend.fontsize": 8,
     "lines.linewidth": 1.4,
     "svg.fonttype": "none",
+    "text.parse_math": False,  # names from files may hold dollars
 }
 
 
@@ -91,13 +92,17 @@ def _for_page(svg: str, name: str) -> str:
     return svg
 
 
-def curves(name: str, panels: Mapping[str, Curves], xlabel: str = "step") -> Drawn:
+Band = tuple[Sequence[float], Sequence[float], Sequence[float]]
+"""Steps, and between what values all is well there."""
+
+
+def curves(name: str, panels: Mapping[str, Curves], bands: Mapping[str, Band] | None = None) -> Drawn:
     """Lines over steps, one panel beside the other.
 
     Args:
         name: Of the figure.
         panels: Title → curves. A panel of one curve has no legend, and panels of the same curves have one in common.
-        xlabel: Below each panel.
+        bands: Title → what lies behind the curves.
     """
     columns = min(len(panels), 3)
     lines = -(-len(panels) // columns)
@@ -108,13 +113,16 @@ def curves(name: str, panels: Mapping[str, Curves], xlabel: str = "step") -> Dra
         for i, (title, lines_of) in enumerate(panels.items(), start=1):
             ax = figure.add_subplot(lines, columns, i)
             ax.set_title(title)
-            ax.set_xlabel(xlabel)
+            ax.set_xlabel("step")
             ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
             ax.xaxis.set_major_formatter(lambda value, _: f"{value / 1000:g}k" if value >= 10_000 else f"{value:g}")
+            if title in (bands or {}):
+                steps, low, high = (bands or {})[title]
+                ax.fill_between(steps, low, high, color=MUTED, alpha=0.2, linewidth=0, label="published")
             for k, (label, (x, y)) in enumerate(lines_of.items()):
                 style = "-" if k < len(SERIES) else "--"
                 ax.plot(x, y, style, label=label, marker="o" if len(x) < 15 else None, markersize=2.5)
-            if len(lines_of) > 1 and not in_common:
+            if (len(lines_of) > 1 or title in (bands or {})) and not in_common:
                 ax.legend(ncols=2 if len(lines_of) > 4 else 1)
             ax.margins(x=0.02)
             ax.ticklabel_format(axis="y", useOffset=False)
@@ -200,5 +208,8 @@ def _intervals(ax: Axes, intervals: Sequence[tuple[Any, float, float]], duration
     ax.spines["left"].set_visible(False)
     for i, (label, start, end) in enumerate(intervals):
         ax.axvspan(start, end, facecolor=colour, alpha=0.10 if i % 2 else 0.25, linewidth=0)
-        if (end - start) / duration * LETTERS >= len(str(label)):
-            ax.text((start + end) / 2, 0.5, str(label), ha="center", va="center", fontsize=6, clip_on=True)
+        room = (end - start) / duration * LETTERS
+        if room >= 1:  # short ones from bottom to top
+            fits = room >= len(str(label))
+            place: dict[str, Any] = {"ha": "center", "va": "center", "clip_on": True, "rotation": 0 if fits else 90}
+            ax.text((start + end) / 2, 0.5, str(label), fontsize=6 if fits else 5, **place)

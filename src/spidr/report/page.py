@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import base64
+import io
+import wave
 from collections.abc import Mapping, Sequence
 from html import escape
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from spidr.report.figures import GRID, INK, MUTED, SERIES, Drawn
 
@@ -23,7 +30,8 @@ p {{ margin: .3rem 0; }} .note {{ color: var(--muted); }}
 figure {{ margin: 0; padding: .5rem; background: var(--card); border-radius: 8px; overflow-x: auto; }}
 svg {{ display: block; width: 100%; height: auto; min-width: 640px; }}
 table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; }}
-th, td {{ padding: .2rem .8rem .2rem 0; text-align: right; border-bottom: 1px solid var(--grid); }}
+th, td {{ padding: .2rem .8rem .2rem 0; text-align: right; border-bottom: 1px solid var(--grid); white-space: nowrap; }}
+details td {{ text-align: left; white-space: normal; overflow-wrap: anywhere; }}
 th:first-child, td:first-child {{ text-align: left; }} th {{ color: var(--muted); font-weight: 500; }}
 .wide {{ overflow-x: auto; }} details {{ margin: .3rem 0; }} summary {{ cursor: pointer; }}
 """
@@ -35,9 +43,11 @@ class Page:
     def __init__(self, title: str) -> None:
         self.title, self._parts = title, [f"<h1>{escape(title)}</h1>"]
 
-    def heading(self, text: str) -> None:
-        """Begin a section."""
+    def heading(self, text: str, look_for: str = "") -> None:
+        """Begin a section, perhaps with a line on what to look for."""
         self._parts.append(f"<h2>{escape(text)}</h2>")
+        if look_for:
+            self.text(look_for, note=True)
 
     def text(self, text: str, *, note: bool = False) -> None:
         """Add a paragraph."""
@@ -46,6 +56,18 @@ class Page:
     def figure(self, drawn: Drawn, description: str) -> None:
         """Add a figure; the description is for those who cannot see it."""
         self._parts.append(f'<figure role="img" aria-label="{escape(description)}">{drawn.svg}</figure>')
+
+    def sound(self, waveform: NDArray[Any], sample_rate: int) -> None:
+        """Add a player of a waveform, as loud as 16 bits hold."""
+        samples = (waveform / max(float(np.abs(waveform).max()), 1e-9) * 32_000).astype("<i2")
+        file = io.BytesIO()
+        with wave.open(file, "wb") as wav:
+            wav.setnchannels(1)
+            wav.setsampwidth(2)
+            wav.setframerate(sample_rate)
+            wav.writeframes(samples.tobytes())
+        content = base64.b64encode(file.getvalue()).decode()
+        self._parts.append(f'<p><audio controls src="data:audio/wav;base64,{content}"></audio></p>')
 
     def table(self, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """Add a table."""

@@ -64,6 +64,10 @@ def command(main: Callable[P, int | None]) -> Callable[P, int]:
                 return main(*args, **kwargs) or 0
             except InputError as error:
                 return _say(f"error: {error}", 2)
+            except SystemExit as end:
+                if isinstance(end.code, int) and str(end) != str(end.code) and os.environ.get("RANK", "0") == "0":
+                    _say(str(end), end.code)  # a kind of its own, which says why
+                raise
             except KeyboardInterrupt:
                 return _say("interrupted; run the same command again", 130)
             except BrokenPipeError:
@@ -82,18 +86,6 @@ def _say(text: str, status: int) -> int:
     line_break = "\n" if "RANK" in os.environ else ""  # another process's progress bar may be on this line
     sys.stderr.write(f"{line_break}{text}\n")
     return status
-
-
-@contextmanager
-def _results_only() -> Iterator[None]:
-    """Inside, ``sys.stdout`` is standard error for all but :func:`write_result`."""
-    with Path(os.devnull).open("w") as nowhere:
-        _results.append(sys.stdout or nowhere)  # None if it was closed
-        try:
-            with redirect_stdout(sys.stderr):
-                yield
-        finally:
-            _results.pop()
 
 
 class _Lasting:
@@ -115,6 +107,28 @@ class _Lasting:
         return getattr(self._stream, name)
 
 
+class _Aside(_Lasting):
+    """Standard error in place of standard output. Only the help of a parser is a result."""
+
+    def write(self, text: str) -> int:
+        if sys._getframe(1).f_globals.get("__name__") == "argparse":
+            write_result(text)
+            return len(text)
+        return super().write(text)
+
+
+@contextmanager
+def _results_only() -> Iterator[None]:
+    """Inside, ``sys.stdout`` is standard error for all but :func:`write_result`."""
+    with Path(os.devnull).open("w") as nowhere:
+        _results.append(_results[-1] if _results else sys.stdout or nowhere)  # None if it was closed
+        try:
+            with redirect_stdout(cast("TextIO", _Aside(sys.stderr))):
+                yield
+        finally:
+            _results.pop()
+
+
 @contextmanager
 def lasting_stderr() -> Iterator[None]:
     """Inside, a closed or full standard error ends nothing."""
@@ -122,8 +136,13 @@ def lasting_stderr() -> Iterator[None]:
         yield
 
 
+class _Formatter(argparse.HelpFormatter):
+    def __init__(self, prog: str, **options: Any) -> None:
+        super().__init__(prog, max_help_position=32, **options)
+
+
 class Parser(argparse.ArgumentParser):
-    """A parser whose help fits on a screen, ends with an example, and goes to the command's standard output.
+    """A parser whose help fits on a screen and ends with an example.
 
     Args:
         prog: ``python -m MODULE``; ``spidr NAME`` in its place if it was called that way.
@@ -135,17 +154,13 @@ class Parser(argparse.ArgumentParser):
         if prog is not None and Path(sys.argv[0]).name == "spidr":
             names = {f"python -m {module}": f"spidr {name}" for name, module in PROGRAMS.items()}
             prog = names.get(prog, prog)
-        super().__init__(prog, **options)
+        super().__init__(prog, **{"formatter_class": _Formatter} | options)
         self.example = example
 
     def format_help(self) -> str:
         """Format the help, the example at its end."""
         example = "".join(f"  {line}\n" for line in self.example.splitlines())
         return super().format_help() + (f"\nexample:\n{example}" if example else "")
-
-    def print_help(self, file: Any = None) -> None:
-        """Print the help on the command's standard output."""
-        write_result(self.format_help()) if file is None else super().print_help(file)
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:

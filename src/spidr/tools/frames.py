@@ -22,9 +22,13 @@ def conv_length(shapes: Iterable[tuple[int, int, int]], lengths: Length) -> Leng
     return lengths
 
 
+def samples_of(shapes: Iterable[tuple[int, int, int]], frames: int) -> int:
+    """Fewest samples of which the convolutions ``shapes`` make so many frames, at least one."""
+    for _, kernel, stride in reversed(list(shapes)):
+        frames = (frames - 1) * stride + kernel
+    return frames
+
+
 def receptive_field(shapes: Iterable[tuple[int, int, int]]) -> int:
     """Number of samples that one frame of the convolutions ``shapes`` sees."""
-    samples = 1
-    for _, kernel, stride in reversed(list(shapes)):
-        samples = (samples - 1) * stride + kernel
-    return samples
+    return samples_of(shapes, 1)

@@ -1,7 +1,6 @@
-"""Metrics of a run: ``metrics.jsonl``, the source of truth, and wandb, which follows it.
+"""Metrics of a run in ``metrics.jsonl``, the source of truth.
 
-A line is a flat JSON object with ``step``, ``group`` ("train" or the name of a validation set) and values. May import
-``spidr.config``, ``spidr.tools.lazy`` and ``spidr.tools.files``.
+A line is a flat JSON object with ``step``, ``group`` ("train" or the name of a validation set) and values.
 """
 
 from __future__ import annotations
@@ -10,24 +9,17 @@ import json
 import logging
 import math
 import os
-import secrets
-import threading
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from spidr.tools.errors import InputError, first_line
-from spidr.tools.files import atomic_write
-from spidr.tools.lazy import needs_extra
+from spidr.tools.errors import InputError
+from spidr.tools.files import atomic_write, why_not_written
 from spidr.tools.untrusted import parse_json
 
 logger = logging.getLogger(__name__)
 
-TIMEOUT = 30.0
-"""Seconds that training waits for wandb, when it begins and when it ends."""
-
 Line = dict[str, Any]
-WandbMode = Literal["online", "offline", "disabled"]
 
 
 def read_metrics(path: Path) -> list[Line]:
@@ -69,11 +61,13 @@ class MetricsFile:
         path: The file.
         step: The step that the run goes on from. What a killed run wrote of later training steps is removed: it will be
             written again.
+        again: Step and group of another line that will be.
     """
 
-    def __init__(self, path: Path, step: int) -> None:
+    def __init__(self, path: Path, step: int, again: tuple[int, str] | None = None) -> None:
         self.path = path
-        kept = [line for line in read_metrics(path) if line["step"] <= step]
+        lines = read_metrics(path)
+        kept = [line for line in lines if line["step"] <= step and (line["step"], line["group"]) != again]
         self._written = {(line["step"], line["group"]) for line in kept}
         if path.exists():
             with atomic_write(path) as file:
@@ -97,7 +91,7 @@ class MetricsFile:
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
-            raise InputError(f"{self.path}: cannot be written ({error.strerror}); make room and start again") from error
+            raise why_not_written(self.path, error) from error
         self._written.add(key)
         return True
 
@@ -106,118 +100,3 @@ def _to_text(line: Line) -> str:
     # NaN is no JSON; a value that does not exist (perplexity of nothing, say) is null.
     finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
     return json.dumps(finite) + "\n"
-
-
-class WandbSink:
-    """The run's page on wandb. It keeps one id over all restarts, kept in ``wandb.json``, and gets each line once.
-
-    Training never stops because of wandb: what fails is logged, and ``python -m spidr.tools.metrics_queue`` can push
-    the missing lines later.
-
-    Args:
-        folder: The run folder.
-        project: wandb project.
-        name: Name of the run.
-        mode: "online", "offline" or "disabled".
-        config: The configuration to show.
-    """
-
-    def __init__(self, folder: Path, project: str, name: str, mode: WandbMode, config: dict[str, Any]) -> None:
-        self.state_path = folder / "wandb.json"
-        self.run: Any = None
-        self.pushed: dict[str, int] = {}
-        if mode == "disabled":
-            return
-        try:
-            wandb = import_wandb()
-            state = json.loads(self.state_path.read_text()) if self.state_path.exists() else {}
-            self.pushed = {group: step for group, step in state.get("pushed", {}).items() if isinstance(step, int)}
-            self.id = state.get("id") or secrets.token_hex(4)
-            self.run = wandb.init(
-                project=project, name=name, id=self.id, resume="allow", mode=mode, dir=folder, config=config,
-                settings=wandb.Settings(console="off", silent=True, init_timeout=TIMEOUT),
-            )  # fmt: skip
-            self._save()
-        except InputError as error:
-            logger.warning("%s; training goes on without wandb", error)
-        except Exception as error:
-            logger.warning("wandb is not available (%s); training goes on without it", first_line(error))
-            logger.debug("wandb", exc_info=True)
-            self.run = None
-
-    def push(self, line: Line) -> None:
-        """Log a line as ``GROUP/NAME`` against ``GROUP/step``, unless it or a later one of its group has been."""
-        group, step = line["group"], line["step"]
-        if self.run is None or step <= self.pushed.get(group, -1):
-            return
-        try:
-            self.run.define_metric(f"{group}/*", step_metric=f"{group}/step")
-            self.run.log({f"{group}/{key}": value for key, value in line.items() if key != "group"})
-            self.pushed[group] = step
-            self._save()
-        except Exception:
-            logger.warning("wandb refused the metrics of step %d (%s); it gets no more", step, group, exc_info=True)
-            self.close()
-            self.run = None  # a later line would hide that this one is missing
-
-    def _save(self) -> None:
-        with atomic_write(self.state_path) as file:
-            file.write(json.dumps({"id": self.id, "pushed": self.pushed}).encode())
-
-    def close(self) -> None:
-        """End the session, or leave it to itself if wandb cannot be reached."""
-        if self.run is not None:
-            finish = threading.Thread(target=self.run.finish, name="wandb", daemon=True)
-            finish.start()
-            finish.join(TIMEOUT)
-
-
-def import_wandb() -> Any:
-    """The package.
-
-    Raises:
-        InputError: It is not installed.
-    """
-    with needs_extra("train"):
-        import wandb
-
-    return wandb
-
-
-def find_wandb_run(project: str, name: str, run_id: str | None) -> Any:
-    """The run that wandb has under an id, or the one finished run of a name.
-
-    Raises:
-        InputError: If there is none, or several, or wandb cannot be asked.
-    """
-    api = import_wandb().Api()
-    try:
-        if run_id is not None:
-            return api.run(f"{project}/{run_id}")
-        runs = list(api.runs(project, filters={"display_name": name, "state": "finished"}))
-    except Exception as error:  # network, permissions, no such project
-        raise InputError(f"wandb, {project}: {error}") from error
-    if len(runs) != 1:
-        found = ", ".join(run.id for run in runs) or "none"
-        raise InputError(f"wandb, {project}: expected one finished run {name!r}, found {found}; give --runid")
-    return runs[0]
-
-
-class Means:
-    """Means over an interval, of values that come once a step, as sums that a checkpoint can hold."""
-
-    def __init__(self, state: dict[str, list[float]] | None = None) -> None:
-        self.sums: dict[str, list[float]] = state or {}
-
-    def add(self, values: dict[str, float]) -> None:
-        """Count a step's values."""
-        for name, value in values.items():
-            entry = self.sums.setdefault(name, [0.0, 0])
-            entry[0] += value
-            entry[1] += 1
-
-    def pop(self) -> dict[str, float]:
-        """The means, and start again."""
-        means = {name: total / count for name, (total, count) in self.sums.items()}
-        self.sums = {}
-        return means

@@ -20,16 +20,16 @@ class StepProfiler:
     Args:
         path: The trace, an HTML or JSON file.
         enabled: Without it, nothing is recorded.
-        first: Recording starts after this step,
+        first: Recording starts after this step, 1,005 if it is None,
         count: and lasts for so many.
 
     Raises:
         InputError: VizTracer is not installed.
     """
 
-    def __init__(self, path: Path, *, enabled: bool, first: int = FIRST_STEP, count: int = NUM_STEPS) -> None:
+    def __init__(self, path: Path, *, enabled: bool, first: int | None = None, count: int = NUM_STEPS) -> None:
         self.path = path
-        self.first, self.count = first, count
+        self.first, self.count = FIRST_STEP if first is None else first, count
         self.enabled = enabled
         self._tracer: Any = None
         if enabled:  # now: what is missing should not stop the run in the middle

@@ -14,6 +14,7 @@ import os
 import reprlib
 import types
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -127,13 +128,29 @@ def _convert(value: Any, hint: Any) -> Any:
     if dataclasses.is_dataclass(hint):
         return value if isinstance(value, hint) else from_table(hint, value)  # type: ignore[arg-type, type-var]
     if get_origin(hint) in (Union, types.UnionType):
-        return None if value is None else _convert(value, get_args(hint)[0])
+        return _convert_union(value, get_args(hint))
     if get_origin(hint) is dict and isinstance(value, Mapping):
         return _convert_values(value, *get_args(hint))
     try:
         return _convert_scalar_or_list(value, hint)
     except TypeError:
         raise ProblemsError([("", f"found {show(value)}, accepted: {describe(hint)}")]) from None
+
+
+def _convert_union(value: Any, hints: tuple[Any, ...]) -> Any:
+    first, *others = (hint for hint in hints if hint is not types.NoneType)
+    if value is None and types.NoneType in hints:
+        return None
+    for hint in others:
+        with suppress(ProblemsError):
+            return _convert(value, hint)
+    try:
+        return _convert(value, first)
+    except ProblemsError:
+        if not others:
+            raise
+        accepted = " or ".join(map(describe, (first, *others)))
+        raise ProblemsError([("", f"found {show(value)}, accepted: {accepted}")]) from None
 
 
 def _convert_values(table: Mapping[str, Any], key_hint: Any, value_hint: Any) -> dict[str, Any]:
@@ -193,7 +210,7 @@ def describe(hint: Any) -> str:
     if origin is tuple:
         return f"a list of {len(arguments)}, each {describe(arguments[0])}"
     if origin in (Union, types.UnionType):
-        return describe(arguments[0])
+        return " or ".join(describe(argument) for argument in arguments if argument is not types.NoneType)
     return _NAMES.get(hint, "a table")
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 import shutil
 import struct
 import xml.etree.ElementTree as ET
+from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -117,6 +119,97 @@ def test_mistakes(cfg: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "no validation set 'test'; there are: dev" in capsys.readouterr().err
 
 
+HOSTILE = ['x"><svg onload=alert(2)>', 'x"><script>alert(3)<!--', "$x^$", "$\\oops{$", "a/b", "&lt;b>"]
+
+
+class Tags(HTMLParser):
+    """What a browser would run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag in ("script", "iframe", "b") or any(name.startswith("on") for name, _ in attrs):
+            self.found.append(tag)
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_names_from_elsewhere_are_text(cfg: Config, tmp_path: Path, name: str) -> None:
+    """Of a validation set, a recording and a phone: as they are on the page and in its figures."""
+    run = tmp_path / "run"
+    run.mkdir()
+    for file in ("final.pt", "metrics.jsonl"):
+        shutil.copy(cfg.run.dir / file, run)
+    document = json.loads((cfg.run.dir / "config.json").read_text())
+    dev = document["validation"].pop("dev")
+    rows = Path(dev["manifest"]).read_text().splitlines()
+    renamed = [[f"{name}{i}", *line.split(",")[1:]] for i, line in enumerate(rows[1:4])]
+    with (tmp_path / "dev.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([rows[0].split(","), *renamed])
+    aligned = [{"fileid": row[0], "phones": [[name, 0, int(row[2]) / 16_000]]} for row in renamed]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in aligned))
+    files = {"manifest": str(tmp_path / "dev.csv"), "alignments_path": str(tmp_path / "p.jsonl")}
+    group = name.replace("\\", "")  # no name of a set may hold it
+    document["validation"] = {group: dev | files}
+    (run / "config.json").write_text(json.dumps(document))
+    line = {"step": 6, "group": group, "loss": 1.0, "pnmi_l2": 0.1, "pnmi_l3": 0.2, "pnmi_l4": 0.3}
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(line) + "\n")
+    assert main([str(run), "--device", "cpu"]) == 0
+    html = (run / "report" / "index.html").read_text()
+    parser = Tags()
+    parser.feed(html)
+    assert parser.found == []
+    svgs = figures_of(html)
+    assert group in texts(svgs["Loss, gradient norm, learning rate, EMA decay and throughput by step"])
+    assert name in texts(svgs["Probability of each phone given each unit"])
+    assert any(text.startswith(name) for text in texts(svgs["Spectrogram, phones and units of an utterance"]))
+    assert {path.name for path in (run / "report").iterdir() if "units" in path.name} == {"units-0.png"}
+
+
+def test_numbers_that_cannot_be_drawn_are_named(cfg: Config, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    shutil.copy(cfg.run.dir / "config.json", run)
+    lines = ['{"step": 4, "group": "train", "loss": 1%s}' % ("0" * 400), '{"step": 4, "group": "train", "loss": 1e308}']
+    lines += [
+        '{"step": 5, "group": "dev", "pnmi_l²": 1.0, "pnmi_l3": 0.5}',
+        '{"step": 1%s, "group": "dev"}' % ("0" * 400),
+    ]
+    (run / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 2, "group": "train", "loss": 2.5}']) + "\n")
+    assert main([str(run), "--device", "cpu"]) == 0
+    html = (run / "report" / "index.html").read_text()
+    assert "Left out, since it cannot be drawn: loss of train at step 4, loss of train at step 4, step of dev" in html
+    assert len(figures_of(html)) >= 2
+
+
+def test_no_checkpoint_that_can_be_used(cfg: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An error that names them, and no page."""
+    run = tmp_path / "run"
+    run.mkdir()
+    shutil.copy(cfg.run.dir / "config.json", run)
+    for name in ("step_3.pt", "final.pt"):
+        (run / name).write_bytes((cfg.run.dir / name).read_bytes()[:-1000])
+        assert main([str(run), "--device", "cpu"]) == 2
+        assert name in capsys.readouterr().err.splitlines()[-1]
+    assert not (run / "report").exists()
+
+
+def test_a_run_of_the_base_model_is_compared_with_the_published_ones(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    validation = {"dev": {"manifest": str(tmp_path / "gone.csv")}}
+    table = {"run": {"workdir": str(tmp_path), "wandb_project": "p", "wandb_name": "n", "model_type": "spidr"}}
+    (run / "config.json").write_text(json.dumps(table | {"data": {"manifest": "m"}, "validation": validation}))
+    lines: list[dict[str, object]] = [{"step": 5000, "group": group, "loss": 3.4} for group in ("train", "dev")]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert main([str(run), "--device", "cpu"]) == 0
+    html = (run / "report" / "index.html").read_text()
+    assert "dev: the validation loss is 3.40, in published runs at most 2.51 by then." in html
+    assert "published" in texts(next(iter(figures_of(html).values())))
+
+
 def test_a_level_line_has_short_numbers() -> None:
     steps, values = [1.0, 2.0], [0.9997, 0.99970002]
     for title, curve in (("EMA decay", (steps, values)), ("Loss", (steps, [0.0, 0.0]))):
@@ -136,11 +229,11 @@ def test_panels_of_the_same_layers_have_one_legend() -> None:
 
 
 def test_labels_stand_where_there_is_room_for_them() -> None:
-    units = [(123, 0.0, 0.04), (12, 0.04, 0.08), (124, 0.08, 0.14)]
+    units = [(123, 0.0, 0.04), (12, 0.04, 0.08), (124, 0.08, 0.14), (7, 0.14, 0.15)]
     drawn = utterance("a", np.zeros((257, 600)), 3.0, [], {"layer 5": units}, "title")
     labels = texts(ET.fromstring(drawn.svg))
-    assert {"12", "124", "layer 5"} <= set(labels)
-    assert "123" not in labels
+    assert {"12", "123", "124", "layer 5"} <= set(labels)
+    assert "7" not in labels
 
 
 def test_spans() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import math
 import subprocess
@@ -11,20 +10,17 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-import polars as pl
 import pytest
 import torch
 
 from small_models import tiny_model
-from spidr.abx import Scorer, read_items
 from spidr.config import DEFAULT_CONV_LAYER_CONFIG
 from spidr.data import speech_dataset
 from spidr.data.alignments import read_alignments
-from spidr.data.units import read_units
 from spidr.evaluate import main
+from spidr.evaluate.abx import Scorer, read_items
 from spidr.models import DinoSR
 from spidr.models.metrics import units_quality
-from spidr.tools.errors import InputError
 from tiny_run import write_recordings
 
 needs_fastabx = pytest.mark.skipif(sys.version_info < (3, 12), reason="fastabx needs Python 3.12")
@@ -116,42 +112,6 @@ def test_units_wait_for_no_import_but_numpy(tmp_path: Path) -> None:
     assert "1.0000" in done.stdout
 
 
-def test_formats_of_units(tmp_path: Path) -> None:
-    plain = write_lines(tmp_path / "u.jsonl", {"fileid": "a", "units": [4, 4, 4, 2]}, {"fileid": "b", "units": []})
-    expected = {"a": [4, 4, 4, 2], "b": []}
-    merged = tmp_path / "u.parquet"
-    pl.DataFrame({"fileid": ["a", "b"], "units": [[4, 2], []], "durations": [[3, 1], []]}).write_parquet(merged)
-    packed = tmp_path / "u.jsonl.gz"
-    packed.write_bytes(gzip.compress(plain.read_bytes()))
-    of_fastabx = write_lines(
-        tmp_path / "v.jsonl", {"audio": "x/a.wav", "units": [4, 4, 4, 2]}, {"audio": "b.wav", "units": []}
-    )
-    for path in (plain, merged, packed, of_fastabx):
-        assert {name: units.tolist() for name, units in read_units(path).items()} == expected
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("", "no units in the file"),
-        ("{", "row 1: not JSON"),
-        ('["a"]', "row 1: expected `fileid` and `units`"),
-        ('{"fileid": "a"}', "row 1: expected"),
-        ('{"fileid": 3, "units": [1]}', "row 1: expected"),
-        ('{"fileid": "a", "units": [1.5]}', "row 1: expected"),
-        ('{"fileid": "a", "units": [[1]]}', "row 1: expected"),
-        ('{"fileid": "a", "units": [1], "durations": [1, 2]}', "row 1: expected"),
-        ('{"fileid": "a", "units": [1], "durations": [-1]}', "row 1: expected"),
-        ('{"fileid": "a", "units": [1]}\n{"name": "a", "units": [1]}', "row 2: 'a' occurs twice"),
-    ],
-)
-def test_bad_units(tmp_path: Path, content: str, message: str) -> None:
-    path = tmp_path / "u.jsonl"
-    path.write_text(content)
-    with pytest.raises(InputError, match=message):
-        read_units(path)
-
-
 def test_mistakes_end_with_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     phones = write_lines(tmp_path / "phones.jsonl", {"name": "r", "phones": ["A", "A", "B", "B"]})
     units = write_lines(tmp_path / "units.jsonl", {"name": "r", "units": [0, 300]}, {"name": "s", "units": [0]})
@@ -162,7 +122,7 @@ def test_mistakes_end_with_one_message(tmp_path: Path, capsys: pytest.CaptureFix
     assert main(["units", str(units), str(phones)]) == 2
     assert capsys.readouterr().err == "error: r: units from 0 to 300, expected from 0 to 255\n"
     assert main(["units", str(tmp_path / "gone.parquet"), str(phones)]) == 2
-    assert "gone.parquet: the units cannot be read" in capsys.readouterr().err
+    assert "gone.parquet: cannot be read (No such file" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------------------ ABX

@@ -1,6 +1,7 @@
 """Exported encoders, loaded by the software they are for, give what the model gives."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +20,9 @@ from small_models import tiny_config, tiny_model
 from spidr.config import model_config
 from spidr.export import export_onnx, export_safetensors, export_transformers
 from spidr.export.__main__ import main
-from spidr.models import DinoSR, build_model, hub
+from spidr.export.configuration_spidr import SpidREncoderConfig
+from spidr.export.modeling_spidr import SpidREncoder
+from spidr.models import DinoSR, build_model, hub, load_encoder
 from spidr.tools.errors import InputError
 
 OTHER = {
@@ -156,6 +159,15 @@ def check_outputs(model: DinoSR, path: Path) -> None:
             torch.testing.assert_close(found[f"features_{layer}"][exists], features[exists], rtol=0, atol=1e-4)
         assert (found["units_2"] == units).float().mean() > 0.99  # two codewords may be equally likely
         assert torch.equal(found["units_2"] == -1, ~exists)
+    # What the library refuses, a graph cannot: such rows say so, the others are as ever.
+    waveforms, lengths = batch(3, 8000)
+    waveforms[0, 100] = torch.nan
+    lengths[1] = 9000
+    results = session.run(None, {"waveforms": waveforms.numpy(), "lengths": lengths.numpy()})
+    frames, features, _, wrong = map(torch.from_numpy, results)
+    assert (wrong[:2] == -1).all()
+    assert features[:2, : int(frames[0])].isnan().all()
+    assert (wrong[2, : int(frames[2])] >= 0).all()
 
 
 # ----------------------------------------------------------------------------------------------------- transformers
@@ -222,6 +234,26 @@ def test_transformers_loads_the_folder_alone(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_transformers_refuses_padding_at_the_beginning() -> None:
+    model = trained("spidr", {})
+    encoder = SpidREncoder(SpidREncoderConfig("spidr", vars(model.cfg))).eval()
+    waveforms = torch.randn(2, 4000)
+    mask = torch.ones(2, 4000, dtype=torch.int64)
+    mask[1, 3000:] = 0
+    assert encoder(waveforms, mask).last_hidden_state.isfinite().all()
+    for wrong in (mask.flip(1), mask[:, :-1]):
+        with pytest.raises(InputError, match=r"attention_mask must be \(B, S\): 1 for a row's samples, then 0"):
+            encoder(waveforms, wrong)
+
+
+def test_hidden_folders_of_others_are_left_alone(tmp_path: Path) -> None:
+    (tmp_path / ".out.tmp").mkdir()
+    (tmp_path / ".out.tmp" / "data").write_text("precious")
+    export_transformers(trained("spidr", {}), tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.tmp", "out"]
+    assert (tmp_path / ".out.tmp" / "data").read_text() == "precious"
+
+
 # ------------------------------------------------------------------------------------------------- the command line
 
 
@@ -238,6 +270,14 @@ def header_and_weights(path: Path) -> tuple[Any, ...]:
     """The order of the header's entries is random."""
     with safe_open(path, "pt") as file:
         return file.metadata(), {name: file.get_tensor(name).tolist() for name in file.keys()}  # noqa: SIM118
+
+
+def test_in_another_locale(checkpoint: Path, tmp_path: Path) -> None:
+    env = os.environ | {"LC_ALL": "POSIX", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    command = [sys.executable, "-m", "spidr.export", "transformers", str(checkpoint), str(tmp_path / "out")]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert load_encoder(tmp_path / "out").cfg == load_encoder(checkpoint).cfg
 
 
 def test_command_line(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

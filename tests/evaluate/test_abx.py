@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from spidr.abx import Scorer, read_items
+from spidr.evaluate.abx import Scorer, read_items
 from spidr.tools.errors import InputError
 
 needs_fastabx = pytest.mark.skipif(sys.version_info < (3, 12), reason="fastabx needs Python 3.12")

@@ -8,8 +8,9 @@ and after; spoken by one speaker ("within"), or X by another than A and B ("acro
 from __future__ import annotations
 
 import math
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -19,14 +20,19 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from spidr.data.alignments import match_names
-from spidr.tools.errors import InputError
+from spidr.data.names import match_names
+from spidr.data.units import read_units
+from spidr.tools.errors import InputError, first_line
+from spidr.tools.files import check_file, expand, find_files
 from spidr.tools.lazy import needs_extra
+from spidr.tools.tensors import check_plain, read_tensors
 
 if TYPE_CHECKING:
     import polars as pl
 
 COLUMNS = ("#file", "onset", "offset", "#phone", "prev-phone", "next-phone", "speaker")
+LARGEST = 1e15
+"""Features beyond it, or all below its inverse, have squares that float32 does not hold."""
 MAX_MISSING_FRAMES = 2
 """How many frames an item's recording may be too short: convolutions without padding make a frame less."""
 
@@ -62,9 +68,10 @@ def read_items(path: str | Path) -> Items:
     Raises:
         InputError: The file is missing, or a line is not of this form.
     """
-    path = Path(path)
+    path = expand(path)
+    check_file(path)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: the items cannot be read ({getattr(error, 'strerror', None) or error}).") from None
     header = lines[0].split() if lines else []
@@ -142,12 +149,13 @@ class Scorer:
         """Error rates of a representation.
 
         Args:
-            features: Name of a recording → its frames: (T, D), or (T,) units for the distance "identical". An item's
-                recording is the one of that name, else the one with that name as stem.
+            features: Name of a recording → its frames: (T, D), or (T,) units for the distance "identical". Names are
+                compared as by :func:`spidr.data.names.match_names`.
             distance: Between two frames: "angular" for features, "identical" (0 or 1) for units.
 
         Raises:
-            InputError: A recording of the items is missing, shorter than its items, or not finite.
+            InputError: A recording of the items is missing, shorter than its items, or not finite, or has no such
+                distance.
         """
         slices, used = self._slices(features)
         ends = np.cumsum([len(part) for part in slices]).tolist()
@@ -156,12 +164,7 @@ class Scorer:
             raise InputError(f"the features have different dimensions: {', '.join(sorted(map(str, shapes)))}")
         data = torch.from_numpy(np.concatenate(slices))
         data = data.unsqueeze(1) if data.ndim == 1 else data
-        if distance == "identical" and data.shape[1] != 1:
-            raise InputError(f"the distance 'identical' is for units; the features have {data.shape[1]} dimensions")
-        if data.is_floating_point():
-            data = data.float()
-            if not data.isfinite().all():
-                raise InputError("the features hold values that are not finite")
+        data = _comparable(data, distance)
         spans = dict(enumerate(zip([0, *ends], ends, strict=False)))
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         accessor = self._fastabx.InMemoryAccessor(spans, data, device)
@@ -176,7 +179,8 @@ class Scorer:
         """The frames of each item that has any, and which those are."""
         names = match_names(features, set(self.items.files))
         if missing := sorted(set(self.items.files) - names.keys()):
-            raise InputError(f"{self.items.path}: no features of {len(missing)} recordings, such as {missing[0]}.")
+            some = ", ".join(missing[:3])
+            raise InputError(f"{self.items.path}: no features of {len(missing)} recordings, such as {some}.")
         rows_of: dict[str, list[int]] = {}
         for row, file in enumerate(self.items.files):
             rows_of.setdefault(file, []).append(row)
@@ -221,4 +225,89 @@ class Scorer:
             return None
         task = self._fastabx.Task.from_cells(dataset, cells, is_symmetric=speaker == "within")
         levels = ([("next-phone", "prev-phone")] if self._context else []) + ["speaker"]
-        return float(self._fastabx.Score(task, distance, progress=False).collapse(levels=levels))
+        rate = float(self._fastabx.Score(task, distance, progress=False).collapse(levels=levels))
+        if not 0 <= rate <= 1:
+            raise InputError(f"the distance {distance!r} between frames of these features is not a number")
+        return rate
+
+
+def _comparable(data: torch.Tensor, distance: Distance) -> torch.Tensor:
+    """Frames between which the distance exists, (T, D), and is exact enough in float32."""
+    if distance == "identical":
+        if data.shape[1] != 1:
+            raise InputError(f"the distance 'identical' is for units; the features have {data.shape[1]} dimensions")
+        return data
+    if not data.is_floating_point() and data.shape[1] == 1:
+        raise InputError(f"the distance {distance!r} is for features; these are units, whose distance is 'identical'")
+    data = data if data.dtype == torch.float64 else data.float()
+    if not data.isfinite().all():
+        raise InputError("the features hold values that are not finite")
+    if distance == "angular":
+        largest = data.abs().amax(1, keepdim=True)
+        if not largest.all():
+            raise InputError("the features hold frames of zeros, which have no angle")
+        if largest.max() > LARGEST or largest.min() < 1 / LARGEST:
+            data = data / largest
+    elif distance == "kl_symmetric":
+        if (data < 0).any() or ((data.sum(1) - 1).abs() > 1e-3).any():
+            raise InputError(
+                "the distance 'kl_symmetric' is for distributions: frames of values from 0 on that sum to 1"
+            )
+    elif data.abs().max() > LARGEST:
+        raise InputError(f"the features hold values above {LARGEST:g}, of which float32 cannot hold the squares")
+    return data.float()
+
+
+class FeatureFolder(Mapping[str, NDArray[Any]]):
+    """The features of a folder: a ``.npy`` or ``.pt`` file for each recording, at any depth, (T, D) or units (T,)."""
+
+    def __init__(self, folder: Path) -> None:
+        files = [Path(file) for file in find_files(folder, lambda name: name.endswith((".npy", ".pt")))]
+        self._files = {file.relative_to(folder).with_suffix("").as_posix(): file for file in files}
+        if not files:
+            raise InputError(f"{folder}: no .npy or .pt file in the folder")
+        if len(self._files) < len(files):
+            raise InputError(f"{folder}: a recording is there both as .npy and as .pt")
+
+    def __getitem__(self, name: str) -> NDArray[Any]:
+        path = self._files[name]
+        try:
+            check_file(path)
+            if path.suffix == ".npy":
+                features: NDArray[Any] = np.load(path, mmap_mode="r")
+            else:
+                features = check_plain(read_tensors(path), "the top").float().numpy()
+            kind = features.dtype.kind
+        except Exception as error:  # a broken file can fail in any way
+            raise InputError(f"{path}: no features of a recording ({first_line(error)})") from None
+        if kind not in "fiu":
+            raise InputError(f"{path}: features must be real numbers, not {features.dtype}")
+        if features.ndim != 2 and not (features.ndim == 1 and kind in "iu"):
+            raise InputError(f"{path}: features must be (frames, dimensions), not of shape {features.shape}")
+        return features
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+
+def evaluate_abx(source: str | Path, scorer: Scorer, distance: Distance | None = None) -> ABX:
+    """ABX error rates of a folder of features or a file of units.
+
+    Args:
+        source: A folder (see :class:`FeatureFolder`), or units (see :func:`spidr.data.units.read_units`).
+        scorer: The task.
+        distance: Between frames; None: "angular" for features, "identical" for units.
+
+    Raises:
+        InputError: See :meth:`Scorer.score`.
+    """
+    path = expand(source)
+    is_folder = os.path.isdir(path)  # noqa: PTH112 (False for all that cannot be a folder)
+    features: Mapping[str, NDArray[Any]] = FeatureFolder(path) if is_folder else read_units(path)
+    if distance is None:
+        of_units = not is_folder or next(iter(features.values())).ndim == 1
+        distance = "identical" if of_units else "angular"
+    return scorer.score(features, distance)

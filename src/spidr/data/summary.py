@@ -1,0 +1,147 @@
+"""What becomes of the recordings of a manifest: how much of them training hears, and why not the rest."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from spidr.config import SAMPLE_RATE
+
+if TYPE_CHECKING:
+    import logging
+
+    from numpy.typing import NDArray
+
+    from spidr.config import DataConfig
+    from spidr.data.sampler import BatchList
+
+MUCH = 0.05
+"""Share of the recordings or hours of which the loss is a warning."""
+
+
+def duration(hours: float) -> str:
+    """Hours as hours or, if there are few, as minutes."""
+    return f"{hours:,.2f} h" if hours >= 1 else f"{60 * hours:.2f} min"
+
+
+@dataclass(frozen=True)
+class DataSummary:
+    """Recordings and hours of a manifest and of the first epoch.
+
+    Attributes:
+        recordings: Recordings listed.
+        hours: Their hours.
+        batches: Batches of an epoch.
+        hours_used: Hours that an epoch hears.
+        too_short: Recordings shorter than ``min_sample_size``, which are left out.
+        hours_too_short: Their hours.
+        hours_above_maximum: Hours beyond ``max_sample_size``, of which an epoch hears other parts each time if crops
+            are random.
+        hours_cropped: Hours cut off because all of a batch are as long as its shortest.
+        hours_dropped: Hours of the last batches, left out by ``drop_last``.
+    """
+
+    recordings: int
+    hours: float
+    batches: int = 0
+    hours_used: float = 0.0
+    too_short: int = 0
+    hours_too_short: float = 0.0
+    hours_above_maximum: float = 0.0
+    hours_cropped: float = 0.0
+    hours_dropped: float = 0.0
+
+    def __str__(self) -> str:
+        lost = {
+            f"{duration(self.hours_too_short)} in {self.too_short:,} recordings that are too short": self.too_short,
+            f"{duration(self.hours_above_maximum)} beyond max_sample_size": self.hours_above_maximum,
+            f"{duration(self.hours_cropped)} cropped to the shortest of a batch": self.hours_cropped,
+            f"{duration(self.hours_dropped)} of the last batches": self.hours_dropped,
+        }
+        parts = [text for text, amount in lost.items() if amount]
+        return (
+            f"{self.recordings:,} recordings, {duration(self.hours)}; an epoch hears {duration(self.hours_used)} in "
+            f"{self.batches:,} batches" + (f"; not heard: {', '.join(parts)}" if parts else "")
+        )
+
+    def warnings(self, cfg: DataConfig) -> list[str]:
+        """What is lost of more than 5 % of the recordings or hours, and the setting to change."""
+        found = []
+
+        def check(lost: float, total: float, what: str, remedy: str) -> None:
+            if lost > MUCH * total:
+                found.append(f"{100 * lost / total:.0f} % of the {what}: {remedy}")
+
+        check(
+            max(self.too_short / self.recordings, self.hours_too_short / self.hours),
+            1,
+            "recordings are left out",
+            f"shorter than data.min_sample_size = {cfg.min_sample_size} samples ({cfg.min_sample_size / SAMPLE_RATE:g} "
+            "s), or than a frame of the model",
+        )
+        check(
+            self.hours_above_maximum,
+            self.hours,
+            "hours are not heard in an epoch",
+            f"beyond data.max_sample_size = {cfg.max_sample_size} samples ({cfg.max_sample_size / SAMPLE_RATE:g} s); "
+            "cut long recordings into pieces (`start`, `end` in the manifest) or raise it",
+        )
+        check(
+            self.hours_cropped,
+            self.hours_used + self.hours_cropped,
+            "hours of batches are cut off",
+            "all recordings of a batch are cropped to its shortest; set data.enable_padding = true, raise "
+            "data.num_buckets, or leave out short ones with data.min_sample_size",
+        )
+        check(
+            self.hours_dropped,
+            self.hours,
+            "hours are in the last batches, which are dropped",
+            "set data.drop_last = false",
+        )
+        return found
+
+    def log(self, logger: logging.Logger, cfg: DataConfig, name: str = "data") -> None:
+        """Write the summary and its warnings to a log."""
+        logger.info("%s: %s", name, self)
+        for warning in self.warnings(cfg):
+            logger.warning("%s: %s", name, warning)
+
+
+def summarise(
+    lengths: NDArray[np.integer[Any]], cfg: DataConfig, shortest: int, batches: BatchList | None
+) -> DataSummary:
+    """Summarise what an epoch hears.
+
+    Args:
+        lengths: Samples of each row of the manifest.
+        cfg: How batches are made.
+        shortest: Fewest samples of a recording that is used.
+        batches: The batches of an epoch; None: there are none.
+    """
+    hour = 3600 * SAMPLE_RATE
+    short = lengths < shortest
+    capped = np.minimum(lengths, cfg.max_sample_size)
+    known: dict[str, Any] = {
+        "recordings": len(lengths),
+        "hours": float(lengths.sum()) / hour,
+        "too_short": int(short.sum()),
+        "hours_too_short": float(lengths[short].sum()) / hour,
+        "hours_above_maximum": float((lengths - capped)[~short].sum()) / hour,
+    }
+    if batches is None:
+        return DataSummary(**known)
+    inside = capped[batches.rows]
+    begins, sizes = batches.bounds[:-1], np.diff(batches.bounds)
+    full = np.add.reduceat(inside, begins, dtype=np.int64)
+    heard = full if cfg.enable_padding else np.minimum.reduceat(inside, begins).astype(np.int64) * sizes
+    order = np.unique(batches.order)
+    return DataSummary(
+        **known,
+        batches=len(batches),
+        hours_used=float(heard[order].sum()) / hour,
+        hours_cropped=float((full - heard)[order].sum()) / hour,
+        hours_dropped=float(full.sum() - full[order].sum()) / hour,
+    )

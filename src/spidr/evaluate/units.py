@@ -1,0 +1,237 @@
+"""Units against phone alignments."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from spidr.data.alignments import FRAME_STEP, SILENT_LABELS, TOLERANCE, Alignments, Skipped, fit, read_alignments
+from spidr.data.names import match_names
+from spidr.data.units import Units, read_units
+from spidr.models.metrics import Aligned, UnitsQuality, units_quality
+from spidr.tools.errors import InputError
+from spidr.tools.files import expand
+from spidr.tools.lazy import needs_extra
+from spidr.tools.untrusted import check_memory
+
+logger = logging.getLogger(__name__)
+
+NUM_UNITS, FRAME_MS = 256, 20
+"""Size of the codebook and milliseconds of a unit, where nothing tells."""
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Units with the phones of the same recordings.
+
+    Attributes:
+        data: Name → phones, one per 10 ms, and units.
+        num_units: Size of the codebook.
+        frame_step: Milliseconds per unit.
+    """
+
+    data: Aligned
+    num_units: int
+    frame_step: int
+
+    @property
+    def quality(self) -> UnitsQuality:
+        """The quality of the units.
+
+        Raises:
+            InputError: There are other units than the codebook has.
+        """
+        num_phones = len(set().union(*(phones for phones, _ in self.data.values())))
+        check_memory(24 * self.num_units * num_phones, f"counting {self.num_units} units")
+        return units_quality(
+            self.data,
+            num_units=self.num_units,
+            num_phones=num_phones,
+            frame_step=self.frame_step,
+            alignment_step=FRAME_STEP,
+        )
+
+
+def evaluate_units(units: str | Path, alignments: str | Path, **options: Any) -> UnitsQuality:
+    """The quality of the units in a file.
+
+    Args:
+        units: See :func:`spidr.data.units.read_units`.
+        alignments: See :func:`spidr.data.alignments.read_alignments`.
+        options: See :func:`pair`.
+
+    Raises:
+        InputError: A file cannot be read, a recording is not aligned, or does not fit its alignment.
+    """
+    return pair(units, alignments, **options).quality
+
+
+def pair(
+    units: str | Path,
+    alignments: str | Path,
+    *,
+    num_units: int | None = None,
+    frame_step: int | None = None,
+    tier: str | None = None,
+    silence: Collection[str] = SILENT_LABELS,
+    tolerance: int = TOLERANCE,
+    names: Sequence[str] | None = None,
+    skip: bool = False,
+) -> Paired:
+    """Read units and the phones of the same recordings.
+
+    Args:
+        units: See :func:`spidr.data.units.read_units`.
+        alignments: See :func:`spidr.data.alignments.read_alignments`.
+        num_units: Size of the codebook, which the bitrate depends on. None: as the file says that ``spidr.extract`` has
+            written beside the units; without it 256.
+        frame_step: Milliseconds per unit. None: as that file says; without it 20.
+        tier: The tier of TextGrids.
+        silence: Labels that mean silence.
+        tolerance: Milliseconds by which an alignment may be shorter than the units, and is then filled up with silence,
+            or longer, and is then cut.
+        names: The recordings of units without names.
+        skip: Leave out, with a warning, what cannot be read, is not aligned or does not fit its alignment.
+
+    Raises:
+        InputError: A file cannot be read, a recording is not aligned, or does not fit its alignment.
+    """
+    recorded = _record(Path(units))
+    given = num_units or recorded.get("num_units")
+    num_units = _decide("num_units", num_units, recorded.get("num_units"), NUM_UNITS, units)
+    frame_step = _decide("frame_step", frame_step, recorded.get("frame_step"), FRAME_MS, units)
+    skipped: Skipped = {}
+    sequences = read_units(units, names=names)
+    aligned = read_alignments(alignments, tier, silence=silence, skipped=skipped if skip else None)
+    data = _pair(sequences, aligned, frame_step, tolerance, skipped)
+    if skip:
+        for place, reason in list(skipped.items())[:5]:
+            logger.warning("left out: %s: %s", place, reason)
+        if len(skipped) > 5:
+            logger.warning("left out: %d in all", len(skipped))
+    elif gone := [name for name in sequences if skipped.get(name) == "not aligned"]:
+        some = ", ".join(sorted(gone)[:3])
+        raise InputError(
+            f"{alignments}: {len(gone)} of the {len(sequences)} recordings of {units} are not aligned, such as {some}"
+        )
+    elif skipped:
+        shown = "\n".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:5])
+        raise InputError(f"{alignments}: {len(skipped)} recordings do not fit (--tolerance, --on-error skip):\n{shown}")
+    if not data:
+        raise InputError(f"{alignments}: fits no recording of {units}")
+    top = max(max(sequence.tolist(), default=0) for sequence in sequences.values())
+    if not given and top < num_units / 2:
+        logger.warning("%s: a codebook of %d is assumed, but no unit is above %d: --num-units?", units, num_units, top)
+    return Paired(data, num_units, frame_step)
+
+
+def evaluate_all(
+    paths: Sequence[str | Path],
+    alignments: str | Path,
+    *,
+    discophon: bool = False,
+    manifest: str | Path | None = None,
+    **options: Any,
+) -> list[dict[str, Any]]:
+    """The quality of the units in several files, and in the languages of folders.
+
+    Args:
+        paths: Files or folders of units. A folder of ``units-LANGUAGE-SPLIT.jsonl``, as DiscoPhon has them, is as many
+            files.
+        alignments: For such a folder one of ``alignment-LANGUAGE-SPLIT`` with any ending, or one that has them in a
+            folder ``alignment``.
+        discophon: Add the metrics of :func:`spidr.evaluate.quality.discovery`.
+        manifest: Whose units they are where lines have no names.
+        options: See :func:`pair`.
+
+    Returns:
+        For each file ``units``, its name, and the metrics.
+
+    Raises:
+        InputError: See :func:`pair`.
+    """
+    names = None
+    if manifest is not None:
+        with needs_extra("train"):
+            from spidr.data import read_manifest
+        names = read_manifest(manifest)["fileid"].to_list()
+    table = []
+    files = [file for path in paths for file in _languages(expand(path), expand(alignments))]
+    for number, (path, of_path) in enumerate(files, start=1):
+        if len(files) > 1:
+            logger.info("%d of %d: %s", number, len(files), path)
+        paired = pair(path, of_path, names=names, **options)
+        row = {"units": str(path), **paired.quality._asdict()}
+        if discophon:
+            from spidr.evaluate.quality import discovery
+
+            row |= discovery(paired)._asdict()
+        table.append(row)
+    return table
+
+
+def _languages(units: Path, alignments: Path) -> list[tuple[Path, Path]]:
+    """Files of units with their alignments."""
+    files = sorted(units.glob("units-*-*.jsonl"))
+    if not files:
+        return [(units, alignments)]
+    pairs = []
+    for file in files:
+        name = file.stem.replace("units-", "alignment-", 1)
+        found = [path for folder in (alignments, alignments / "alignment") for path in sorted(folder.glob(f"{name}*"))]
+        if not found:
+            raise InputError(f"{alignments}: no {name}.txt or the like for {file}")
+        pairs.append((file, found[0]))
+    return pairs
+
+
+def _pair(units: Units, aligned: Alignments, frame_step: int, tolerance: int, skipped: Skipped) -> Aligned:
+    names = match_names(aligned, units)
+    data: dict[str, Any] = {}
+    changed: list[int] = []
+    for name, sequence in units.items():
+        if name not in names:
+            skipped[name] = "not aligned"
+            continue
+        phones = aligned[names[name]]
+        fitting = fit(phones, len(sequence) * frame_step // FRAME_STEP, tolerance)
+        if fitting is None:
+            skipped[name] = (
+                f"the alignment has {len(phones) * FRAME_STEP:,} ms, the units {len(sequence) * frame_step:,} ms; are "
+                "they of the same recording?"
+            )
+            continue
+        if len(fitting) != len(phones):
+            changed.append(abs(len(fitting) - len(phones)))
+        data[name] = (fitting, sequence)
+    if changed:
+        most = max(changed) * FRAME_STEP
+        logger.warning("%d alignments were filled with silence or cut, by at most %d ms", len(changed), most)
+    return data
+
+
+def _record(units: Path) -> dict[str, Any]:
+    """What ``spidr.extract`` has written about the units."""
+    try:
+        made = json.loads(units.with_name(f"{units.name}.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    made = made if isinstance(made, dict) else {}
+    seconds = made.get("frame_seconds")
+    step = round(seconds * 1000) if isinstance(seconds, float) and 0 < seconds < 1 else None
+    return {"num_units": made.get("num_units"), "frame_step": step}
+
+
+def _decide(name: str, given: int | None, recorded: Any, default: int, source: str | Path) -> int:
+    recorded = recorded if isinstance(recorded, int) and recorded > 0 else None
+    if given is None:
+        return recorded or default
+    if given < 1:
+        raise InputError(f"{name} must be at least 1, not {given}")
+    if recorded not in (None, given):
+        raise InputError(f"{source}: was made with {name} = {recorded}, not {given}")
+    return given

@@ -1,0 +1,69 @@
+"""Whether everything that a configuration names is there, before a job has waited for its turn."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from spidr.config import Config, DataConfig
+from spidr.data import speech_dataset
+from spidr.data.alignments import read_alignments
+from spidr.data.audio import num_samples
+from spidr.data.recording import Recording
+from spidr.models.hub import check_name
+from spidr.tools.errors import InputError
+
+HEADERS = 20
+"""Recordings of a manifest of which the header is read."""
+
+NAMED = 3
+"""Missing files that a message names."""
+
+
+def problems_of(cfg: Config) -> list[str]:
+    """List what is missing: weights to begin with, manifests, alignments, recordings.
+
+    Returns:
+        One line for each problem. All recordings must exist; of some, the length is compared with the manifest's.
+    """
+    checks: list[Callable[[], object]] = []
+    if cfg.run.init_ckpt is not None and not cfg.run.dir.exists():  # a run that has begun does not need it again
+        checks.append(lambda: check_name(str(cfg.run.init_ckpt)))
+    for data in (cfg.data, *cfg.validation.values()):
+        checks.append(lambda data=data: _check_recordings(data))  # type: ignore[misc]
+        if data.alignments_path is not None:
+            checks.append(lambda path=data.alignments_path: read_alignments(path))  # type: ignore[misc]
+    problems = []
+    for check in checks:
+        try:
+            check()
+        except InputError as error:
+            problems.append(str(error))
+    return problems
+
+
+def _check_recordings(data: DataConfig) -> None:
+    dataset = speech_dataset(data.manifest, normalize=False)
+    recordings = dataset.recordings(np.arange(len(dataset)))
+    files = list(dict.fromkeys(recording.archive or recording.path for recording in recordings))
+    with ThreadPoolExecutor(16) as pool:
+        missing = [file for file, exists in zip(files, pool.map(os.path.exists, files), strict=True) if not exists]
+    if missing and data.on_error == "raise":
+        named = ", ".join(missing[:NAMED]) + (", …" if len(missing) > NAMED else "")
+        raise InputError(f"{data.manifest}: {len(missing):,} of {len(files):,} files do not exist: {named}")
+    rows = np.unique(np.linspace(0, len(recordings) - 1, HEADERS).astype(int)).tolist()
+    if "num_samples" in dataset.manifest.columns and data.on_error == "raise":
+        lengths = dataset.manifest["num_samples"].gather(rows).to_list()
+        _check_lengths(data, [recordings[row] for row in rows], lengths)
+
+
+def _check_lengths(data: DataConfig, recordings: Sequence[Recording], lengths: Sequence[int]) -> None:
+    for recording, expected in zip(recordings, lengths, strict=True):
+        # Lengths by spidr 0.1.2 are rounded durations: one off at most.
+        if abs((found := num_samples(recording)) - expected) > 1:
+            raise InputError(
+                f"{data.manifest}: {recording} has {found:,} samples, not {expected:,}: write the manifest again"
+            )

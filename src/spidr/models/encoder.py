@@ -1,0 +1,487 @@
+"""Waveforms to features and units: extractor, projection, student and heads."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, ClassVar, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from spidr.config import SAMPLE_RATE, DinoSRConfig
+from spidr.models.extractor import FeatureExtractor, FeatureProjection
+from spidr.models.kernels import exact_products, known, linear, suits_onednn, untouched
+from spidr.models.long import extract_features, final_output, frame_reader, layer_outputs, window_frames, windows
+from spidr.models.transformer import Transformer
+from spidr.tools.errors import InputError
+from spidr.tools.frames import conv_length
+from spidr.tools.untrusted import check_memory
+from spidr.tools.waveforms import Read, moments, standardise, warn_if_quiet
+
+Waveforms = Tensor | NDArray[Any]
+Lengths = Tensor | NDArray[Any] | Sequence[int]
+
+
+@known
+class Head(nn.Sequential):
+    """Linear, then log-softmax: log-probabilities of the codewords."""
+
+
+class Encoder(nn.Module):
+    """What encodes speech: everything of a model but what only training needs.
+
+    Waveforms are 16 kHz. :meth:`encode` and :meth:`units` standardise each utterance (mean 0, variance 1); every other
+    method takes them as they are.
+    """
+
+    config_class: ClassVar[type[DinoSRConfig]] = DinoSRConfig
+    best_layer: int = 5
+    """The layer, counted from 1, whose units are the most phonetic in the base model."""
+    heads_read_layers: ClassVar[bool] = False
+    """Whether head k reads the layer of codebook k, before the residual addition, instead of the final output."""
+
+    def __init__(self, cfg: DinoSRConfig | None = None) -> None:
+        super().__init__()
+        cfg = self.config_class() if cfg is None else cfg
+        if not isinstance(cfg, self.config_class):
+            raise TypeError(f"{type(self).__name__} needs a {self.config_class.__name__}, not a {type(cfg).__name__}")
+        self.cfg = cfg
+        _check_size(cfg)
+        dim, shapes = cfg.encoder_embed_dim, cfg.extractor_conv_layer_config
+        self.mask_embedding = nn.Parameter(torch.empty(dim).uniform_())  # for training, but drawn first
+        self.feature_extractor = FeatureExtractor.build(cfg.extractor_mode, shapes, bias=cfg.extractor_conv_bias)
+        self.feature_projection = FeatureProjection(shapes[-1][0], dim)
+        self.student = Transformer.build(cfg)
+        self.heads = nn.ModuleList(
+            Head(nn.Linear(dim, cfg.codebook_size), nn.LogSoftmax(dim=-1)) for _ in range(cfg.num_codebooks)
+        )
+        self.extractor_frozen = False
+
+    def __repr__(self) -> str:
+        cfg, millions = self.cfg, sum(p.numel() for p in self.parameters()) / 1e6
+        return (
+            f"{type(self).__name__}({cfg.encoder_num_layers} layers of {cfg.encoder_embed_dim}, {cfg.num_codebooks} "
+            f"codebooks of {cfg.codebook_size}, {millions:.1f} M parameters; modules: "
+            f"{', '.join(name for name, _ in self.named_children())})"
+        )
+
+    @property
+    def conv_shapes(self) -> Sequence[tuple[int, int, int]]:
+        """(out_channels, kernel, stride) of the extractor's convolutions, as they are now."""
+        return getattr(self.feature_extractor, "shapes", None) or self.cfg.extractor_conv_layer_config
+
+    @property
+    def num_codebooks(self) -> int:
+        """Number of codebooks K; codebook ``k`` belongs to layer ``num_layers - K + k`` (from 0)."""
+        return len(self.heads)
+
+    @property
+    def codebook_layers(self) -> range:
+        """The layers that have a codebook, counted from 1: the last K."""
+        last = len(self.student.layers)
+        return range(last - self.num_codebooks + 1, last + 1)
+
+    # ------------------------------------------------------------------------------------------------- parts
+
+    def project(
+        self, waveforms: Tensor, attention_mask: Tensor | None = None, lengths: Lengths | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Projected features of a batch, and the attention mask to use with them.
+
+        Args:
+            waveforms: (B, S) float.
+            attention_mask: Boolean, True where to attend, broadcastable to (B, 1, T, T).
+            lengths: Samples that count in each row, (B,). Spares the caller the mask; in group-norm mode it also keeps
+                the padding out of the first layer's statistics, which ``attention_mask`` alone does not. With both, the
+                lengths are not checked (a check would wait for the device).
+
+        Returns:
+            (B, T, D) and the mask, or None if every frame exists.
+
+        Raises:
+            InputError: If the shapes are others, the samples are no floats, or a length gives no frame or exceeds S.
+        """
+        counted = _check_waveforms(waveforms, lengths, self.mask_embedding.dtype)
+        shapes, samples = self.conv_shapes, waveforms.shape[1]
+        if counted is not None:
+            if attention_mask is None:
+                _check_lengths(counted, samples, shapes)
+            counted = counted.to(waveforms.device)
+            if attention_mask is None:
+                frames = torch.arange(conv_length(shapes, samples), device=waveforms.device)
+                attention_mask = (frames < conv_length(shapes, counted).unsqueeze(1))[:, None, None]
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.extractor_frozen):
+            return self.feature_projection(extract_features(self.feature_extractor, waveforms, counted)), attention_mask
+
+    def _hidden(self, x: Tensor, attention_mask: Tensor | None, num_heads: int, skip: int = 0) -> list[Tensor]:
+        """What the first ``num_heads`` heads but ``skip`` read: one (B, T, D) for all of them, or one for each."""
+        if self.heads_read_layers:
+            first = self.codebook_layers.start - 1
+            return layer_outputs(self.student, x, attention_mask, first + num_heads, skip=first + skip)
+        return [final_output(self.student, x, attention_mask)]
+
+    def _log_probs(self, hidden: list[Tensor], num_heads: int) -> Tensor | list[Tensor]:
+        """Log-probabilities of the first K = ``num_heads`` heads, (K, ..., V) float32 or as many (..., V).
+
+        Args:
+            hidden: What they read: one (..., D) for each, or one for all.
+            num_heads: At least 1.
+        """
+        heads = list(self.heads)[:num_heads]
+        if _are_plain(heads):
+            return F.log_softmax(_logits(heads, hidden).float(), dim=-1)
+        each = hidden * num_heads if len(hidden) == 1 else hidden
+        return [head(h).float() for head, h in zip(heads, each, strict=True)]
+
+    def get_intermediate_outputs(
+        self,
+        waveforms: Tensor,
+        *,
+        attention_mask: Tensor | None = None,
+        lengths: Lengths | None = None,
+        num_layers: int | None = None,
+        before_residual: bool = True,
+    ) -> list[Tensor]:
+        """Outputs of the student's layers, in training mode with dropout.
+
+        Args:
+            waveforms: (B, S) float, 16 kHz, taken as they are.
+            attention_mask: Boolean, True where to attend, broadcastable to (B, 1, T, T).
+            lengths: See :meth:`project`.
+            num_layers: Run the first layers only.
+            before_residual: Give each block's feed-forward output before the residual addition, which the heads read in
+                SpidR, instead of the block's full output.
+
+        Returns:
+            One (B, T, D) tensor a layer.
+        """
+        with exact_products(waveforms.device):
+            x, attention_mask = self.project(waveforms, attention_mask, lengths)
+            return layer_outputs(self.student, x, attention_mask, num_layers, before_residual=before_residual)
+
+    def get_codebooks(
+        self,
+        waveform: Tensor,
+        *,
+        attention_mask: Tensor | None = None,
+        lengths: Lengths | None = None,
+        num_layers: int | None = None,
+        onehot: bool = False,
+    ) -> list[Tensor | None]:
+        """Codeword probabilities of each layer; their argmax is the layer's unit. In training mode with dropout.
+
+        Args:
+            waveform: (B, S) float, 16 kHz, taken as they are.
+            attention_mask: Boolean, True where to attend, broadcastable to (B, 1, T, T).
+            lengths: See :meth:`project`.
+            num_layers: Give the first layers only.
+            onehot: Give one-hot vectors of the most likely codeword, int64, instead of probabilities, float32.
+
+        Returns:
+            One entry a layer: None for the first layers, which have no codebook, then (B, T, V).
+        """
+        total = len(self.student.layers)
+        num_layers = total if num_layers is None else num_layers
+        if not 1 <= num_layers <= total:
+            raise ValueError(f"num_layers must be between 1 and {total}, not {num_layers}")
+        num_heads = num_layers - (total - self.num_codebooks)
+        if num_heads < 1:
+            return [None] * num_layers
+        with exact_products(waveform.device):
+            x, attention_mask = self.project(waveform, attention_mask, lengths)
+            log_probs = self._log_probs(self._hidden(x, attention_mask, num_heads), num_heads)
+        per_head = [F.one_hot(p.argmax(-1), p.shape[-1]) if onehot else p.exp() for p in log_probs]
+        return [*[None] * (num_layers - num_heads), *per_head]
+
+    # ------------------------------------------------------------------------------------------------- inference
+
+    def encode(
+        self,
+        waveforms: Waveforms,
+        lengths: Lengths | None = None,
+        *,
+        layer: int | None = None,
+        normalize: bool = True,
+        window: float | None = None,
+        context: float | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Features of a batch of utterances, one every 20 ms with the default convolutions.
+
+        There is no dropout and no gradient, whatever mode the model is in. An utterance of any length goes through as a
+        whole: memory grows with T, but the time for attention with T². With ``window``, time and memory of the
+        transformer do not: its layers see a window and its context at a time, so features differ a little from those of
+        the whole.
+
+        Args:
+            waveforms: (B, S) float tensor or array, 16 kHz, shorter rows padded at the end.
+            lengths: Samples of each row, (B,); None: all of them.
+            layer: Counted from 1; None: :attr:`best_layer`.
+            normalize: Standardise each utterance over its own samples, as in training.
+            window: Seconds of features that are computed at a time; utterances that are not longer are not affected.
+            context: Seconds that are seen on each side of a window; None: a quarter of it.
+
+        Returns:
+            The layer's output before the residual addition, (B, T, D), and the frames of each row, (B,). Frame ``t`` is
+            about the 25 ms from ``t * 20`` ms on. With ``window``, features in the padding are 0.
+
+        Raises:
+            InputError: If there is no such layer, the waveforms are not as they should be, a length gives no frame or
+                exceeds S, or a window or context is no number of frames.
+        """
+        output = partial(self.layer_output, layer=self._layer(layer))
+        return self._encode(output, waveforms, lengths, window, context, normalize=normalize)
+
+    def units(
+        self,
+        waveforms: Waveforms,
+        lengths: Lengths | None = None,
+        *,
+        layer: int | None = None,
+        normalize: bool = True,
+        window: float | None = None,
+        context: float | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Discrete units of a batch of utterances: the most likely codewords of a layer.
+
+        Args:
+            waveforms: See :meth:`encode`, as for the other arguments.
+            lengths: Samples of each row.
+            layer: One that has a codebook.
+            normalize: Standardise each utterance.
+            window: Seconds of units that are computed at a time.
+            context: Seconds that are seen on each side of a window.
+
+        Returns:
+            (B, T) int64, -1 in the padding, and the frames of each row, (B,).
+
+        Raises:
+            InputError: If the layer has no codebook, or as :meth:`encode`.
+        """
+        layer, first = self._layer(layer), self.codebook_layers.start
+        if layer < first:
+            raise InputError(f"layer {layer} has no codebook; layers {first} to {len(self.student.layers)} have one")
+
+        def units(features: Tensor, attention_mask: Tensor | None) -> Tensor:
+            return self.unit_logits(features, attention_mask, layer).argmax(-1)
+
+        found, frames = self._encode(units, waveforms, lengths, window, context, normalize=normalize)
+        padding = torch.arange(found.shape[1], device=found.device) >= frames.unsqueeze(1)
+        return found.masked_fill(padding, -1), frames
+
+    def layer_output(self, features: Tensor, attention_mask: Tensor | None, layer: int) -> Tensor:
+        """A layer's output before the residual addition, (B, T, D), from projected features (see :meth:`project`)."""
+        return layer_outputs(self.student, features, attention_mask, layer, skip=layer - 1)[0]
+
+    def unit_logits(self, features: Tensor, attention_mask: Tensor | None, layer: int) -> Tensor:
+        """Scores of a layer's units, (B, T, V), from projected features: what its head gives before its softmax."""
+        index = layer - self.codebook_layers.start
+        head, (hidden,) = self.heads[index], self._hidden(features, attention_mask, index + 1, index)
+        return cast("Head", head)[0](hidden) if _are_plain([head]) else head(hidden)
+
+    @property
+    def frame_seconds(self) -> float:
+        """Seconds from one frame to the next."""
+        return math.prod(stride for _, _, stride in self.conv_shapes) / SAMPLE_RATE
+
+    def windows(
+        self, read: Read, num_samples: int, function: Callable[[Tensor, None], Tensor], *, size: int, context: int
+    ) -> Iterator[Tensor]:
+        """What a function makes of projected features, a window at a time.
+
+        Args:
+            read: The waveform, standardised.
+            num_samples: Its length.
+            function: Projected features (1, T, D) and no attention mask to (1, T, …).
+            size: Frames in a window.
+            context: Frames seen on each side of it.
+
+        Yields:
+            The function's values for each window in turn, (1, at most ``size``, …). Compute them :meth:`inference`.
+        """
+        extract = frame_reader(self.feature_extractor, read, num_samples)
+        yield from windows(
+            lambda start, stop: self.feature_projection(extract(start, stop)),
+            lambda x: function(x, None),
+            conv_length(self.conv_shapes, num_samples),
+            size=size,
+            context=context,
+        )
+
+    @contextmanager
+    def inference(self) -> Iterator[None]:
+        """No gradient, no dropout, no TF32. Every module's mode is restored at the end."""
+        training = [module for module in self.modules() if module.training]
+        for module in training:
+            module.training = False
+        try:
+            with torch.no_grad(), exact_products(self.mask_embedding.device):
+                yield
+        finally:
+            for module in training:
+                module.training = True
+
+    def _layer(self, layer: int | None) -> int:
+        chosen, total = self.best_layer if layer is None else layer, len(self.student.layers)
+        if not 1 <= chosen <= total:
+            default = ", the best of the base model" if layer is None else ""
+            raise InputError(f"there is no layer {chosen}{default}: choose a layer from 1 to {total}")
+        return chosen
+
+    def _encode(
+        self,
+        function: Callable[[Tensor, Tensor | None], Tensor],
+        waveforms: Waveforms,
+        lengths: Lengths | None,
+        window: float | None,
+        context: float | None,
+        *,
+        normalize: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """What a function of (projected features, attention mask) gives, and the frames of each row."""
+        if window is None and context is not None:
+            raise InputError(f"context = {context} s needs to be at least 0 and goes with a window")
+        size, around = (None, 0) if window is None else window_frames(window, context, self.frame_seconds)
+        x = self._as_tensor(waveforms)
+        counted = _check_waveforms(x, lengths, self.mask_embedding.dtype)
+        batch, samples = x.shape
+        shapes = self.conv_shapes
+        if counted is not None:
+            _check_lengths(counted, samples, shapes)
+            counted = counted.to(x.device)
+        frames = conv_length(shapes, torch.full((batch,), samples, device=x.device) if counted is None else counted)
+        with self.inference():
+            statistics = _checked_moments(x, counted, normalize=normalize)
+            if size is None or conv_length(shapes, samples) <= size:
+                x = standardise(x, counted, statistics=statistics) if normalize else x
+                return function(*self.project(x, lengths=counted)), frames
+            rows = []
+            for row in range(batch):
+                read = partial(
+                    _samples, x[row : row + 1], [s[row : row + 1] for s in statistics] if normalize else None
+                )
+                length = samples if counted is None else int(counted[row])
+                rows.append(torch.cat([*self.windows(read, length, function, size=size, context=around)], dim=1)[0])
+            out = rows[0].new_zeros(batch, conv_length(shapes, samples), *rows[0].shape[1:])
+            for row, values in enumerate(rows):
+                out[row, : len(values)] = values
+        return out, frames
+
+    def _as_tensor(self, waveforms: Waveforms) -> Tensor:
+        """An array in the model's type and on its device; a tensor as it is."""
+        if isinstance(waveforms, Tensor):
+            return waveforms
+        array = np.asarray(waveforms)
+        if array.dtype.kind != "f":
+            raise InputError(f"waveforms must be floats, about -1 to 1, not {array.dtype}")
+        weight = self.mask_embedding
+        return torch.from_numpy(np.ascontiguousarray(array, np.float32)).to(weight.device, weight.dtype)
+
+
+def _samples(waveform: Tensor, statistics: Sequence[Tensor] | None, start: int, stop: int) -> Tensor:
+    part = waveform[:, start:stop]
+    return part if statistics is None else standardise(part, statistics=(statistics[0], statistics[1]))
+
+
+def _are_plain(heads: Sequence[nn.Module]) -> bool:
+    """Whether heads are what they were built as, so that one product does for all."""
+    if not untouched(*heads):
+        return False
+    shapes = set()
+    for head in heads:
+        if not isinstance(head, Head) or [type(module) for module in head] != [nn.Linear, nn.LogSoftmax]:
+            return False
+        first, log_softmax = head
+        if first.bias is None or log_softmax.dim != -1:
+            return False
+        shapes.add(first.weight.shape)
+    return len(shapes) == 1
+
+
+def _logits(heads: Sequence[nn.Module], hidden: list[Tensor]) -> Tensor:
+    """K heads, in one product unless oneDNN is faster: K tensors (..., D), or one for all, to (K, ..., V)."""
+    linears = cast("list[nn.Linear]", [cast("Head", head)[0] for head in heads])
+    if len(hidden) > 1 and suits_onednn(hidden[0], linears[0].weight):
+        return torch.stack([linear(x, h.weight, h.bias) for x, h in zip(hidden, linears, strict=True)])
+    weight, bias = torch.stack([h.weight for h in linears]), torch.stack([h.bias for h in linears])
+    if len(hidden) == 1:
+        return linear(hidden[0], weight.flatten(0, 1), bias.flatten()).unflatten(-1, bias.shape).movedim(-2, 0)
+    logits = torch.baddbmm(bias.unsqueeze(1), torch.stack(hidden).flatten(1, -2), weight.transpose(1, 2))
+    return logits.unflatten(1, hidden[0].shape[:-1])
+
+
+def _check_waveforms(waveforms: Tensor, lengths: Lengths | None, dtype: torch.dtype) -> Tensor | None:
+    """Refuse what is no batch of waveforms for a model of that type; values are not looked at.
+
+    Returns:
+        The lengths as a tensor.
+    """
+    if waveforms.ndim != 2:
+        raise InputError(f"waveforms must be (batch, samples), not of shape {tuple(waveforms.shape)}")
+    if not waveforms.is_floating_point():
+        raise InputError(f"waveforms must be floats, about -1 to 1, not {waveforms.dtype}")
+    if waveforms.dtype == torch.float64 != dtype:  # autocast does not round it either
+        raise InputError(f"waveforms must be {dtype}, not torch.float64")
+    if lengths is None:
+        return None
+    counted = torch.as_tensor(lengths)
+    if counted.is_floating_point() or counted.dtype == torch.bool:
+        raise InputError(f"lengths must be integers, not {counted.dtype}")
+    if counted.shape != waveforms.shape[:1]:
+        raise InputError(f"lengths must be ({waveforms.shape[0]},), not of shape {tuple(counted.shape)}")
+    return counted
+
+
+def _check_lengths(lengths: Tensor, samples: int, shapes: Sequence[tuple[int, int, int]]) -> None:
+    """Refuse lengths that exceed the samples there are or give no frame."""
+    for row, length in enumerate(lengths.tolist()):
+        if length > samples:
+            raise InputError(f"row {row}: length {length} is more than the {samples} samples there are")
+        if conv_length(shapes, length) < 1:
+            raise InputError(f"row {row}: {length} samples are too short, they do not fill one frame")
+
+
+def _checked_moments(waveforms: Tensor, lengths: Tensor | None, *, normalize: bool) -> tuple[Tensor, Tensor]:
+    """Mean and variance of each row; refuses samples that are not finite and says if a row is very quiet."""
+    mean, var = moments(waveforms, lengths)
+    variances = var.flatten().tolist()
+    for row, variance in enumerate(variances):
+        if not math.isfinite(variance):
+            raise InputError(f"row {row}: samples that are NaN or infinite, or so large that their squares are")
+    if normalize and variances:
+        warn_if_quiet(min(variances))
+    return mean, var
+
+
+def _check_size(cfg: DinoSRConfig) -> None:
+    """Refuse a model whose weights cannot be had, before the machine runs out of memory.
+
+    Raises:
+        InputError: It names the settings of the part that takes the most.
+    """
+    if torch.get_default_device().type != "cpu":  # on "meta" they take no memory, and elsewhere not ours
+        return
+    dim, shapes = cfg.encoder_embed_dim, cfg.extractor_conv_layer_config
+    channels = [1, *(width for width, _, _ in shapes)]
+    kernel = max(3, cfg.encoder_pos_conv_kernel // cfg.encoder_pos_conv_depth)
+    widths = ("encoder_embed_dim", "encoder_num_layers", "encoder_ff_interm_features")
+    parts: dict[tuple[str, ...], int] = {
+        ("extractor_conv_layer_config",): sum(channels[i] * n * k for i, (n, k, _) in enumerate(shapes))
+        + channels[-1] * dim,
+        # Student and teacher.
+        widths: 2 * cfg.encoder_num_layers * dim * (4 * dim + 2 * cfg.encoder_ff_interm_features),
+        ("encoder_embed_dim", "encoder_pos_conv_kernel", "encoder_pos_conv_depth", "encoder_pos_conv_groups"): 2
+        * cfg.encoder_pos_conv_depth
+        * kernel
+        * (dim * dim // cfg.encoder_pos_conv_groups),
+        # Heads, codebooks and the statistics of a step.
+        ("codebook_size", "num_codebooks", "encoder_embed_dim"): 3 * cfg.codebook_size * cfg.num_codebooks * dim,
+    }
+    largest = max(parts, key=lambda names: parts[names])
+    settings = ", ".join(f"{name} = {getattr(cfg, name)}" for name in largest)
+    check_memory(4 * sum(parts.values()), f"a model of {settings}")

@@ -1,0 +1,88 @@
+"""What each task of a job runs: ``python spidr/slurm/job.py FOLDER``.
+
+It calls the pickled function of its job and writes down the result, as submitit does. The signals by which SLURM
+announces the end of a job wait until the function can be called, since a task would die of them while its modules are
+imported. A function that does not handle them itself is then interrupted.
+"""
+
+import os
+import signal
+import sys
+import traceback
+from contextlib import suppress
+from pathlib import Path
+from typing import NoReturn
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+PREEMPTED = 75
+"""Exit status after which the job is queued again; see :class:`spidr.environment.Preempted`."""
+
+
+def run_task(folder: Path) -> int:
+    """Run this task's call.
+
+    Returns:
+        The exit status: 0, or 2 after wrong input.
+
+    Raises:
+        SystemExit: With status 75 if the job is to be queued again. Only the first task ends with it, since srun ends
+            the others after the first status that is not 0.
+        Exception: What the call raises.
+    """
+    import cloudpickle
+    from submitit.helpers import DelayedSubmission
+
+    from spidr.tools.command import lasting_stderr
+    from spidr.tools.errors import InputError
+
+    environ = os.environ
+    index, rank = environ.get("SLURM_ARRAY_TASK_ID"), environ["SLURM_PROCID"]
+    job = environ["SLURM_JOB_ID"] if index is None else f"{environ['SLURM_ARRAY_JOB_ID']}_{index}"
+    environ["SUBMITIT_FOLDER"] = str(folder / job)
+    call = folder / f"call_{index or 0}.pkl"
+    with suppress(FileExistsError):
+        (folder / job / f"{job}_submitted.pkl").symlink_to(call)
+
+    def write_down(status: str, result: object) -> None:
+        aside = folder / job / f".{job}_{rank}_result.tmp"
+        aside.write_bytes(cloudpickle.dumps((status, result)))
+        aside.replace(folder / job / f"{job}_{rank}_result.pkl")
+
+    with lasting_stderr():
+        try:
+            submitted = DelayedSubmission.load(call)
+            for number in SIGNALS:
+                signal.signal(number, _stop)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+            write_down("success", submitted.result())
+        except SystemExit as end:
+            if end.code == PREEMPTED and rank != "0":
+                return 0
+            sys.stderr.write(f"{end}\n")
+            raise
+        except Exception as error:
+            write_down("error", traceback.format_exc())
+            if not isinstance(error, InputError):
+                raise
+            sys.stderr.write(f"error: {error}\n")
+            return 2
+    return 0
+
+
+class _StoppedError(SystemExit):
+    def __init__(self, signum: int) -> None:
+        super().__init__(PREEMPTED)
+        self.signum = signum
+
+    def __str__(self) -> str:
+        return f"stopped by {signal.Signals(self.signum).name}"
+
+
+def _stop(signum: int, _: object) -> NoReturn:
+    raise _StoppedError(signum)
+
+
+if __name__ == "__main__":
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+    sys.exit(run_task(Path(sys.argv[1])))

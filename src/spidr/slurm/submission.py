@@ -1,0 +1,205 @@
+"""A submission as SLURM gets it, and the folder of its job."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from spidr.config import SlurmConfig
+from spidr.slurm.code import PACKAGE
+from spidr.tools.errors import InputError
+from spidr.tools.programs import run_program
+
+Call = tuple[Callable[..., object], Sequence[Any]]
+"""A function and its positional arguments."""
+
+LIMIT = 60.0
+"""Seconds that a busy controller has to answer."""
+
+SCRIPT = """\
+#!/bin/bash
+# The tasks get SLURM's signals, save and end with status 75; then the job is queued again.
+trap : TERM USR1 USR2
+mkdir -p {folder}/"{job}"
+{srun}
+status=$?
+for pause in 0 5 5 5 5 5 5 5 5 5; do
+  [ "$status" = 75 ]{limit} || break
+  sleep "$pause"
+  state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T) || continue
+  if [ "$state" != RUNNING ]; then  # cancelled, or out of time
+    echo "job $SLURM_JOB_ID is not queued again, its state is $state" >&2
+    break
+  fi
+  scontrol requeue "$SLURM_JOB_ID" && break
+done
+exit "$status"
+"""
+
+
+class NoAnswerError(InputError):
+    """sbatch has not answered: the job may have been submitted or not."""
+
+
+@dataclass(frozen=True)
+class Submission:
+    """A job, or an array of them.
+
+    Attributes:
+        name: Its name.
+        folder: The job folder.
+        command: The ``sbatch`` command line; it reads the script from its standard input.
+        script: What runs on the first node of each job.
+    """
+
+    name: str
+    folder: Path
+    command: list[str]
+    script: str
+
+
+def prepare(
+    job_name: str,
+    count: int,
+    folder: Path,
+    slurm: SlurmConfig,
+    *,
+    copy_code: bool = False,
+    max_restarts: int | None = None,
+) -> Submission:
+    """Put together a submission of ``count`` jobs; nothing is run or written."""
+    job, variable = ("%j", "$SLURM_JOB_ID") if count == 1 else ("%A_%a", "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID")
+    name = re.sub(r"[^\w.,:=+@-]+", "_", job_name)[:128]
+    options = {
+        "job-name": name,
+        "account": slurm.account or None,
+        "nodes": slurm.nodes,
+        "ntasks-per-node": slurm.gpus_per_node,
+        "gpus-per-node": slurm.gpus_per_node,
+        "cpus-per-task": slurm.cpus_per_task,
+        "mem-per-gpu": slurm.mem_per_gpu,
+        "time": slurm.time,
+        "constraint": slurm.constraint,
+        "partition": slurm.partition,
+        "qos": slurm.qos,
+        "array": f"0-{count - 1}" if count > 1 else None,
+        # So long before the time limit; SLURM may be up to a minute early. Enough for a step and a checkpoint.
+        "signal": f"USR2@{min(120, 15 * slurm.time) if slurm.time else 120}",
+    }
+    pattern = str(folder).replace("%", "%%")
+    # SLURM's own messages; a job whose log is in a folder that is yet to be made would fail to start.
+    command = ["sbatch", "--parsable", "--requeue", "--open-mode=append", f"--output={pattern}/{job}_slurm.log"]
+    command += [f"--{name}={value}" for name, value in options.items() if value is not None]
+    log = f"{pattern}/{job}/{job}_%t_log"
+    srun = ["srun", "--unbuffered", "--kill-on-bad-exit=1", "--open-mode=append"]
+    srun += [f"--output={log}.out", f"--error={log}.err"]
+    if slurm.cpus_per_task:  # srun has not taken it from sbatch since SLURM 22.05
+        srun.append(f"--cpus-per-task={slurm.cpus_per_task}")
+    # The package that runs is the one given here, whatever lies in the current folder (-P) or is installed.
+    package = folder / "code" / PACKAGE.name if copy_code else PACKAGE
+    python = [sys.executable, "-P", "-u", str(package / "slurm" / "job.py"), str(folder)]
+    script = SCRIPT.format(
+        folder=shlex.quote(str(folder)),
+        job=variable,
+        srun=shlex.join(srun + python),
+        limit="" if max_restarts is None else f' && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {max_restarts} ]',
+    )
+    return Submission(name, folder, command, script)
+
+
+def sbatch(submission: Submission) -> str:
+    """Hand a submission to SLURM.
+
+    Returns:
+        The job id.
+
+    Raises:
+        InputError: If it is refused.
+        NoAnswerError: If there is no answer.
+    """
+    try:
+        done = run_program(submission.command, environment=clean_environment(), text=submission.script, limit=LIMIT)
+    except OSError as error:
+        raise InputError(f"sbatch cannot be run: {error.strerror}. Is this a machine of a SLURM cluster?") from None
+    except subprocess.TimeoutExpired:
+        raise NoAnswerError(
+            f"sbatch has not answered for {LIMIT:.0f} s and was ended. The job may have been submitted all the same: "
+            f"look with `squeue --me --name={submission.name}` before you submit it again. Its folder is "
+            f"{submission.folder}"
+        ) from None
+    if done.returncode:
+        lines = done.stderr.decode(errors="replace").splitlines()
+        said = "; ".join(line.strip() for line in lines if line.strip())
+        raise InputError(f"sbatch refused the job: {said or f'exit status {done.returncode}'}")
+    return done.stdout.decode().strip().split(";")[0]
+
+
+def clean_environment() -> dict[str, str]:
+    """This process's environment without what an enclosing job or torchrun has put there about itself.
+
+    SLURM would otherwise take the enclosing job's memory, GPUs and tasks for the new one's.
+    """
+    prefixes = ("SLURM_", "SLURMD_", "SRUN_", "SUBMITIT_", "TORCHELASTIC_")
+    ranks = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT"}
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name == "SLURM_CONF" or not (name.startswith(prefixes) or name in ranks)
+    }
+
+
+def job_state(job_id: str) -> str | None:
+    """A job's state if it waits or runs, "" once it has ended, None if SLURM does not answer."""
+    try:
+        asked = run_program(["squeue", "--noheader", f"--jobs={job_id}", "--format=%T"])
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    if asked.returncode == 0:
+        return asked.stdout.decode().strip()
+    return "" if b"Invalid job id" in asked.stderr else None
+
+
+def job_folders(dump: str | Path, job_name: str, launch_time: datetime) -> Iterator[Path]:
+    """Names for the job folder, the best first. Endless.
+
+    Raises:
+        InputError: If SLURM could not write logs there.
+    """
+    dump = Path(dump).expanduser().absolute()
+    if found := re.search(r"%[jtAa]|\\", str(dump)):
+        raise InputError(f"{dump}: {found[0]} has a meaning of its own in SLURM's paths; choose another folder")
+    name = re.sub(r"[/\\%\0]", "_", job_name)
+    name = "_" if name in ("", ".", "..") else name
+    yield dump / name
+    while True:
+        yield dump / f"{name}_{launch_time:%Y%m%d-%H%M%S}"
+        launch_time = datetime.now(UTC)
+
+
+def make_job_folder(dump: str | Path, job_name: str, launch_time: datetime) -> Path:
+    """Make a new job folder.
+
+    Raises:
+        InputError: If it cannot be made.
+    """
+    for folder in job_folders(dump, job_name, launch_time):
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            if not folder.parent.is_dir():
+                raise InputError(f"--dump {folder.parent}: not a folder") from None
+            time.sleep(0.1)
+        except OSError as error:
+            raise InputError(f"{folder}: cannot make the job folder: {error.strerror}; choose another --dump") from None
+        else:
+            return folder
+    raise AssertionError

@@ -1,0 +1,224 @@
+"""What a run is made of, and how it is built: model, optimizer, loader, and the model wrapped for training."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import AdamW
+
+from spidr.compiled import Compiled
+from spidr.config import Config, DinoSRConfig
+from spidr.data import Batch, build_dataloader
+from spidr.data.loader import SpeechLoader
+from spidr.environment import Environment, StopFlag
+from spidr.models import DinoSR
+from spidr.models.hub import build_model, load_weights, recorded_config
+from spidr.models.weights import load_into
+from spidr.optimizer import Schedule, build_optimizer, drop_frozen
+from spidr.tools.errors import InputError
+from spidr.tools.meters import Last, Mean, PerCodebook, PerCodebookAndMean, Transport
+
+MAY_DIFFER = (
+    "dropout",
+    "encoder_layer_drop",
+    "ema_",
+    "codebook_decay",
+    "codebook_init",
+    "codebook_revive_after",
+    "freeze_step",
+)
+"""How the names of model settings begin or end that leave the shape of the model as it is."""
+
+
+def may_differ(name: str) -> bool:
+    """Whether a model setting leaves the shape of the model as it is."""
+    return name.startswith(MAY_DIFFER) or name.endswith(MAY_DIFFER)
+
+
+@dataclass
+class Measured:
+    """What an optimiser step measures, over all processes; tensors are still on the device.
+
+    To add a metric, add a field, which says how it is combined over the steps of a log line, and its value in
+    :func:`spidr.train.train_step`.
+    """
+
+    loss: Mean
+    grad_norm: Mean
+    batch_size: Mean  # utterances
+    skipped_files: Mean
+    target_ppl: PerCodebookAndMean
+    pred_ppl: PerCodebookAndMean
+    active_codewords: PerCodebook
+    lr: Last
+    ema_decay: Last
+    frames: Transport  # masked
+    seconds: Transport  # of audio
+    tflop: Transport
+    stop: Transport  # how many processes were told to stop
+    finite_here: Transport  # whether this process's loss was finite
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What a research fork adds to training without touching the package.
+
+    Attributes:
+        on_model: Called with the model before anything is built on it, with the weights of ``init_ckpt`` if there are
+            any: add modules, which are then trained and saved along, reset codebooks or heads, register forward hooks.
+        extra_loss: Called with (model, batch) after each forward pass. Its result, 0-dim and summed over the masked
+            frames of the micro-batch like the loss itself, is added to the loss. What a layer has put out during the
+            forward pass is at hand through a forward hook on it.
+        after_step: Called with the state after every optimiser step.
+        loader: Builds the batches, with the arguments of :func:`spidr.data.build_dataloader`.
+    """
+
+    on_model: Callable[[DinoSR], None] | None = None
+    extra_loss: Callable[[DinoSR, Batch], Tensor] | None = None
+    after_step: Callable[[State], None] | None = None
+    loader: Callable[..., SpeechLoader] = build_dataloader
+
+
+@dataclass
+class State:
+    """All that a step reads and changes. ``position`` counts the optimiser steps' batches taken from this epoch."""
+
+    cfg: Config
+    env: Environment
+    stop: StopFlag
+    model: DinoSR
+    network: Callable[..., Any]
+    optimizer: AdamW
+    scaler: torch.amp.GradScaler
+    scheduler: Schedule
+    loader: SpeechLoader
+    hooks: Hooks
+    step: int = 0
+    epoch: int = 0
+    position: int = 0
+    skipped_steps: int = 0
+
+    def rounds(self) -> Iterator[list[Batch]]:
+        """This process's micro-batches, for one optimiser step after the other, without end."""
+        while True:
+            batches = self.loader.epoch(self.epoch, self.position)
+            while micro_batches := list(islice(batches, self.loader.accumulation)):
+                self.position += 1
+                yield micro_batches
+            self.epoch, self.position = self.epoch + 1, 0
+
+    def freeze_if_due(self) -> None:
+        """Stop training extractor and projection from ``freeze_step`` on."""
+        if self.step >= self.model.freeze_step:
+            self.model.freeze_extractor()
+            drop_frozen(self.optimizer, self.scheduler)
+
+
+def build_state(cfg: Config, env: Environment, stop: StopFlag, hooks: Hooks, *, new: bool) -> State:
+    """Build the run at its beginning, on every process the same.
+
+    Args:
+        cfg: The configuration.
+        env: The processes.
+        stop: The flag to look at.
+        hooks: What to add.
+        new: Whether the run begins here. Otherwise a checkpoint is going to be loaded, so no weights are needed.
+    """
+    torch.manual_seed(cfg.run.random_seed)
+    model = build_model(cfg=cfg.model, model_type=cfg.run.model_type)
+    if new and cfg.run.init_ckpt is not None:
+        load_into(model, load_weights(cfg.run.init_ckpt), cfg.run.init_ckpt)
+        model.current_step.zero_()
+    if hooks.on_model is not None:
+        hooks.on_model(model)
+    model.to(env.device).train()
+    model.reduction = env.all_reduce
+    model.defer_codebook_updates = True  # once a step, over all its micro-batches
+    loader = hooks.loader(
+        cfg.data,
+        cfg.masking,
+        conv_layer_config=model.cfg.extractor_conv_layer_config,
+        channels=model.cfg.encoder_embed_dim,
+        rank=env.rank,
+        world_size=env.world_size,
+    )
+    optimizer, scaler, scheduler = build_optimizer(model, cfg.optimizer)
+    state = State(cfg, env, stop, model, model, optimizer, scaler, scheduler, loader, hooks)
+    if new and cfg.run.init_ckpt is None and model.cfg.codebook_init == "data":
+        init_codebooks(state)
+    state.freeze_if_due()
+    return state
+
+
+def init_codebooks(state: State) -> None:
+    """Take the first codewords from the first batch of the main process."""
+    batch = next(state.loader.epoch(0)).to(state.env.device)
+    generator = torch.Generator().manual_seed(state.cfg.run.random_seed)
+    state.model.init_codebooks(
+        batch.waveforms, attention_mask=batch.attention_mask, lengths=batch.lengths, generator=generator
+    )
+    for buffer in state.model.codebooks.buffers():
+        state.env.broadcast(buffer)
+
+
+def model_settings(cfg: Config) -> DinoSRConfig:
+    """The model's configuration: with ``init_ckpt``, what the [model] table does not set is the checkpoint's own.
+
+    Raises:
+        InputError: If the [model] table asks for another architecture than the checkpoint's.
+    """
+    if cfg.run.init_ckpt is None:
+        return cfg.model
+    # A run that has begun has it in its own folder: the other one may be gone by now.
+    begun = cfg.run.dir / "config.json"
+    recorded = recorded_config(begun if begun.exists() else cfg.run.init_ckpt, cfg.run.model_type)
+    if recorded is None:
+        return cfg.model
+    given = {name: getattr(cfg.model, name) for name in cfg.model_given or () if hasattr(recorded, name)}
+    differing = [
+        f"{name} = {value} here, {getattr(recorded, name)} there"
+        for name, value in sorted(given.items())
+        if value != getattr(recorded, name) and not may_differ(name)
+    ]
+    if differing:
+        raise InputError(f"[model] asks for another model than {cfg.run.init_ckpt} holds: {'; '.join(differing)}")
+    return replace(recorded, **given)
+
+
+class _Replica(nn.Module):
+    """The model as DistributedDataParallel sees it."""
+
+    def __init__(self, model: DinoSR, call: Callable[..., Any]) -> None:
+        super().__init__()
+        self.model = model
+        self._call = partial(call)  # bare, it would be registered as a second module
+
+    def forward(self, *inputs: Tensor, **options: Tensor | None) -> Any:
+        """Call the model; without input, give something of which every trained parameter has a gradient."""
+        if inputs:
+            return self._call(*inputs, **options)
+        return sum(parameter.sum() for parameter in self.model.parameters() if parameter.requires_grad)
+
+
+def wrap(model: DinoSR, cfg: Config, env: Environment) -> Callable[..., Any]:
+    """The model as the loop calls it: compiled if configured, with gradients averaged over processes if several."""
+    call = Compiled(model, cfg) if cfg.run.compile else model
+    if env.world_size == 1:
+        return call
+    # Buffers change in the same way everywhere: no broadcast. The option was renamed in torch 2.15.
+    known = inspect.signature(DistributedDataParallel).parameters
+    option = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    network = DistributedDataParallel(_Replica(model, call), gradient_as_bucket_view=True, **{option: False})  # type: ignore[arg-type]
+    # After its first backward pass it lays out its buckets anew, and where a gradient lies in a bucket decides about
+    # the last bit of its sum over processes. So that comes here, or the first step after a restart would differ.
+    network().backward()
+    model.zero_grad()
+    return network

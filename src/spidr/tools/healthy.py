@@ -1,0 +1,58 @@
+"""How a pretraining of the base model goes if all is well: the published runs, as numbers (arXiv 2512.20308)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+LOSS: dict[int, tuple[float, float]] = {
+    0: (5.57, 5.57),
+    2_500: (2.62, 2.89),
+    5_000: (2.28, 2.51),
+    10_000: (2.04, 2.19),
+    20_000: (1.59, 1.75),
+    400_000: (0.94, 1.41),
+}
+"""Step → the lowest and highest validation loss, on dev-clean and dev-other, mean over the codebooks."""
+
+TARGET_PERPLEXITY = (165.0, 203.0)
+"""At step 2,500, lowest and highest of the codebooks."""
+
+ACTIVE_CODEWORDS = (191, 223)
+"""Of 256, lowest and highest of the codebooks: decided by step 2,500. The others are dead for the whole training."""
+
+DECIDED = 2_500
+"""The step from which on the codebooks are what they will be."""
+
+MARGIN = 0.15
+"""How far beyond the published runs, as a share, is still like them."""
+
+
+def expected_loss(step: float) -> tuple[float, float]:
+    """The lowest and highest validation loss of the published runs at a step, straight lines between those known."""
+    steps = sorted(LOSS)
+    step = min(max(step, steps[0]), steps[-1])
+    right = next(i for i, known in enumerate(steps) if known >= step)
+    if steps[right] == step:
+        return LOSS[steps[right]]
+    before, after = steps[right - 1], steps[right]
+    share = (step - before) / (after - before)
+    low, high = ((1 - share) * a + share * b for a, b in zip(LOSS[before], LOSS[after], strict=True))
+    return low, high
+
+
+def unlike_published(step: int, loss: float | None, active: Sequence[float] = ()) -> str:
+    """Say in what a run of the base model is outside the published ones; empty if in nothing.
+
+    Args:
+        step: Of the optimiser.
+        loss: Validation loss, if it was measured.
+        active: Active codewords of each codebook on a validation set, if they were counted.
+    """
+    said = []
+    if loss is not None and step >= DECIDED:
+        high = expected_loss(step)[1]
+        if loss > (1 + MARGIN) * high:
+            said.append(f"the validation loss is {loss:.2f}, in published runs at most {high:.2f} by then")
+    if active and step >= DECIDED and min(active) < (1 - MARGIN) * ACTIVE_CODEWORDS[0]:
+        said.append(f"a codebook uses {min(active):.0f} codewords, in published runs at least {ACTIVE_CODEWORDS[0]}")
+    return "; ".join(said)

@@ -1,0 +1,128 @@
+"""From what a step measures to a line of metrics: a dataclass says how each of its fields is combined.
+
+``loss: Mean`` is all it takes: the value of each step is brought to the host without waiting for the device, and the
+line of an interval shows the mean over its steps.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import fields
+from enum import Enum, auto
+from typing import Annotated, Any, get_type_hints
+
+import torch
+from torch import Tensor
+
+
+class Combine(Enum):
+    """What a line shows of a field's values."""
+
+    MEAN = auto()
+    LAST = auto()
+    PER_CODEBOOK = auto()
+    PER_CODEBOOK_AND_MEAN = auto()
+    NOTHING = auto()
+
+
+Value = Tensor | float
+Mean = Annotated[Value, Combine.MEAN]
+"""A number; the mean over the steps."""
+Last = Annotated[Value, Combine.LAST]
+"""A number; the last step's."""
+PerCodebook = Annotated[Value, Combine.PER_CODEBOOK]
+"""A number for each codebook, (K,); ``NAME_l7`` is the mean over the steps for the codebook of layer 7."""
+PerCodebookAndMean = Annotated[Value, Combine.PER_CODEBOOK_AND_MEAN]
+"""As :data:`PerCodebook`, and ``NAME`` is the mean over the codebooks too."""
+Transport = Annotated[Value, Combine.NOTHING]
+"""A number that is for the loop itself."""
+
+Values = dict[str, list[float]]
+
+
+def combinations(cls: type) -> dict[str, Combine]:
+    """How the fields of a dataclass are combined."""
+    hints = get_type_hints(cls, include_extras=True)
+    return {field.name: hints[field.name].__metadata__[0] for field in fields(cls)}
+
+
+class Interval:
+    """The steps since the last line of metrics, as sums that a checkpoint can hold.
+
+    Args:
+        cls: The dataclass that says how fields are combined.
+        layers: Names of the codebooks' layers.
+        sums: Those of another one: name → (sum, number of steps).
+    """
+
+    def __init__(self, cls: type, layers: Sequence[str], sums: dict[str, list[float]] | None = None) -> None:
+        self.sums = {} if sums is None else {name: [float(total), int(n)] for name, (total, n) in sums.items()}
+        self._combinations, self._layers = combinations(cls), layers
+        self._last: dict[str, float] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._last)
+
+    def add(self, values: Values) -> None:
+        """Count a step."""
+        for name, how in self._combinations.items():
+            numbers = values[name]
+            if how is Combine.LAST:
+                self._last[name] = numbers[0]
+            if how is Combine.MEAN:
+                self._count(name, numbers[0])
+            if how is Combine.PER_CODEBOOK_AND_MEAN:
+                self._count(name, sum(numbers) / len(numbers))
+            if how in (Combine.PER_CODEBOOK, Combine.PER_CODEBOOK_AND_MEAN):
+                for layer, number in zip(self._layers, numbers, strict=True):
+                    self._count(f"{name}_{layer}", number)
+
+    def _count(self, name: str, number: float) -> None:
+        entry = self.sums.setdefault(name, [0.0, 0])
+        entry[0] += number
+        entry[1] += 1
+
+    def pop(self) -> dict[str, float]:
+        """What a line shows, and start again."""
+        means = {name: total / count for name, (total, count) in self.sums.items()}
+        last, self.sums, self._last = self._last, {}, {}
+        return means | last
+
+
+class Readback:
+    """Copies a step's measurements to the host while the device works on the next step.
+
+    On a GPU a step's values are taken one step later, so the host never waits for the step it has just issued, and is
+    never more than one step ahead. Elsewhere they are there at once.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.asynchronous = device.type == "cuda"
+        self._pending: deque[tuple[int, Values, dict[str, int], Tensor, torch.cuda.Event | None]] = deque()
+
+    def put(self, step: int, measured: Any) -> None:
+        """Start copying the fields of a dataclass: scalars and vectors on the device, or numbers that are here."""
+        values = {field.name: getattr(measured, field.name) for field in fields(measured)}
+        known = {name: [value] for name, value in values.items() if not isinstance(value, Tensor)}
+        tensors = {name: value.detach() for name, value in values.items() if isinstance(value, Tensor)}
+        flat = torch.cat([value.reshape(-1).float() for value in tensors.values()])
+        sizes = {name: value.numel() for name, value in tensors.items()}
+        event = None
+        if self.asynchronous:
+            flat = torch.empty(flat.shape, pin_memory=True).copy_(flat, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+        self._pending.append((step, known, sizes, flat, event))
+
+    def take(self, *, wait: bool = False) -> list[tuple[int, Values]]:
+        """Values that have not been taken, by step; on a GPU all but the last step's unless ``wait``."""
+        keep = 1 if self.asynchronous and not wait else 0
+        taken = []
+        while len(self._pending) > keep:
+            step, known, sizes, flat, event = self._pending.popleft()
+            if event is not None:
+                event.synchronize()  # of an earlier step, or asked for
+            parts = flat.cpu().split(list(sizes.values()))
+            taken.append((step, known | {name: part.tolist() for name, part in zip(sizes, parts, strict=True)}))
+        return taken

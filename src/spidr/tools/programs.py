@@ -1,0 +1,54 @@
+"""Other programs, run for a limited time."""
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Mapping
+from tempfile import TemporaryFile
+
+
+def run_program(
+    command: list[str], *, environment: Mapping[str, str] | None = None, text: str = "", limit: float = 60
+) -> subprocess.CompletedProcess[bytes]:
+    """Run a program from inside a training run, which forks workers and gets signals meanwhile.
+
+    A worker forked while :mod:`subprocess` waits would inherit its pipes and hold them open for as long as it lives, so
+    the program's streams are files. It has a session of its own and blocks the signals that ask a run to stop: SLURM
+    sends those to all processes of a job. All processes that it has started end with it when it takes too long, or when
+    this one is interrupted.
+
+    Args:
+        command: The program, found on the path, and its arguments.
+        environment: Its environment; None: this process's.
+        text: Its standard input.
+        limit: Seconds it may take.
+
+    Raises:
+        OSError: It cannot be run.
+        subprocess.TimeoutExpired: It took longer.
+    """
+    with TemporaryFile() as stdin, TemporaryFile() as stdout, TemporaryFile() as stderr:
+        stdin.write(os.fsencode(text))
+        stdin.seek(0)
+        files = [(os.POSIX_SPAWN_DUP2, file.fileno(), number) for number, file in enumerate((stdin, stdout, stderr))]
+        blocked = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2}
+        process = os.posix_spawnp(
+            command[0], command, environment or os.environ, file_actions=files, setsid=True, setsigmask=blocked
+        )
+        deadline, ended, status = time.monotonic() + limit, 0, 0
+        try:
+            while not ended:  # in small pieces, since signals do not interrupt waitpid once polars has been imported
+                if time.monotonic() > deadline:
+                    raise subprocess.TimeoutExpired(command, limit)
+                time.sleep(0.02)
+                ended, status = os.waitpid(process, os.WNOHANG)
+        except BaseException:
+            os.killpg(process, signal.SIGKILL)
+            os.waitpid(process, 0)
+            raise
+        outputs = []
+        for file in (stdout, stderr):
+            file.seek(0)
+            outputs.append(file.read())
+    return subprocess.CompletedProcess(command, os.waitstatus_to_exitcode(status), *outputs)

@@ -1,0 +1,45 @@
+"""Threads of the commands: as many as there are processors for, and none that spins while it waits."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+PATIENCE = {"GOMP_SPINCOUNT": "1000", "KMP_BLOCKTIME": "1"}
+"""How long a thread spins before it sleeps, for GNU's OpenMP (in rounds) and for LLVM's and Intel's (in ms).
+
+By default, it spins for up to 200 ms. On a machine with other work to do, a step then takes many times as long.
+"""
+
+CHOICES = ("OMP_WAIT_POLICY", "KMP_LIBRARY", *PATIENCE)
+"""Variables by which users decide themselves."""
+
+
+def set_up_threads() -> None:
+    """Set what OpenMP reads when torch is loaded, unless the environment has it already.
+
+    Called at the start of a command, never when the package is only imported. A container that may use fewer
+    processors than it sees gets that many threads.
+    """
+    if not any(name in os.environ for name in CHOICES):
+        os.environ.update(PATIENCE)
+    allowed = _quota()
+    if "OMP_NUM_THREADS" not in os.environ and allowed is not None and allowed < (os.cpu_count() or 1):
+        os.environ["OMP_NUM_THREADS"] = str(allowed)
+
+
+def runs_a_command() -> bool:
+    """Whether this process is ``python -m spidr…``, whose modules are just being imported."""
+    given = sys.orig_argv
+    module = given[given.index("-m") + 1 :][:1] if "-m" in given else []
+    return sys.argv[:1] == ["-m"] and bool(module) and module[0].split(".")[0] == "spidr"
+
+
+def _quota(cgroup: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """Processors that the control group (version 2) grants, rounded up; None: no limit."""
+    try:
+        quota, period = cgroup.joinpath("cpu.max").read_text().split()
+        return max(1, -(-int(quota) // int(period)))
+    except (OSError, ValueError):  # another system, or "max"
+        return None

@@ -1,0 +1,191 @@
+"""The run's page on wandb, which follows ``metrics.jsonl``."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import secrets
+import threading
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from spidr.tools.errors import InputError, first_line
+from spidr.tools.files import atomic_write
+from spidr.tools.lazy import needs_extra
+from spidr.tools.metrics import Line
+from spidr.tools.untrusted import parse_json
+
+logger = logging.getLogger(__name__)
+
+TIMEOUT = 30.0
+"""Seconds that training waits for wandb, when it begins and when it ends."""
+
+WandbMode = Literal["online", "offline", "disabled"]
+
+
+def wandb_mode(configured: WandbMode) -> WandbMode:
+    """What to do: what wandb's own variables say, else what the run's configuration says.
+
+    Raises:
+        InputError: If ``$WANDB_MODE`` is none of wandb's modes.
+    """
+    if os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1", "yes", "on"):
+        return "disabled"
+    mode = os.environ.get("WANDB_MODE") or configured
+    mode = {"dryrun": "offline", "run": "online"}.get(mode, mode)
+    if mode not in ("online", "offline", "disabled"):
+        raise InputError(f"the environment variable WANDB_MODE is {mode!r}, not online, offline or disabled")
+    return cast("WandbMode", mode)
+
+
+class WandbSink:
+    """The run's page on wandb. It keeps one id over all restarts, and gets each line once.
+
+    ``wandb.json`` in the run folder holds the id and what has been pushed under it, online and offline apart. Training
+    never stops because of wandb: what fails is logged, and :func:`spidr.validation_jobs.push_metrics` can push the
+    missing lines later.
+
+    Args:
+        folder: The run folder.
+        project: wandb project.
+        name: Name of the run.
+        mode: See :func:`wandb_mode`.
+        config: The configuration to show.
+        run_id: wandb's id of the run. None: the one of ``wandb.json``, else a new one.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        project: str,
+        name: str,
+        mode: WandbMode,
+        config: dict[str, Any],
+        run_id: str | None = None,
+    ) -> None:
+        self.state_path = folder / "wandb.json"
+        self.run: Any = None
+        self._pushed: dict[str, Any] = {}  # the last training step, all steps of validation
+        self._until: dict[str, int] = {}
+        if mode == "disabled":
+            return
+        try:
+            wandb = import_wandb()
+            state = _read_state(self.state_path)
+            if run_id not in (None, state["id"]):
+                state = {"id": run_id, "pushed": {}}
+            pushed = {"online": {}, "offline": {}} | state["pushed"]
+            self._state = {"id": state["id"] or secrets.token_hex(4), "pushed": pushed}
+            self._pushed = pushed[mode]
+            self.run = wandb.init(
+                project=project, name=name, id=self._state["id"], resume="allow", mode=mode, dir=folder, config=config,
+                settings=wandb.Settings(console="off", silent=True, init_timeout=TIMEOUT),
+            )  # fmt: skip
+            if mode == "online" and not self._pushed:
+                self._until = _last_steps(self.run)
+            self._save()
+        except InputError as error:
+            logger.warning("%s; training continues without wandb", error)
+        except Exception as error:
+            logger.warning("wandb is not available (%s); training continues without it", first_line(error))
+            logger.debug("wandb", exc_info=True)
+            self.run = None
+
+    def missing(self, lines: Iterable[Line]) -> list[Line]:
+        """The lines that have not been pushed, in the order of their steps."""
+        return sorted((line for line in lines if not self._has(line)), key=lambda line: line["step"])
+
+    def _has(self, line: Line) -> bool:
+        group, step = line["group"], line["step"]
+        if group == "train":
+            return bool(step <= max(self._pushed.get(group, -1), self._until.get(group, -1)))
+        return step in self._pushed.get(group, ()) or step <= self._until.get(group, -1)
+
+    def push(self, line: Line) -> None:
+        """Log a line as ``GROUP/NAME`` against ``GROUP/step``, unless it has been."""
+        if self.run is None or self._has(line):
+            return
+        group, step = line["group"], line["step"]
+        try:
+            self.run.define_metric(f"{group}/*", step_metric=f"{group}/step")
+            self.run.log({f"{group}/{key}": value for key, value in line.items() if key != "group"})
+            if group == "train":
+                self._pushed[group] = step
+            else:  # results of a validation may come late
+                self._pushed.setdefault(group, []).append(step)
+            self._save()
+        except Exception:
+            logger.warning("wandb refused the metrics of step %d (%s); it gets no more", step, group, exc_info=True)
+            self.close()
+            self.run = None  # a later line would hide that this one is missing
+
+    def _save(self) -> None:
+        with atomic_write(self.state_path) as file:
+            file.write(json.dumps(self._state).encode())
+
+    def close(self) -> None:
+        """End the session, or leave it to itself if wandb cannot be reached."""
+        if self.run is not None:
+            finish = threading.Thread(target=self.run.finish, name="wandb", daemon=True)
+            finish.start()
+            finish.join(TIMEOUT)
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    """What ``wandb.json`` says; as if there were none, with a warning, if it is damaged."""
+    new: dict[str, Any] = {"id": None, "pushed": {}}
+    try:
+        state = parse_json(path.read_text())
+        pushed = {mode: dict(state["pushed"].get(mode, {})) for mode in ("online", "offline")}
+        for groups in pushed.values():
+            for group, steps in groups.items():
+                int(steps) if group == "train" else sorted(map(int, steps))
+        return {"id": str(state["id"]), "pushed": pushed}
+    except FileNotFoundError:
+        return new
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        logger.warning("%s is damaged and is replaced: the run gets a new id and page on wandb", path)
+        return new
+
+
+def _last_steps(run: Any) -> dict[str, int]:
+    """The last step of each group that wandb's own page of a resumed run has."""
+    last = {}
+    for key, step in dict(getattr(run, "summary", None) or {}).items():
+        group, _, name = key.rpartition("/")
+        if name == "step" and isinstance(step, int):
+            last[group] = step
+    return last
+
+
+def import_wandb() -> Any:
+    """Import the package.
+
+    Raises:
+        InputError: It is not installed.
+    """
+    with needs_extra("train"):
+        import wandb
+
+    return wandb
+
+
+def find_wandb_run(project: str, name: str) -> str:
+    """Ask wandb for the id of the one finished run of a name.
+
+    Raises:
+        InputError: If there is none, or several, or wandb cannot be asked.
+    """
+    try:
+        runs = list(import_wandb().Api().runs(project, filters={"display_name": name, "state": "finished"}))
+    except InputError:
+        raise
+    except Exception as error:  # network, permissions, no such project
+        raise InputError(f"wandb, {project}: {first_line(error)}") from error
+    if len(runs) != 1:
+        found = ", ".join(run.id for run in runs) or "none"
+        raise InputError(f"wandb, {project}: expected one finished run {name!r}, found {found}; give --runid")
+    run_id: str = runs[0].id
+    return run_id

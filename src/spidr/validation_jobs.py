@@ -1,0 +1,319 @@
+"""Validation in SLURM jobs of its own: submitting them, results that come late, and pushing them to wandb."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from spidr.config import Config, ResumeConfig, SlurmConfig, read_config, to_dict
+from spidr.slurm.launch import submit
+from spidr.slurm.presets import validation_job_config
+from spidr.slurm.submission import job_state
+from spidr.tools.command import Parser, command, write_result
+from spidr.tools.errors import InputError, first_line
+from spidr.tools.files import atomic_write, make_folder
+from spidr.tools.lock import Lock
+from spidr.tools.metrics import Line, MetricsFile, read_metrics
+from spidr.tools.untrusted import parse_json
+from spidr.tools.wandb import WandbSink, find_wandb_run, import_wandb, wandb_mode
+
+logger = logging.getLogger(__name__)
+
+MAX_RESTARTS = 5
+"""How often a validation job is queued again after its time limit or a preemption: it begins anew each time."""
+
+
+def validates_in_jobs(cfg: Config) -> bool:
+    """Whether validation runs in jobs of its own: if training is a SLURM job, or ``run.slurm_validation`` says so."""
+    return cfg.run.slurm_validation is not None or "SLURM_STEP_ID" in os.environ
+
+
+class ValidationJobs:
+    """The validations of a run that are done in jobs of their own, as files of the folder ``RUN/validation``.
+
+    ``step_N.pending`` stands for a job and names its checkpoint, id and folder; ``step_N.failed`` says why it gave no
+    results; ``step_N.jsonl`` holds results that have not been collected. So a restarted run, or ``spidr metrics`` after
+    its end, knows as much as the process that submitted. One process at a time may use a run's. Submitting happens in
+    threads.
+
+    Args:
+        run_dir: The run folder.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        self.folder = run_dir / "validation"
+        self._threads: dict[int, threading.Thread] = {}
+        self._told: set[int] = set()
+
+    # ------------------------------------------------------------------------------------------------- submitting
+
+    def submit(self, cfg: Config, step: int, checkpoint: Path) -> None:
+        """Submit the validation of a checkpoint on every validation set, without making the caller wait.
+
+        Args:
+            cfg: The run's configuration, with the model's settings as they are trained.
+            step: The checkpoint's step.
+            checkpoint: Its file, which must stay while the step is :meth:`needed`.
+        """
+        make_folder(self.folder)
+        self._write(step, ".pending", checkpoint=str(checkpoint), job="")
+        self._path(step, ".failed").unlink(missing_ok=True)
+        self._told.discard(step)
+        # Read now: the environment may be another one when the thread gets to it.
+        slurm = cfg.run.slurm_validation or validation_job_config()
+        resume = ResumeConfig(step, str(checkpoint), str(self._path(step, ".jsonl")))
+        thread = threading.Thread(target=self._submit, args=(cfg, resume, slurm), name=f"validation of step {step}")
+        self._threads[step] = thread
+        thread.start()
+
+    def submit_again(self, cfg: Config) -> None:
+        """Submit what has failed once more, if its checkpoint is still there."""
+        self.find_lost()
+        for step in sorted(self.failures()):
+            checkpoint = self._read(step, ".pending").get("checkpoint")
+            if checkpoint and Path(checkpoint).exists():
+                self.submit(cfg, step, Path(checkpoint))
+
+    def _submit(self, cfg: Config, resume: ResumeConfig, slurm: SlurmConfig) -> None:
+        try:
+            self.find_lost()
+            name = f"{cfg.run.wandb_name}-step{resume.step}"
+            failed = str(self._path(resume.step, ".failed"))
+            calls = [(_validate, (cfg, resume, failed))]
+            job_id, folder = submit(name, calls, self.folder, slurm, max_restarts=MAX_RESTARTS)
+            if self._path(resume.step, ".pending").exists():  # not if the job is done already
+                self._write(
+                    resume.step, ".pending", checkpoint=resume.checkpoint, job=job_id, log=_log_of(folder, job_id)
+                )
+        except Exception as error:
+            self._fail(resume.step, str(error) if isinstance(error, InputError) else repr(error))
+
+    def close(self) -> None:
+        """Wait until everything has been submitted, or refused."""
+        for thread in self._threads.values():
+            thread.join()
+        self.report()
+
+    # ------------------------------------------------------------------------------------------------- results
+
+    def pending(self) -> set[int]:
+        """Steps whose job has been submitted and has neither given results nor failed."""
+        return self._steps(".pending") - self._steps(".jsonl") - self._steps(".failed")
+
+    def needed(self) -> set[int]:
+        """Steps whose checkpoints must stay: their job has not given results."""
+        return self._steps(".pending") - self._steps(".jsonl")
+
+    def failures(self) -> dict[int, str]:
+        """Why the jobs of some steps gave no results, and where their logs are."""
+        failed = sorted(self._steps(".failed") - self._steps(".jsonl"))
+        return {step: self._read(step, ".failed").get("reason", "unknown reason") for step in failed}
+
+    def report(self) -> None:
+        """Log the failures that have not been logged."""
+        for step, reason in self.failures().items():
+            if step not in self._told:
+                logger.error("step %d is not validated: %s", step, reason)
+                self._told.add(step)
+
+    def collect(self) -> Iterator[Line]:
+        """The lines for ``metrics.jsonl`` that have come in, in the order of their steps.
+
+        Results of a later step wait until the earlier ones are there or their jobs are known to have failed. A results
+        file is removed when the caller comes back for more after its last line, so that none is lost in between.
+        """
+        waiting = min(self.pending(), default=sys.maxsize)
+        for step in sorted(self._steps(".jsonl")):
+            if step > waiting:
+                return
+            yield from read_metrics(self._path(step, ".jsonl"))
+            for suffix in (".pending", ".failed", ".jsonl"):
+                self._path(step, suffix).unlink(missing_ok=True)
+
+    def find_lost(self) -> None:
+        """Note which jobs have ended without a word: cancelled, out of memory, on a machine that died."""
+        for step in self.pending():
+            job = self._read(step, ".pending")
+            if not job.get("job"):
+                if step not in self._threads:
+                    self._fail(step, "the run ended while the job was submitted")
+            elif job_state(job["job"]) == "" and not self._path(step, ".jsonl").exists():
+                self._fail(step, f"job {job['job']} ended without results, see {job.get('log', self.folder)}")
+
+    # ------------------------------------------------------------------------------------------------- files
+
+    def _fail(self, step: int, reason: str) -> None:
+        if not self._path(step, ".failed").exists():  # else the job itself has said why
+            self._write(step, ".failed", reason=reason)
+
+    def _path(self, step: int, suffix: str) -> Path:
+        return self.folder / f"step_{step}{suffix}"
+
+    def _steps(self, suffix: str) -> set[int]:
+        names = (re.fullmatch(rf"step_(\d+){re.escape(suffix)}", path.name) for path in self.folder.glob("step_*"))
+        return {int(name[1]) for name in names if name}
+
+    def _write(self, step: int, suffix: str, **values: str) -> None:
+        _write_json(self._path(step, suffix), values)
+
+    def _read(self, step: int, suffix: str) -> dict[str, str]:
+        try:
+            values = parse_json(self._path(step, suffix).read_text())
+        except (OSError, ValueError):
+            return {}
+        # Earlier versions wrote the job's id alone.
+        return values if isinstance(values, dict) else {"job": str(values)}
+
+
+def _write_json(path: Path, values: dict[str, str]) -> None:
+    with atomic_write(path) as file:
+        file.write(json.dumps(values).encode())
+
+
+def _log_of(folder: Path, job_id: str) -> str:
+    return str(folder / job_id / f"{job_id}_0_log.err")
+
+
+def _validate(cfg: Config, resume: ResumeConfig, failed: str) -> None:
+    """What a validation job runs."""
+    from spidr.validate import validate_existing_checkpoint
+
+    try:
+        validate_existing_checkpoint(cfg, resume)
+    except Exception as error:
+        job, folder = os.environ["SLURM_JOB_ID"], os.environ["SUBMITIT_FOLDER"]
+        log = Path(folder) / f"{job}_0_log.err"
+        _write_json(Path(failed), {"reason": f"job {job} failed: {first_line(error)}; see {log}"})
+        raise
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# After the run
+
+
+class Collected(NamedTuple):
+    """What has become of a run's validation jobs.
+
+    Attributes:
+        lines: How many lines ``metrics.jsonl`` has got.
+        failures: Why some steps are not validated.
+        pending: Steps whose job waits or runs.
+    """
+
+    lines: int
+    failures: dict[int, str]
+    pending: set[int]
+
+
+def collect_metrics(folder: Path) -> Collected:
+    """Collect the results of validation that have come in, then remove the checkpoints that only they needed.
+
+    Args:
+        folder: The folder of a run that is not training.
+
+    Raises:
+        InputError: If the folder is not a run's, or the run is training.
+    """
+    if not os.path.isfile(folder / "config.json"):  # noqa: PTH113 (False for all that cannot be a file)
+        raise InputError(f"{folder}: not a run folder, it has no config.json")
+    with Lock(folder, "is collecting the run's metrics"):
+        metrics = MetricsFile(folder / "metrics.jsonl", sys.maxsize)
+        jobs = ValidationJobs(folder)
+        jobs.find_lost()
+        count = sum(metrics.write(line) for line in jobs.collect())
+        if count:
+            _remove_checkpoints(folder, jobs)
+        return Collected(count, jobs.failures(), jobs.pending())
+
+
+def _remove_checkpoints(folder: Path, jobs: ValidationJobs) -> None:
+    run = read_config(folder / "config.json").run
+    if run.keep_latest > 0:
+        from spidr.checkpoint import Checkpointer
+
+        checkpointer = Checkpointer(folder, run.save_interval, run.keep_latest)
+        checkpointer.needed = jobs.needed
+        checkpointer.remove_old()
+
+
+def push_metrics(folder: Path, entity: str, run_id: str | None = None) -> int:
+    """Push to wandb what it does not have, whatever ``run.wandb_mode`` was.
+
+    Args:
+        folder: The folder of a run that is not training.
+        entity: The wandb user or team.
+        run_id: wandb's id of the run. None: the one that the folder knows, else the one finished run that has the
+            configuration's project and name.
+
+    Returns:
+        How many lines were pushed.
+
+    Raises:
+        InputError: If the run cannot be told, or wandb does not take the lines.
+    """
+    import_wandb()
+    mode = wandb_mode("online")
+    if mode == "disabled":
+        raise InputError("nothing is pushed: WANDB_MODE or WANDB_DISABLED in the environment disables wandb")
+    cfg = read_config(folder / "config.json")
+    lines = read_metrics(folder / "metrics.jsonl")
+    if not lines:
+        raise InputError(f"{folder / 'metrics.jsonl'}: there is nothing to push")
+    project, name = cfg.run.wandb_project, cfg.run.wandb_name
+    if run_id is None and not (folder / "wandb.json").exists():
+        if mode == "offline":
+            raise InputError(f"{folder}: no wandb run is known here; give --runid")
+        run_id = find_wandb_run(f"{entity}/{project}", name)
+    os.environ["WANDB_ENTITY"] = entity
+    sink = WandbSink(folder, project, name, mode, to_dict(cfg), run_id)
+    if sink.run is None:
+        raise InputError(f"wandb cannot be reached as {entity}/{project}; the reason is above")
+    missing = sink.missing(lines)
+    for line in missing:
+        sink.push(line)
+    sink.close()
+    if refused := sink.missing(lines):
+        raise InputError(f"wandb did not take {len(refused)} of {len(missing)} lines; the reason is above")
+    return len(missing)
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line. Returns the exit status: 1 if a step is not validated because its job failed."""
+    parser = Parser(
+        "python -m spidr.tools.metrics_queue",
+        description="Bring a finished run up to date: collect results of validation jobs that came late into "
+        "metrics.jsonl and, with --entity, push to wandb every line that it does not have.",
+        example="python -m spidr.tools.metrics_queue runs/my-project/my-run --entity my-team",
+    )
+    parser.add_argument("path", type=Path, help="a run's folder, or its metrics.jsonl")
+    parser.add_argument("--entity", help="wandb user or team (default: none, nothing is pushed)")
+    parser.add_argument(
+        "--runid", help="wandb's id of the run (default: the one finished run of that project and name)"
+    )
+    args = parser.parse_args(argv)
+    if args.runid is not None and args.entity is None:
+        parser.error("--runid needs --entity")
+    folder = args.path.parent if args.path.name == "metrics.jsonl" else args.path
+    found = collect_metrics(folder)
+    for step, reason in found.failures.items():
+        sys.stderr.write(f"step {step} is not validated: {reason}\n")
+    if found.failures:
+        sys.stderr.write("the run's own command, started again, validates them again\n")
+    if found.pending:
+        steps = ", ".join(map(str, sorted(found.pending)))
+        sys.stderr.write(f"not validated yet: steps {steps}; run this again later\n")
+    if args.entity is not None:
+        pushed = push_metrics(folder, args.entity, args.runid)
+        write_result(f"{pushed} lines pushed{'' if pushed else ': wandb has all of them'}\n")
+    else:
+        nothing = ": no validation job has results that are not in metrics.jsonl yet"
+        write_result(f"{found.lines} lines collected{'' if found.lines else nothing}\n")
+    return 1 if found.failures else 0

@@ -1,0 +1,51 @@
+"""What commands set for OpenMP, and that an import does not."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from spidr.tools import threads
+
+
+def seen(command: list[str], folder: Path, **environ: str) -> str:
+    """What OpenMP would read at the end of a process, or when it loads torch: a torch of ours tells."""
+    show = "import os; print([os.environ.get(n) for n in ('GOMP_SPINCOUNT', 'KMP_BLOCKTIME', 'OMP_WAIT_POLICY')])\n"
+    folder.joinpath("torch.py").write_text(f"{show}os._exit(os.sys.stdout.flush() or 0)\n")
+    folder.joinpath("sitecustomize.py").write_text(f"import atexit\natexit.register(lambda: exec({show!r}))\n")
+    clean = {name: value for name, value in os.environ.items() if name not in threads.CHOICES}
+    clean["PYTHONPATH"] = os.pathsep.join([str(folder), *sys.path])
+    found = subprocess.run(
+        [sys.executable, *command], env=clean | environ, capture_output=True, text=True, timeout=120, check=False
+    )
+    return found.stdout.splitlines()[-1]
+
+
+@pytest.mark.parametrize("module", ["spidr", "spidr.train", "spidr.extract", "spidr.evaluate", "spidr.warm_start"])
+def test_commands_set_it_before_torch_is_loaded(module: str, tmp_path: Path) -> None:
+    assert seen(["-m", module, "--help"], tmp_path) == "['1000', '1', None]"
+
+
+def test_console_script(tmp_path: Path) -> None:
+    script = "import sys; sys.argv = ['spidr', 'extract', '-h']; from spidr.__main__ import spidr; spidr()"
+    assert seen(["-c", script], tmp_path) == "['1000', '1', None]"
+
+
+def test_what_the_user_set_stays(tmp_path: Path) -> None:
+    found = seen(["-m", "spidr.train", "--help"], tmp_path, OMP_WAIT_POLICY="active")
+    assert found == "[None, None, 'active']"
+
+
+def test_an_import_changes_nothing(tmp_path: Path) -> None:
+    tmp_path.joinpath("client.py").write_text("import spidr.models\nspidr.models.SpidR")
+    assert seen(["-m", "client"], tmp_path) == seen(["-c", "import spidr; spidr.models"], tmp_path)
+    assert seen(["-m", "client"], tmp_path) == "[None, None, None]"
+
+
+@pytest.mark.parametrize(("text", "expected"), [("150000 100000\n", 2), ("50000 100000\n", 1), ("max 100000\n", None)])
+def test_quota(text: str, expected: int | None, tmp_path: Path) -> None:
+    assert threads._quota(tmp_path) is None
+    tmp_path.joinpath("cpu.max").write_text(text)
+    assert threads._quota(tmp_path) == expected
