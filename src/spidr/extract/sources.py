@@ -210,8 +210,7 @@ def find_lengths(items: Sequence[Item], options: Options, *, shortest: int) -> t
     pairs = zip(items, looked, strict=True)
     problems = {item.name: explained(result) for item, result in pairs if isinstance(result, InputError)}
     if problems and options.on_error == "raise":
-        remedy = "--on-error skip leaves out what cannot be encoded."
-        raise problems_of(f"{len(items):,} recordings", list(problems.values()), remedy)
+        raise problems_of(list(problems.values()), len(items), "--on-error skip leaves them out")
     return found, {name: str(problem) for name, problem in problems.items()}
 
 

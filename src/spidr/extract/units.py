@@ -236,6 +236,8 @@ class _Table(Output):
 
     def _order(self) -> list[str]:
         """The names of the rows, if the record is that of this table."""
+        if not os.path.exists(self.record):  # noqa: PTH110
+            return []
         record = json.loads(self.record.read_text(encoding="utf-8"))
         checksum = 0
         for line, _ in _lines(self.path):
