@@ -315,7 +315,7 @@ def test_error_is_a_line_of_its_own(
     if rank is None:
         monkeypatch.delenv("RANK")
     assert main() == 2
-    assert capsys.readouterr().err.startswith(f"{line_break}error: gone.toml: cannot read the file")
+    assert capsys.readouterr().err.startswith(f"{line_break}error: gone.toml: cannot be read")
 
 
 def slow_data_on_rank_1() -> Hooks:

@@ -259,26 +259,23 @@ class Run:
     def _warn_of_size(self) -> None:
         """Say what the run will take: disk for its checkpoints and, on a CPU, time."""
         cfg, state = self.cfg, self.state
-        steps, interval = cfg.optimizer.max_steps - state.step, cfg.run.save_interval
+        steps, interval, keep = cfg.optimizer.max_steps - state.step, cfg.run.save_interval, cfg.run.keep_latest
         trained = sum(p.numel() for group in state.optimizer.param_groups for p in group["params"])
         if interval > 0:
-            size = sum(value.nbytes for value in state.model.state_dict().values()) + 8 * trained
-            count = (
-                steps // interval + 1 if cfg.run.keep_latest <= 0 else min(steps // interval, cfg.run.keep_latest) + 1
-            )
-            text = f"checkpoints take up to {count * size / 1e9:.3g} GB ({count} of {size / 1e9:.2g} GB)"
-            if cfg.run.keep_latest <= 0 and count > 1:
-                text += "; set run.keep_latest to keep fewer"
-            free = shutil.disk_usage(self.folder).free
-            if count * size > free:
-                logger.warning("%s, but only %.3g GB are free in %s", text, free / 1e9, self.folder)
-            else:
-                logger.info("%s", text)
+            size = (sum(value.nbytes for value in state.model.state_dict().values()) + 8 * trained) / 1e9
+            count = min(steps // interval, keep if keep > 0 else steps) + 1
+            free = shutil.disk_usage(self.folder).free / 1e9
+            hint = "; set run.keep_latest to keep fewer" if keep <= 0 and count > 1 else ""
+            logger.log(
+                logging.WARNING if count * size > free else logging.INFO,
+                "%d checkpoints of %.2g GB take %.3g GB, %.3g GB are free%s", count, size, count * size, free, hint,
+            )  # fmt: skip
         if self.env.device.type == "cpu" and trained > BASE_MODEL and steps > 0:
-            samples, rows = cfg.data.max_sample_size, cfg.data.max_batch_length / cfg.data.max_sample_size
-            tflop = rows * self.state.loader.accumulation * step_flops(cfg.model, samples, 0, frozen=False) / 1e12
-            hours = steps * tflop / (CPU_TFLOPS * torch.get_num_threads()) / 3600
-            logger.warning("a large model on a CPU: %d steps take about %.2g days", steps, hours / 24)
+            rows = state.loader.accumulation * cfg.data.max_batch_length / cfg.data.max_sample_size
+            tflop = rows * step_flops(cfg.model, cfg.data.max_sample_size, 0, frozen=False) / 1e12
+            days = steps * tflop / (CPU_TFLOPS * torch.get_num_threads()) / 86_400
+            text = "a large model on a CPU: %d steps take about %.2g days; configs/laptop.toml is one for CPUs"
+            logger.warning(text, steps, days)
 
     # ------------------------------------------------------------------------------------------------- every step
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from spidr.config import RunConfig
+from spidr.config import ModelType, RunConfig
 from spidr.tools.errors import InputError
 
 Device = Literal["auto", "cuda", "mps", "cpu"]
@@ -43,6 +43,7 @@ class Options:
         context: Seconds seen on each side of a window; None: a quarter of it.
         resample: Convert recordings that are not 16 kHz mono.
         on_error: "raise", or "skip" recordings that cannot be encoded.
+        model_type: "spidr" or "dinosr", for a checkpoint that does not tell.
         progress: Show progress on standard error.
     """
 
@@ -54,6 +55,7 @@ class Options:
     context: float | None = None
     resample: bool = False
     on_error: OnError = "raise"
+    model_type: ModelType | None = None
     progress: bool = True
 
     def __post_init__(self) -> None:

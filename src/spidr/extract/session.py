@@ -184,7 +184,7 @@ class Session:
         penalty: float = 0.0,
     ) -> None:
         self.name = type(model).__name__ if isinstance(model, DinoSR) else str(model)
-        self.model = model if isinstance(model, DinoSR) else load_encoder(model)
+        self.model = model if isinstance(model, DinoSR) else load_encoder(model, options.model_type)
         self.layer = self.model.best_layer if layer is None else layer
         self.options, self.env, self.discrete, self.penalty = options, env, discrete, penalty
         has_codebook = discrete and centroids is None
