@@ -71,7 +71,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Long versions of tests run when they are asked for by name or marker."""
     if config.option.markexpr or config.option.keyword:
         return
-    for marker in ("slow", "versions"):
+    for marker in ("slow", "versions", "published"):
         deselected = [item for item in items if item.get_closest_marker(marker)]
         config.hook.pytest_deselected(items=deselected)
         items[:] = [item for item in items if item not in deselected]

@@ -82,7 +82,7 @@ FolderName = Annotated[str, Accepts("that can name a folder inside another ('a' 
 class SlurmConfig(Settings):
     """What to ask SLURM for. ``time`` is in minutes."""
 
-    account: str | None = None  # to charge
+    account: Annotated[str, Accepts("without a NUL character", lambda s: "\0" not in s)] | None = None  # to charge
     nodes: Annotated[int, between(1, 100_000)] = REQUIRED  # of each job
     gpus_per_node: Annotated[int, between(1, 1000)] = REQUIRED  # with one task each
     qos: Text | None = None  # quality of service
@@ -95,6 +95,10 @@ class SlurmConfig(Settings):
     def __getitem__(self, name: str) -> Any:
         """A setting by its name: in the published package this is a dictionary."""
         return getattr(self, name)
+
+    def keys(self) -> list[str]:
+        """Names of the settings that are not None, so that ``dict(slurm)`` works, too."""
+        return [f.name for f in dataclasses.fields(self) if getattr(self, f.name) is not None]
 
 
 @dataclass(frozen=True)

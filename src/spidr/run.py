@@ -274,7 +274,8 @@ class Run:
             rows = state.loader.accumulation * cfg.data.max_batch_length / cfg.data.max_sample_size
             tflop = rows * step_flops(cfg.model, cfg.data.max_sample_size, 0, frozen=False) / 1e12
             days = steps * tflop / (CPU_TFLOPS * torch.get_num_threads()) / 86_400
-            logger.warning("a large model on a CPU: %d steps take about %.2g days", steps, days)
+            text = "a large model on a CPU: %d steps take about %.2g days; configs/laptop.toml is one for CPUs"
+            logger.warning(text, steps, days)
 
     # ------------------------------------------------------------------------------------------------- every step
 

@@ -1,8 +1,10 @@
 """What DinoSR and SpidR do in training and inference, beyond the golden values."""
 
+import copy
 import math
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,10 @@ from torch import Tensor
 
 from small_models import tiny_model
 from spidr.config import DinoSRConfig
-from spidr.models import DinoSR, SpidR
+from spidr.models import DinoSR, SpidR, dinosr
+from spidr.models.codebook import Codebook
 from spidr.models.dinosr import ema_scheduler
+from spidr.models.metrics import perplexity
 from spidr.models.spidr import exp_ema_scheduler
 from spidr.tools.errors import InputError
 from spidr.tools.frames import conv_length
@@ -194,6 +198,63 @@ def test_codebook_statistics_add_up_over_micro_batches(model_type: str) -> None:
     again = models[0].codebooks[0].codebook.clone()
     models[0].update_ema(2)  # nothing has been gathered since
     assert torch.equal(models[0].codebooks[0].codebook, again)
+
+
+@BOTH
+def test_every_training_forward_moves_the_codebooks(model_type: str) -> None:
+    """As fine-tuning with a frozen teacher needs it, which never calls ``update_ema``."""
+    model = tiny_model(model_type, **NO_DROPOUT).train()
+    deferred = copy.deepcopy(model)
+    deferred.defer_codebook_updates = True
+    mask = torch.rand(2, num_frames(model, 1500)) < 0.5
+    for step in (1, 2, 3):
+        waveforms, before = torch.randn(2, 1500), model.codebooks[0].codebook.clone()
+        loss, outputs = model(waveforms, mask=mask)
+        assert not torch.equal(model.codebooks[0].codebook, before)
+        loss_again, outputs_again = deferred(waveforms, mask=mask)
+        assert torch.equal(deferred.codebooks[0].codebook, before)
+        torch.testing.assert_close((loss_again, outputs_again), (loss, outputs))
+        deferred.update_ema(step)
+        for (name, one), (_, other) in zip(*(m.codebooks.named_buffers() for m in (model, deferred)), strict=True):
+            torch.testing.assert_close(one, other, msg=name)
+    assert not torch.equal(
+        model.teacher.layers[0].attention.qkv.weight, deferred.teacher.layers[0].attention.qkv.weight
+    )
+
+
+def test_a_codebook_on_its_own_updates_itself_in_training() -> None:
+    codebook, frames = Codebook(4, 6, 0.9), torch.randn(50, 4)
+    before = codebook.codebook.clone()
+    one_hot = codebook.eval()(frames)
+    assert one_hot.shape == (50, 6)
+    assert torch.equal(one_hot.sum(1), torch.ones(50))
+    assert torch.equal(codebook.codebook, before)
+    assert torch.equal(codebook.train()(frames), one_hot)
+    used = one_hot.sum(0) > 0
+    expected = torch.where(used.unsqueeze(1), 0.9 * before + 0.1 * one_hot.T @ frames, before)
+    torch.testing.assert_close(codebook.codebook, expected)
+
+
+def test_either_kind_of_mask_under_either_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dinosr, "_warned_about_indices", False)
+    model, waveforms = tiny_model(**NO_DROPOUT), torch.randn(2, 1500)
+    frames = num_frames(model, 1500)
+    indices = torch.stack([torch.randperm(frames)[:7].sort().values for _ in range(2)])
+    mask = torch.zeros(2, frames, dtype=torch.bool).scatter_(1, indices, value=True)
+    model.eval()
+    losses = [
+        model(waveforms, mask=mask)[0],
+        model(waveforms, mask=indices)[0],
+        model(waveforms, mask_indices=indices)[0],
+    ]
+    with pytest.warns(UserWarning, match=r"count masked frames with `mask\.sum\(\)`, not `numel\(\)`"):
+        losses.append(model(waveforms, mask_indices=mask)[0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(waveforms, mask_indices=mask)  # it warns once
+    assert all(torch.equal(loss, losses[0]) for loss in losses)
+    with pytest.raises(InputError, match="two names of one argument"):
+        model(waveforms, mask=mask, mask_indices=indices)
 
 
 def test_no_update_of_codebooks_with_a_decay_of_one_nor_in_eval_mode() -> None:
@@ -422,6 +483,7 @@ DDP_LOOP = """
 import sys, torch, torch.distributed as dist
 sys.path.insert(0, sys.argv[1])
 from small_models import tiny_model
+from spidr.models.metrics import perplexity
 from torch.nn.parallel import DistributedDataParallel
 dist.init_process_group("gloo")
 rank = dist.get_rank()
@@ -435,7 +497,9 @@ for step, (waveforms, mask) in enumerate(data, start=1):
     optimizer.step()
     optimizer.zero_grad()
     model.update_ema(step)
-torch.save({"model": model.state_dict(), "ppl": outputs["target_ppl"]}, f"{sys.argv[4]}.{rank}")
+own = torch.eye(4)[2 * rank : 2 * rank + 2]
+perplexities = [perplexity(own), perplexity(own.softmax(-1), tokenwise=True)]
+torch.save({"model": model.state_dict(), "ppl": outputs["target_ppl"], "own": perplexities}, f"{sys.argv[4]}.{rank}")
 dist.destroy_process_group()
 """
 
@@ -469,6 +533,10 @@ def test_a_users_own_ddp_loop_keeps_codebooks_equal(model_type: str, tmp_path: P
         assert torch.equal(ranks[0]["model"][name], ranks[1]["model"][name]), name
         torch.testing.assert_close(ranks[0]["model"][name], value, rtol=1e-4, atol=1e-5, msg=name)
     torch.testing.assert_close(ranks[0]["ppl"], outputs["target_ppl"])
+    rows = torch.eye(4)
+    of_all = [perplexity(rows), perplexity(rows.softmax(-1), tokenwise=True)]
+    torch.testing.assert_close(ranks[0]["own"], of_all)
+    torch.testing.assert_close(ranks[1]["own"], of_all)
 
 
 @BOTH

@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
-from spidr.tools.command import command
+from spidr.tools.command import Parser, command
 from spidr.tools.lazy import needs_extra
 
 
@@ -33,15 +33,17 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         "python -m spidr.extract",
+        example="python -m spidr.extract units recordings units.jsonl --model spidr_base --layer 6",
         description="Features and units of recordings. Interrupted features and units resume with the same command; "
         "torchrun and srun share them among processes.",
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    common = argparse.ArgumentParser(add_help=False)
+    common = Parser(add_help=False)
     common.add_argument("sources", nargs="+", help="manifests, lists, folders, audio files")
     common.add_argument("--model", default="spidr_base", help="a published model or a checkpoint (%(default)s)")
+    common.add_argument("--model-type", choices=["spidr", "dinosr"], help="of a checkpoint without config.json (told)")
     common.add_argument("--layer", type=int, metavar="N", help="counted from 1 (the model's best)")
     common.add_argument("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto", help="(%(default)s)")
     common.add_argument(

@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from spidr.config import SAMPLE_RATE, RunConfig
+from spidr.config import SAMPLE_RATE, ModelType, RunConfig
 from spidr.environment import Environment
 from spidr.extract.smooth import NEAR, Decoder
 from spidr.extract.sources import TOO_SHORT, Item, LongRecording, read_item
@@ -109,6 +109,7 @@ class Options:
         context: Seconds seen on each side of a window; None: a quarter of it.
         resample: Convert recordings that are not 16 kHz mono.
         on_error: "raise", or "skip" recordings that cannot be encoded.
+        model_type: "spidr" or "dinosr", for a checkpoint that does not tell.
         progress: Show progress on standard error.
     """
 
@@ -120,6 +121,7 @@ class Options:
     context: float | None = None
     resample: bool = False
     on_error: OnError = "raise"
+    model_type: ModelType | None = None
     progress: bool = True
 
     def __post_init__(self) -> None:
@@ -248,7 +250,7 @@ class Session:
         penalty: float = 0.0,
     ) -> None:
         self.name = type(model).__name__ if isinstance(model, DinoSR) else str(model)
-        self.model = model if isinstance(model, DinoSR) else load_encoder(model)
+        self.model = model if isinstance(model, DinoSR) else load_encoder(model, options.model_type)
         self.layer = self.model.best_layer if layer is None else layer
         self.options, self.env, self.discrete, self.penalty = options, env, discrete, penalty
         has_codebook = discrete and centroids is None

@@ -228,19 +228,23 @@ class _Linear(torch.autograd.Function):
         )
 
 
-@known
-class Linear(nn.Linear):
-    """``torch.nn.Linear``."""
+def through(module: nn.Module, x: Tensor) -> Tensor:
+    """Call a linear layer. One that nobody touched is computed by :func:`linear`.
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
-        """(..., in) to (..., out)."""
-        return linear(input, self.weight, self.bias)
+    Layers stay of the very type ``torch.nn.Linear``, by which quantisation and adapters find them.
+    """
+    if type(module) is nn.Linear and suits_onednn(x, module.weight) and untouched(module):
+        return linear(x, module.weight, module.bias)
+    return module(x)
 
-    def gelu(self, x: Tensor) -> Tensor:
-        """GELU of the output, in one operation where no backward pass is to come."""
-        if torch.is_grad_enabled() or not suits_onednn(x, self.weight) or not untouched(self):
-            return F.gelu(self(x))
-        return _onednn_linear(x, self.weight, self.bias, "gelu")
+
+def through_gelu(module: nn.Module, x: Tensor) -> Tensor:
+    """GELU of a linear layer's output, in one operation where no backward pass is to come."""
+    if torch.is_grad_enabled() or type(module) is not nn.Linear:
+        return F.gelu(through(module, x))
+    if suits_onednn(x, module.weight) and untouched(module):
+        return _onednn_linear(x, module.weight, module.bias, "gelu")
+    return F.gelu(module(x))
 
 
 # ------------------------------------------------------------------------------------------- for training on a CPU
