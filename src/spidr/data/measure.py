@@ -12,7 +12,7 @@ import polars as pl
 from tqdm import tqdm
 
 from spidr.data.audio import num_samples
-from spidr.data.dataset import iter_recordings
+from spidr.data.manifest import iter_recordings
 from spidr.tools.errors import InputError
 
 if TYPE_CHECKING:

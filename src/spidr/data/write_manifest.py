@@ -83,9 +83,8 @@ with command_needs("train", __name__):
 
     from spidr.config import SAMPLE_RATE, DataConfig
     from spidr.data.audio import num_samples, statistics
-    from spidr.data.dataset import iter_recordings
     from spidr.data.decoders import AUDIO
-    from spidr.data.manifest import SCHEMA, is_table, read_manifest, stem
+    from spidr.data.manifest import SCHEMA, is_table, iter_recordings, read_manifest, stem
     from spidr.data.measure import measure, problems_of
     from spidr.data.summary import duration, summarise
 

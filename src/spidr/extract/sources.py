@@ -22,9 +22,8 @@ from spidr.data.audio import (
     seekable_length,
     stream,
 )
-from spidr.data.dataset import recordings_of
 from spidr.data.decoders import AUDIO
-from spidr.data.manifest import is_table, read_manifest
+from spidr.data.manifest import is_table, read_manifest, recordings_of
 from spidr.data.recording import Recording
 from spidr.tools.errors import InputError
 from spidr.tools.files import check_file, expand, find_files
