@@ -1,7 +1,9 @@
 """Kill training at random moments, start it again, and compare the bits of what comes out with an undisturbed run.
 
-``python benchmarks/kill.py [--kills 60] [--seed 0]``: small models on 1, 2 and 4 processes with data workers. Every
-disturbed run is killed several times before it may finish. Ends with a table, and status 1 if anything differs.
+``python benchmarks/kill.py [--kills 60] [--minutes M] [--seed 0] [--compiled]``: small models on 1, 2 and 4 processes
+with data workers. Every disturbed run is killed several times, also while it resumes and around ``freeze_step``, before
+it may finish. Ends with a table. If anything differs the status is 1, the two run folders stay, and the first tensor
+that differs is printed, from which checkpoint on and by how much.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import argparse
 import os
 import random
+import shutil
 import signal
 import sys
 import tempfile
@@ -16,15 +19,21 @@ import time
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
+
+import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from processes import CONTEXT, Fault, Ranks, assert_same_run, complete
 from tiny_run import write_config, write_recordings
 
-KINDS = ("one rank", "all ranks", "data worker", "SIGTERM", "SIGUSR1", "SIGUSR2", "validation", "checkpoint")
+SIGNALS = ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT", "SIGHUP")
+KINDS = ("one rank", "all ranks", "data worker", *SIGNALS, "validation", "checkpoint", "freeze", "resume")
 SETUPS = [("spidr", 1, 1), ("dinosr", 2, 2), ("dinosr", 1, 2), ("spidr", 2, 1), ("spidr", 4, 1), ("dinosr", 4, 2)]
 """Model, processes and micro-batches of each."""
+
+FREEZE_STEP = 9
 
 
 def children(pid: int | None) -> list[int]:
@@ -40,66 +49,103 @@ def disturb(config: Path, world_size: int, kind: str, seconds: float, rng: rando
     rank, fault = rng.randrange(world_size), None
     if kind in ("validation", "checkpoint"):
         fault = Fault(kind, rng.randint(1, 3), rank=0 if kind == "checkpoint" else rank)
+    if kind == "freeze":
+        fault = Fault(
+            "step", rng.choice((FREEZE_STEP - 1, FREEZE_STEP, FREEZE_STEP + 1)), rank=rng.choice((rank, None))
+        )
     ranks = Ranks(config, world_size, fault)
     if fault is None:
         # Before all have met, nobody but a launcher can know that one is missing.
         while world_size > 1 and "training" not in ranks.log.read_text() and ranks.processes[0].is_alive():
             time.sleep(0.01)
-        time.sleep(rng.uniform(0, 0.6 * seconds))
+        time.sleep(rng.uniform(0, (0.1 if kind == "resume" else 0.6) * seconds))
         pids = [process.pid for process in ranks.processes]
-        victims = {"all ranks": pids, "data worker": children(pids[rank])[:1]}.get(kind, [pids[rank]])
+        everyone = kind in ("all ranks", "resume", "SIGINT", "SIGHUP")  # terminals send these to all
+        victims = children(pids[rank])[:1] if kind == "data worker" else pids if everyone else [pids[rank]]
         for pid in victims:
             with suppress(ProcessLookupError):
                 os.kill(pid or 0, getattr(signal, kind, signal.SIGKILL))
     return any(status != 0 for status in ranks.wait(300))
 
 
+def tensors(value: Any, name: str = "") -> dict[str, torch.Tensor]:
+    """The tensors in nested containers by their place."""
+    if isinstance(value, torch.Tensor):
+        return {name: value}
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple)) else ()
+    return {place: tensor for key, item in items for place, tensor in tensors(item, f"{name}.{key}").items()}
+
+
+def first_difference(found: Path, expected: Path) -> str:
+    """Which tensor differs first between the checkpoints of two runs, from which one on, and by how much."""
+    paths = sorted(expected.glob("step_*.pt"), key=lambda path: int(path.stem[5:]))
+    for path in [*paths, expected / "final.pt"]:
+        if not (found / path.name).exists():
+            continue
+        ours, theirs = (tensors(torch.load(folder / path.name, weights_only=True)) for folder in (found, expected))
+        for name in ours.keys() & theirs.keys():
+            a, b = ours[name].double(), theirs[name].double()
+            if a.shape != b.shape or not torch.equal(a, b):
+                by = (a - b).abs().max().item() if a.shape == b.shape else "its shape"
+                return f"{path.name}: {name} differs by {by}"
+    return "no tensor of a checkpoint differs"
+
+
 def main() -> int:
     """Run the command line. Returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--kills", type=int, default=60, help="how many kills at least")
-    parser.add_argument("--seed", type=int, default=0, help="seed of kinds and moments")
+    parser.add_argument("--kills", type=int, default=60, help="how many kills at least (default: %(default)s)")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after so many (default: when done)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of kinds and moments (default: %(default)s)")
+    parser.add_argument("--compiled", action="store_true", help="with run.compile")
     args = parser.parse_args()
     rng = random.Random(args.seed)
     kills: Counter[tuple[str, str]] = Counter()
     runs = different = 0
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        manifest = write_recordings(folder / "data", count=24)
-        warm_up = CONTEXT.Process(target=int)  # the server's start is no part of a run
-        warm_up.start()
-        warm_up.join()
-        few = write_recordings(folder / "few", count=4)
-        for number, (model_type, world_size, accumulation) in enumerate(SETUPS):
-            setup = f"{model_type}, {world_size} x {accumulation}"
-            sections = {
-                "run": {"model_type": model_type, "save_interval": 4, "log_interval": 2},
-                "data": {"num_workers": 1, "global_batch_length": 24_000 * world_size * accumulation},
-                "optimizer": {"max_steps": 18},
-                "model": {"freeze_step": 9},
-                "validation": {"dev": {"manifest": str(few), "num_workers": 0}},
-            }
-            start = time.monotonic()
-            undisturbed = complete(write_config(folder, manifest, f"undisturbed_{number}", **sections), world_size)
-            seconds = time.monotonic() - start
-            share = args.kills * (number + 1) // len(SETUPS)
-            while sum(kills.values()) < share:
-                runs += 1
-                config = write_config(folder, manifest, f"killed_{runs}", **sections)
-                for kind in rng.choices(KINDS, k=rng.randint(2, 5)):
-                    if disturb(config, world_size, kind, seconds, rng):
-                        kills[setup, kind] += 1
-                try:
-                    assert_same_run(complete(config, world_size), undisturbed)
-                except AssertionError as error:
-                    different += 1
-                    print(f"{setup}: run {runs} differs: {error}", flush=True)
-                print(f"{setup}: {sum(kills.values())} kills, {runs} runs, {different} differ", flush=True)
+    folder = Path(tempfile.mkdtemp(prefix="kill-"))
+    manifest = write_recordings(folder / "data", count=24)
+    warm_up = CONTEXT.Process(target=int)  # the server's start is no part of a run
+    warm_up.start()
+    warm_up.join()
+    few = write_recordings(folder / "few", count=4)
+    begin = time.monotonic()
+    for number, (model_type, world_size, accumulation) in enumerate(SETUPS):
+        setup = f"{model_type}, {world_size} x {accumulation}"
+        sections = {
+            "run": {"model_type": model_type, "save_interval": 4, "log_interval": 2, "compile": args.compiled},
+            "data": {"num_workers": 1, "global_batch_length": 24_000 * world_size * accumulation},
+            "optimizer": {"max_steps": 18},
+            "model": {"freeze_step": FREEZE_STEP},
+            "validation": {"dev": {"manifest": str(few), "num_workers": 0}},
+        }
+        start = time.monotonic()
+        undisturbed = complete(
+            write_config(folder, manifest, f"undisturbed_{number}", **sections), world_size, timeout=600
+        )
+        seconds = time.monotonic() - start
+        share = args.kills * (number + 1) // len(SETUPS)
+        until = begin + 60 * args.minutes * (number + 1) / len(SETUPS)
+        while sum(kills.values()) < share and time.monotonic() < until:
+            runs += 1
+            config = write_config(folder, manifest, f"killed_{runs}", **sections)
+            for kind in rng.choices(KINDS, k=rng.randint(2, 5)):
+                if disturb(config, world_size, kind, seconds, rng):
+                    kills[setup, kind] += 1
+            killed = complete(config, world_size, timeout=600)
+            try:
+                assert_same_run(killed, undisturbed)
+                shutil.rmtree(killed)
+            except AssertionError as error:
+                different += 1
+                print(f"{setup}: {killed} differs from {undisturbed}: {first_difference(killed, undisturbed)}\n{error}")
+            print(f"{setup}: {sum(kills.values())} kills, {runs} runs, {different} differ", flush=True)
     print(f"\n{'':16}" + "".join(f"{kind:>12}" for kind in KINDS))
     for model_type, world_size, accumulation in SETUPS:
         setup = f"{model_type}, {world_size} x {accumulation}"
         print(f"{setup:16}" + "".join(f"{kills[setup, kind]:12}" for kind in KINDS))
     print(f"{sum(kills.values())} kills in {runs} runs; {runs - different} ended with the undisturbed run's bits")
+    if not different:
+        shutil.rmtree(folder)
     return 1 if different else 0
 
 

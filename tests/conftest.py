@@ -56,7 +56,11 @@ ALLOWED_SKIPS = ("SLURM is not installed", "FFmpeg is not installed", "no GPU", 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """In CI, a test that is skipped for a reason that nobody has thought of is a failure."""
-    reasons = {str(report.longrepr[2]) for report in terminalreporter.stats.get("skipped", [])}
+    skipped = {report.nodeid: str(report.longrepr[2]) for report in terminalreporter.stats.get("skipped", [])}
+    wanting = [test for test, reason in skipped.items() if "FFmpeg is not" in reason or "SLURM is not" in reason]
+    if path := os.environ.get("SPIDR_TESTS_WANTING"):  # `.ci/run` installs what they want and runs them
+        Path(path).write_text("\n".join(wanting))
+    reasons = set(skipped.values())
     unexpected = [reason for reason in reasons if not any(allowed in reason for allowed in ALLOWED_SKIPS)]
     if unexpected and os.environ.get("CI"):
         terminalreporter.write_line(f"skipped for reasons that are not allowed: {unexpected}", red=True)
@@ -67,7 +71,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Long versions of tests run when they are asked for by name or marker."""
     if config.option.markexpr or config.option.keyword:
         return
-    for marker in ("slow", "versions"):
+    for marker in ("slow", "versions", "published"):
         deselected = [item for item in items if item.get_closest_marker(marker)]
         config.hook.pytest_deselected(items=deselected)
         items[:] = [item for item in items if item not in deselected]

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from spidr.config import read_config
-from spidr.tools.errors import InputError
+from spidr.tools.command import command
 from spidr.tools.metrics import read_metrics
 from tiny_run import MEASURED
 
@@ -68,22 +68,19 @@ class Fault:
 def _rank(config: Path, rank: int, world_size: int, port: int, log: Path, fault: Fault | None, hooks: Any) -> None:
     """One process of a run."""
     from spidr.tools import peers
-    from spidr.train import say_why, train
+    from spidr.train import train
 
     torch.set_num_threads(1)
     multiprocessing.set_start_method("fork", force=True)  # the default for data workers, which this process is not
     sys.stderr = sys.stdout = log.open("a", buffering=1)
     os.dup2(sys.stderr.fileno(), 2)
-    peers.BEAT, peers.SILENCE = 0.2, 6  # the dead are to be missed soon
+    peers.BEAT, peers.SILENCE, peers.GRACE = 0.2, 6, 5  # the dead are to be missed soon
     if world_size > 1:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     if fault is not None and fault.rank in (None, rank):
         fault.arm()
-    try:
-        train(read_config(config), hooks() if hooks is not None else None)
-    except InputError as error:
-        sys.exit(say_why(error))
+    sys.exit(command(train)(read_config(config), hooks() if hooks is not None else None))
 
 
 def free_port() -> int:

@@ -551,8 +551,8 @@ def test_a_number_that_python_does_not_write(write) -> None:
 
 
 def test_unreadable(tmp_path: Path) -> None:
-    assert problems(tmp_path) == ["cannot read the file: Is a directory"]
-    assert problems(tmp_path / "missing.toml") == ["cannot read the file: No such file or directory"]
+    assert problems(tmp_path) == ["cannot be read (it is a folder, not a file)"]
+    assert problems(tmp_path / "missing.toml") == ["cannot be read (No such file or directory)"]
     with pytest.raises(InputError, match="null"):
         read_config("a\0b")
 

@@ -1,7 +1,9 @@
 """Packages whose names are imported when they are first used look as if they had been imported at once."""
 
+import importlib
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -32,3 +34,26 @@ def test_what_is_missing_is_said() -> None:
         spidr.models.SpidS  # type: ignore[attr-defined]  # noqa: B018
     with pytest.raises(ImportError, match="cannot import name 'SpidS'"):
         from spidr.models import SpidS  # type: ignore[attr-defined]  # noqa: F401
+
+
+def test_a_broken_module_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An AttributeError while a module is imported is no missing name."""
+    (tmp_path / "lazily").mkdir()
+    lines = [
+        "from spidr.tools.lazy import lazy_names",
+        "__all__ = ['run']",
+        "__getattr__ = lazy_names(__name__, {'run': 'posix'})",
+    ]
+    (tmp_path / "lazily/__init__.py").write_text("\n".join(lines))
+    (tmp_path / "lazily/posix.py").write_text("import signal\nsignal.SIGNOTHING\ndef run(): ...\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(
+        ImportError, match=r"cannot import lazily\.posix: module 'signal' has no attribute 'SIGNOTHING'"
+    ):
+        from lazily import run  # type: ignore[import-not-found]  # noqa: F401
+
+
+@pytest.mark.parametrize("name", ["data", "models"])
+def test_dir_lists_public_names(name: str) -> None:
+    package = importlib.import_module(f"spidr.{name}")
+    assert dir(package) == sorted(package.__all__)

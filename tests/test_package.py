@@ -199,39 +199,6 @@ def test_missing_packages_of_modules_and_of_ours() -> None:
         raise ModuleNotFoundError("No module named 'polars'", name="polars")
 
 
-MAY_IMPORT = {
-    "__init__": {"tools"},  # a command sets up its threads before torch is loaded
-    "config": {"tools"},
-    "models": {"tools", "config"},
-    "data": {"config", "tools"},
-    "tools": {"config"},
-    "environment": {"config", "tools"},
-    "optimizer": {"tools", "config"},
-    "checkpoint": {"config", "models", "optimizer", "tools"},
-    "state": {"compiled", "config", "models", "data", "environment", "optimizer", "tools"},
-    "compiled": {"tools", "config", "models"},
-    "evaluate": {"tools", "config", "models", "data", "environment", "validate"},
-    "report": {"config", "models", "data", "environment", "checkpoint", "validate", "tools"},
-    "validate": {"config", "models", "data", "environment", "tools"},
-    "extract": {"config", "models", "data", "environment", "tools"},
-    "slurm": {"config", "tools"},
-    "validation_jobs": {"config", "checkpoint", "slurm", "tools", "validate"},
-    "run": {
-        *("config", "models", "data", "environment", "checkpoint", "state", "validate", "validation_jobs", "tools"),
-    },
-    "train": {
-        *("config", "models", "data", "environment", "state", "run", "tools"),
-    },
-    "warm_start": {"config", "models", "data", "environment", "optimizer", "tools"},
-    "export": {"config", "models", "tools"},
-    "metrics_queue": {"validation_jobs"},  # a doorway
-    "inputs": {"config", "data", "models", "tools"},
-    "compat": {"config", "models", "data", "environment", "optimizer", "tools"},
-    "__main__": {"config", "environment", "inputs", "slurm", "train", "tools"},
-}
-"""Arrows point one way. ``run`` starts validation jobs; what the jobs call is imported inside them."""
-
-
 PLACES = {
     "cloudpickle": {"slurm"},
     "cycler": {"report"},
@@ -276,13 +243,6 @@ def part_of(path: Path) -> str:
 
 
 modules = pytest.mark.parametrize("path", sorted(SOURCE.rglob("*.py")), ids=lambda path: str(path.relative_to(SOURCE)))
-
-
-@modules
-def test_import_directions(path: Path) -> None:
-    part = part_of(path)
-    parts = {name.split(".")[1] for name in imported(path) if name.startswith("spidr.")}
-    assert parts - {part} <= MAY_IMPORT.get(part, set())
 
 
 @modules

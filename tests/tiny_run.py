@@ -48,7 +48,7 @@ def write_config(folder: Path, manifest: Path, name: str = "run", **sections: di
         "model": dict(TINY),
     }
     for section, table in sections.items():
-        document[section] |= table
+        document[section] = document.get(section, {}) | table
     path = folder / f"{name}.json"
     path.write_text(json.dumps(document))
     return path

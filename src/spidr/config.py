@@ -64,6 +64,13 @@ SpanSpread = Annotated[float, Accepts("between 0 and 1,000,000", lambda x: 0 <= 
 Samples = Annotated[int, between(1, MAX_SAMPLES)]
 Probability = Annotated[float, Accepts("between 0 and 1", lambda x: 0 <= x <= 1)]
 Text = Annotated[str, Accepts("that is not empty", lambda s: bool(s) and "\0" not in s)]
+Names = list[Text]
+Wide = Annotated[int, between(1, 2**20)]
+MaskShare = Annotated[float, Accepts("in (0, 1]", lambda p: 0 < p <= 1)]
+Betas = Annotated[tuple[float, float], Accepts("in [0, 1)", lambda betas: all(0 <= b < 1 for b in betas))]
+ConvLayers = Annotated[
+    list[tuple[Width, Width, Width]], Accepts("with 1 to 100 layers", lambda layers: 1 <= len(layers) <= 100)
+]
 FolderName = Annotated[str, Accepts("that can name a folder inside another ('a' or 'a/b', no '..' or '\\')", _is_below)]
 
 
@@ -75,47 +82,46 @@ FolderName = Annotated[str, Accepts("that can name a folder inside another ('a' 
 class SlurmConfig(Settings):
     """What to ask SLURM for. ``time`` is in minutes."""
 
-    account: str | None = None
-    nodes: Annotated[int, between(1, 100_000)] = REQUIRED
-    gpus_per_node: Annotated[int, between(1, 1000)] = REQUIRED
-    qos: Text | None = None
-    time: Annotated[int, between(1, 10_000_000)] | None = None
-    cpus_per_task: Annotated[int, between(1, 10_000)] | None = None
-    mem_per_gpu: Text | None = None
-    constraint: Text | None = None
-    partition: Text | None = None
+    account: Annotated[str, Accepts("without a NUL character", lambda s: "\0" not in s)] | None = None  # to charge
+    nodes: Annotated[int, between(1, 100_000)] = REQUIRED  # of each job
+    gpus_per_node: Annotated[int, between(1, 1000)] = REQUIRED  # with one task each
+    qos: Text | None = None  # quality of service
+    time: Annotated[int, between(1, 10_000_000)] | None = None  # limit in minutes
+    cpus_per_task: Annotated[int, between(1, 10_000)] | None = None  # for its data workers
+    mem_per_gpu: Text | None = None  # such as "80g"
+    constraint: Text | None = None  # features that the nodes must have
+    partition: Text | None = None  # to use
 
     def __getitem__(self, name: str) -> Any:
         """A setting by its name: in the published package this is a dictionary."""
         return getattr(self, name)
 
+    def keys(self) -> list[str]:
+        """Names of the settings that are not None, so that ``dict(slurm)`` works, too."""
+        return [f.name for f in dataclasses.fields(self) if getattr(self, f.name) is not None]
+
 
 @dataclass(frozen=True)
 class RunConfig(Settings):
-    """Where a run lives and how it logs, saves and restarts.
+    """Where a run lives and how it logs, saves and restarts."""
 
-    ``save_interval <= 0`` writes no checkpoint, ``keep_latest <= 0`` keeps all of them. Relative paths start where the
-    command was run. ``profile`` records two steps after step 1,005 on the first process. A codebook of which fewer
-    than ``collapse_share`` of the codewords are in use for ``collapse_steps`` steps is warned of.
-    """
-
-    workdir: Text
-    wandb_project: FolderName
-    wandb_name: FolderName
-    wandb_mode: Literal["online", "offline", "disabled"] = "offline"
-    random_seed: NonNegative = 0
-    use_deterministic: bool = False
-    log_interval: Positive = 200
-    save_interval: int = 2500
-    init_ckpt: Text | None = None
-    compile: bool = True
-    keep_latest: int = -1
-    model_type: ModelType = "dinosr"
-    slurm_validation: SlurmConfig | None = None
-    device: Literal["auto", "cuda", "mps", "cpu"] = ours("auto")
-    profile: bool = ours(False)
-    collapse_share: Probability = ours(0.1)
-    collapse_steps: Positive = ours(1000)
+    workdir: Text  # where run folders are; relative to where the command is run
+    wandb_project: FolderName  # folder in workdir, project on wandb
+    wandb_name: FolderName  # folder in the project, name on wandb
+    wandb_mode: Literal["online", "offline", "disabled"] = "offline"  # whether and when metrics go to wandb
+    random_seed: NonNegative = 0  # of weights and dropout
+    use_deterministic: bool = False  # deterministic algorithms, on a GPU slower
+    log_interval: Positive = 200  # steps between two lines of metrics
+    save_interval: int = 2500  # steps between two checkpoints; <= 0: none
+    init_ckpt: Text | None = None  # weights to begin with: a file or the name of a published model
+    compile: bool = True  # torch.compile, on a GPU
+    keep_latest: int = -1  # checkpoints to keep; <= 0: all
+    model_type: ModelType = "dinosr"  # always write it
+    slurm_validation: SlurmConfig | None = None  # the SLURM job of a validation
+    device: Literal["auto", "cuda", "mps", "cpu"] = ours("auto")  # auto: CUDA, else MPS, else the CPU
+    profile: bool = ours(False)  # record two steps after step 1,005
+    collapse_share: Probability = ours(0.1)  # warn of a codebook that uses fewer of its codewords
+    collapse_steps: Positive = ours(1000)  # for so many steps
 
     @property
     def dir(self) -> Path:
@@ -133,26 +139,26 @@ class DataConfig(Settings):
     recording once). The frames of a batch are a multiple of ``length_multiple``.
     """
 
-    manifest: Text | Annotated[list[Text], Accepts("with at least one", bool)]
-    enable_padding: bool = False
-    rand_crop: bool = True
-    normalize: bool = True
-    num_buckets: Annotated[int, between(1, 1_000_000)] = 1000
-    min_sample_size: Annotated[int, between(0, MAX_SAMPLES)] = 2000
-    max_sample_size: Samples = 320_000
-    max_batch_length: Samples = 3_800_000
-    drop_last: bool = False
-    num_workers: Annotated[int, between(0, 1000)] = 10
-    pin_memory: bool = False
-    prefetch_factor: Annotated[int, between(1, 1000)] = 2
-    persistent_workers: bool = True
-    random_seed: NonNegative = 0
-    bucket_method: Literal["uniform", "percentile"] = "uniform"
-    alignments_path: Text | None = None
-    global_batch_length: Annotated[int, between(1, 10**10)] | None = ours(None)
-    on_error: Literal["raise", "skip"] = ours("raise")
-    weights: list[PositiveFloat] | None = ours(None)
-    length_multiple: Annotated[int, between(1, 1024)] = ours(1)
+    manifest: Text | Annotated[list[Text], Accepts("with at least one", bool)]  # a table of recordings, or several
+    enable_padding: bool = False  # pad a batch's shorter rows; else crop the longer
+    rand_crop: bool = True  # crop at a random place; else at the start
+    normalize: bool = True  # standardise each recording
+    num_buckets: Annotated[int, between(1, 1_000_000)] = 1000  # of like lengths, from which batches are drawn
+    min_sample_size: Annotated[int, between(0, MAX_SAMPLES)] = 2000  # leave out shorter recordings
+    max_sample_size: Samples = 320_000  # crop longer ones
+    max_batch_length: Samples = 3_800_000  # of a process's micro-batch, with its padding
+    drop_last: bool = False  # leave out the last batches of an epoch if incomplete
+    num_workers: Annotated[int, between(0, 1000)] = 10  # processes that read; 0: the training process
+    pin_memory: bool = False  # page-locked batches
+    prefetch_factor: Annotated[int, between(1, 1000)] = 2  # batches that a worker is ahead
+    persistent_workers: bool = True  # keep workers between epochs
+    random_seed: NonNegative = 0  # of the order, crops and masks
+    bucket_method: Literal["uniform", "percentile"] = "uniform"  # how bucket bounds are spread
+    alignments_path: Text | None = None  # phones: validation reports the quality of units
+    global_batch_length: Annotated[int, between(1, 10**10)] | None = ours(None)  # of a step, by accumulation
+    on_error: Literal["raise", "skip"] = ours("raise")  # what to do about unreadable recordings
+    weights: list[PositiveFloat] | None = ours(None)  # shares of several manifests in the hours of an epoch
+    length_multiple: Annotated[int, between(1, 1024)] = ours(1)  # of the frames of a batch
 
     RULES: ClassVar = (
         Rule(
@@ -179,26 +185,23 @@ class OptimizerConfig(Settings):
     ``exclude_from_optimizer`` and ``to_freeze`` are prefixes of parameter names.
     """
 
-    lr: NonNegativeFloat = 5e-4
-    betas: Annotated[tuple[float, float], Accepts("in [0, 1)", lambda betas: all(0 <= b < 1 for b in betas))] = (
-        0.9,
-        0.95,
-    )
-    weight_decay: NonNegativeFloat = 0.01
-    eps: PositiveFloat = 1e-6
-    max_norm: PositiveFloat = 10.0
-    dtype: Literal["float32", "float16", "bfloat16"] = "bfloat16"
-    init_lr_scale: NonNegativeFloat = 0.01
-    final_lr_scale: NonNegativeFloat = 0.01
-    max_steps: Positive = 400_000
-    warmup_steps: NonNegative = 12_000
-    hold_steps: NonNegative = 188_000
-    decay_steps: NonNegative = 200_000
-    rsqrt_timescale: Positive = 10_000
-    rsqrt_shift: NonNegative = 0
-    scheduler: Literal["tristage", "cosine", "rsqrt", "constant"] = "tristage"
-    exclude_from_optimizer: list[Text] = field(default_factory=lambda: ["teacher"])
-    to_freeze: list[Text] = field(default_factory=lambda: ["feature_extractor", "feature_projection"])
+    lr: NonNegativeFloat = 5e-4  # the highest learning rate
+    betas: Betas = (0.9, 0.95)  # of AdamW
+    weight_decay: NonNegativeFloat = 0.01  # of all parameters
+    eps: PositiveFloat = 1e-6  # of AdamW
+    max_norm: PositiveFloat = 10.0  # gradients are clipped to
+    dtype: Literal["float32", "float16", "bfloat16"] = "bfloat16"  # of the forward pass, by autocast
+    init_lr_scale: NonNegativeFloat = 0.01  # rate at the first step, as a share of lr
+    final_lr_scale: NonNegativeFloat = 0.01  # rate at the end of the decay, as a share of lr
+    max_steps: Positive = 400_000  # of the optimiser, in all
+    warmup_steps: NonNegative = 12_000  # linear rise of the rate
+    hold_steps: NonNegative = 188_000  # at the highest rate
+    decay_steps: NonNegative = 200_000  # of tristage
+    rsqrt_timescale: Positive = 10_000  # of rsqrt
+    rsqrt_shift: NonNegative = 0  # of rsqrt
+    scheduler: Literal["tristage", "cosine", "rsqrt", "constant"] = "tristage"  # how the rate falls
+    exclude_from_optimizer: Names = field(default_factory=lambda: ["teacher"])  # prefixes of parameters
+    to_freeze: Names = field(default_factory=lambda: ["feature_extractor", "feature_projection"])  # at freeze_step
 
     RULES: ClassVar = (
         Rule(
@@ -222,35 +225,33 @@ class DinoSRConfig(Settings):
     ``codebook_revive_after`` steps takes half of a busy one's; 0: never.
     """
 
-    extractor_mode: Literal["layer_norm", "group_norm"] = "layer_norm"  # [extractor_mode]
-    extractor_conv_bias: bool = False  # [conv_bias]
-    extractor_conv_layer_config: Annotated[
-        list[tuple[Width, Width, Width]], Accepts("with 1 to 100 layers", lambda layers: 1 <= len(layers) <= 100)
-    ] = field(default_factory=lambda: list(DEFAULT_CONV_LAYER_CONFIG))
-    encoder_embed_dim: Width = 768  # [encoder_embed_dim]
-    encoder_projection_dropout: Probability = 0.0  # [dropout_input]
-    encoder_pos_conv_kernel: Width = 95  # [conv_pos]
-    encoder_pos_conv_groups: Width = 16  # [conv_pos_groups]
-    encoder_pos_conv_depth: Layers = 5  # [pos_conv_depth]
-    encoder_num_layers: Layers = 12  # [encoder_layers]
-    encoder_num_heads: Width = 12  # [encoder_attention_heads]
-    encoder_attention_dropout: Probability = 0.1  # [attention_dropout]
-    encoder_ff_interm_features: Annotated[int, between(1, 2**20)] = 3072  # [encoder_ffn_embed_dim]
-    encoder_ff_interm_dropout: Probability = 0.0  # [activation_dropout]
-    encoder_dropout: Probability = 0.1  # [dropout]
-    encoder_layer_norm_first: bool = False  # [layer_norm_first]
-    encoder_layer_drop: Probability = 0.05  # [encoder_layerdrop]
+    extractor_mode: Literal["layer_norm", "group_norm"] = "layer_norm"  # [extractor_mode] its normalisation
+    extractor_conv_bias: bool = False  # [conv_bias] of the convolutions
+    extractor_conv_layer_config: ConvLayers = field(default_factory=DEFAULT_CONV_LAYER_CONFIG.copy)  # of each layer
+    encoder_embed_dim: Width = 768  # [encoder_embed_dim] width of the transformer
+    encoder_projection_dropout: Probability = 0.0  # [dropout_input] after the projection
+    encoder_pos_conv_kernel: Width = 95  # [conv_pos] of the positional convolutions together
+    encoder_pos_conv_groups: Width = 16  # [conv_pos_groups] of each
+    encoder_pos_conv_depth: Layers = 5  # [pos_conv_depth] how many
+    encoder_num_layers: Layers = 12  # [encoder_layers] of the transformer
+    encoder_num_heads: Width = 12  # [encoder_attention_heads] of its attention
+    encoder_attention_dropout: Probability = 0.1  # [attention_dropout] of attention weights
+    encoder_ff_interm_features: Wide = 3072  # [encoder_ffn_embed_dim] width of the feed-forward
+    encoder_ff_interm_dropout: Probability = 0.0  # [activation_dropout] within it
+    encoder_dropout: Probability = 0.1  # [dropout] after attention and feed-forward
+    encoder_layer_norm_first: bool = False  # [layer_norm_first] before attention and feed-forward, not after
+    encoder_layer_drop: Probability = 0.05  # [encoder_layerdrop] chance that a layer is skipped
     encoder_qkv_bias: bool = False  # always true in fairseq
-    codebook_size: Annotated[int, between(2, 2**20)] = 256  # [codebook_size]
-    codebook_decay: Probability = 0.9  # [codebook_decay]
-    num_codebooks: Layers = 8  # [average_top_k_layers]
-    ema_start_decay: Probability = 0.999  # [ema_decay]
-    ema_final_decay: Probability = 0.9999  # [ema_end_decay]
-    ema_final_step: NonNegative = 30_000  # [ema_anneal_end_step]
-    ema_exclude_layers: list[Text] = field(default_factory=lambda: ["pos_conv_embed"])
-    freeze_step: NonNegative = 200_000  # [freeze_teacher_step]
-    codebook_init: Literal["random", "data"] = ours("random")
-    codebook_revive_after: NonNegative = ours(0)
+    codebook_size: Annotated[int, between(2, 2**20)] = 256  # [codebook_size] codewords of each codebook
+    codebook_decay: Probability = 0.9  # [codebook_decay] of the moving codewords
+    num_codebooks: Layers = 8  # [average_top_k_layers] one for each of the last layers
+    ema_start_decay: Probability = 0.999  # [ema_decay] of the teacher, first
+    ema_final_decay: Probability = 0.9999  # [ema_end_decay] of the teacher, DinoSR's last
+    ema_final_step: NonNegative = 30_000  # [ema_anneal_end_step] when DinoSR gets there
+    ema_exclude_layers: Names = field(default_factory=lambda: ["pos_conv_embed"])  # prefixes without a moving average
+    freeze_step: NonNegative = 200_000  # [freeze_teacher_step] extractor and projection stop learning
+    codebook_init: Literal["random", "data"] = ours("random")  # first codewords: drawn, or frames of the first batch
+    codebook_revive_after: NonNegative = ours(0)  # steps without a frame; 0: never
 
     ELSEWHERE: ClassVar = dict.fromkeys(
         ("ema_timescale", "ema_threshold"), "unknown key for run.model_type 'dinosr': it is a setting of 'spidr'"
@@ -278,9 +279,9 @@ class DinoSRConfig(Settings):
 class SpidRConfig(DinoSRConfig):
     """DinoSR's settings with SpidR's exponential teacher schedule and no layer drop."""
 
-    encoder_layer_drop: Probability = 0.0
-    ema_timescale: PositiveFloat = 20_000.0
-    ema_threshold: NonNegativeFloat = 1e-7
+    encoder_layer_drop: Probability = 0.0  # chance that a layer is skipped
+    ema_timescale: PositiveFloat = 20_000.0  # steps in which 1 - decay falls to 1/e
+    ema_threshold: NonNegativeFloat = 1e-7  # 1 - decay below which it is 0
 
 
 def _uniform_lengths_exist(selection: str, other: float, length: int) -> bool:
@@ -294,18 +295,18 @@ _UNIFORM_LENGTHS = "uniform draws lengths from the second value to twice the thi
 class MaskingConfig(Settings):
     """Span masking of frames and of feature channels, with fairseq's names. Lengths are in frames or channels."""
 
-    mask_prob: Annotated[float, Accepts("in (0, 1]", lambda p: 0 < p <= 1)] = 0.8
-    mask_selection: MaskingStrategy = "static"
-    mask_other: SpanSpread = 0.0
-    mask_length: Span = 10
-    no_mask_overlap: bool = False
-    mask_min_space: Space = 1
-    mask_channel_prob: Probability = 0.0
-    mask_channel_selection: MaskingStrategy = "static"
-    mask_channel_other: SpanSpread = 0.0
-    mask_channel_length: Span = 10
-    no_mask_channel_overlap: bool = False
-    mask_channel_min_space: Space = 1
+    mask_prob: MaskShare = 0.8  # share of frames to mask, overlaps counted twice
+    mask_selection: MaskingStrategy = "static"  # how lengths are drawn
+    mask_other: SpanSpread = 0.0  # its second parameter
+    mask_length: Span = 10  # mean length
+    no_mask_overlap: bool = False  # keep spans apart
+    mask_min_space: Space = 1  # frames between spans that are kept apart
+    mask_channel_prob: Probability = 0.0  # the same for channels; 0: none
+    mask_channel_selection: MaskingStrategy = "static"  # how lengths are drawn
+    mask_channel_other: SpanSpread = 0.0  # its second parameter
+    mask_channel_length: Span = 10  # mean length
+    no_mask_channel_overlap: bool = False  # keep spans apart
+    mask_channel_min_space: Space = 1  # between them
 
     RULES: ClassVar = (
         Rule(

@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from spidr.config import RunConfig
+from spidr.models.kernels import exact_products
 from spidr.tools.errors import InputError
 from spidr.tools.lazy import names_from
 from spidr.tools.peers import Cause, Peers, connect
@@ -101,7 +102,9 @@ class StopFlag:
             logger.warning("training runs in a thread: signals, Ctrl-C too, do not save and stop it")
             yield self
             return
-        previous = {signum: signal.signal(signum, self.set) for signum in STOP_SIGNALS}
+        hangup = getattr(signal, "SIGHUP", None)  # which nohup has ignored
+        wanted = [s for s in STOP_SIGNALS if s != hangup or signal.getsignal(s) is not signal.SIG_IGN]
+        previous = {signum: signal.signal(signum, self.set) for signum in wanted}
         try:
             yield self
         finally:
@@ -358,8 +361,7 @@ def _settings(device: torch.device, *, use_deterministic: bool) -> Iterator[None
     dtype, default_device = torch.get_default_dtype(), torch.get_default_device()
     deterministic = torch.are_deterministic_algorithms_enabled()
     warn_only, threads = torch.is_deterministic_algorithms_warn_only_enabled(), torch.get_num_threads()
-    matmul, cudnn = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    with exact_products(device), torch.random.fork_rng([device] if device.type == "cuda" else []):
         try:
             torch.set_default_dtype(torch.float32)
             if default_device.type != "cpu":
@@ -369,7 +371,6 @@ def _settings(device: torch.device, *, use_deterministic: bool) -> Iterator[None
                 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses
             if device.type == "cuda":
                 torch.cuda.set_device(device)
-            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
             yield
         finally:
             torch.set_default_dtype(dtype)
@@ -377,7 +378,6 @@ def _settings(device: torch.device, *, use_deterministic: bool) -> Iterator[None
                 torch.set_default_device(default_device)
             torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
             torch.set_num_threads(threads)
-            torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, cudnn
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:

@@ -22,10 +22,12 @@ from tqdm import tqdm
 from spidr.checkpoint import Checkpointer, read_checkpoint
 from spidr.config import Config, read_config, to_dict
 from spidr.data import Batch
+from spidr.data.loader import SpeechLoader
 from spidr.environment import Environment, Preempted, RunEndedError, StopFlag, environment, ranks
 from spidr.models.flops import peak_tflops, step_flops
 from spidr.state import Hooks, Measured, State, build_state, may_differ, model_settings, wrap
 from spidr.tools.collapse import CollapseWatch
+from spidr.tools.command import write_result
 from spidr.tools.errors import InputError, first_line
 from spidr.tools.files import atomic_write, make_folder, remove_unfinished
 from spidr.tools.lock import Lock
@@ -74,12 +76,14 @@ class Run:
         self.must_stop = False
         self.jobs: ValidationJobs | None = None
         self._hooks = hooks or Hooks()
+        self._final_step: int | None = None  # what is in final.pt
         self._rows_in_flight: dict[int, Tensor] = {}
         self._clock = _Clock()
 
     def __enter__(self) -> Run:
         with ExitStack() as stack:
-            self._open_log = stack.enter_context(run_log(ranks()[0]))
+            rank, _, processes = ranks()
+            self._open_log = stack.enter_context(run_log(rank, processes))
             stack.enter_context(_reason_in_log())
             self.env = stack.enter_context(environment(self.cfg.run))
             self.stop = stack.enter_context(StopFlag().listening())
@@ -160,6 +164,8 @@ class Run:
         if env.is_main:
             self._open_metrics(latest)
             self._warn_of_size()
+            if isinstance(self.state.loader, SpeechLoader):  # a fork's own may know nothing of the sort
+                self.state.loader.summary().log(logger, cfg.data)
         self.bar = tqdm(
             total=cfg.optimizer.max_steps,
             initial=self.state.step,
@@ -167,6 +173,7 @@ class Run:
             unit="step",
             disable=not env.is_main,
             mininterval=0.5 if sys.stderr.isatty() else 60,
+            ncols=shutil.get_terminal_size().columns if sys.stderr.isatty() else None,  # some terminals have none
         )
         self._stack.callback(self.bar.close)
         self._stack.callback(self.checkpointer.wait)
@@ -213,6 +220,8 @@ class Run:
         state, checkpoint = self.state, read_checkpoint(path)
         self.checkpointer.restore(path, checkpoint)
         state.step = checkpoint["step"]
+        if path.name == "final.pt":
+            self._final_step = state.step
         state.freeze_if_due()
         state.epoch, extra = checkpoint["epoch"], self.checkpointer.extra
         if "position" not in extra:
@@ -252,26 +261,23 @@ class Run:
     def _warn_of_size(self) -> None:
         """Say what the run will take: disk for its checkpoints and, on a CPU, time."""
         cfg, state = self.cfg, self.state
-        steps, interval = cfg.optimizer.max_steps - state.step, cfg.run.save_interval
+        steps, interval, keep = cfg.optimizer.max_steps - state.step, cfg.run.save_interval, cfg.run.keep_latest
         trained = sum(p.numel() for group in state.optimizer.param_groups for p in group["params"])
         if interval > 0:
-            size = sum(value.nbytes for value in state.model.state_dict().values()) + 8 * trained
-            count = (
-                steps // interval + 1 if cfg.run.keep_latest <= 0 else min(steps // interval, cfg.run.keep_latest) + 1
-            )
-            text = f"checkpoints take up to {count * size / 1e9:.3g} GB ({count} of {size / 1e9:.2g} GB)"
-            if cfg.run.keep_latest <= 0 and count > 1:
-                text += "; set run.keep_latest to keep fewer"
-            free = shutil.disk_usage(self.folder).free
-            if count * size > free:
-                logger.warning("%s, but only %.3g GB are free in %s", text, free / 1e9, self.folder)
-            else:
-                logger.info("%s", text)
+            size = (sum(value.nbytes for value in state.model.state_dict().values()) + 8 * trained) / 1e9
+            count = min(steps // interval, keep if keep > 0 else steps) + 1
+            free = shutil.disk_usage(self.folder).free / 1e9
+            hint = "; set run.keep_latest to keep fewer" if keep <= 0 and count > 1 else ""
+            logger.log(
+                logging.WARNING if count * size > free else logging.INFO,
+                "%d checkpoints of %.2g GB take %.3g GB, %.3g GB are free%s", count, size, count * size, free, hint,
+            )  # fmt: skip
         if self.env.device.type == "cpu" and trained > BASE_MODEL and steps > 0:
-            samples, rows = cfg.data.max_sample_size, cfg.data.max_batch_length / cfg.data.max_sample_size
-            tflop = rows * self.state.loader.accumulation * step_flops(cfg.model, samples, 0, frozen=False) / 1e12
-            hours = steps * tflop / (CPU_TFLOPS * torch.get_num_threads()) / 3600
-            logger.warning("a large model on a CPU: %d steps take about %.2g days", steps, hours / 24)
+            rows = state.loader.accumulation * cfg.data.max_batch_length / cfg.data.max_sample_size
+            tflop = rows * step_flops(cfg.model, cfg.data.max_sample_size, 0, frozen=False) / 1e12
+            days = steps * tflop / (CPU_TFLOPS * torch.get_num_threads()) / 86_400
+            text = "a large model on a CPU: %d steps take about %.2g days; configs/laptop.toml is one for CPUs"
+            logger.warning(text, steps, days)
 
     # ------------------------------------------------------------------------------------------------- every step
 
@@ -384,14 +390,14 @@ class Run:
         self._on_main(self._collect_validation)
         logger.info("finished %d steps of %s", self.state.step, self.folder)
         if self.env.is_main:
+            self.bar.close()
             for group in self.cfg.validation:
                 self._print_units(group)
         self.stop.immediate = True
 
     def _save_final(self) -> None:
         self._lock.check()
-        last = self.checkpointer.last
-        if last is None or last.name != "final.pt" or self.checkpointer.step < self.state.step:
+        if self.state.step != self._final_step:
             self.checkpointer.save_final(self.state.step, self.state.epoch)
         self.checkpointer.wait()
 
@@ -445,18 +451,20 @@ class Run:
         self.jobs.report()
 
     def _print_units(self, group: str) -> None:
-        lines = {line["step"]: line for line in read_metrics(self.metrics.path) if line["group"] == group}
-        before, after = lines.get(0), lines.get(self.state.step)
+        found = {line["step"]: line for line in read_metrics(self.metrics.path) if line["group"] == group}
+        before, after = found.get(0), found.get(self.state.step)
         if before is None or after is None or f"pnmi_{self.layers[0]}" not in after:
             return
-        print(f"\nUnits of {group}, untrained -> after {self.state.step} steps")  # noqa: T201
-        print("layer  PNMI              active codewords  perplexity")  # noqa: T201
+        start = "untrained" if self.cfg.run.init_ckpt is None else "as it began"
+        lines = [f"\nUnits of {group}, {start} -> after {self.state.step} steps"]
+        lines.append("layer  PNMI              active codewords  perplexity")
         for layer in self.layers:
             pnmi, active, ppl = (
                 f"{before[name]:.{digits}f} -> {after[name]:.{digits}f}"
                 for name, digits in ((f"pnmi_{layer}", 3), (f"active_codewords_{layer}", 0), (f"unit_ppl_{layer}", 1))
             )
-            print(f"{layer[1:]:5}  {pnmi:16}  {active:16}  {ppl}")  # noqa: T201
+            lines.append(f"{layer[1:]:5}  {pnmi:16}  {active:16}  {ppl}")
+        write_result("\n".join(lines) + "\n")
 
 
 @contextmanager

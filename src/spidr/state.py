@@ -132,6 +132,8 @@ def build_state(cfg: Config, env: Environment, stop: StopFlag, hooks: Hooks, *, 
         hooks: What to add.
         new: Whether the run begins here. Otherwise a checkpoint is going to be loaded, so no weights are needed.
     """
+    if env.device.type == "cuda":
+        check_batch_length(cfg)
     torch.manual_seed(cfg.run.random_seed)
     model = build_model(cfg=cfg.model, model_type=cfg.run.model_type)
     if new and cfg.run.init_ckpt is not None:
@@ -191,6 +193,25 @@ def model_settings(cfg: Config) -> DinoSRConfig:
     if differing:
         raise InputError(f"[model] asks for another model than {cfg.run.init_ckpt} holds: {'; '.join(differing)}")
     return replace(recorded, **given)
+
+
+def check_batch_length(cfg: Config) -> None:
+    """See that no tensor of a batch has more elements than a GPU's 32-bit indices can count.
+
+    Raises:
+        InputError: ``data.max_batch_length`` is too large.
+    """
+    model, stride, per_sample = cfg.model, 1, 0.0
+    for channels, _, layer_stride in model.extractor_conv_layer_config:
+        stride *= layer_stride
+        per_sample = max(per_sample, channels / stride)
+    widest = max(model.encoder_ff_interm_features, model.num_codebooks * model.codebook_size)
+    most = int((2**31 - 1) / max(per_sample, widest / stride))
+    if cfg.data.max_batch_length > most:
+        raise InputError(
+            f"data.max_batch_length = {cfg.data.max_batch_length}: a GPU takes at most {most} with this model, as its "
+            "indices have 32 bits; use data.global_batch_length for larger batches"
+        )
 
 
 class _Replica(nn.Module):

@@ -12,13 +12,18 @@ from contextlib import nullcontext
 from typing import Any
 
 from spidr.config import SAMPLE_RATE, Config, read_config
+from spidr.tools.command import Parser, command
 from spidr.tools.errors import InputError
 from spidr.tools.frames import conv_length
 from spidr.tools.lazy import command_needs, names_from
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser("python -m spidr.train", description="Train, as one of torchrun's processes.")
+    parser = Parser(
+        "python -m spidr.train",
+        description="Train, as one of torchrun's processes.",
+        example="torchrun --nproc-per-node 2 -m spidr.train config.toml",
+    )
     parser.add_argument("config", help="configuration file, TOML or JSON")
     parser.add_argument("overrides", nargs="*", metavar="SECTION.KEY=VALUE", help="settings in place of the file's")
     return parser.parse_args()
@@ -187,28 +192,18 @@ def _sync_gradients(network: Any, *, when: bool) -> Any:
     return network.no_sync() if isinstance(network, DistributedDataParallel) and not when else nullcontext()
 
 
-def main() -> int:
-    """Command line of ``python -m spidr.train``. Returns the exit status."""
+@command
+@command
+def main() -> None:
+    """Run the command line, as one of the processes that torchrun starts."""
+    args = _arguments()
     try:
-        args = _arguments()
         cfg = read_config(args.config, args.overrides)
-    except InputError as error:
-        # All processes of a machine find the same: one of them says so.
-        local_rank = os.environ.get("LOCAL_RANK", "")
-        is_first = "RANK" not in os.environ or not local_rank.isdigit() or int(local_rank) == 0
-        return say_why(error) if is_first else 2
-    try:
-        train(cfg)
-    except InputError as error:
-        return say_why(error)
-    return 0
-
-
-def say_why(error: InputError) -> int:
-    """Write an error on a line of its own. Returns the exit status."""
-    line_break = "\n" if "RANK" in os.environ else ""  # another process's progress bar may be on this line
-    sys.stderr.write(f"{line_break}error: {error}\n")
-    return 2
+    except InputError:
+        if os.environ.get("LOCAL_RANK", "0") != "0":  # all processes of a machine find the same: one of them says so
+            sys.exit(2)
+        raise
+    train(cfg)
 
 
 if __name__ == "__main__":

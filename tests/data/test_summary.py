@@ -28,7 +28,7 @@ def summary(folder: Path, lengths: list[int], **settings: object) -> tuple[DataS
 def test_nothing_to_say(tmp_path: Path) -> None:
     found, warnings = summary(tmp_path, [160_000] * 10)
     assert found == DataSummary(10, 1_600_000 / 57_600_000, 1, 1_600_000 / 57_600_000)
-    assert str(found) == "10 recordings, 0.03 h; an epoch hears 0.03 h in 1 batches"
+    assert str(found) == "10 recordings, 1.67 min; an epoch hears 1.67 min in 1 batches"
     assert warnings == []
 
 

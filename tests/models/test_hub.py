@@ -303,6 +303,22 @@ def test_loading_is_a_guest(tmp_path: Path) -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_what_is_not_saved_is_as_in_a_new_model(tmp_path: Path) -> None:
+    """Buffers, whether a parameter is trained, and modes."""
+    path, _ = save(tmp_path, SpidR(SPIDR), {"model_type": "spidr", "model": asdict(SPIDR)})
+    loaded, new = hub.build_model(path), SpidR(SPIDR)
+    saved = new.state_dict().keys()
+    others = {name: buffer for name, buffer in new.named_buffers() if name not in saved}
+    assert others
+    for name, buffer in loaded.named_buffers():
+        assert buffer.dtype == new.get_buffer(name).dtype
+        assert name in saved or torch.equal(buffer, others[name])
+    assert [(n, p.requires_grad) for n, p in loaded.named_parameters()] == [
+        (n, p.requires_grad) for n, p in new.named_parameters()
+    ]
+    assert [m.training for m in loaded.modules()] == [m.training for m in new.modules()]
+
+
 # ------------------------------------------------------------------------------------------------------- names
 
 

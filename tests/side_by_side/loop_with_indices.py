@@ -44,9 +44,9 @@ def main(folder: Path, steps: int) -> None:
             if step >= cfg.optimizer.max_steps:
                 break
             waveforms, mask_indices = setting.same_masks(waveforms, mask_indices, step)
-            num_frames = torch.tensor(mask_indices.numel())
-            dist.all_reduce(num_frames)
             loss, outputs = ddp(waveforms, mask_indices=mask_indices, attention_mask=attention_mask)
+            num_frames = torch.tensor(loss.numel())
+            dist.all_reduce(num_frames)
             loss = loss.sum() * world_size / num_frames
             scaler.scale(loss).backward()
             scaler.unscale_(optimizer)

@@ -13,7 +13,7 @@ from spidr.tools.logging import run_log
 def test_file_has_all_from_the_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     package, root = logging.getLogger("spidr"), logging.getLogger()
     before = (list(package.handlers), package.level, package.propagate, list(root.handlers), root.level)
-    with run_log(1) as open_file:
+    with run_log(1, 2) as open_file:
         logging.getLogger("spidr.some.module").warning("early")
         open_file(tmp_path / "log_1.txt")
         logging.getLogger("spidr.some.module").info("late")

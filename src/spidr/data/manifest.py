@@ -15,12 +15,16 @@ import polars as pl
 
 from spidr.config import SAMPLE_RATE
 from spidr.data.json_lines import read_lines
+from spidr.data.recording import Recording
 from spidr.tools.errors import InputError, first_line
 from spidr.tools.files import check_file, expand
 from spidr.tools.untrusted import parse_json
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
+
+    import numpy as np
+    from numpy.typing import NDArray
 
 REQUIRED = {"fileid": pl.String, "path": pl.String, "num_samples": pl.Int64}
 ARCHIVE = {"archive": pl.String, "byte_offset": pl.Int64, "byte_size": pl.Int64}
@@ -96,6 +100,25 @@ def read_manifests(paths: Sequence[str | Path]) -> tuple[pl.DataFrame, pl.Series
         )
     sources = pl.concat([pl.repeat(i, table.height, dtype=pl.Int32, eager=True) for i, table in enumerate(tables)])
     return pl.concat(tables, how="diagonal_relaxed"), sources
+
+
+def recordings_of(manifest: pl.DataFrame, rows: NDArray[np.integer[Any]] | None = None) -> list[Recording]:
+    """Where the recordings of some rows are (None: of all)."""
+    fields = [name for name in Recording._fields if name in manifest.columns]
+    if "path" not in fields:
+        raise InputError("The manifest has no column 'path'.")
+    chosen = manifest.select(fields) if rows is None else manifest.select(fields)[rows]
+    defaults = Recording._field_defaults
+    columns = [
+        chosen[name].to_list() if name in fields else [defaults[name]] * chosen.height for name in Recording._fields
+    ]
+    return list(map(Recording._make, zip(*columns, strict=True)))
+
+
+def iter_recordings(manifest: pl.DataFrame) -> Iterator[Recording]:
+    """Where all recordings are, a few thousand at a time in memory."""
+    for rows in manifest.iter_slices(4096):
+        yield from recordings_of(rows)
 
 
 def is_table(path: str | Path) -> bool:

@@ -12,14 +12,13 @@ import polars as pl
 from tqdm import tqdm
 
 from spidr.data.audio import num_samples
-from spidr.data.dataset import iter_recordings
+from spidr.data.manifest import iter_recordings
 from spidr.tools.errors import InputError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-    from spidr.data.recording import Recording
-
+R = TypeVar("R")
 T = TypeVar("T")
 
 CHUNK = 256
@@ -30,8 +29,8 @@ LISTED = 20
 
 
 def measure(
-    function: Callable[[Recording], T],
-    recordings: Iterable[Recording],
+    function: Callable[[R], T],
+    recordings: Iterable[R],
     *,
     total: int | None = None,
     progress: bool = True,
@@ -41,13 +40,13 @@ def measure(
 
     Args:
         function: Such as :func:`spidr.data.num_samples`.
-        recordings: The recordings, read as they are needed.
+        recordings: The recordings or what describes them, read as they are needed.
         total: How many there are, if known.
         progress: Show a progress bar on a terminal.
         description: What it says.
     """
 
-    def of(recording: Recording) -> T | InputError:
+    def of(recording: R) -> T | InputError:
         try:
             return function(recording)
         except InputError as error:
@@ -74,13 +73,13 @@ def measure(
             pool.shutdown(cancel_futures=True)
 
 
-def problems_of(what: str, errors: list[InputError], remedy: str) -> InputError:
-    """One error for the problems of many recordings."""
-    if len(errors) == 1:
-        return InputError(f"{errors[0]} {remedy}")
-    lines = [f"  {error}" for error in errors[:LISTED]]
-    more = [f"  … and {len(errors) - LISTED:,} more"] if len(errors) > LISTED else []
-    return InputError("\n".join([f"{what}: {len(errors):,} problems. {remedy}", *lines, *more]))
+def problems_of(errors: list[InputError], total: int, remedy: str) -> InputError:
+    """One error for the problems of many recordings, with what can be done about them at the end."""
+    lines = [str(error) for error in errors[:LISTED]]
+    if len(errors) > LISTED:
+        lines.append(f"… and {len(errors) - LISTED:,} more")
+    end = f"{len(errors):,} of {total:,} recordings cannot be read{remedy and '; '}{remedy}."
+    return InputError("\n  ".join(lines) + f"\n{end}")
 
 
 def with_lengths(manifest: pl.DataFrame, name: str) -> pl.DataFrame:
@@ -93,6 +92,6 @@ def with_lengths(manifest: pl.DataFrame, name: str) -> pl.DataFrame:
         return manifest
     found = list(measure(num_samples, iter_recordings(manifest), total=manifest.height, description="Lengths"))
     if errors := [error for error in found if isinstance(error, InputError)]:
-        remedy = f"`python -m spidr.data.write_manifest {name} OUT.csv --on-error skip` leaves out what cannot be read."
-        raise problems_of(name, errors, remedy)
+        remedy = f"`python -m spidr.data.write_manifest {name} OUT.csv --on-error skip` leaves them out"
+        raise problems_of(errors, manifest.height, remedy)
     return manifest.with_columns(pl.Series("num_samples", found, dtype=pl.Int64))

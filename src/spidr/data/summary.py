@@ -21,6 +21,11 @@ MUCH = 0.05
 """Share of the recordings or hours of which the loss is a warning."""
 
 
+def duration(hours: float) -> str:
+    """Hours as hours or, if there are few, as minutes."""
+    return f"{hours:,.2f} h" if hours >= 1 else f"{60 * hours:.2f} min"
+
+
 @dataclass(frozen=True)
 class DataSummary:
     """Recordings and hours of a manifest and of the first epoch.
@@ -50,14 +55,14 @@ class DataSummary:
 
     def __str__(self) -> str:
         lost = {
-            f"{self.hours_too_short:,.2f} h in {self.too_short:,} recordings that are too short": self.too_short,
-            f"{self.hours_above_maximum:,.2f} h beyond max_sample_size": self.hours_above_maximum,
-            f"{self.hours_cropped:,.2f} h cropped to the shortest of a batch": self.hours_cropped,
-            f"{self.hours_dropped:,.2f} h of the last batches": self.hours_dropped,
+            f"{duration(self.hours_too_short)} in {self.too_short:,} recordings that are too short": self.too_short,
+            f"{duration(self.hours_above_maximum)} beyond max_sample_size": self.hours_above_maximum,
+            f"{duration(self.hours_cropped)} cropped to the shortest of a batch": self.hours_cropped,
+            f"{duration(self.hours_dropped)} of the last batches": self.hours_dropped,
         }
         parts = [text for text, amount in lost.items() if amount]
         return (
-            f"{self.recordings:,} recordings, {self.hours:,.2f} h; an epoch hears {self.hours_used:,.2f} h in "
+            f"{self.recordings:,} recordings, {duration(self.hours)}; an epoch hears {duration(self.hours_used)} in "
             f"{self.batches:,} batches" + (f"; not heard: {', '.join(parts)}" if parts else "")
         )
 

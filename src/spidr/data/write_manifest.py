@@ -52,7 +52,7 @@ def _arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "recordings need not decode the whole (slower: decodes everything now)",
     )
     parser.add_argument(
-        "--on-error", choices=["raise", "skip"], default="raise", help="leave out what cannot be read, and list it"
+        "--on-error", choices=["raise", "skip"], default="raise", help="skip: list what is bad (default: raise)"
     )
     args = parser.parse_intermixed_args(argv)
     args.ext, rest = _split_extensions(args.ext or [".wav"], missing=max(0, 2 - len(args.paths)))
@@ -83,11 +83,10 @@ with command_needs("train", __name__):
 
     from spidr.config import SAMPLE_RATE, DataConfig
     from spidr.data.audio import num_samples, statistics
-    from spidr.data.dataset import iter_recordings
     from spidr.data.decoders import AUDIO
-    from spidr.data.manifest import SCHEMA, is_table, read_manifest, stem
+    from spidr.data.manifest import SCHEMA, is_table, iter_recordings, read_manifest, stem
     from spidr.data.measure import measure, problems_of
-    from spidr.data.summary import summarise
+    from spidr.data.summary import duration, summarise
 
     if TYPE_CHECKING:
         from spidr.data.recording import Recording
@@ -176,7 +175,7 @@ def _write(
     suffixes = _suffixes(file_extension)
     sources = [os.path.abspath(expand(source)) for source in (dataset if isinstance(dataset, list) else [dataset])]  # noqa: PTH100
     found = pl.concat([_find(source, suffixes) for source in sources], how="diagonal_relaxed")
-    written = _describe(_named(found, suffixes), " ".join(sources), stats=stats, on_error=on_error)
+    written = _describe(_named(found, suffixes), stats=stats, on_error=on_error)
     make_folder(output.parent)
     table = written.manifest
     if fairseq:
@@ -359,7 +358,7 @@ def _is_compressed(path: str) -> bool:
 # What is in them
 
 
-def _describe(found: pl.DataFrame, name: str, *, stats: bool, on_error: OnError) -> Written:
+def _describe(found: pl.DataFrame, *, stats: bool, on_error: OnError) -> Written:
     """The manifest of what was found; recordings that cannot be read are left out or named in one error."""
 
     def describe(recording: Recording) -> tuple[int, float, float]:
@@ -374,8 +373,7 @@ def _describe(found: pl.DataFrame, name: str, *, stats: bool, on_error: OnError)
         for column, value in zip(moments, result[1:], strict=True):
             column.append(value)
     if len(errors) == found.height or (errors and on_error == "raise"):
-        remedy = "" if on_error == "skip" else "--on-error skip leaves out what cannot be read."
-        raise problems_of(name, errors, remedy)
+        raise problems_of(errors, found.height, "" if on_error == "skip" else "--on-error skip leaves them out")
     columns: dict[str, Any] = {
         "num_samples": lengths,
         **(dict(zip(("mean", "std"), moments, strict=True)) if stats else {}),
@@ -398,7 +396,7 @@ def main(argv: list[str] | None = None) -> None:
     manifest, left_out = _write(args.dataset, args.output, args.ext, **options)
     lengths = manifest["num_samples"].to_numpy() / SAMPLE_RATE
     say = sys.stderr.write
-    say(f"{args.output}: {len(lengths):,} recordings, {lengths.sum() / 3600:,.2f} h ")
+    say(f"{args.output}: {len(lengths):,} recordings, {duration(lengths.sum() / 3600)} ")
     say(f"(each {np.min(lengths):,.2f} s to {np.max(lengths):,.2f} s)\n")
     cfg = DataConfig(str(args.output))
     for warning in summarise(manifest["num_samples"].to_numpy(), cfg, cfg.min_sample_size, None).warnings(cfg):

@@ -174,9 +174,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     units.add_argument(
         "--on-error",
-        choices=("stop", "skip"),
-        default="stop",
-        help="what to do with recordings that are not aligned or do not fit (default: stop)",
+        choices=("raise", "skip"),
+        default="raise",
+        help="what to do with recordings that are not aligned or do not fit (default: raise)",
     )
     units.add_argument(
         "--discophon", action="store_true", help="DiscoPhon's metrics too: phone error rates, boundaries (default: no)"

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from spidr.config import SAMPLE_RATE, DinoSRConfig
 from spidr.models.extractor import FeatureExtractor, FeatureProjection
-from spidr.models.kernels import exact_products, linear, suits_onednn, untouched
+from spidr.models.kernels import exact_products, known, linear, suits_onednn, untouched
 from spidr.models.long import extract_features, final_output, frame_reader, layer_outputs, window_frames, windows
 from spidr.models.transformer import Transformer
 from spidr.tools.errors import InputError
@@ -26,6 +26,11 @@ from spidr.tools.waveforms import Read, moments, standardise, warn_if_quiet
 
 Waveforms = Tensor | NDArray[Any]
 Lengths = Tensor | NDArray[Any] | Sequence[int]
+
+
+@known
+class Head(nn.Sequential):
+    """Linear, then log-softmax: log-probabilities of the codewords."""
 
 
 class Encoder(nn.Module):
@@ -54,7 +59,7 @@ class Encoder(nn.Module):
         self.feature_projection = FeatureProjection(shapes[-1][0], dim)
         self.student = Transformer.build(cfg)
         self.heads = nn.ModuleList(
-            nn.Sequential(nn.Linear(dim, cfg.codebook_size), nn.LogSoftmax(dim=-1)) for _ in range(cfg.num_codebooks)
+            Head(nn.Linear(dim, cfg.codebook_size), nn.LogSoftmax(dim=-1)) for _ in range(cfg.num_codebooks)
         )
         self.extractor_frozen = False
 
@@ -65,6 +70,11 @@ class Encoder(nn.Module):
             f"codebooks of {cfg.codebook_size}, {millions:.1f} M parameters; modules: "
             f"{', '.join(name for name, _ in self.named_children())})"
         )
+
+    @property
+    def conv_shapes(self) -> Sequence[tuple[int, int, int]]:
+        """(out_channels, kernel, stride) of the extractor's convolutions, as they are now."""
+        return getattr(self.feature_extractor, "shapes", None) or self.cfg.extractor_conv_layer_config
 
     @property
     def num_codebooks(self) -> int:
@@ -98,7 +108,7 @@ class Encoder(nn.Module):
             InputError: If the shapes are others, the samples are no floats, or a length gives no frame or exceeds S.
         """
         counted = _check_waveforms(waveforms, lengths, self.mask_embedding.dtype)
-        shapes, samples = self.feature_extractor.shapes, waveforms.shape[1]
+        shapes, samples = self.conv_shapes, waveforms.shape[1]
         if counted is not None:
             if attention_mask is None:
                 _check_lengths(counted, samples, shapes)
@@ -272,12 +282,12 @@ class Encoder(nn.Module):
         """Scores of a layer's units, (B, T, V), from projected features: what its head gives before its softmax."""
         index = layer - self.codebook_layers.start
         head, (hidden,) = self.heads[index], self._hidden(features, attention_mask, index + 1, index)
-        return cast("nn.Sequential", head)[0](hidden) if _are_plain([head]) else head(hidden)
+        return cast("Head", head)[0](hidden) if _are_plain([head]) else head(hidden)
 
     @property
     def frame_seconds(self) -> float:
         """Seconds from one frame to the next."""
-        return math.prod(stride for _, _, stride in self.feature_extractor.shapes) / SAMPLE_RATE
+        return math.prod(stride for _, _, stride in self.conv_shapes) / SAMPLE_RATE
 
     def windows(
         self, read: Read, num_samples: int, function: Callable[[Tensor, None], Tensor], *, size: int, context: int
@@ -298,7 +308,7 @@ class Encoder(nn.Module):
         yield from windows(
             lambda start, stop: self.feature_projection(extract(start, stop)),
             lambda x: function(x, None),
-            self.feature_extractor.num_frames(num_samples),
+            conv_length(self.conv_shapes, num_samples),
             size=size,
             context=context,
         )
@@ -340,7 +350,7 @@ class Encoder(nn.Module):
         x = self._as_tensor(waveforms)
         counted = _check_waveforms(x, lengths, self.mask_embedding.dtype)
         batch, samples = x.shape
-        shapes = self.feature_extractor.shapes
+        shapes = self.conv_shapes
         if counted is not None:
             _check_lengths(counted, samples, shapes)
             counted = counted.to(x.device)
@@ -348,7 +358,10 @@ class Encoder(nn.Module):
         with self.inference():
             statistics = _checked_moments(x, counted, normalize=normalize)
             if size is None or conv_length(shapes, samples) <= size:
-                x = standardise(x, counted, statistics=statistics) if normalize else x
+                if normalize:
+                    x = standardise(x, counted, statistics=statistics)
+                elif counted is not None:
+                    x = x.masked_fill(torch.arange(samples, device=x.device) >= counted.unsqueeze(1), 0)
                 return function(*self.project(x, lengths=counted)), frames
             rows = []
             for row in range(batch):
@@ -384,7 +397,7 @@ def _are_plain(heads: Sequence[nn.Module]) -> bool:
         return False
     shapes = set()
     for head in heads:
-        if not isinstance(head, nn.Sequential) or [type(module) for module in head] != [nn.Linear, nn.LogSoftmax]:
+        if not isinstance(head, Head) or [type(module) for module in head] != [nn.Linear, nn.LogSoftmax]:
             return False
         first, log_softmax = head
         if first.bias is None or log_softmax.dim != -1:
@@ -395,7 +408,7 @@ def _are_plain(heads: Sequence[nn.Module]) -> bool:
 
 def _logits(heads: Sequence[nn.Module], hidden: list[Tensor]) -> Tensor:
     """K heads, in one product unless oneDNN is faster: K tensors (..., D), or one for all, to (K, ..., V)."""
-    linears = cast("list[nn.Linear]", [cast("nn.Sequential", head)[0] for head in heads])
+    linears = cast("list[nn.Linear]", [cast("Head", head)[0] for head in heads])
     if len(hidden) > 1 and suits_onednn(hidden[0], linears[0].weight):
         return torch.stack([linear(x, h.weight, h.bias) for x, h in zip(hidden, linears, strict=True)])
     weight, bias = torch.stack([h.weight for h in linears]), torch.stack([h.bias for h in linears])

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spidr.models.kernels import Linear, Moments, can_extract, conv_shapes, extract, known, valid_rows
+from spidr.models.kernels import Moments, can_extract, conv_shapes, extract, known, through, valid_rows
 from spidr.tools.errors import InputError
 from spidr.tools.frames import conv_length
 
@@ -166,8 +166,8 @@ class FeatureProjection(nn.Module):
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
         self.layer_norm = nn.LayerNorm(in_features)
-        self.projection = Linear(in_features, out_features)
+        self.projection = nn.Linear(in_features, out_features)
 
     def forward(self, frames: Tensor) -> Tensor:
         """(B, T, C) to (B, T, D)."""
-        return self.projection(self.layer_norm(frames))
+        return through(self.projection, self.layer_norm(frames))

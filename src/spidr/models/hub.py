@@ -5,13 +5,13 @@ from __future__ import annotations
 import difflib
 import logging
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
-import torch.hub
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from spidr.config import DinoSRConfig, SpidRConfig, model_config
 from spidr.models.dinosr import DinoSR
@@ -72,11 +72,10 @@ def build_model(
     cfg = recorded or cfg
     assert cfg is not None
     weights = load_weights(checkpoint)
-    with _as_at_first():
-        try:
-            model = _new(cfg)
-        except InputError as error:  # too large
-            raise InputError(f"{checkpoint}: {error}") from None
+    try:
+        model = _empty(cfg)
+    except InputError as error:  # too large
+        raise InputError(f"{checkpoint}: {error}") from None
     if not any(name.startswith("teacher.") for name in weights):
         model.drop_teacher()
     load_into(model, weights, checkpoint)
@@ -175,16 +174,25 @@ def _new(cfg: DinoSRConfig) -> DinoSR:
     return SpidR(cfg) if isinstance(cfg, SpidRConfig) else DinoSR(cfg)
 
 
-@contextmanager
-def _as_at_first() -> Iterator[None]:
-    """On the CPU, in float32, and leaving the caller's random generator and defaults as they are."""
-    dtype = torch.get_default_dtype()
+class _Undrawn(TorchFunctionMode):
+    """Inside, no first weights are drawn, which would take seconds: they are about to be loaded."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "").endswith(("uniform_", "normal_")):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
+def _empty(cfg: DinoSRConfig) -> DinoSR:
+    """A model on the CPU, in float32, whose weights are yet to be loaded. The caller's generator stays as it is."""
+    default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:
-        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-            yield
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"), _Undrawn():
+            return _new(cfg)
     finally:
-        torch.set_default_dtype(dtype)
+        torch.set_default_dtype(default)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -193,10 +201,11 @@ def _as_at_first() -> Iterator[None]:
 
 def _entry_point(published: Published) -> Callable[..., DinoSR]:
     def load(pretrained: bool = True, check_hash: bool = False, progress: bool = True) -> DinoSR:
-        with _as_at_first():
-            model = _new(published.cfg)
         if pretrained:
+            model = _empty(published.cfg)
             load_into(model, _load_published(published, check_hash, progress), published.name)
+        else:
+            model = _new(published.cfg)
         model.best_layer = published.best_layer
         return model.eval()
 
@@ -230,8 +239,7 @@ def __getattr__(name: str) -> Callable[..., DinoSR]:  # for type checkers: the f
 
 def _load_published(published: Published, check_hash: bool = False, progress: bool = True) -> Weights:
     """Weights of a published model, downloaded unless they are in the cache and fit."""
-    with torch.device("meta"):
-        new = _new(published.cfg)
+    new = _empty(published.cfg)
     read = load_fairseq_weights if published.fairseq else read_weights
 
     def load(path: Path) -> Weights:

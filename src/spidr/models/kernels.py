@@ -11,7 +11,7 @@ import os
 import platform
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -40,9 +40,7 @@ WEIGHTS_AT_A_TIME = 1 << 20
 
 M = TypeVar("M", bound=type[nn.Module])
 
-_FORWARDS: dict[type, Any] = {
-    cls: cls.forward for cls in (nn.Linear, nn.LayerNorm, nn.Conv1d, nn.LogSoftmax, nn.Sequential)
-}
+_FORWARDS: dict[type, Any] = {cls: cls.forward for cls in (nn.Linear, nn.LayerNorm, nn.Conv1d, nn.LogSoftmax)}
 """Classes whose modules may be bypassed, with their ``forward``."""
 
 
@@ -230,19 +228,50 @@ class _Linear(torch.autograd.Function):
         )
 
 
-@known
-class Linear(nn.Linear):
-    """``torch.nn.Linear``."""
+def through(module: nn.Module, x: Tensor) -> Tensor:
+    """Call a linear layer. One that nobody touched is computed by :func:`linear`.
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
-        """(..., in) to (..., out)."""
-        return linear(input, self.weight, self.bias)
+    Layers stay of the very type ``torch.nn.Linear``, by which quantisation and adapters find them.
+    """
+    if type(module) is nn.Linear and suits_onednn(x, module.weight) and untouched(module):
+        return linear(x, module.weight, module.bias)
+    return module(x)
 
-    def gelu(self, x: Tensor) -> Tensor:
-        """GELU of the output, in one operation where no backward pass is to come."""
-        if torch.is_grad_enabled() or not suits_onednn(x, self.weight) or not untouched(self):
-            return F.gelu(self(x))
-        return _onednn_linear(x, self.weight, self.bias, "gelu")
+
+def through_gelu(module: nn.Module, x: Tensor) -> Tensor:
+    """GELU of a linear layer's output, in one operation where no backward pass is to come."""
+    if torch.is_grad_enabled() or type(module) is not nn.Linear:
+        return F.gelu(through(module, x))
+    if suits_onednn(x, module.weight) and untouched(module):
+        return _onednn_linear(x, module.weight, module.bias, "gelu")
+    return F.gelu(module(x))
+
+
+def convolve_by_products(x: Tensor, conv: nn.Conv1d, chunk: int = 16) -> Tensor:
+    """A grouped convolution over time that keeps the number of frames, as one batched product over the groups.
+
+    Each chunk of frames, with what the kernel sees around it, is multiplied by the kernel expanded to a Toeplitz
+    matrix: more operations, by ``(chunk + kernel - 1) / kernel``, in a form in which a GPU is fast.
+
+    Args:
+        x: (B, C, T).
+        conv: Of stride 1, padded by half of its kernel.
+        chunk: Frames that are computed together.
+
+    Returns:
+        (B, C', T), without the additional frame of an even kernel.
+    """
+    weight = conv.weight
+    batch, channels, frames = x.shape
+    groups, kernel, outputs = conv.groups, weight.shape[2], weight.shape[0]
+    chunks, size = -(-frames // chunk), chunk + kernel - 1
+    x = F.pad(x, (kernel // 2, chunks * chunk - frames + kernel - 1 - kernel // 2)).unfold(2, size, chunk)
+    seen = x.unflatten(1, (groups, -1)).permute(1, 0, 3, 4, 2).reshape(groups, batch * chunks, -1)
+    taps = weight.unflatten(0, (groups, -1)).permute(0, 3, 2, 1)  # (G, kernel, C / G, C' / G)
+    expanded = torch.stack([F.pad(taps, (0, 0, 0, 0, i, chunk - 1 - i)) for i in range(chunk)], dim=3)
+    out = torch.bmm(seen, expanded.reshape(groups, size * channels // groups, -1))
+    out = out.view(groups, batch, chunks, chunk, -1).permute(1, 0, 4, 2, 3).reshape(batch, outputs, -1)[..., :frames]
+    return out if conv.bias is None else out + conv.bias.unsqueeze(1)
 
 
 # ------------------------------------------------------------------------------------------- for training on a CPU
@@ -599,14 +628,21 @@ def can_extract(layers: Sequence[nn.Module]) -> bool:
     if torch.compiler.is_exporting() or not untouched(*layers):  # an exported graph would be full of copies
         return False
     for index, layer in enumerate(layers):
-        conv, norm = cast("nn.Conv1d", layer.conv), cast("Any", layer.layer_norm)
+        conv, norm = getattr(layer, "conv", None), cast("Any", layer).layer_norm
+        if not isinstance(conv, nn.Conv1d):
+            return False
         if (conv.padding, conv.dilation, conv.groups, conv.padding_mode) != ((0,), (1,), 1, "zeros"):
             return False
         if isinstance(norm, nn.GroupNorm):
             if index > 0 or norm.num_groups != norm.num_channels or norm.weight is None:
                 return False
-        elif norm is not None and (type(norm) is nn.LayerNorm or norm.weight is None or norm.bias is None):
-            return False  # PyTorch's LayerNorm normalises over time here
+        elif norm is not None and (
+            not isinstance(norm, nn.LayerNorm)
+            or type(norm) is nn.LayerNorm  # which normalises over time here
+            or norm.weight is None
+            or norm.bias is None
+        ):
+            return False
     return True
 
 
@@ -730,6 +766,16 @@ class _Block:
 def _autocast(x: Tensor) -> Tensor:
     """In the type that autocast gives to matrix products, as operations of ours are unknown to it."""
     device = x.device.type
+<<<<<<< HEAD
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return x
     return x.to(torch.get_autocast_dtype(device))
+=======
+    enabled = device != "meta" and torch.is_autocast_enabled(device)
+    return x.to(torch.get_autocast_dtype(device)) if enabled else x
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[object]:
+    """Compute in the types that tensors have."""
+    return nullcontext() if x.device.type == "meta" else torch.autocast(x.device.type, enabled=False)
+>>>>>>> main

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from spidr.models.extractor import FeatureExtractor
-from spidr.models.kernels import Moments, can_extract, extract, first_conv, linear, untouched, valid_rows
+from spidr.models.kernels import Moments, can_extract, extract, first_conv, linear, through, untouched, valid_rows
 from spidr.models.transformer import SelfAttention, Transformer, TransformerLayer
 from spidr.tools.errors import InputError
 from spidr.tools.frames import conv_length, receptive_field
@@ -30,10 +30,12 @@ SAMPLES = 320_000
 def extract_features(extractor: FeatureExtractor, waveforms: Tensor, lengths: Tensor | None = None) -> Tensor:
     """Call a feature extractor, in pieces if the batch is large: (B, S) to (B, T, C)."""
     samples = waveforms.shape[1]
+    if not isinstance(extractor, FeatureExtractor) or not extractor.has_group_norm:
+        lengths = None  # frames do not depend on padding, so a published extractor's single argument is enough
     if (
         waveforms.numel() <= SAMPLES
-        or extractor.num_frames(samples) < 1
         or not _serves(extractor)
+        or extractor.num_frames(samples) < 1
         or not can_extract(list(extractor.conv_layers))
     ):
         return extractor(waveforms) if lengths is None else extractor(waveforms, lengths)
@@ -246,7 +248,7 @@ def _attention(module: SelfAttention, x: Tensor, attention_mask: Tensor | None) 
         found = module.attend_heads(linear(x, weight[:, head].flatten(0, 1), head_bias), 1, attention_mask)
         heads = found.new_empty(*found.shape[:2], module.num_heads * size) if heads is None else heads
         heads[..., head * size : (head + 1) * size] = found
-    return _piecewise(module.proj, cast("Tensor", heads), into=heads)
+    return _piecewise(partial(through, module.proj), cast("Tensor", heads), into=heads)
 
 
 def _block(layer: TransformerLayer, x: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -44,7 +44,7 @@ class UnitsQuality(NamedTuple):
 
 
 def perplexity(y: Tensor, *, tokenwise: bool = False) -> Tensor:
-    """2 to the entropy in bits of distributions over codewords.
+    """2 to the entropy in bits of distributions over codewords, those of all processes if there is a process group.
 
     Args:
         y: One distribution per row ``(N, V)``: probabilities, or one-hot rows (then of any dtype).
@@ -56,10 +56,17 @@ def perplexity(y: Tensor, *, tokenwise: bool = False) -> Tensor:
     """
     import torch
 
+    from spidr.models.codebook import reduce_over_default_group
+
+    def perplexities(x: Tensor) -> Tensor:
+        return torch.special.entr(x).sum(-1).exp()  # in nats: e to the nats is 2 to the bits
+
     y = y.to(torch.promote_types(y.dtype, torch.float32))
-    distributions = y if tokenwise else y.mean(0, keepdim=True)
-    entropies: Tensor = torch.special.entr(distributions).sum(-1)  # in nats: e to the nats is 2 to the bits
-    return entropies.exp().mean()
+    values = perplexities(y).unsqueeze(1) if tokenwise else y
+    total = torch.cat([values.sum(0), y.new_tensor([len(y)])])
+    reduce_over_default_group(total)
+    mean = total[:-1] / total[-1]
+    return mean[0] if tokenwise else perplexities(mean)
 
 
 def units_quality(

@@ -14,7 +14,16 @@ from torch import Tensor, nn
 
 from spidr.config import DinoSRConfig
 from spidr.models.extractor import LayerNorm
-from spidr.models.kernels import Dropout, Linear, attend, known, recomputed
+from spidr.models.kernels import (
+    Dropout,
+    attend,
+    convolve_by_products,
+    known,
+    recomputed,
+    through,
+    through_gelu,
+    untouched,
+)
 
 
 def frame_mask(x: Tensor, attention_mask: Tensor | None) -> Tensor | None:
@@ -33,7 +42,12 @@ class ConvPositionalEmbedding(nn.Module):
         kernel_size: Frames that the convolutions together see, about; each sees ``max(3, kernel_size // depth)``.
         groups: Groups of channels.
         depth: How many convolutions.
+
+    Attributes:
+        by_products: Compute each convolution as a batched product, which may be faster on a GPU.
     """
+
+    by_products: bool = False
 
     def __init__(self, embed_dim: int, kernel_size: int, groups: int, depth: int) -> None:
         super().__init__()
@@ -51,10 +65,13 @@ class ConvPositionalEmbedding(nn.Module):
         for conv in self.convs:
             if exists is not None:
                 x = x * exists
-            x = conv(x.transpose(1, 2))
-            if self.num_remove:
-                x = x[..., : -self.num_remove]
-            x = F.gelu(self.layer_norm(x)).transpose(1, 2)
+            x = x.transpose(1, 2)
+            if self.by_products and isinstance(conv, nn.Conv1d) and untouched(conv):
+                x = convolve_by_products(x, conv)
+            else:
+                x = conv(x)
+                x = x[..., : -self.num_remove] if self.num_remove else x
+            x = F.gelu(self.layer_norm(x).transpose(1, 2))
         return x if exists is None else x * exists
 
 
@@ -72,8 +89,8 @@ class SelfAttention(nn.Module):
     def __init__(self, embed_dim: int, num_heads: int, *, qkv_bias: bool, dropout: float = 0.0) -> None:
         super().__init__()
         self.embed_dim, self.num_heads, self.dropout = embed_dim, num_heads, dropout
-        self.qkv = Linear(embed_dim, 3 * embed_dim, bias=qkv_bias)
-        self.proj = Linear(embed_dim, embed_dim)
+        self.qkv = nn.Linear(embed_dim, 3 * embed_dim, bias=qkv_bias)
+        self.proj = nn.Linear(embed_dim, embed_dim)
         nn.init.xavier_uniform_(self.qkv.weight, gain=1 / math.sqrt(2))
         nn.init.xavier_uniform_(self.proj.weight)
         nn.init.zeros_(self.proj.bias)
@@ -82,7 +99,8 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """(B, T, D) to (B, T, D)."""
-        return self.proj(self.attend_heads(self.qkv(x), self.num_heads, attention_mask))
+        qkv = through(self.qkv, x)
+        return through(self.proj, self.attend_heads(qkv, self.num_heads, attention_mask))
 
     def attend_heads(self, qkv: Tensor, num_heads: int, attention_mask: Tensor | None) -> Tensor:
         """Attention of some heads, (B, T, 3 * H * D_head) to (B, T, H * D_head)."""
@@ -103,23 +121,23 @@ class FeedForward(nn.Module):
 
     def __init__(self, embed_dim: int, interm_features: int, interm_dropout: float) -> None:
         super().__init__()
-        self.intermediate_dense = Linear(embed_dim, interm_features)
+        self.intermediate_dense = nn.Linear(embed_dim, interm_features)
         self.intermediate_dropout = Dropout(interm_dropout)
-        self.output_dense = Linear(interm_features, embed_dim)
+        self.output_dense = nn.Linear(interm_features, embed_dim)
         for dense in (self.intermediate_dense, self.output_dense):
             nn.init.normal_(dense.weight, std=0.02)
             nn.init.zeros_(dense.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, D) to (B, T, D)."""
-        if not torch.is_grad_enabled() and isinstance(self.intermediate_dense, Linear):
-            return self.output_dense(self.intermediate_dropout(self.intermediate_dense.gelu(x)))
+        if not torch.is_grad_enabled():
+            return through(self.output_dense, self.intermediate_dropout(through_gelu(self.intermediate_dense, x)))
         calls = (self.intermediate_dropout, self.output_dense)
         draws = getattr(self.intermediate_dropout, "p", 0) > 0
-        return recomputed(self._activate_and_reduce, self.intermediate_dense(x), calls=calls, draws=draws)
+        return recomputed(self._activate_and_reduce, through(self.intermediate_dense, x), calls=calls, draws=draws)
 
     def _activate_and_reduce(self, x: Tensor) -> Tensor:
-        return self.output_dense(self.intermediate_dropout(F.gelu(x)))
+        return through(self.output_dense, self.intermediate_dropout(F.gelu(x)))
 
 
 @known

@@ -212,9 +212,10 @@ def fitting(model: nn.Module, weights: Mapping[str, Tensor], source: str | Path)
 
 def _largest(value: Tensor) -> float:
     """The largest absolute value, NaN if any value is."""
-    if not value.numel() or not (value.is_floating_point() or value.is_complex()):
+    if not value.numel() or not value.is_floating_point():
         return 0.0
-    return float(torch.linalg.vector_norm(value.float(), torch.inf))
+    low, high = torch.aminmax(value if value.dtype in (torch.float32, torch.float64) else value.float())
+    return float(torch.maximum(-low, high))
 
 
 def _few(what: str, names: list[str], limit: int = 5) -> list[str]:

@@ -58,6 +58,7 @@ def run_task(folder: Path) -> int:
         except SystemExit as end:
             if end.code == PREEMPTED and rank != "0":
                 return 0
+            sys.stderr.write(f"{end}\n")
             raise
         except Exception as error:
             write_down("error", traceback.format_exc())
@@ -68,9 +69,17 @@ def run_task(folder: Path) -> int:
     return 0
 
 
+class _StoppedError(SystemExit):
+    def __init__(self, signum: int) -> None:
+        super().__init__(PREEMPTED)
+        self.signum = signum
+
+    def __str__(self) -> str:
+        return f"stopped by {signal.Signals(self.signum).name}"
+
+
 def _stop(signum: int, _: object) -> NoReturn:
-    sys.stderr.write(f"stopped by {signal.Signals(signum).name}\n")
-    raise SystemExit(PREEMPTED)
+    raise _StoppedError(signum)
 
 
 if __name__ == "__main__":

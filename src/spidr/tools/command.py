@@ -64,6 +64,10 @@ def command(main: Callable[P, int | None]) -> Callable[P, int]:
                 return main(*args, **kwargs) or 0
             except InputError as error:
                 return _say(f"error: {error}", 2)
+            except SystemExit as end:
+                if isinstance(end.code, int) and str(end) != str(end.code) and os.environ.get("RANK", "0") == "0":
+                    _say(str(end), end.code)  # a kind of its own, which says why
+                raise
             except KeyboardInterrupt:
                 return _say("interrupted; run the same command again", 130)
             except BrokenPipeError:
@@ -117,7 +121,7 @@ class _Aside(_Lasting):
 def _results_only() -> Iterator[None]:
     """Inside, ``sys.stdout`` is standard error for all but :func:`write_result`."""
     with Path(os.devnull).open("w") as nowhere:
-        _results.append(sys.stdout or nowhere)  # None if it was closed
+        _results.append(_results[-1] if _results else sys.stdout or nowhere)  # None if it was closed
         try:
             with redirect_stdout(cast("TextIO", _Aside(sys.stderr))):
                 yield

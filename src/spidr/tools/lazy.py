@@ -8,13 +8,14 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 from spidr.tools.errors import InputError
 
 
 def lazy_names(package: str, modules: dict[str, str]) -> Callable[[str], Any]:
-    """A module-level ``__getattr__`` for a package.
+    """A module-level ``__getattr__`` for a package; ``dir`` of it lists its ``__all__``.
 
     Args:
         package: Its ``__name__``.
@@ -24,7 +25,7 @@ def lazy_names(package: str, modules: dict[str, str]) -> Callable[[str], Any]:
     def get(name: str) -> Any:
         module = f"{package}.{modules.get(name, name)}"
         try:
-            found = import_module(module)
+            found = _import(module)
         except ModuleNotFoundError as error:
             if error.name != module:
                 raise
@@ -33,6 +34,8 @@ def lazy_names(package: str, modules: dict[str, str]) -> Callable[[str], Any]:
         setattr(sys.modules[package], name, value)  # the next time it is there at once
         return value
 
+    this = sys.modules[package]
+    this.__dir__ = lambda: sorted(this.__all__)  # type: ignore[method-assign]
     return get
 
 
@@ -45,12 +48,20 @@ def names_from(package: str, module: str) -> Callable[[str], Any]:
     """
 
     def get(name: str) -> Any:
-        found = None if name.startswith("__") else import_module(module)
+        found = None if name.startswith("__") else _import(module)
         if found is None or name not in found.__all__:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         return getattr(found, name)
 
     return get
+
+
+def _import(module: str) -> ModuleType:
+    """Import a module. ``from … import`` would take an AttributeError in it for a name that does not exist."""
+    try:
+        return import_module(module)
+    except AttributeError as error:
+        raise ImportError(f"cannot import {module}: {error}") from error
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from tqdm import tqdm
 FILE_ONLY = {"file_only": True}
 """The ``extra`` of a log line that is on standard error in another form."""
 
-FORMAT = "%(asctime)s %(levelname)s [rank {rank}] %(message)s"
+FORMAT = "%(asctime)s %(levelname)s {who}%(message)s"
 
 
 class _AboveProgressBar(logging.Handler):
@@ -36,19 +36,21 @@ class _LogFile(logging.FileHandler):
 
 
 @contextmanager
-def run_log(rank: int) -> Iterator[Callable[[Path], None]]:
+def run_log(rank: int, processes: int = 1) -> Iterator[Callable[[Path], None]]:
     """Log what the package says inside the block, on standard error: all on rank 0, only warnings elsewhere.
 
     The root logger is not touched, and the package's logger is as before at the end.
 
     Args:
         rank: This process.
+        processes: How many there are; of several, each line names its own.
 
     Returns:
         A function that opens a log file, which then gets everything, also what was said before.
     """
     package = logging.getLogger("spidr")
-    formatter = logging.Formatter(FORMAT.format(rank=rank))
+    who = f"[rank {rank}] " if processes > 1 else ""
+    formatter = logging.Formatter(FORMAT.format(who=who), "%Y-%m-%d %H:%M:%S")
     stderr, buffer = _AboveProgressBar(), MemoryHandler(1_000_000, flushLevel=logging.CRITICAL + 1, flushOnClose=False)
     stderr.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     stderr.setFormatter(formatter)

@@ -6,6 +6,7 @@ checkpoints of our own runs.
 
 from __future__ import annotations
 
+import io
 import logging
 import pickle
 import sys
@@ -30,7 +31,8 @@ def load_verified(path: str | Path) -> Any:
     """
     if is_archive(path):
         with open_archive(path) as archive:
-            _verify(archive)
+            if damaged := archive.testzip():
+                raise ValueError(f"the checksum of {damaged} is wrong")
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
@@ -47,8 +49,7 @@ def read_tensors(path: str | Path) -> Any:
         document = load_verified(path)
         logger.warning("%s: an old file format without a checksum: damage would not be noticed", path)
         return document
-    with open_archive(path) as archive:
-        _verify(archive)
+    with open_archive(path) as archive:  # what is read whole has its checksum verified
         folder = next(name.removesuffix("/data.pkl") for name in archive.namelist() if name.endswith("/data.pkl"))
         order = f"{folder}/byteorder"
         if order in archive.namelist() and archive.read(order).decode() != sys.byteorder:
@@ -92,11 +93,6 @@ def open_archive(path: str | Path) -> zipfile.ZipFile:
         archive.close()
         raise ValueError("entries that are compressed or overlap")
     return archive
-
-
-def _verify(archive: zipfile.ZipFile) -> None:
-    if damaged := archive.testzip():
-        raise ValueError(f"the checksum of {damaged} is wrong")
 
 
 class Inert:
@@ -154,7 +150,7 @@ class _Unpickler(pickle._Unpickler):
     """
 
     def __init__(self, archive: zipfile.ZipFile, folder: str) -> None:
-        super().__init__(archive.open(f"{folder}/data.pkl"))
+        super().__init__(io.BytesIO(archive.read(f"{folder}/data.pkl")))
         self.archive, self.folder = archive, folder
         self.storages: dict[tuple[str, torch.dtype], Tensor] = {}
 

@@ -1,0 +1,87 @@
+"""Settings of the site: see ``build.py``."""
+
+import dataclasses
+import pkgutil
+from pathlib import Path
+
+from sphinx.application import Sphinx
+
+import spidr
+from spidr import config
+
+project = "SpidR"
+version = release = spidr.__version__
+copyright = "the SpidR authors, CC BY-NC 4.0"  # noqa: A001
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.autosummary", "sphinx.ext.napoleon"]
+exclude_patterns = ["build"]
+html_theme = "furo"
+html_title = f"SpidR {version}"
+html_copy_source = False
+myst_enable_extensions = ["colon_fence"]
+myst_heading_anchors = 3
+autodoc_member_order = "bysource"
+autodoc_typehints = "description"
+autodoc_typehints_description_target = "documented"
+autodoc_preserve_defaults = True
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+napoleon_use_rtype = False
+napoleon_use_ivar = True
+
+REFERENCE = {
+    "models": "Models: load, run, train",
+    "config": "Configurations",
+    "extract": "Extraction",
+    "evaluate": "Evaluation",
+    "data": "Data",
+    "train": "Training",
+    "export": "Export",
+    "report": "Reports",
+    "slurm": "SLURM",
+    "tools": "Tools",
+}
+"""Pages of the reference: a package or module, and its title. All others are on the page of `train`."""
+
+
+def write_reference(app: Sphinx) -> None:
+    """Write a page for each part of the package, and one with all settings."""
+    folder = Path(app.srcdir) / "reference"
+    folder.mkdir(exist_ok=True)
+    found = list(pkgutil.walk_packages(spidr.__path__, "spidr."))
+    packages = {module.name for module in found if module.ispkg}  # their names are documented where they are defined
+    names = [module.name for module in found]
+    hidden = ("__main__", ".components", ".utils")  # and what other packages import from the published one
+    names = [name for name in names if not name.endswith(hidden) and ".compat" not in name]
+    pages: dict[str, list[str]] = {part: [] for part in REFERENCE}
+    for name in names:
+        part = name.split(".")[1]
+        pages[part if part in REFERENCE else "train"].append(name)
+    for part, modules in pages.items():
+        title = REFERENCE[part]
+        bodies = [
+            f"{name}\n{'-' * len(name)}\n\n.. automodule:: {name}\n{'' if name in packages else '   :members:'}\n"
+            for name in modules
+        ]
+        write(folder / f"{part}.rst", "\n".join([f"{title}\n{'=' * len(title)}\n", *bodies]))
+    toctree = "".join(f"   {part}\n" for part in REFERENCE)
+    write(folder / "index.rst", f"The Python API\n==============\n\n.. toctree::\n   :maxdepth: 1\n\n{toctree}")
+    write(folder / "settings.rst", settings())
+
+
+def settings() -> str:
+    """All settings with their defaults, section by section."""
+    text = "Settings\n========\n"
+    for field in dataclasses.fields(config.Config):
+        text += f"\n[{field.name}]\n{'-' * (len(field.name) + 2)}\n"
+    return text
+
+
+def write(path: Path, text: str) -> None:
+    """Write a file if it has changed, so that nothing is built twice."""
+    if not path.exists() or path.read_text(encoding="utf-8") != text:
+        path.write_text(text, encoding="utf-8")
+
+
+def setup(app: Sphinx) -> None:
+    """Connect to Sphinx."""
+    app.connect("builder-inited", write_reference)
