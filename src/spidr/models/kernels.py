@@ -766,11 +766,6 @@ class _Block:
 def _autocast(x: Tensor) -> Tensor:
     """In the type that autocast gives to matrix products, as operations of ours are unknown to it."""
     device = x.device.type
-<<<<<<< HEAD
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return x
-    return x.to(torch.get_autocast_dtype(device))
-=======
     enabled = device != "meta" and torch.is_autocast_enabled(device)
     return x.to(torch.get_autocast_dtype(device)) if enabled else x
 
@@ -778,4 +773,3 @@ def _autocast(x: Tensor) -> Tensor:
 def without_autocast(x: Tensor) -> AbstractContextManager[object]:
     """Compute in the types that tensors have."""
     return nullcontext() if x.device.type == "meta" else torch.autocast(x.device.type, enabled=False)
->>>>>>> main
