@@ -206,6 +206,7 @@ def test_every_training_forward_moves_the_codebooks(model_type: str) -> None:
     model = tiny_model(model_type, **NO_DROPOUT).train()
     deferred = copy.deepcopy(model)
     deferred.defer_codebook_updates = True
+    deferred.ema_scheduler = lambda step: 1.0  # the teacher stays
     mask = torch.rand(2, num_frames(model, 1500)) < 0.5
     for step in (1, 2, 3):
         waveforms, before = torch.randn(2, 1500), model.codebooks[0].codebook.clone()
@@ -217,9 +218,6 @@ def test_every_training_forward_moves_the_codebooks(model_type: str) -> None:
         deferred.update_ema(step)
         for (name, one), (_, other) in zip(*(m.codebooks.named_buffers() for m in (model, deferred)), strict=True):
             torch.testing.assert_close(one, other, msg=name)
-    assert not torch.equal(
-        model.teacher.layers[0].attention.qkv.weight, deferred.teacher.layers[0].attention.qkv.weight
-    )
 
 
 def test_a_codebook_on_its_own_updates_itself_in_training() -> None:
