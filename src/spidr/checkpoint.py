@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from threading import Thread
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -265,7 +265,7 @@ class Checkpointer:
         Raises:
             InputError: If it does not fit them.
         """
-        scheduler, model = self.scheduler, getattr(self.model, "module", self.model)
+        scheduler, model = self.scheduler, cast("Any", getattr(self.model, "module", self.model))
         try:
             weights = {_PREFIXES.sub("", name): value for name, value in checkpoint["model"].items()}
             model.load_state_dict(weights)
