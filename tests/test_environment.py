@@ -15,7 +15,7 @@ import torch
 
 from processes import free_port
 from spidr.config import RunConfig
-from spidr.environment import StopFlag, choose_device, environment, ranks, seed_step, use_slurm
+from spidr.environment import Preempted, StopFlag, choose_device, environment, ranks, seed_step, use_slurm
 from spidr.tools.errors import InputError
 from tiny_run import write_config, write_recordings
 
@@ -204,6 +204,42 @@ def test_stop_flag_remembers_the_first_signal() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.signum == signal.SIGUSR2
     assert before == [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)]
+
+
+def test_stop_flag_may_end_the_process_where_it_is() -> None:
+    with StopFlag().listening() as stop:
+        stop.immediate = True
+        with pytest.raises(Preempted) as preempted:
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert (preempted.value.signum, preempted.value.code) == (signal.SIGTERM, 75)
+
+
+def test_second_ctrl_c_is_not_waited_for(capsys: pytest.CaptureFixture[str]) -> None:
+    with StopFlag().listening() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.signum == signal.SIGINT
+        assert "press Ctrl-C again to stop at once" in capsys.readouterr().err
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_nohup_is_respected() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopFlag().listening() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.signum == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("name", ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE"])
+def test_mpirun_is_refused(variables: pytest.MonkeyPatch, name: str) -> None:
+    variables.setenv(name, "1")
+    assert ranks() == (0, 0, 1)
+    variables.setenv(name, "2")
+    with pytest.raises(InputError, match=rf"{name} = 2: mpirun started several processes; use torchrun or srun"):
+        ranks()
 
 
 def test_draws_of_a_step_depend_on_its_arguments_only() -> None:

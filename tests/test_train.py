@@ -46,6 +46,7 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_golden_trajectory(golden: GoldenCase) -> None:
     expected, model = golden.trajectory, golden.model().train()
     model.reduction = CPU.all_reduce
+    model.defer_codebook_updates = True
     run = RunConfig("runs", "project", "name", model_type=golden.model_type, compile=False)  # type: ignore[arg-type]
     optimizer_cfg = OptimizerConfig(**expected["optimizer"])
     cfg = Config(run, DataConfig("manifest.csv"), golden.cfg, optimizer_cfg)

@@ -102,7 +102,9 @@ class StopFlag:
             logger.warning("training runs in a thread: signals, Ctrl-C too, do not save and stop it")
             yield self
             return
-        previous = {signum: signal.signal(signum, self.set) for signum in STOP_SIGNALS}
+        hangup = getattr(signal, "SIGHUP", None)  # which nohup has ignored
+        wanted = [s for s in STOP_SIGNALS if s != hangup or signal.getsignal(s) is not signal.SIG_IGN]
+        previous = {signum: signal.signal(signum, self.set) for signum in wanted}
         try:
             yield self
         finally:

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from spidr.checkpoint import Checkpointer, read_checkpoint
 from spidr.config import Config, read_config, to_dict
 from spidr.data import Batch
+from spidr.data.loader import SpeechLoader
 from spidr.environment import Environment, Preempted, RunEndedError, StopFlag, environment, ranks
 from spidr.models.flops import peak_tflops, step_flops
 from spidr.state import Hooks, Measured, State, build_state, may_differ, model_settings, wrap
@@ -163,7 +164,8 @@ class Run:
         if env.is_main:
             self._open_metrics(latest)
             self._warn_of_size()
-            self.state.loader.summary().log(logger, cfg.data)
+            if isinstance(self.state.loader, SpeechLoader):  # a fork's own may know nothing of the sort
+                self.state.loader.summary().log(logger, cfg.data)
         self.bar = tqdm(
             total=cfg.optimizer.max_steps,
             initial=self.state.step,

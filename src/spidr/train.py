@@ -193,17 +193,17 @@ def _sync_gradients(network: Any, *, when: bool) -> Any:
 
 
 @command
-def main() -> int:
-    """Run the command line of ``python -m spidr.train``. Returns the exit status."""
+@command
+def main() -> None:
+    """Run the command line, as one of the processes that torchrun starts."""
     args = _arguments()
     try:
         cfg = read_config(args.config, args.overrides)
     except InputError:
-        if os.environ.get("LOCAL_RANK", "0") != "0":
-            return 2  # all processes of a machine find the same: one of them says so
+        if os.environ.get("LOCAL_RANK", "0") != "0":  # all processes of a machine find the same: one of them says so
+            sys.exit(2)
         raise
     train(cfg)
-    return 0
 
 
 if __name__ == "__main__":

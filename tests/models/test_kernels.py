@@ -165,3 +165,14 @@ def test_elsewhere_it_is_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not kernels.is_lean(x.to("meta"))
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     assert not kernels.is_lean(x)
+
+
+@pytest.mark.parametrize(("kernel", "frames", "chunk"), [(7, 50, 16), (4, 33, 8), (19, 5, 16), (3, 1, 4), (5, 32, 16)])
+def test_convolution_by_products(kernel: int, frames: int, chunk: int) -> None:
+    conv = nn.Conv1d(12, 12, kernel, padding=kernel // 2, groups=3)
+    x = torch.randn(2, 12, frames, requires_grad=True)
+    expected, found = conv(x)[..., :frames], kernels.convolve_by_products(x, conv, chunk)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    seed, inputs = torch.randn_like(expected), (x, conv.weight, conv.bias)
+    for a, b in zip(*(torch.autograd.grad(out, inputs, seed) for out in (found, expected)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)

@@ -8,13 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from operators import Operators
 from processes import complete
 from small_models import tiny_model
-from spidr.config import OptimizerConfig
 from spidr.models import DinoSR
-from spidr.optimizer import build_optimizer
 from spidr.train import Hooks, State
 from tiny_run import write_config, write_recordings
 
@@ -26,26 +25,50 @@ def forward(model: DinoSR) -> Tensor:
     return model(torch.randn(BATCH, SAMPLES), mask=torch.arange(MASKED).repeat(BATCH, 1))[0]
 
 
+def batch(device: str, frames: int) -> dict[str, Tensor]:
+    """All kinds of input that a step may get."""
+    return {
+        "mask": torch.arange(MASKED, device=device).repeat(BATCH, 1),
+        "attention_mask": torch.ones(BATCH, 1, 1, frames, dtype=torch.bool, device=device),
+        "lengths": torch.full((BATCH,), SAMPLES, device=device),
+        "channel_mask": torch.zeros(BATCH, 32, dtype=torch.bool, device=device),
+    }
+
+
+@pytest.mark.parametrize("mode", ["layer_norm", "group_norm"])
 @pytest.mark.parametrize("model_type", ["spidr", "dinosr"])
-def test_nothing_in_a_step_waits_for_the_device(model_type: str) -> None:
-    model = tiny_model(model_type).train()
-    optimizer = build_optimizer(model, OptimizerConfig())[0]
+def test_nothing_in_a_step_waits_for_the_device(model_type: str, mode: str) -> None:
+    """On ``meta``, where the code runs that a GPU runs, and where asking for a value is an error."""
+    with torch.device("meta"):
+        model = tiny_model(model_type, extractor_mode=mode, encoder_projection_dropout=0.1).train()
     parameters = [p for p in model.parameters() if p.requires_grad]
-    with Operators() as operators:
-        forward(model).mean().backward()
-        nn.utils.clip_grad_norm_(parameters, 10.0)
-        optimizer.step()
-        model.update_ema(1)
-    assert not operators.names().intersection(WAITING)
-    assert {"_foreach_norm", "_foreach_mul_", "_foreach_lerp_", "_foreach_copy_", "_fused_adamw_"} <= operators.names()
+    frames = model.feature_extractor.num_frames(SAMPLES)
+    for model.defer_codebook_updates in (False, True):
+        with Operators() as operators:
+            loss, _ = model(torch.randn(BATCH, SAMPLES, device="meta"), **batch("meta", frames))
+            loss.mean().backward()
+            nn.utils.clip_grad_norm_(parameters, 10.0)
+            model.update_ema(1)
+        assert not operators.names().intersection(WAITING)
+        assert {"_foreach_lerp_", "_foreach_copy_"} <= operators.names()
 
 
-def test_what_waits_is_seen() -> None:
-    model = tiny_model().train()
-    mask = torch.rand(BATCH, model.feature_extractor.num_frames(SAMPLES)) < 0.5
-    with Operators() as operators:
-        model(torch.randn(BATCH, SAMPLES), mask=mask)[0].mean().item()
-    assert operators.names().intersection(WAITING) == {"nonzero", "_local_scalar_dense"}
+@pytest.mark.parametrize("mode", ["layer_norm", "group_norm"])
+@pytest.mark.parametrize("model_type", ["spidr", "dinosr"])
+@pytest.mark.filterwarnings("ignore:CUDA is not available")
+def test_every_tensor_is_on_the_device_of_the_model(model_type: str, mode: str) -> None:
+    """On a GPU that does not exist, where operands on two devices are an error as on a real one."""
+    with FakeTensorMode(), torch.device("cuda"):
+        model = tiny_model(model_type, extractor_mode=mode, encoder_projection_dropout=0.1).train()
+        waveforms, options = torch.randn(BATCH, SAMPLES), batch("cuda", model.feature_extractor.num_frames(SAMPLES))
+    with model.mask_embedding.fake_mode:  # type: ignore[attr-defined]
+        for given in ({}, options):
+            loss, outputs = model(waveforms, **given)
+            assert {x.device.type for x in (loss, *outputs.values())} == {"cuda"}
+            model.update_ema(1)
+            model.get_intermediate_outputs(waveforms, attention_mask=given.get("attention_mask"))
+            for found in model.get_codebooks(waveforms, attention_mask=given.get("attention_mask"))[1:]:
+                assert found.device.type == "cuda"
 
 
 @pytest.mark.parametrize("model_type", ["spidr", "dinosr"])

@@ -103,6 +103,16 @@ def test_padding_changes_nothing(norm_first: bool) -> None:
         torch.testing.assert_close(padded[:, :19], alone)
 
 
+@pytest.mark.parametrize("kernel", [15, 12], ids=["odd", "even"])
+@torch.no_grad()
+def test_positional_convolutions_by_products(kernel: int) -> None:
+    model = build(encoder_pos_conv_kernel=kernel)
+    x, mask = torch.randn(2, 40, 32, dtype=torch.float64), (torch.arange(40) < 29)[None, None, None]
+    expected = model.pos_conv_embed(x, mask)
+    model.pos_conv_embed.by_products = True
+    torch.testing.assert_close(model.pos_conv_embed(x, mask), expected, rtol=0, atol=1e-5)
+
+
 @torch.no_grad()
 def test_first_layers_only() -> None:
     model = build()

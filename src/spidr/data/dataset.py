@@ -12,14 +12,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from spidr.data.audio import read_audio, standardize, statistics_of
-from spidr.data.manifest import read_manifest
+from spidr.data.manifest import read_manifest, recordings_of
 from spidr.data.recording import Recording
-from spidr.tools.errors import InputError
 from spidr.tools.frames import conv_length
 from spidr.tools.lazy import names_from
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
     from numpy.typing import NDArray
 
@@ -66,25 +65,6 @@ class SpeechDataset(Dataset[Tensor]):
     def recordings(self, rows: NDArray[np.integer[Any]]) -> list[Recording]:
         """Where the recordings of some rows are."""
         return recordings_of(self.manifest, rows)
-
-
-def recordings_of(manifest: pl.DataFrame, rows: NDArray[np.integer[Any]] | None = None) -> list[Recording]:
-    """Where the recordings of some rows are (None: of all)."""
-    fields = [name for name in Recording._fields if name in manifest.columns]
-    if "path" not in fields:
-        raise InputError("The manifest has no column 'path'.")
-    chosen = manifest.select(fields) if rows is None else manifest.select(fields)[rows]
-    defaults = Recording._field_defaults
-    columns = [
-        chosen[name].to_list() if name in fields else [defaults[name]] * chosen.height for name in Recording._fields
-    ]
-    return list(map(Recording._make, zip(*columns, strict=True)))
-
-
-def iter_recordings(manifest: pl.DataFrame) -> Iterator[Recording]:
-    """Where all recordings are, a few thousand at a time in memory."""
-    for rows in manifest.iter_slices(4096):
-        yield from recordings_of(rows)
 
 
 def speech_dataset(path: str | Path | Sequence[str | Path], *, normalize: bool) -> SpeechDataset:

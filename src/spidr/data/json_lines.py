@@ -1,4 +1,4 @@
-"""Tables in JSON lines, plain or gzipped, from files that may be anything. May import ``spidr.config``."""
+"""Tables in JSON lines, plain or gzipped, from files that may be anything."""
 
 from __future__ import annotations
 

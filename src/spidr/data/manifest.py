@@ -15,12 +15,16 @@ import polars as pl
 
 from spidr.config import SAMPLE_RATE
 from spidr.data.json_lines import read_lines
+from spidr.data.recording import Recording
 from spidr.tools.errors import InputError, first_line
 from spidr.tools.files import check_file, expand
 from spidr.tools.untrusted import parse_json
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
+
+    import numpy as np
+    from numpy.typing import NDArray
 
 REQUIRED = {"fileid": pl.String, "path": pl.String, "num_samples": pl.Int64}
 ARCHIVE = {"archive": pl.String, "byte_offset": pl.Int64, "byte_size": pl.Int64}
@@ -96,6 +100,25 @@ def read_manifests(paths: Sequence[str | Path]) -> tuple[pl.DataFrame, pl.Series
         )
     sources = pl.concat([pl.repeat(i, table.height, dtype=pl.Int32, eager=True) for i, table in enumerate(tables)])
     return pl.concat(tables, how="diagonal_relaxed"), sources
+
+
+def recordings_of(manifest: pl.DataFrame, rows: NDArray[np.integer[Any]] | None = None) -> list[Recording]:
+    """Where the recordings of some rows are (None: of all)."""
+    fields = [name for name in Recording._fields if name in manifest.columns]
+    if "path" not in fields:
+        raise InputError("The manifest has no column 'path'.")
+    chosen = manifest.select(fields) if rows is None else manifest.select(fields)[rows]
+    defaults = Recording._field_defaults
+    columns = [
+        chosen[name].to_list() if name in fields else [defaults[name]] * chosen.height for name in Recording._fields
+    ]
+    return list(map(Recording._make, zip(*columns, strict=True)))
+
+
+def iter_recordings(manifest: pl.DataFrame) -> Iterator[Recording]:
+    """Where all recordings are, a few thousand at a time in memory."""
+    for rows in manifest.iter_slices(4096):
+        yield from recordings_of(rows)
 
 
 def is_table(path: str | Path) -> bool:
@@ -256,7 +279,8 @@ def _typed(path: Path, manifest: pl.DataFrame) -> pl.DataFrame:
         InputError: A column is missing or a value is not of its type.
     """
     columns = manifest.columns
-    needed = ["path"] if "fileid" not in columns else ["num_samples"] if "path" not in columns else []
+    is_named = "fileid" in columns and "archive" not in columns
+    needed = ["num_samples"] if is_named and "path" not in columns else ["path"]
     if missing := [column for column in [*needed, *(ARCHIVE if "archive" in columns else ())] if column not in columns]:
         raise InputError(f"{path}: column {missing[0]!r} is missing. Columns found: {', '.join(columns) or 'none'}.")
     known = [column for column in SCHEMA if column in columns]
@@ -266,7 +290,9 @@ def _typed(path: Path, manifest: pl.DataFrame) -> pl.DataFrame:
     typed = {}
     for column in known:
         given, kind = manifest[column], SCHEMA[column]
-        given = given if given.dtype in (pl.String, pl.Null) or given.dtype.is_nested() else given.cast(pl.String)
+        if given.dtype.is_nested():
+            raise InputError(f"{path}: column {column!r}: found {_cut(given[0])}, expected {_expected(column)}.")
+        given = given if given.dtype in (pl.String, pl.Null) else given.cast(pl.String)
         optional = (
             column in SPAN or column in STATISTICS or (column == "num_samples" and not SPAN.keys().isdisjoint(columns))
         )

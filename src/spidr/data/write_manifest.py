@@ -52,7 +52,7 @@ def _arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "recordings need not decode the whole (slower: decodes everything now)",
     )
     parser.add_argument(
-        "--on-error", choices=["raise", "skip"], default="raise", help="leave out what cannot be read, and list it"
+        "--on-error", choices=["raise", "skip"], default="raise", help="skip: list what is bad (default: raise)"
     )
     args = parser.parse_intermixed_args(argv)
     args.ext, rest = _split_extensions(args.ext or [".wav"], missing=max(0, 2 - len(args.paths)))
@@ -83,9 +83,8 @@ with command_needs("train", __name__):
 
     from spidr.config import SAMPLE_RATE, DataConfig
     from spidr.data.audio import num_samples, statistics
-    from spidr.data.dataset import iter_recordings
     from spidr.data.decoders import AUDIO
-    from spidr.data.manifest import SCHEMA, is_table, read_manifest, stem
+    from spidr.data.manifest import SCHEMA, is_table, iter_recordings, read_manifest, stem
     from spidr.data.measure import measure, problems_of
     from spidr.data.summary import duration, summarise
 

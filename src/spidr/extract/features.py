@@ -13,8 +13,9 @@ import torch
 from numpy.typing import NDArray
 
 from spidr.extract.job import extract
+from spidr.extract.options import Options, check_choice
 from spidr.extract.outputs import Output
-from spidr.extract.session import Encoded, EncodingError, Options, Session, Skipped, check_choice
+from spidr.extract.session import Encoded, EncodingError, Session, Skipped
 from spidr.extract.sources import Item
 from spidr.models import DinoSR
 from spidr.models.hub import check_name

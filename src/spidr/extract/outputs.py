@@ -28,7 +28,7 @@ from spidr.tools.untrusted import parse_json
 
 logger = logging.getLogger(__name__)
 
-INFORMATIVE = ("model", "spidr", "num_units", "skipped", "recordings")
+INFORMATIVE = ("model", "spidr", "num_units", "skipped", "recordings", "crc32")
 """What a record says beside the settings: the weights decide, not what they are called or who encoded with them."""
 
 NAMES = "recordings.json"
@@ -81,8 +81,15 @@ class Output(ABC):
             **session.settings(),
             **self.settings,
         }
-        self.check()
-        if damaged := self.find(items, session, folders):
+        if not (has_record := os.path.exists(self.record)):  # noqa: PTH110
+            self.check_new()
+        damaged = self.find(items, session, folders)
+        other_jobs = len(list(self.unfinished.glob("*/"))) > len(folders)
+        if has_record and (self.done or damaged or other_jobs or os.path.isfile(self.path)):  # noqa: PTH113
+            self.check()
+        else:
+            _write_object(self.record, self.settings, indent=2)
+        if damaged:
             logger.warning("%s: %d recordings have damaged values, which are made again", self.path, damaged)
         self.note(items)
 
@@ -108,15 +115,11 @@ class Output(ABC):
         )
 
     def check(self) -> None:
-        """Check that what is there was made in the same way; else write down how it will be.
+        """Check that what is there was made in the same way.
 
         Raises:
             InputError: It was not, or the record cannot be read.
         """
-        if not os.path.exists(self.record):  # noqa: PTH110
-            self.check_new()
-            _write_object(self.record, self.settings, indent=2)
-            return
         found = _read_object(self.record, "says how the outputs were made", "Choose another output.", strings=False)
         expected = json.loads(json.dumps(self.settings))
         for key in [*expected, *(key for key in found if key not in expected)]:

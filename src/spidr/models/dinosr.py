@@ -24,7 +24,7 @@ from spidr.models.codebook import (
     reduce_over_default_group,
 )
 from spidr.models.encoder import Encoder, Lengths
-from spidr.models.kernels import Dropout, untouched
+from spidr.models.kernels import Dropout, untouched, without_autocast
 from spidr.models.long import layer_outputs
 from spidr.models.transformer import Transformer
 from spidr.tools.errors import InputError
@@ -171,7 +171,7 @@ class DinoSR(Encoder):
         hidden = self._hidden(student_input, attention_mask, self.num_codebooks)
         found = self._log_probs([select(h) for h in hidden], self.num_codebooks)
         log_probs = found if isinstance(found, Tensor) else torch.stack(found)
-        with torch.autocast(log_probs.device.type, enabled=False):
+        with without_autocast(log_probs):
             if one_hot is None:
                 loss = -log_probs.gather(-1, labels.unsqueeze(-1)).squeeze(-1).mean(0)
             else:
@@ -186,7 +186,7 @@ class DinoSR(Encoder):
             raise InputError("this model has no teacher: it encodes, but cannot be trained or validated")
         skip = len(self.teacher.layers) - self.num_codebooks
         outputs = layer_outputs(self.teacher, features, attention_mask, skip=skip)
-        with torch.autocast(features.device.type, enabled=False):
+        with without_autocast(features):
             return torch.stack([select(normalise_over_time(output)) for output in outputs])
 
     @torch.no_grad()
@@ -195,7 +195,7 @@ class DinoSR(Encoder):
 
         If somebody touched a codebook, they are called as modules, and what they give, (K, N, V), comes along.
         """
-        with torch.autocast(targets.device.type, enabled=False):
+        with without_autocast(targets):
             if untouched(*self.codebooks):
                 return assign(targets, torch.stack([cast("Codebook", c).codewords for c in self.codebooks])), None
             one_hot = torch.stack([codebook(x).float() for codebook, x in zip(self.codebooks, targets, strict=True)])

@@ -11,7 +11,7 @@ import os
 import platform
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -245,6 +245,33 @@ def through_gelu(module: nn.Module, x: Tensor) -> Tensor:
     if suits_onednn(x, module.weight) and untouched(module):
         return _onednn_linear(x, module.weight, module.bias, "gelu")
     return F.gelu(module(x))
+
+
+def convolve_by_products(x: Tensor, conv: nn.Conv1d, chunk: int = 16) -> Tensor:
+    """A grouped convolution over time that keeps the number of frames, as one batched product over the groups.
+
+    Each chunk of frames, with what the kernel sees around it, is multiplied by the kernel expanded to a Toeplitz
+    matrix: more operations, by ``(chunk + kernel - 1) / kernel``, in a form in which a GPU is fast.
+
+    Args:
+        x: (B, C, T).
+        conv: Of stride 1, padded by half of its kernel.
+        chunk: Frames that are computed together.
+
+    Returns:
+        (B, C', T), without the additional frame of an even kernel.
+    """
+    weight = conv.weight
+    batch, channels, frames = x.shape
+    groups, kernel, outputs = conv.groups, weight.shape[2], weight.shape[0]
+    chunks, size = -(-frames // chunk), chunk + kernel - 1
+    x = F.pad(x, (kernel // 2, chunks * chunk - frames + kernel - 1 - kernel // 2)).unfold(2, size, chunk)
+    seen = x.unflatten(1, (groups, -1)).permute(1, 0, 3, 4, 2).reshape(groups, batch * chunks, -1)
+    taps = weight.unflatten(0, (groups, -1)).permute(0, 3, 2, 1)  # (G, kernel, C / G, C' / G)
+    expanded = torch.stack([F.pad(taps, (0, 0, 0, 0, i, chunk - 1 - i)) for i in range(chunk)], dim=3)
+    out = torch.bmm(seen, expanded.reshape(groups, size * channels // groups, -1))
+    out = out.view(groups, batch, chunks, chunk, -1).permute(1, 0, 4, 2, 3).reshape(batch, outputs, -1)[..., :frames]
+    return out if conv.bias is None else out + conv.bias.unsqueeze(1)
 
 
 # ------------------------------------------------------------------------------------------- for training on a CPU
@@ -739,4 +766,10 @@ class _Block:
 def _autocast(x: Tensor) -> Tensor:
     """In the type that autocast gives to matrix products, as operations of ours are unknown to it."""
     device = x.device.type
-    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+    enabled = device != "meta" and torch.is_autocast_enabled(device)
+    return x.to(torch.get_autocast_dtype(device)) if enabled else x
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[object]:
+    """Compute in the types that tensors have."""
+    return nullcontext() if x.device.type == "meta" else torch.autocast(x.device.type, enabled=False)

@@ -14,7 +14,16 @@ from torch import Tensor, nn
 
 from spidr.config import DinoSRConfig
 from spidr.models.extractor import LayerNorm
-from spidr.models.kernels import Dropout, attend, known, recomputed, through, through_gelu
+from spidr.models.kernels import (
+    Dropout,
+    attend,
+    convolve_by_products,
+    known,
+    recomputed,
+    through,
+    through_gelu,
+    untouched,
+)
 
 
 def frame_mask(x: Tensor, attention_mask: Tensor | None) -> Tensor | None:
@@ -33,7 +42,12 @@ class ConvPositionalEmbedding(nn.Module):
         kernel_size: Frames that the convolutions together see, about; each sees ``max(3, kernel_size // depth)``.
         groups: Groups of channels.
         depth: How many convolutions.
+
+    Attributes:
+        by_products: Compute each convolution as a batched product, which may be faster on a GPU.
     """
+
+    by_products: bool = False
 
     def __init__(self, embed_dim: int, kernel_size: int, groups: int, depth: int) -> None:
         super().__init__()
@@ -51,9 +65,12 @@ class ConvPositionalEmbedding(nn.Module):
         for conv in self.convs:
             if exists is not None:
                 x = x * exists
-            x = conv(x.transpose(1, 2))
-            if self.num_remove:
-                x = x[..., : -self.num_remove]
+            x = x.transpose(1, 2)
+            if self.by_products and isinstance(conv, nn.Conv1d) and untouched(conv):
+                x = convolve_by_products(x, conv)
+            else:
+                x = conv(x)
+                x = x[..., : -self.num_remove] if self.num_remove else x
             x = F.gelu(self.layer_norm(x).transpose(1, 2))
         return x if exists is None else x * exists
 
