@@ -67,7 +67,7 @@ def command(main: Callable[P, int | None]) -> Callable[P, int]:
             except SystemExit as end:
                 says_why = isinstance(end.code, int) and str(end) != str(end.code)
                 if says_why and len(_results) == 1 and os.environ.get("RANK", "0") == "0":
-                    _say(str(end), end.code)
+                    _say(str(end), 0)
                 raise
             except KeyboardInterrupt:
                 return _say("interrupted; run the same command again", 130)
