@@ -175,7 +175,7 @@ def _range(source: Source, file: Decoder | Decoded, start: int, stop: int | None
 
 def _span(source: Source, file: Decoder | Decoded) -> tuple[int, int]:
     """Where a recording begins and ends in its file, in samples of the file."""
-    frames = file.frames
+    frames = file.length()
     if frames is None:
         frames = _count(source._replace(start=None, end=None) if isinstance(source, Recording) else source)
     if frames <= 0:
