@@ -1,4 +1,4 @@
-"""How fast the models are: this package, the published ones (0.1.2, 0.2.0) and HuBERT of ``transformers``, side by side.
+"""How fast the models are: this package, published ones (0.1.2, 0.2.0) and HuBERT of ``transformers``, side by side.
 
     python benchmarks/speed.py [--published PYTHON ...] [--rows NAME ...] [--dtypes NAME ...] [--json FILE] [--quick]
 
