@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from threading import Thread
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from spidr.optimizer import Schedule, load_optimizer
+from spidr.optimizer import Schedule, drop_frozen, load_optimizer
 from spidr.tools.errors import InputError, first_line
 from spidr.tools.files import atomic_write, check_file, make_folder
 from spidr.tools.lazy import names_from
@@ -265,15 +265,19 @@ class Checkpointer:
         Raises:
             InputError: If it does not fit them.
         """
-        scheduler = self.scheduler
+        scheduler, model = self.scheduler, cast("Any", getattr(self.model, "module", self.model))
         try:
             weights = {_PREFIXES.sub("", name): value for name, value in checkpoint["model"].items()}
-            getattr(self.model, "module", self.model).load_state_dict(weights)
+            model.load_state_dict(weights)
             load_optimizer(self.optimizer, checkpoint["optimizer"], keep_settings=isinstance(scheduler, Schedule))
             if checkpoint["scaler"]:  # empty unless float16
                 self.scaler.load_state_dict(checkpoint["scaler"])
             if isinstance(scheduler, Schedule):  # whatever kind of scheduler wrote the file
                 scheduler.go_to(checkpoint["step"])
+                was_frozen = len(checkpoint["optimizer"]["param_groups"]) < len(self.optimizer.param_groups)
+                if was_frozen and checkpoint["step"] >= getattr(model, "freeze_step", math.inf):
+                    model.freeze_extractor()
+                    drop_frozen(self.optimizer, scheduler)
             else:
                 scheduler.load_state_dict(checkpoint["scheduler"])
         except Exception as error:  # what is not what it should be can fail in any way

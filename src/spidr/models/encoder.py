@@ -358,7 +358,10 @@ class Encoder(nn.Module):
         with self.inference():
             statistics = _checked_moments(x, counted, normalize=normalize)
             if size is None or conv_length(shapes, samples) <= size:
-                x = standardise(x, counted, statistics=statistics) if normalize else x
+                if normalize:
+                    x = standardise(x, counted, statistics=statistics)
+                elif counted is not None:
+                    x = x.masked_fill(torch.arange(samples, device=x.device) >= counted.unsqueeze(1), 0)
                 return function(*self.project(x, lengths=counted)), frames
             rows = []
             for row in range(batch):
