@@ -1,13 +1,19 @@
 """Settings of the site: see ``build.py``."""
 
+import ast
 import dataclasses
+import inspect
+import io
+import json
 import pkgutil
+import tokenize
 from pathlib import Path
 
 from sphinx.application import Sphinx
 
 import spidr
 from spidr import config
+from spidr.tools.schema import REQUIRED
 
 project = "SpidR"
 version = release = spidr.__version__
@@ -18,6 +24,7 @@ html_theme = "furo"
 html_title = f"SpidR {version}"
 html_copy_source = False
 myst_enable_extensions = ["colon_fence"]
+suppress_warnings = ["ref.python"]  # a name that is also known elsewhere
 myst_heading_anchors = 3
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
@@ -69,11 +76,45 @@ def write_reference(app: Sphinx) -> None:
 
 
 def settings() -> str:
-    """All settings with their defaults, section by section."""
-    text = "Settings\n========\n"
-    for field in dataclasses.fields(config.Config):
-        text += f"\n[{field.name}]\n{'-' * (len(field.name) + 2)}\n"
+    """All settings with their defaults and what `config.py` says beside them, section by section."""
+    text = "Settings\n========\n\nOf a configuration file, TOML or JSON, holding only what differs from a default.\n"
+    sections = {
+        "run": config.RunConfig,
+        "run.slurm_validation": config.SlurmConfig,
+        "data": config.DataConfig,
+        "model": config.SpidRConfig,
+        "masking": config.MaskingConfig,
+        "optimizer": config.OptimizerConfig,
+    }
+    for name, cls in sections.items():
+        title = "[data] and [validation.NAME]" if name == "data" else f"[{name}]"
+        text += f"\n{title}\n{'-' * len(title)}\n\n.. list-table::\n   :header-rows: 1\n   :widths: 30 20 50\n\n"
+        text += "   * - setting\n     - default\n     - \n"
+        meanings = {key: value for parent in reversed(cls.__mro__[:-2]) for key, value in comments(parent).items()}
+        for field in dataclasses.fields(cls):
+            text += f"   * - ``{field.name}``\n     - {default(field)}\n     - {meanings.get(field.name, '')}\n"
     return text
+
+
+def default(field: dataclasses.Field[object]) -> str:
+    """The default of a setting, as a file has it."""
+    value = field.default if field.default is not dataclasses.MISSING else field.default_factory
+    if value in (dataclasses.MISSING, REQUIRED):
+        return "required"
+    value = value() if callable(value) else value
+    return "none" if value is None else f"``{json.dumps(value)}``"
+
+
+def comments(cls: type) -> dict[str, str]:
+    """What stands beside each field of a dataclass."""
+    source = inspect.getsource(cls)
+    at = {
+        token.start[0]: token.string[2:]
+        for token in tokenize.generate_tokens(io.StringIO(source).readline)
+        if token.type == tokenize.COMMENT
+    }
+    fields = [node for node in ast.parse(source).body[0].body if isinstance(node, ast.AnnAssign)]
+    return {node.target.id: at[node.end_lineno] for node in fields if node.end_lineno in at}
 
 
 def write(path: Path, text: str) -> None:

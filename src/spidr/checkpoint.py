@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from threading import Thread
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +18,12 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from spidr.optimizer import Schedule, load_optimizer
+from spidr.optimizer import Schedule, drop_frozen, load_optimizer
 from spidr.tools.errors import InputError, first_line
 from spidr.tools.files import atomic_write, check_file, make_folder
 from spidr.tools.lazy import names_from
 from spidr.tools.metrics import read_metrics
-from spidr.tools.tensors import load_verified
+from spidr.tools.tensors import read_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """
     check_file(path)
     try:
-        checkpoint = load_verified(path)
+        checkpoint = read_tensors(path, strict=True)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
     except Exception as error:  # a damaged archive or pickle can fail in any way
@@ -265,15 +265,19 @@ class Checkpointer:
         Raises:
             InputError: If it does not fit them.
         """
-        scheduler = self.scheduler
+        scheduler, model = self.scheduler, cast("Any", getattr(self.model, "module", self.model))
         try:
             weights = {_PREFIXES.sub("", name): value for name, value in checkpoint["model"].items()}
-            getattr(self.model, "module", self.model).load_state_dict(weights)
+            model.load_state_dict(weights)
             load_optimizer(self.optimizer, checkpoint["optimizer"], keep_settings=isinstance(scheduler, Schedule))
             if checkpoint["scaler"]:  # empty unless float16
                 self.scaler.load_state_dict(checkpoint["scaler"])
             if isinstance(scheduler, Schedule):  # whatever kind of scheduler wrote the file
                 scheduler.go_to(checkpoint["step"])
+                was_frozen = len(checkpoint["optimizer"]["param_groups"]) < len(self.optimizer.param_groups)
+                if was_frozen and checkpoint["step"] >= getattr(model, "freeze_step", math.inf):
+                    model.freeze_extractor()
+                    drop_frozen(self.optimizer, scheduler)
             else:
                 scheduler.load_state_dict(checkpoint["scheduler"])
         except Exception as error:  # what is not what it should be can fail in any way

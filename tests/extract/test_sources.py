@@ -72,7 +72,7 @@ def test_resampling_keeps_what_can_be_kept(rate: int, tmp_path: Path) -> None:
     lost = 0.2 * np.sin(2 * np.pi * 10_000 * at) if rate > 20_000 else 0.0  # would come back as 6000 Hz
     sound = lost + sum(0.1 * np.sin(2 * np.pi * f * at) for f in kept)
     soundfile.write(tmp_path / "a.wav", np.stack([sound, sound], 1), rate, subtype="FLOAT")
-    (item,), _ = sources.measure(sources.find_items(tmp_path / "a.wav"), shortest=400, resample=True)
+    (item,), _ = sources.find_lengths(sources.find_items(tmp_path / "a.wav"), Options(resample=True), shortest=400)
     found = sources.read_item(item, resample=True)
     expected = sum(np.sin(2 * np.pi * f * to) for f in kept)
     assert abs(item.num_samples - 32_000) <= 1

@@ -6,7 +6,6 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -41,85 +40,7 @@ def num_frames(model: DinoSR, length: int) -> int:
     return conv_length(model.cfg.extractor_conv_layer_config, length)
 
 
-# ------------------------------------------------------------------------------------------------------- padding
-
-
-@BOTH
-@pytest.mark.parametrize("norm_first", [False, True])
-@pytest.mark.parametrize("mode", ["layer_norm", "group_norm"])
-@torch.no_grad()
-def test_a_padded_batch_gives_what_each_utterance_gives_alone(model_type: str, norm_first: bool, mode: str) -> None:
-    model = tiny_model(
-        model_type, encoder_layer_norm_first=norm_first, extractor_mode=mode, encoder_qkv_bias=True
-    ).eval()
-    layers = model.get_intermediate_outputs(padded(), lengths=LENGTHS)
-    residual = model.get_intermediate_outputs(padded(), lengths=LENGTHS, before_residual=False)
-    codebooks = model.get_codebooks(padded(), lengths=torch.tensor(LENGTHS))
-    for row, waveform in enumerate(utterances()):
-        frames, alone = num_frames(model, len(waveform)), waveform.unsqueeze(0)
-        pairs = [
-            *zip(layers, model.get_intermediate_outputs(alone), strict=True),
-            *zip(residual, model.get_intermediate_outputs(alone, before_residual=False), strict=True),
-            *zip(codebooks[1:], model.get_codebooks(alone)[1:], strict=True),
-        ]
-        for together, single in pairs:
-            torch.testing.assert_close(together[row, :frames], single[0], rtol=0, atol=1e-5)
-        for together, single in pairs[-3:]:  # the units
-            assert torch.equal(together[row, :frames].argmax(-1), single[0].argmax(-1))
-
-
-@pytest.mark.parametrize(
-    ("lengths", "message"),
-    [
-        ([3000, 20, 60, 2500], r"row 1: 20 samples are too short"),
-        ([3001, 1700, 60, 2500], r"row 0: length 3001 is more than the 3000 samples"),
-        ([3000, 1700], r"lengths must be \(4,\)"),
-    ],
-)
-def test_wrong_lengths(lengths: list[int], message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        tiny_model().get_codebooks(padded(), lengths=lengths)
-
-
-@pytest.mark.parametrize("method", ["forward", "get_codebooks", "get_intermediate_outputs", "encode", "units"])
-@pytest.mark.parametrize(
-    ("waveforms", "lengths", "message"),
-    [
-        (torch.zeros(3000), None, r"waveforms must be \(batch, samples\), not of shape \(3000,\)"),
-        (torch.zeros(1, 1, 3000), None, r"waveforms must be \(batch, samples\), not of shape \(1, 1, 3000\)"),
-        (torch.zeros(1, 3000, dtype=torch.int16), None, r"waveforms must be floats, about -1 to 1, not torch\.int16"),
-        (
-            torch.zeros(1, 3000, dtype=torch.complex64),
-            None,
-            "waveforms must be floats, about -1 to 1, not torch.complex64",
-        ),
-        (torch.zeros(1, 3000, dtype=torch.float64), None, r"waveforms must be torch\.float32, not torch\.float64"),
-        (torch.zeros(2, 3000), [3000], r"lengths must be \(2,\), not of shape \(1,\)"),
-        (torch.zeros(2, 3000), [3000.0, 2000.0], "lengths must be integers, not torch.float32"),
-        (torch.zeros(2, 3000), [True, True], "lengths must be integers, not torch.bool"),
-        (torch.zeros(0, 3000), None, "at least one row"),
-        (torch.zeros(2, 3000), torch.tensor([[3000], [3000]]), r"lengths must be \(2,\), not of shape \(2, 1\)"),
-    ],
-    ids=[
-        "one-dimensional",
-        "with-channels",
-        "integers",
-        "complex",
-        "float64",
-        "too-few-lengths",
-        "lengths-in-seconds",
-        "lengths-as-a-mask",
-        "empty",
-        "lengths-in-a-column",
-    ],
-)
-def test_waveforms_must_be_a_batch(method: str, waveforms: Tensor, lengths: Any, message: str) -> None:
-    options: dict[str, Any] = {"layer": 4} if method in ("encode", "units") else {}
-    with pytest.raises(InputError, match=message):
-        getattr(tiny_model(), method)(waveforms, lengths=lengths, **options)
-
-
-# ------------------------------------------------------------------------------------------------------ training
+# ------------------------------------------------------------------------------------------------------------- training
 
 
 def training_loss(model: DinoSR, waveforms: Tensor, mask: Tensor) -> Tensor:
@@ -296,7 +217,7 @@ def test_statistics_stay_float32_under_autocast() -> None:
     assert all(b.dtype == torch.float32 for name, b in model.codebooks.named_buffers() if not name.endswith("idle"))
 
 
-# ------------------------------------------------------------------------------------------------------- teacher
+# -------------------------------------------------------------------------------------------------------------- teacher
 
 
 def test_teacher_follows_the_student() -> None:
@@ -368,7 +289,7 @@ def test_ema_schedules() -> None:
     assert exp_ema_scheduler(threshold, 0.999, 100, 1e-7) == 1
 
 
-# -------------------------------------------------------------------------------------------------------- freezing
+# ------------------------------------------------------------------------------------------------------------- freezing
 
 
 @BOTH
@@ -401,7 +322,7 @@ def test_spidrs_last_norm_has_no_part_in_the_loss(norm_first: bool) -> None:
     assert missing == []  # nothing else is unused, so DDP need not look for it
 
 
-# ------------------------------------------------------------------------------------------------------- codebooks
+# ------------------------------------------------------------------------------------------------------------ codebooks
 
 
 @pytest.mark.parametrize("mode", ["layer_norm", "group_norm"])
@@ -424,44 +345,7 @@ def test_codebooks_from_data_are_frames_of_the_teacher(mode: str) -> None:
         model.init_codebooks(torch.randn(1, 90))
 
 
-# ------------------------------------------------------------------------------------------------------- inference
-
-
-@torch.no_grad()
-def test_get_codebooks() -> None:
-    for model_type in ("spidr", "dinosr"):
-        model = tiny_model(model_type).eval()
-        waveforms = torch.randn(1, 1500)
-        probabilities = model.get_codebooks(waveforms)
-        assert probabilities[0] is None
-        onehot = model.get_codebooks(waveforms, onehot=True)
-        for soft, hard in zip(probabilities[1:], onehot[1:], strict=True):
-            assert soft.shape == (1, num_frames(model, 1500), 12)  # the batch dimension stays
-            torch.testing.assert_close(soft.sum(-1), torch.ones(soft.shape[:2]))
-            assert hard.dtype == torch.int64
-            assert torch.equal(hard, F.one_hot(soft.argmax(-1), 12))
-        for n in range(1, 5):
-            first = model.get_codebooks(waveforms, num_layers=n)
-            assert len(first) == n
-            for a, b in zip(first[1:], probabilities[1:], strict=False):
-                torch.testing.assert_close(a, b)
-        with pytest.raises(ValueError, match="between 1 and 4, not 5"):
-            model.get_codebooks(waveforms, num_layers=5)
-
-
-@torch.no_grad()
-def test_heads_read_the_stated_layers() -> None:
-    for model_type in ("spidr", "dinosr"):
-        model = tiny_model(model_type).eval()
-        waveforms = torch.randn(2, 1500)
-        features, _ = model.project(waveforms)
-        layers, final = model.get_intermediate_outputs(waveforms), model.student(features)
-        for k, soft in enumerate(model.get_codebooks(waveforms)[1:]):
-            read = layers[1 + k] if model_type == "spidr" else final
-            torch.testing.assert_close(soft, model.heads[k](read).exp())
-
-
-# ------------------------------------------------------------------------------------------------------ everything
+# ----------------------------------------------------------------------------------------------------------- everything
 
 
 def test_wrong_configuration_class() -> None:
@@ -535,31 +419,3 @@ def test_a_users_own_ddp_loop_keeps_codebooks_equal(model_type: str, tmp_path: P
     of_all = [perplexity(rows), perplexity(rows.softmax(-1), tokenwise=True)]
     torch.testing.assert_close(ranks[0]["own"], of_all)
     torch.testing.assert_close(ranks[1]["own"], of_all)
-
-
-@BOTH
-@torch.no_grad()
-def test_encode_and_units_standardise_each_utterance_over_its_own_samples(model_type: str) -> None:
-    model = tiny_model(model_type).eval()
-    scaled = [7 * waveform + 3 for waveform in utterances()]
-    batch = torch.nn.utils.rnn.pad_sequence(scaled, batch_first=True)
-    features, frame_lengths = model.encode(batch, LENGTHS, layer=3)
-    units, unit_lengths = model.units(batch, LENGTHS, layer=3)
-    assert frame_lengths.tolist() == unit_lengths.tolist() == [num_frames(model, n) for n in LENGTHS]
-    for row, waveform in enumerate(scaled):
-        normed = (waveform - waveform.mean()) / torch.sqrt(waveform.var(correction=0) + 1e-5)
-        expected = model.get_intermediate_outputs(normed.unsqueeze(0), num_layers=3)[-1][0]
-        torch.testing.assert_close(features[row, : len(expected)], expected, rtol=0, atol=1e-5)
-        expected_units = model.get_codebooks(normed.unsqueeze(0))[2][0].argmax(-1)
-        assert torch.equal(units[row, : len(expected_units)], expected_units)
-        assert (units[row, len(expected_units) :] == -1).all()
-    plain, _ = model.encode(batch[:1], layer=3, normalize=False)
-    torch.testing.assert_close(plain, model.get_intermediate_outputs(batch[:1])[2])
-
-
-def test_layers_without_units() -> None:
-    model = tiny_model().eval()
-    with pytest.raises(InputError, match="layer 1 has no codebook; layers 2 to 4 have one"):
-        model.units(padded(), LENGTHS, layer=1)
-    with pytest.raises(InputError, match="no layer 6, the best of the base model: choose a layer from 1 to 4"):
-        model.encode(padded(), LENGTHS)  # the best layer of the base model

@@ -101,11 +101,13 @@ def test_recorded_losses(version: str, script: str, processes: int, folder: Path
     check(train(python(folder, version), script, tmp_path / "run", processes, 10, 20), processes)
 
 
-@pytest.mark.parametrize(("version", "script"), [("0.1.2", "loop_with_masks"), ("0.2.0", "loop_with_indices")])
+@pytest.mark.parametrize(
+    ("version", "script", "stop"), [("0.1.2", "loop_with_masks", 10), ("0.2.0", "loop_with_indices", 17)]
+)
 def test_a_run_that_was_begun_with_the_published_package_goes_on(
-    version: str, script: str, folder: Path, tmp_path: Path
+    version: str, script: str, stop: int, folder: Path, tmp_path: Path
 ) -> None:
-    train(python(folder, version), script, tmp_path / "run", 1, 10)
+    train(python(folder, version), script, tmp_path / "run", 1, stop)
     check(train(sys.executable, script, tmp_path / "run", 1, 20), 1)
 
 

@@ -145,11 +145,11 @@ def _moments(blocks: Iterable[Samples]) -> tuple[float, float]:
     """Mean and standard deviation of all blocks, merged in float64 (Chan, Golub and LeVeque, 1979)."""
     count, mean, squares = 0, 0.0, 0.0
     for block in blocks:
-        block_mean = float(block.sum()) / len(block)
+        block_mean = float(block.sum(dtype=np.float64)) / len(block)
         deviations = block - np.float32(block_mean)
         np.square(deviations, out=deviations)
         total, delta = count + len(block), block_mean - mean
-        squares += float(deviations.sum()) + delta * delta * count * len(block) / total
+        squares += float(deviations.sum(dtype=np.float64)) + delta * delta * count * len(block) / total
         mean += delta * len(block) / total
         count = total
     return mean, float(np.sqrt(squares / count))
@@ -175,7 +175,7 @@ def _range(source: Source, file: Decoder | Decoded, start: int, stop: int | None
 
 def _span(source: Source, file: Decoder | Decoded) -> tuple[int, int]:
     """Where a recording begins and ends in its file, in samples of the file."""
-    frames = file.frames
+    frames = file.length()
     if frames is None:
         frames = _count(source._replace(start=None, end=None) if isinstance(source, Recording) else source)
     if frames <= 0:

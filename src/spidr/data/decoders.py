@@ -83,6 +83,15 @@ class Decoder:
         """Close the file."""
         self._file.close()
 
+    def length(self) -> int | None:
+        """Samples per channel, without decoding them; None if only that tells.
+
+        Of FLAC, libsndfile believes the header, and the last sample is looked at; of all else, it looks at the file.
+        """
+        if self._file.format == "FLAC" and self.frames is not None and self.frames > 0:
+            self._read(self.frames - 1, self.frames, clip=True)
+        return self.frames
+
     def read(self, start: int = 0, stop: int | None = None) -> Samples:
         """Samples ``start`` to ``stop`` (None: to the end), float32 (stop - start, channels).
 
@@ -108,6 +117,8 @@ class Decoder:
         if stop is not None and not clip and self.frames is not None and stop > self.frames:
             raise InputError(f"{self.name}: has {self.frames} samples; asked for were those up to {stop}.")
         end = stop if self.frames is None or not clip else min(self.frames, stop or self.frames)
+        if clip and end is not None and start >= end:
+            return np.empty((0, self.channels), np.float32)
         begin = start if self.seekable or start == self._position else 0
         # libsndfile is several times as fast to int16 as to float; the product gives the same bits as its own.
         dtype = "int16" if self._file.subtype == "PCM_16" else "float32"
@@ -127,7 +138,7 @@ class Decoder:
             if there not in (0, self.frames):
                 _warn(self.name, f"shorter than its header says: {there} of {self.frames} samples")
                 self._file, self._position, self.frames = _open(self._source), 0, there
-                return self._read(start, stop, clip=clip)
+                return self._read(min(start, there), stop, clip=clip)
         if broken:
             raise InputError(f"{self.name}: damaged or truncated near sample {start} ({broken}).")
         if stop is not None and not clip and begin + len(samples) < stop:
@@ -207,6 +218,10 @@ class Decoded:
 
     def close(self) -> None:
         """Nothing is open."""
+
+    def length(self) -> int:
+        """As :meth:`Decoder.length`."""
+        return self.frames
 
     def read(self, start: int = 0, stop: int | None = None) -> Samples:
         """As :meth:`Decoder.read`."""

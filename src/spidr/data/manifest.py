@@ -279,7 +279,8 @@ def _typed(path: Path, manifest: pl.DataFrame) -> pl.DataFrame:
         InputError: A column is missing or a value is not of its type.
     """
     columns = manifest.columns
-    needed = ["path"] if "fileid" not in columns else ["num_samples"] if "path" not in columns else []
+    is_named = "fileid" in columns and "archive" not in columns
+    needed = ["num_samples"] if is_named and "path" not in columns else ["path"]
     if missing := [column for column in [*needed, *(ARCHIVE if "archive" in columns else ())] if column not in columns]:
         raise InputError(f"{path}: column {missing[0]!r} is missing. Columns found: {', '.join(columns) or 'none'}.")
     known = [column for column in SCHEMA if column in columns]
@@ -289,7 +290,9 @@ def _typed(path: Path, manifest: pl.DataFrame) -> pl.DataFrame:
     typed = {}
     for column in known:
         given, kind = manifest[column], SCHEMA[column]
-        given = given if given.dtype in (pl.String, pl.Null) or given.dtype.is_nested() else given.cast(pl.String)
+        if given.dtype.is_nested():
+            raise InputError(f"{path}: column {column!r}: found {_cut(given[0])}, expected {_expected(column)}.")
+        given = given if given.dtype in (pl.String, pl.Null) else given.cast(pl.String)
         optional = (
             column in SPAN or column in STATISTICS or (column == "num_samples" and not SPAN.keys().isdisjoint(columns))
         )

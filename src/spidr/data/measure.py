@@ -18,8 +18,7 @@ from spidr.tools.errors import InputError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-    from spidr.data.recording import Recording
-
+R = TypeVar("R")
 T = TypeVar("T")
 
 CHUNK = 256
@@ -30,8 +29,8 @@ LISTED = 20
 
 
 def measure(
-    function: Callable[[Recording], T],
-    recordings: Iterable[Recording],
+    function: Callable[[R], T],
+    recordings: Iterable[R],
     *,
     total: int | None = None,
     progress: bool = True,
@@ -41,13 +40,13 @@ def measure(
 
     Args:
         function: Such as :func:`spidr.data.num_samples`.
-        recordings: The recordings, read as they are needed.
+        recordings: The recordings or what describes them, read as they are needed.
         total: How many there are, if known.
         progress: Show a progress bar on a terminal.
         description: What it says.
     """
 
-    def of(recording: Recording) -> T | InputError:
+    def of(recording: R) -> T | InputError:
         try:
             return function(recording)
         except InputError as error:

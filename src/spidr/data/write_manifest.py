@@ -52,7 +52,7 @@ def _arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "recordings need not decode the whole (slower: decodes everything now)",
     )
     parser.add_argument(
-        "--on-error", choices=["raise", "skip"], default="raise", help="leave out what cannot be read, and list it"
+        "--on-error", choices=["raise", "skip"], default="raise", help="skip: list what is bad (default: raise)"
     )
     args = parser.parse_intermixed_args(argv)
     args.ext, rest = _split_extensions(args.ext or [".wav"], missing=max(0, 2 - len(args.paths)))

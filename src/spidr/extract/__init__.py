@@ -10,13 +10,14 @@ from spidr.tools.lazy import lazy_names
 if TYPE_CHECKING:
     from spidr.extract.features import extract_features
     from spidr.extract.kmeans import fit_kmeans
-    from spidr.extract.session import Options, Skipped
+    from spidr.extract.options import Options
+    from spidr.extract.session import Skipped
     from spidr.extract.units import extract_units
 else:
     __getattr__ = lazy_names(
         __name__,
         {
-            "Options": "session",
+            "Options": "options",
             "Skipped": "session",
             "extract_features": "features",
             "extract_units": "units",

@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
-from spidr.tools.command import Parser, command
+from spidr.tools.command import Parser, add_device, command
 from spidr.tools.lazy import needs_extra
 
 
@@ -42,32 +42,47 @@ def _build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     common = Parser(add_help=False)
     common.add_argument("sources", nargs="+", help="manifests, lists, folders, audio files")
-    common.add_argument("--model", default="spidr_base", help="a published model or a checkpoint (%(default)s)")
-    common.add_argument("--model-type", choices=["spidr", "dinosr"], help="of a checkpoint without config.json (told)")
-    common.add_argument("--layer", type=int, metavar="N", help="counted from 1 (the model's best)")
-    common.add_argument("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto", help="(%(default)s)")
     common.add_argument(
-        "--dtype", choices=["float32", "bfloat16", "auto"], default="float32", help="of the computation (%(default)s)"
+        "--model", default="spidr_base", help="a published model or a checkpoint (default: %(default)s)"
     )
-    common.add_argument("--batch-seconds", type=float, metavar="S", help="audio in a batch (0 on a CPU, else 240)")
-    common.add_argument("--threads", type=int, metavar="N", help="recordings at once on a CPU (its cores)")
-    common.add_argument("--window", type=float, metavar="S", help="encode long recordings in pieces of S seconds")
-    common.add_argument("--context", type=float, metavar="S", help="seen on each side of a window (a quarter of it)")
+    common.add_argument(
+        "--model-type", choices=["spidr", "dinosr"], help="of a checkpoint without config.json (default: told)"
+    )
+    common.add_argument("--layer", type=int, metavar="N", help="counted from 1 (default: the model's best)")
+    add_device(common)
+    common.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16", "auto"],
+        default="float32",
+        help="of the computation (default: %(default)s)",
+    )
+    common.add_argument(
+        "--batch-seconds", type=float, metavar="S", help="audio in a batch (default: 0 on a CPU, else 240)"
+    )
+    common.add_argument("--threads", type=int, metavar="N", help="recordings at once on a CPU (default: its cores)")
+    common.add_argument(
+        "--window", type=float, metavar="S", help="encode long recordings in pieces of S seconds (default: whole)"
+    )
+    common.add_argument(
+        "--context", type=float, metavar="S", help="seen on each side of a window (default: a quarter of it)"
+    )
     common.add_argument("--resample", action="store_true", help="convert what is not 16 kHz mono")
     common.add_argument(
-        "--on-error", choices=["raise", "skip"], default="raise", help="what bad recordings do (%(default)s)"
+        "--on-error", choices=["raise", "skip"], default="raise", help="bad recordings (default: %(default)s)"
     )
     common.add_argument("--quiet", action="store_true", help="no progress bar")
 
     features = commands.add_parser("features", parents=[common], help="one array (frames, channels) a recording")
     features.add_argument("output", help="a folder")
-    features.add_argument("--format", choices=["npy", "pt"], default="npy", dest="file_format", help="(%(default)s)")
+    features.add_argument(
+        "--format", choices=["npy", "pt"], default="npy", dest="file_format", help="(default: %(default)s)"
+    )
     features.add_argument(
         "--store",
         choices=["float32", "float16"],
         default="float32",
         dest="output_dtype",
-        help="precision in the files (%(default)s)",
+        help="precision in the files (default: %(default)s)",
     )
 
     units = commands.add_parser("units", parents=[common], help="one row of units a recording")
@@ -77,23 +92,29 @@ def _build_parser() -> argparse.ArgumentParser:
         choices=["spidr", "discophon", "slamkit", "unit-hifigan", "fairseq", "km"],
         default="spidr",
         dest="file_format",
-        help="what reads the units (%(default)s)",
+        help="what reads the units (default: %(default)s)",
     )
-    units.add_argument("--language", metavar="CODE", help="for DiscoPhon's file names, with --split")
-    units.add_argument("--split", metavar="NAME", help="dev, test, train-10min, train-1h or train-10h")
+    units.add_argument("--language", metavar="CODE", help="for DiscoPhon's file names, with --split (default: none)")
+    units.add_argument("--split", metavar="NAME", help="dev, test, train-10min, train-1h or train-10h (default: none)")
     units.add_argument("--dedup", action="store_true", help="merge repeats, with their durations in frames")
-    units.add_argument("--kmeans", metavar="FILE", help="the nearest of these centroids, not the codebook")
+    units.add_argument("--kmeans", metavar="FILE", help="the nearest of these centroids (default: the codebook)")
     units.add_argument(
-        "--smooth", type=float, default=0.0, metavar="COST", help="of each change of unit: fewer, longer units (0)"
+        "--smooth",
+        type=float,
+        default=0.0,
+        metavar="COST",
+        help="of each change of unit: fewer, longer units (default: 0)",
     )
 
     kmeans = commands.add_parser("kmeans", parents=[common], help="centroids for `units --kmeans`")
     kmeans.add_argument("output", help="a .npz file")
-    kmeans.add_argument("--units", type=int, default=256, metavar="N", help="clusters (%(default)s)")
+    kmeans.add_argument("--units", type=int, default=256, metavar="N", help="clusters (default: %(default)s)")
     kmeans.add_argument(
-        "--max-frames", type=int, default=1_000_000, metavar="N", help="frames to learn from (%(default)s)"
+        "--max-frames", type=int, default=1_000_000, metavar="N", help="frames to learn from (default: %(default)s)"
     )
-    kmeans.add_argument("--seed", type=int, default=0, metavar="N", help="of the draw and of k-means (%(default)s)")
+    kmeans.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="of the draw and of k-means (default: %(default)s)"
+    )
     return parser
 
 

@@ -11,9 +11,10 @@ from typing import Any
 import torch.distributed as dist
 
 from spidr.environment import Environment, environment
+from spidr.extract.options import Options
 from spidr.extract.outputs import Output
-from spidr.extract.session import Options, Session, Skipped, Summary, ahead
-from spidr.extract.sources import find_items, measure, name_items, refuse
+from spidr.extract.session import Session, Skipped, Summary, ahead
+from spidr.extract.sources import find_items, find_lengths, name_items
 
 
 def extract(
@@ -41,15 +42,14 @@ def extract(
         session = stack.enter_context(make_session(env))
         job: Any = None
         if env.is_main:
-            items = name_items(found, output.known(), tree=output.tree)
-            items, problems = measure(items, shortest=session.shortest, resample=options.resample)
-            if options.on_error == "raise":
-                refuse(problems, len(found))
+            named = name_items(found, output.known(), tree=output.tree)
+            items, problems = find_lengths(named, options, shortest=session.shortest)
             folders = stack.enter_context(output.claimed({item.name for item in items}))
             with output.alone():
                 output.begin(items, session, folders)
-            job = items, [item for item in items if item.name not in output.done], problems, folders
-        items, pending, problems, folders = env.broadcast_object(job)
+            pending = [item for item in items if item.name not in output.done]
+            job = named, pending, problems, folders
+        named, pending, problems, folders = env.broadcast_object(job)
         with output.writing(session, folders[0]) as write:
             results = session.run(session.plan(pending), description)
             written = ahead(write, results, workers=output.writers, depth=output.writers)
@@ -62,7 +62,7 @@ def extract(
             for name, why in problems.items():
                 summary.skip(name, why)
             with output.alone():
-                output.finish(items, summary.skipped, folders)
+                output.finish(named, summary.skipped, folders)
                 output.release(folders)
             summary.report(output.path, len(pending) + len(problems))
         return summary.skipped

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -15,8 +16,9 @@ from numpy.typing import NDArray
 
 import spidr
 from spidr.environment import environment
-from spidr.extract.session import Encoded, EncodingError, Options, Session, Skipped
-from spidr.extract.sources import Item, find_items, measure, name_items, refuse
+from spidr.extract.options import Options
+from spidr.extract.session import Encoded, EncodingError, Session, Skipped
+from spidr.extract.sources import Item, find_items, find_lengths, name_items
 from spidr.models import DinoSR
 from spidr.models.hub import check_name
 from spidr.tools.errors import InputError, first_line
@@ -56,6 +58,8 @@ class KMeans:
     @classmethod
     def load(cls, path: str | Path) -> KMeans:
         """Read what :func:`fit_kmeans` has written. No code from the file is run."""
+        if not os.path.exists(path):  # noqa: PTH110 (False for all that cannot be a file)
+            raise InputError(f"{path}: does not exist; write it with `python -m spidr.extract kmeans`.")
         try:
             open_archive(path).close()  # checks that it is not larger than it seems
             with np.load(path, allow_pickle=False) as file:
@@ -66,8 +70,6 @@ class KMeans:
                 raise ValueError("there are no two centroids")
             if not isinstance(made["layer"], int) or made["layer"] < 1 or not {"model", "weights"} <= made.keys():
                 raise ValueError("it does not say what it was made of")
-        except FileNotFoundError:
-            raise InputError(f"{path}: does not exist; write it with `python -m spidr.extract kmeans`.") from None
         except Exception as error:  # a damaged file can fail in any way
             reason = first_line(error)
             raise InputError(f"{path}: no k-means model of `python -m spidr.extract kmeans` ({reason}).") from None
@@ -187,9 +189,7 @@ def fit_kmeans(
             raise InputError("k-means runs in one process, which uses all cores")
         found = name_items(find_items(sources), {}, tree=False)
         with Session(model, layer, options, env) as session:
-            items, problems = measure(found, shortest=session.shortest, resample=options.resample)
-            if options.on_error == "raise":
-                refuse(problems, len(found))
+            items, problems = find_lengths(found, options, shortest=session.shortest)
             for name, why in problems.items():
                 session.summary.skip(name, why)
             draw = _draw(session, items, max_frames, seed)

@@ -28,7 +28,7 @@ from spidr.tools.untrusted import parse_json
 
 logger = logging.getLogger(__name__)
 
-INFORMATIVE = ("model", "spidr", "num_units", "skipped", "recordings")
+INFORMATIVE = ("model", "spidr", "num_units", "skipped", "recordings", "crc32")
 """What a record says beside the settings: the weights decide, not what they are called or who encoded with them."""
 
 NAMES = "recordings.json"
@@ -75,14 +75,17 @@ class Output(ABC):
 
     def begin(self, items: Sequence[Item], session: Session, folders: Sequence[Path]) -> None:
         """Check that what is there was made in the same way of the same recordings."""
-        self.settings = {
-            "kind": self.settings["kind"],
-            "spidr": spidr.__version__,
-            **session.settings(),
-            **self.settings,
-        }
-        self.check()
-        if damaged := self.find(items, session, folders):
+        self.settings = {"spidr": spidr.__version__, **session.settings(), **self.settings}
+        has_record = os.path.exists(self.record)  # noqa: PTH110
+        if not has_record:
+            self.check_new()
+        damaged = self.find(items, session, folders)
+        other_jobs = len(list(self.unfinished.glob("*/"))) > len(folders)
+        if has_record and (self.done or damaged or other_jobs or self.has_values()):
+            self.check()
+        else:  # also when what was begun with other settings has made nothing
+            _write_object(self.record, self.settings, indent=2)
+        if damaged:
             logger.warning("%s: %d recordings have damaged values, which are made again", self.path, damaged)
         self.note(items)
 
@@ -108,15 +111,11 @@ class Output(ABC):
         )
 
     def check(self) -> None:
-        """Check that what is there was made in the same way; else write down how it will be.
+        """Check that what is there was made in the same way.
 
         Raises:
             InputError: It was not, or the record cannot be read.
         """
-        if not os.path.exists(self.record):  # noqa: PTH110
-            self.check_new()
-            _write_object(self.record, self.settings, indent=2)
-            return
         found = _read_object(self.record, "says how the outputs were made", "Choose another output.", strings=False)
         expected = json.loads(json.dumps(self.settings))
         for key in [*expected, *(key for key in found if key not in expected)]:
@@ -125,6 +124,10 @@ class Output(ABC):
                     f"{self.record}: the outputs there were made with {key} = {json.dumps(found.get(key))}, now it is "
                     f"{json.dumps(expected.get(key))}. Choose another output, or remove that one."
                 )
+
+    @abstractmethod
+    def has_values(self) -> bool:
+        """Whether anything was made, of whatever recordings."""
 
     @abstractmethod
     def check_new(self) -> None:

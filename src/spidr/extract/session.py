@@ -22,7 +22,7 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock as ThreadLock
-from typing import Any, Literal, NamedTuple, Self, TypeVar, get_args
+from typing import Any, NamedTuple, Self, TypeVar
 
 import numpy as np
 import torch
@@ -30,10 +30,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from spidr.config import SAMPLE_RATE, ModelType, RunConfig
+from spidr.config import SAMPLE_RATE
 from spidr.environment import Environment
+from spidr.extract.options import Options
 from spidr.extract.smooth import NEAR, Decoder
-from spidr.extract.sources import TOO_SHORT, Item, LongRecording, read_item
+from spidr.extract.sources import TOO_SHORT, Item, LongRecording, explained, read_item
 from spidr.models import DinoSR
 from spidr.models.hub import load_encoder
 from spidr.models.long import window_frames
@@ -73,73 +74,6 @@ LONG = 120 * SAMPLE_RATE
 
 QUIET = 10 ** (-45 / 20)
 """Standard deviation of a recording at -45 dBFS: below, the 1e-5 added to the variance makes it quieter than others."""
-
-Device = Literal["auto", "cuda", "mps", "cpu"]
-Dtype = Literal["float32", "bfloat16", "auto"]
-OnError = Literal["raise", "skip"]
-
-MAX_SECONDS = 1_000_000
-MAX_THREADS = 1000
-
-
-def check_choice(name: str, value: object, choices: object) -> None:
-    """Check that an argument is one of those that a ``Literal`` lists.
-
-    Raises:
-        InputError: It is not.
-    """
-    accepted = get_args(choices)
-    if value not in accepted:
-        raise InputError(f"{name}: found {value!r}, expected {', '.join(accepted[:-1])} or {accepted[-1]}")
-
-
-@dataclass(frozen=True)
-class Options:
-    """How recordings are encoded.
-
-    Attributes:
-        device: "auto" (CUDA, else MPS, else the CPU), "cuda", "mps" or "cpu".
-        dtype: "float32"; "bfloat16" (autocast), of which the units of batches are only as stable as the batches; or
-            "auto": bfloat16 where the hardware computes in it, else float32.
-        batch_seconds: Seconds of audio in a batch, padding included; 0: one recording at a time. None: 0 on the CPU,
-            else 240.
-        threads: Recordings encoded at once on the CPU; None: as many as PyTorch has threads. At most 1,000.
-        window: Encode long recordings in pieces of that many seconds, which are read one at a time (see
-            :meth:`spidr.models.DinoSR.encode`). None: exact, in time that grows with the square of the length.
-        context: Seconds seen on each side of a window; None: a quarter of it.
-        resample: Convert recordings that are not 16 kHz mono.
-        on_error: "raise", or "skip" recordings that cannot be encoded.
-        model_type: "spidr" or "dinosr", for a checkpoint that does not tell.
-        progress: Show progress on standard error.
-    """
-
-    device: Device = "auto"
-    dtype: Dtype = "float32"
-    batch_seconds: float | None = None
-    threads: int | None = None
-    window: float | None = None
-    context: float | None = None
-    resample: bool = False
-    on_error: OnError = "raise"
-    model_type: ModelType | None = None
-    progress: bool = True
-
-    def __post_init__(self) -> None:
-        for name, choices in (("device", Device), ("dtype", Dtype), ("on_error", OnError)):
-            check_choice(name, getattr(self, name), choices)
-        for name in ("batch_seconds", "window", "context"):
-            value = getattr(self, name)
-            if value is not None and not (0 <= value <= MAX_SECONDS and (value > 0 or name != "window")):
-                accepted = "more than 0" if name == "window" else "0 or more"
-                raise InputError(f"{name}: found {value}, expected seconds, {accepted}, at most {MAX_SECONDS:,}")
-        if self.context is not None and self.window is None:
-            raise InputError(f"context: found {self.context}, but there is no window that it could be the context of")
-        if self.threads is not None and not 1 <= self.threads <= MAX_THREADS:
-            raise InputError(f"threads: found {self.threads}, expected 1 to {MAX_THREADS:,}")
-
-    def run_config(self) -> RunConfig:
-        """What :func:`spidr.environment.environment` wants to know; only the device counts."""
-        return RunConfig(workdir=".", wandb_project="spidr", wandb_name="extract", device=self.device)
 
 
 class Skipped(dict[str, str]):
@@ -405,8 +339,8 @@ class Session:
     def or_raise(self, error: InputError) -> str:
         """The message of an error, if recordings with errors are to be skipped."""
         if self.options.on_error == "raise":
-            raise error
-        return str(error)
+            raise explained(error) from None
+        return str(explained(error))
 
     def _note_level(self, item: Item, std: float) -> None:
         if std < QUIET:

@@ -21,16 +21,16 @@ class Decoder:
         penalty: What each change of unit costs, λ; at 0 every frame gets the unit of its highest score.
 
     Attributes:
-        nearly_tied: Whether other rounding of the scores could have led to other units.
+        nearly_tied: Whether other rounding of the scores could have led to other units; known after :meth:`units`.
     """
 
     def __init__(self, penalty: float = 0.0) -> None:
         self.penalty = penalty
         self.nearly_tied = False
-        self._best: NDArray[np.float64] | None = None  # score of the best sequence that ends in each unit, highest 0
-        self._leaders: list[NDArray[np.int32]] = []  # the unit of the best sequence up to each frame
-        self._stays: list[NDArray[np.uint8]] = []  # packed: whether the best sequence to a unit was there before
-        self._ties: list[NDArray[np.uint8]] = []
+        self._best: NDArray[np.float64] | None = None  # the best total up to each unit, the highest of them 0
+        # Of each piece: the unit of the highest total at each frame and whether another is near it; and of each frame
+        # and unit, packed, whether the best sequence to it was there the frame before and whether that was close.
+        self._pieces: list[tuple[NDArray[np.int32], NDArray[np.bool], NDArray[np.uint8], NDArray[np.uint8]]] = []
 
     def add(self, scores: NDArray[np.float32]) -> None:
         """Take the scores of the next frames, (T, V).
@@ -40,34 +40,32 @@ class Decoder:
         if len(scores) == 0:
             return
         tolerance = NEAR * (1 + scores.max(axis=1) - scores.min(axis=1))
-        stays = np.empty(scores.shape, dtype=bool)
-        ties = np.empty(scores.shape, dtype=bool)
-        leaders = np.empty(len(scores), dtype=np.int32)
-        tie_of_leaders = np.empty(len(scores), dtype=bool)
-        best = self._best if self._best is not None else np.zeros(scores.shape[1])
+        stays, close = np.empty(scores.shape, dtype=bool), np.empty(scores.shape, dtype=bool)
+        leaders, tied = np.empty(len(scores), dtype=np.int32), np.empty(len(scores), dtype=bool)
+        best = np.zeros(scores.shape[1]) if self._best is None else self._best
         for t, frame in enumerate(scores):
             stays[t] = best >= -self.penalty
-            ties[t] = np.abs(best + self.penalty) < tolerance[t]
+            close[t] = np.abs(best + self.penalty) < tolerance[t]
             best = np.maximum(best, -self.penalty) + frame
-            leaders[t] = leader = best.argmax()
-            best -= best[leader]
-            tie_of_leaders[t] = np.count_nonzero(best > -tolerance[t]) > 1
+            leaders[t] = best.argmax()
+            best -= best[leaders[t]]
+            tied[t] = np.count_nonzero(best > -tolerance[t]) > 1
         self._best = best
-        self._leaders.append(leaders)
-        self._stays.append(np.packbits(stays, axis=1))
-        self._ties.append(np.packbits(ties | tie_of_leaders[:, None], axis=1))
+        self._pieces.append((leaders, tied, np.packbits(stays, axis=1), np.packbits(close, axis=1)))
 
     def units(self) -> NDArray[np.int32]:
         """The units of all frames, (T,)."""
-        units = np.concatenate(self._leaders) if self._leaders else np.empty(0, dtype=np.int32)
-        if len(units) == 0:
-            return units
-        stays, ties, leaders = np.concatenate(self._stays), np.concatenate(self._ties), units.copy()
-        unit = leaders[-1]
+        if not self._pieces:
+            return np.empty(0, dtype=np.int32)
+        leaders, tied, stays, close = (np.concatenate(parts) for parts in zip(*self._pieces, strict=True))
+        units = np.empty_like(leaders)
+        stayed = False
         for t in range(len(units) - 1, -1, -1):
+            if not stayed:
+                unit = int(leaders[t])
+                self.nearly_tied |= bool(tied[t])
             units[t] = unit
-            byte, bit = divmod(int(unit), 8)
-            self.nearly_tied |= bool(ties[t, byte] << bit & 128)
-            if t and not stays[t, byte] << bit & 128:
-                unit = leaders[t - 1]
+            byte, bit = unit // 8, 128 >> unit % 8
+            stayed = bool(stays[t, byte] & bit)
+            self.nearly_tied |= t > 0 and bool(close[t, byte] & bit)
         return units

@@ -6,10 +6,9 @@ import os
 import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 import numpy as np
 
@@ -24,7 +23,9 @@ from spidr.data.audio import (
 )
 from spidr.data.decoders import AUDIO
 from spidr.data.manifest import is_table, read_manifest, recordings_of
+from spidr.data.measure import measure, problems_of
 from spidr.data.recording import Recording
+from spidr.extract.options import Options
 from spidr.tools.errors import InputError
 from spidr.tools.files import check_file, expand, find_files
 
@@ -32,9 +33,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 TOO_SHORT = "too short, they do not fill one frame"
-
-SHOWN = 10
-"""Problems listed in a message."""
 
 
 @dataclass(frozen=True)
@@ -165,7 +163,8 @@ def name_items(items: Sequence[Item], known: Mapping[str, str], *, tree: bool) -
     levels = [0] * len(items)
     kept = set()
     for i, item in enumerate(items):
-        for level, name in enumerate(choices[i]):
+        asked_for = not tree and item.fileid != Path(item.recording.path).stem  # by a table
+        for level, name in enumerate(choices[i][:1] if asked_for else choices[i]):
             if name in before.get(item.place, ()):
                 levels[i] = level
                 kept.add(i)
@@ -182,47 +181,36 @@ def name_items(items: Sequence[Item], known: Mapping[str, str], *, tree: bool) -
     return [replace(item, name=name) for item, name in zip(items, names, strict=True)]
 
 
-def measure(items: Sequence[Item], *, shortest: int, resample: bool) -> tuple[list[Item], dict[str, str]]:
+def find_lengths(items: Sequence[Item], options: Options, *, shortest: int) -> tuple[list[Item], dict[str, str]]:
     """Find the length of each recording, by its manifest or its header.
 
     Returns:
         The recordings with their lengths, and why the others cannot be encoded, by name: what is missing, damaged, too
         short or of another format. Of what a manifest describes, only the existence is looked at.
+
+    Raises:
+        InputError: Some cannot be encoded, and are not to be skipped.
     """
 
-    def look(item: Item) -> Item | str:
-        try:
-            if item.promised:
-                check_file(item.recording.archive or item.recording.path)
-                count = item.promised
-            else:
-                count = (resampled_length if resample else num_samples)(item.recording)
-        except FormatError as error:
-            return str(_with_remedy(error))
-        except InputError as error:
-            return str(error)
+    def look(item: Item) -> Item:
+        where = item.recording
+        if item.promised:
+            check_file(where.archive or where.path)
+            count = item.promised
+        else:
+            count = (resampled_length if options.resample else num_samples)(where)
         # A manifest of spidr 0.1.2 may say one sample too few.
         if 0 < count < shortest - bool(item.promised):
-            return f"{item.recording}: {count} samples are {TOO_SHORT}"
+            raise InputError(f"{where}: {count} samples are {TOO_SHORT}")
         return replace(item, num_samples=count)
 
-    with ThreadPoolExecutor(16) as pool:
-        looked = list(pool.map(look, items))
-    found = [item for item in looked if isinstance(item, Item)]
-    return found, {item.name: why for item, why in zip(items, looked, strict=True) if isinstance(why, str)}
-
-
-def refuse(problems: Mapping[str, str], total: int) -> None:
-    """Raise all problems of a scan at once, if there are any."""
-    if problems:
-        lines = list(problems.values())
-        listed = [f"  {line}" for line in lines[:SHOWN]]
-        if len(lines) > SHOWN:
-            listed.append(f"  … and {len(lines) - SHOWN} more")
-        raise InputError(
-            f'{len(lines)} of {total} recordings cannot be encoded; --on-error skip (on_error="skip" in Python) leaves '
-            "them out:\n" + "\n".join(listed)
-        )
+    looked = list(measure(look, items, total=len(items), progress=options.progress, description="Lengths"))
+    found = [result for result in looked if isinstance(result, Item)]
+    pairs = zip(items, looked, strict=True)
+    problems = {item.name: explained(result) for item, result in pairs if isinstance(result, InputError)}
+    if problems and options.on_error == "raise":
+        raise problems_of(list(problems.values()), len(items), "--on-error skip leaves them out")
+    return found, {name: str(problem) for name, problem in problems.items()}
 
 
 def read_item(item: Item, *, resample: bool) -> NDArray[np.float32]:
@@ -232,17 +220,10 @@ def read_item(item: Item, *, resample: bool) -> NDArray[np.float32]:
         InputError: It cannot be read; or, without ``resample``, it is not 16 kHz mono, or not as long as the manifest
             says, give or take a sample. With ``resample`` the length is not checked.
     """
-    samples = _read(item, resample)
+    samples = (read_resampled if resample else read_audio)(item.recording)
     if not resample:
         _check_length(item, len(samples))
     return samples
-
-
-def _read(item: Item, resample: bool) -> NDArray[np.float32]:
-    try:
-        return read_resampled(item.recording) if resample else read_audio(item.recording)
-    except FormatError as error:
-        raise _with_remedy(error) from None
 
 
 class LongRecording:
@@ -258,17 +239,16 @@ class LongRecording:
     """
 
     def __init__(self, item: Item, *, resample: bool) -> None:
-        self._recording, self._file = item.recording, None
-        try:
-            length = None if resample else seekable_length(item.recording)
-            if length is None:
-                self._file = tempfile.TemporaryFile()  # noqa: SIM115 (closed with this object)
-                length = sum(self._file.write(block.data) for block in stream(item.recording, resample=resample)) // 4
-        except FormatError as error:
-            raise _with_remedy(error) from None
-        self.num_samples = length
+        self._recording = item.recording
+        self._file: IO[bytes] | None = None
+        length = None if resample else seekable_length(item.recording)
+        self.num_samples = self._spool(resample) if length is None else length
         if not resample:
             _check_length(item, self.num_samples)
+
+    def _spool(self, resample: bool) -> int:
+        self._file = file = tempfile.TemporaryFile()  # noqa: SIM115 (closed with this object)
+        return sum(file.write(block.data) for block in stream(self._recording, resample=resample)) // 4
 
     def read(self, start: int, stop: int) -> NDArray[np.float32]:
         """Samples ``start`` to ``stop``."""
@@ -287,5 +267,6 @@ def _check_length(item: Item, found: int) -> None:
         )
 
 
-def _with_remedy(error: FormatError) -> InputError:
-    return InputError(f"{error} --resample does it on the way.")
+def explained(error: InputError) -> InputError:
+    """An error about a recording's format, with the option that helps; others as they are."""
+    return InputError(f"{error} --resample does it on the way.") if isinstance(error, FormatError) else error

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -22,8 +23,9 @@ from spidr.environment import Environment
 from spidr.extract.formats import FORMATS, Row, UnitFormat, output_file
 from spidr.extract.job import extract
 from spidr.extract.kmeans import KMeans
+from spidr.extract.options import Options, check_choice
 from spidr.extract.outputs import Output
-from spidr.extract.session import Encoded, Options, Session, Skipped, check_choice
+from spidr.extract.session import Encoded, Session, Skipped
 from spidr.extract.sources import Item
 from spidr.models import DinoSR
 from spidr.models.hub import check_name
@@ -31,8 +33,8 @@ from spidr.tools.errors import InputError, first_line
 from spidr.tools.files import atomic_write, expand, why_not_written
 
 SCHEMA: dict[str, Any] = {"fileid": pl.String, "units": pl.List(pl.Int32), "durations": pl.List(pl.Int32)}
-ORDER = "recordings"
-"""In the record: the names of a table's rows, where those have none."""
+ORDER, CHECKSUM = "recordings", "crc32"
+"""In the record of a table whose rows have no names: their names, and of which table those are."""
 
 MAX_PENALTY = 1e6
 
@@ -128,8 +130,11 @@ class _Table(Output):
         self.is_parquet = path.suffix == ".parquet"
         self.num_units = 0
 
+    def has_values(self) -> bool:
+        return os.path.exists(self.path)  # noqa: PTH110 (False for a name too long, which writing complains about)
+
     def check_new(self) -> None:
-        if os.path.exists(self.path):  # noqa: PTH110 (False for a name too long, which writing complains about)
+        if self.has_values():
             raise InputError(f"{self.path}: exists, and no {self.record.name} says how it was made. Remove it.")
 
     def find(self, items: Sequence[Item], session: Session, folders: Sequence[Path]) -> int:
@@ -170,21 +175,23 @@ class _Table(Output):
 
     def finish(self, items: Sequence[Item], skipped: dict[str, str], folders: Sequence[Path]) -> None:
         """Write the table: what it has of other recordings, then the rows of ``items`` in that order."""
-        encoded = [item.name for item in items if item.name not in skipped]
-        if not self.format.has_names:
-            self.settings[ORDER] = [item.name for item in items]
-        super().finish(items, skipped, folders)  # first: a table without a record would be refused
         rows, _ = self._rows(folders, {})
-        known, present = self.known(), {item.place for item in items if item.name not in skipped}
-        others = [name for name in rows if known.get(name) not in present] if self.format.has_names else []
-        names = [*others, *(encoded if self.format.has_names else self.settings[ORDER])]
+        ours = dict.fromkeys(item.name for item in items if not (self.format.has_names and item.name in skipped))
+        names = [*(name for name in rows if name not in ours and self.format.has_names), *ours]
         merged = folders[0] / "merged" if self.is_parquet else self.path
+        checksum = 0
         with atomic_write(merged) as file:
-            file.writelines(self._line(rows.get(name)) for name in names)
+            for name in names:
+                line = self._line(rows.get(name))
+                checksum = zlib.crc32(line, checksum)
+                file.write(line)
+        if not self.format.has_names:
+            self.settings |= {ORDER: names, CHECKSUM: checksum}
         if self.is_parquet:
             with atomic_write(self.path) as file:
                 table = pl.read_ndjson(escape(str(merged)), schema=self._schema())
                 table.write_parquet(file, metadata={"spidr": json.dumps(self.settings)})
+        super().finish(items, skipped, folders)
 
     def _line(self, place: _Place | None) -> bytes:
         """A row of the table; an empty line stands for a recording that was skipped."""
@@ -231,9 +238,14 @@ class _Table(Output):
             raise ValueError
 
     def _order(self) -> list[str]:
+        """The names of the rows, if the record is that of this table."""
         if not os.path.exists(self.record):  # noqa: PTH110
             return []
-        return json.loads(self.record.read_text(encoding="utf-8")).get(ORDER, [])
+        record = json.loads(self.record.read_text(encoding="utf-8"))
+        checksum = 0
+        for line, _ in _lines(self.path):
+            checksum = zlib.crc32(line, checksum)
+        return record.get(ORDER, []) if record.get(CHECKSUM) == checksum else []
 
     def _table(self, folder: Path) -> Path:
         """The table so far, as lines."""

@@ -34,10 +34,13 @@ class Head(nn.Sequential):
 
 
 class Encoder(nn.Module):
-    """What encodes speech: everything of a model but what only training needs.
+    """Encode speech: the parts of a model that inference needs.
 
-    Waveforms are 16 kHz. :meth:`encode` and :meth:`units` standardise each utterance (mean 0, variance 1); every other
-    method takes them as they are.
+    Waveforms are sampled at 16 kHz. :meth:`encode` and :meth:`units` standardise each utterance (mean 0, variance 1);
+    the other methods take them as they are.
+
+    Args:
+        cfg: Settings of the model; None: the base model.
     """
 
     config_class: ClassVar[type[DinoSRConfig]] = DinoSRConfig
@@ -358,7 +361,10 @@ class Encoder(nn.Module):
         with self.inference():
             statistics = _checked_moments(x, counted, normalize=normalize)
             if size is None or conv_length(shapes, samples) <= size:
-                x = standardise(x, counted, statistics=statistics) if normalize else x
+                if normalize:
+                    x = standardise(x, counted, statistics=statistics)
+                elif counted is not None:
+                    x = x.masked_fill(torch.arange(samples, device=x.device) >= counted.unsqueeze(1), 0)
                 return function(*self.project(x, lengths=counted)), frames
             rows = []
             for row in range(batch):
