@@ -29,7 +29,7 @@ Break = Callable[[Path, Path], dict[str, Any] | None]
 
 
 def _first_recording(manifest: Path) -> Path:
-    return Path(manifest.read_text().splitlines()[1].split(",")[1])
+    return Path(manifest.read_text("utf-8").splitlines()[1].split(",")[1])
 
 
 def _rewrite(**options: Any) -> Break:
@@ -46,7 +46,7 @@ def _missing_manifest(folder: Path, manifest: Path) -> None:
 
 
 def _missing_column(folder: Path, manifest: Path) -> None:
-    manifest.write_text(manifest.read_text().replace("path", "file", 1))
+    manifest.write_text(manifest.read_text("utf-8").replace("path", "file", 1), encoding="utf-8")
 
 
 def _vanished(folder: Path, manifest: Path) -> None:
@@ -95,7 +95,7 @@ def _damaged_flac(folder: Path, manifest: Path) -> None:
     data = bytearray(flac.read_bytes())
     data[len(data) // 2 : len(data) // 2 + 500] = bytes(500)
     flac.write_bytes(data)
-    manifest.write_text(manifest.read_text().replace(str(wav), str(flac)))
+    manifest.write_text(manifest.read_text("utf-8").replace(str(wav), str(flac)), encoding="utf-8")
 
 
 def _short(folder: Path, manifest: Path) -> dict[str, Any]:
@@ -180,7 +180,7 @@ def _command_line(config: str, cwd: str, module: str, log: str, variables: dict[
     os.environ |= variables
     for number in (1, 2):
         os.dup2(os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
-    sys.stdout = sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
+    sys.stdout = sys.stderr = open(2, "w", encoding="utf-8", buffering=1, closefd=False)  # noqa: SIM115
     sys.argv = [module, config]
     if limit is not None:
         import signal
