@@ -1,84 +1,157 @@
-"""The compiled forward: code that serves all batches, and that does not depend on which of them come first."""
+"""The compiled forward as a GPU would get it: one graph, few recompilations, the same numbers, on several processes."""
 
-from __future__ import annotations
-
-from collections.abc import Callable, Iterator
+import multiprocessing
+import socket
+from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch._dynamo.utils import counters
 
 from small_models import tiny_model
-from spidr.compiled import Compiled
-from spidr.config import Config, read_config
-from spidr.models import DinoSR
+from spidr import compiled, state
+from spidr.config import read_config
+from spidr.environment import Environment
+from spidr.models import DinoSR, kernels
 from spidr.tools.frames import conv_length
 from tiny_run import write_config
 
-SIZES = [(3, 7011), (4, 11_900), (2, 5003), (7, 4000)]
+LENGTHS = (1500, 1700, 4001, 1900, 2503)
+NO_DROPOUT = {"encoder_dropout": 0.0, "encoder_attention_dropout": 0.0}
 
 
-@pytest.fixture
-def cfg(tmp_path: Path) -> Config:
-    return read_config(write_config(tmp_path, tmp_path / "none.csv"))
-
-
-@pytest.fixture
-def model() -> Iterator[DinoSR]:
-    convolutions = [(16, 10, 5), (16, 8, 8)]
-    model = tiny_model(encoder_num_layers=1, num_codebooks=1, extractor_conv_layer_config=convolutions).train()
-    model.reduction = lambda _: None
+@pytest.fixture(autouse=True)
+def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Without what serves CPUs only, and with a compiler that forgets."""
+    monkeypatch.setattr(kernels, "is_lean", lambda _: False)
     torch._dynamo.reset()
     counters.clear()
-    yield model
+    splits = torch._dynamo.config.optimize_ddp
+    yield
+    torch._dynamo.config.optimize_ddp = splits
     torch._dynamo.reset()
 
 
-def step(model: DinoSR, call: Callable[..., tuple[Tensor, object]], rows: int, samples: int, **more: Tensor) -> Tensor:
-    """All numbers that a training step with random data of this size gives."""
-    torch.manual_seed(samples)
+def model_for(model_type: str, **settings: Any) -> DinoSR:
+    convolutions = [(16, 10, 5), (16, 8, 8)]
+    settings = {"encoder_num_layers": 1, "num_codebooks": 1, "extractor_conv_layer_config": convolutions} | settings
+    model = tiny_model(model_type, **settings).train()
+    model.reduction = lambda _: None
+    return model
+
+
+def batch(model: DinoSR, rows: int, samples: int, *, padded: bool) -> tuple[Tensor, dict[str, Any]]:
+    """Waveforms and options as the loop gives them."""
     frames = model.feature_extractor.num_frames(samples)
-    mask = torch.stack([torch.randperm(frames)[: frames // 2].sort().values for _ in range(rows)])
-    model.zero_grad()
-    options = {"attention_mask": None, "lengths": None, "channel_mask": None} | more
-    loss, _ = call(torch.randn(rows, samples), mask=mask, **options)
-    loss.sum().backward()
-    gradients = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
-    statistics = model.statistics.flat.clone()
-    model.discard_statistics()
-    return torch.cat([loss, *gradients, statistics, torch.rand(1)])  # and where the generator has got to
+    options: dict[str, Any] = {"attention_mask": None, "lengths": None, "channel_mask": None}
+    options["mask"] = torch.stack([torch.randperm(frames)[: frames // 2].sort().values for _ in range(rows)])
+    if padded:
+        options["lengths"] = torch.linspace(samples, samples - 300, rows).long()
+        found = conv_length(model.cfg.extractor_conv_layer_config, options["lengths"])
+        options["attention_mask"] = (torch.arange(frames) < found[:, None])[:, None, None]
+    return torch.randn(rows, samples), options
 
 
-def test_one_code_for_each_kind_of_batch(model: DinoSR, cfg: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was made up to compile for leaves no trace, neither in the model nor in random draws."""
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager", fullgraph=True))
-    monkeypatch.setattr("spidr.models.kernels.is_lean", lambda _: False)  # which compiled code never is
-    compiled = Compiled(model, cfg)
-    lengths = torch.tensor([7011, 4000, 5001])
-    frames = conv_length(model.cfg.extractor_conv_layer_config, lengths)
-    exist = torch.arange(model.feature_extractor.num_frames(7011)) < frames[:, None]
-    padded = {"lengths": lengths, "attention_mask": exist[:, None, None]}
+@pytest.mark.parametrize(("model_type", "mode"), [("spidr", "layer_norm"), ("dinosr", "group_norm")])
+def test_one_graph_for_all_sizes(model_type: str, mode: str) -> None:
+    """Of both kinds of batches. One row is a case of its own for the compiler."""
+    model = model_for(model_type, extractor_mode=mode, encoder_layer_norm_first=mode == "group_norm")
+    call = compiled.compile_forward(model, backend="eager")
     graphs = []
-    for rows, samples, more in [(*SIZES[0], {}), (*SIZES[1], {}), (1, 9000, {}), (*SIZES[0], padded), (*SIZES[2], {})]:
-        expected = step(model, model, rows, samples, **more)
-        assert torch.equal(step(model, compiled, rows, samples, **more), expected)
-        graphs.append(counters["stats"]["unique_graphs"])
-    assert graphs == [1, 1, 2, 3, 3]
+    for padded in (False, True):
+        for i, samples in enumerate(LENGTHS):
+            waveforms, options = batch(model, 2 + i % 3, samples, padded=padded)
+            call(waveforms, **options)[0].sum().backward()
+            graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs == [1] * 5 + [2] * 5
+    waveforms, options = batch(model, 1, 2000, padded=False)
+    call(waveforms, **options)
+    assert counters["stats"]["unique_graphs"] == 3
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(1200)
-def test_the_first_batch_makes_no_difference(model: DinoSR, cfg: Config) -> None:
-    """To the last bit, with the real compiler: so a run that goes on from a checkpoint is as one that never stopped."""
-    results = []
-    for sizes in (SIZES, SIZES[::-1]):
-        torch._dynamo.reset()
-        counters.clear()
-        compiled = Compiled(model, cfg)
-        results.append({size: step(model, compiled, *size) for size in sizes})
-        assert counters["stats"]["unique_graphs"] <= 2  # small sums have a code of their own
-    for size in SIZES:
-        assert torch.equal(results[0][size], results[1][size])
+def test_it_fails_where_the_compiler_would_give_up() -> None:
+    model = model_for("spidr")
+    call = compiled.compile_forward(model, backend="eager")
+    with torch._dynamo.config.patch(recompile_limit=1):
+        waveforms, options = batch(model, 2, 1500, padded=False)
+        call(waveforms, **options)
+        waveforms, options = batch(model, 2, 1500, padded=True)
+        with pytest.raises(Exception, match="fullgraph"):
+            call(waveforms, **options)
+
+
+def test_gradients_equal_those_of_eager_code() -> None:
+    """Through the joint graph of forward and backward, with the extractor's operation of our own."""
+    gradients = []
+    for compiles in (False, True):
+        torch.manual_seed(0)
+        model = model_for("spidr", **NO_DROPOUT)
+        call = compiled.compile_forward(model, backend="aot_eager") if compiles else model
+        torch.manual_seed(1)
+        waveforms, options = batch(model, 2, 1500, padded=False)
+        call(waveforms, **options)[0].sum().backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_not_compiled_on_a_cpu(caplog: pytest.LogCaptureFixture) -> None:
+    model = model_for("spidr")
+    with caplog.at_level("INFO"):
+        assert compiled.compiled(model, torch.device("cpu")) is model
+    assert "run.compile is ignored: on cpu" in caplog.text
+
+
+def _rank(rank: int, port: int, folder: Path) -> None:
+    """Gradients of a step on one of two processes, compiled and not."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    cfg = read_config(write_config(folder / str(rank), folder / "none.csv"))
+    cfg = replace(cfg, run=replace(cfg.run, compile=True))
+    env = Environment(rank, rank, 2, torch.device("cpu"))
+    kernels.is_lean = lambda _: False
+    found = {}
+    for compiles in (False, True):
+        state.compiled = partial(_compiled, compiles=compiles)
+        model = model_for("spidr", **NO_DROPOUT)
+        network = state.wrap(model, cfg, env)
+        for samples in (1500, 1801):
+            torch.manual_seed(rank + samples)
+            waveforms, options = batch(model, 2, samples, padded=False)
+            network(waveforms, **options)[0].sum().backward()
+        found[compiles] = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    found["graphs"] = counters["stats"]["unique_graphs"]
+    torch.save(found, folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def _compiled(model: DinoSR, _: torch.device, *, compiles: bool) -> Any:
+    return compiled.compile_forward(model, backend="aot_eager") if compiles else model
+
+
+def test_two_processes(tmp_path: Path) -> None:
+    """DistributedDataParallel around a compiled model: one graph, and gradients as without."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = multiprocessing.get_context("spawn")
+    ranks = [context.Process(target=_rank, args=(rank, port, tmp_path)) for rank in range(2)]
+    for process in ranks:
+        tmp_path.joinpath(str(ranks.index(process))).mkdir()
+        process.start()
+    for process in ranks:
+        process.join(240)
+        assert process.exitcode == 0
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert first["graphs"] == second["graphs"] == 1
+    assert len(first[True]) > 10
+    for name, gradient in first[False].items():
+        assert torch.equal(first[True][name], second[True][name])
+        torch.testing.assert_close(first[True][name], gradient, rtol=1e-4, atol=1e-5, msg=name)

@@ -221,7 +221,9 @@ def test_model_class_follows_model_type(write, model_type: str, expected: type) 
 
 def test_model_given(write) -> None:
     """An initial checkpoint's model holds without a [model] table, so an empty table is not a missing one."""
-    assert read_config(write(document())).model_given is None
+    config = read_config(write(document()))
+    assert config.model_given is None
+    assert dataclasses.replace(config, run=dataclasses.replace(config.run, wandb_name="b")).model_given is None
     assert read_config(write(MINIMAL | {"model": None})).model_given is None
     assert read_config(write(document(model={}))).model_given == frozenset()
     built = Config(RunConfig("w", "p", "n"), DataConfig("m"), DinoSRConfig())

@@ -152,17 +152,36 @@ def test_bombs(tmp_path: Path) -> None:
     put = b"\x80\x02}X\x05\0\0\0model}r" + struct.pack("<I", 1 << 27) + b"s."  # numbers an object with 2^27
     with zipfile.ZipFile(tmp_path / "put.pt", "w") as file:
         file.writestr("a/data.pkl", put)
+    (tmp_path / "old.pt").write_bytes(old_format({"model": Zeros(3_000_000_000)}))
     (tmp_path / "promise.flac").write_bytes(promising_flac())
     reads = [
         ("read_alignments", "line.jsonl.gz"), ("read_units", "line.jsonl.gz"), ("read_alignments", "long.jsonl"),
         ("read_alignments", "days.jsonl"), ("read_units", "runs.jsonl"), ("KMeans", "k.npz"),
         ("load_weights", "zip.pt"),
         ("load_fairseq_weights", "zip.pt"), ("load_weights", "overlap.pt"), ("load_fairseq_weights", "put.pt"),
+        ("load_weights", "old.pt"),
         ("read_audio", "promise.flac"),
     ]  # fmt: skip
     for (function, name), (outcome, grown) in zip(reads, outcomes(*((f, tmp_path / n) for f, n in reads)), strict=True):
         assert outcome == ("read" if name == "promise.flac" else "refused"), (function, name)
         assert grown < 200, (function, name, grown)
+
+
+class Zeros:
+    """Unpickled, it is so many bytes."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __reduce__(self) -> Any:
+        return bytearray, (self.size,)
+
+
+def old_format(document: Any) -> bytes:
+    """What torch before 1.6 saved, without a storage."""
+    system = {"protocol_version": 1001, "little_endian": sys.byteorder == "little", "type_sizes": {}}
+    parts = (torch.serialization.MAGIC_NUMBER, 1001, system, document, [])
+    return b"".join(pickle.dumps(part, protocol=2) for part in parts)
 
 
 def overlapping(plain: Path) -> bytes:

@@ -78,42 +78,32 @@ def test_preempted_training_ends_as_an_undisturbed_one(
 
 
 @pytest.mark.timeout(600)
-def test_array_of_two_with_overrides(cluster: Cluster, tmp_path: Path, manifest: Path) -> None:
-    configs = [write_config(tmp_path, manifest, name, validation={}) for name in "ab"]
-    overrides = "-N 1 -G 1 optimizer.max_steps=3 optimizer.lr=1e-3"
-    job_id, folder = start_training(cluster, tmp_path / "dump", *configs, options=overrides)
-    assert folder == tmp_path / "dump/a"
-    for index, name in enumerate("ab"):
-        assert cluster.wait(f"{job_id}_{index}", seconds=300)["JobState"] == "COMPLETED", logs(folder)
-        optimizer = json.loads((tmp_path / f"p/{name}/config.json").read_text())["optimizer"]
-        assert (optimizer["max_steps"], optimizer["lr"]) == (3, 1e-3)
-        assert steps_done(tmp_path / f"p/{name}") == 3
-
-
-@pytest.mark.timeout(600)
-def test_hostile_configuration(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Names and paths that are shell code, of the run, its data and the job: it trains, and validates in a job."""
+def test_array_with_hostile_names_and_overrides(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Names and paths that are shell code, of runs, data and job: they train, and validate in jobs."""
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / HOSTILE
     manifest = write_recordings(folder / "data", count=6)
-    config = write_config(
-        folder,
-        manifest,
-        HOSTILE,
-        run={"wandb_project": HOSTILE, "slurm_validation": {"account": HOSTILE, "nodes": 1, "gpus_per_node": 1}},
-        optimizer={"max_steps": 2, "warmup_steps": 1},
-    )
+    run = {"wandb_project": HOSTILE, "slurm_validation": {"account": HOSTILE, "nodes": 1, "gpus_per_node": 1}}
+    configs = [
+        write_config(folder, manifest, name, run=run, validation={"dev": {"manifest": str(manifest)}})
+        for name in (HOSTILE, "other")
+    ]
     done = cluster.run(
-        *(sys.executable, "-m", "spidr", str(config), "-A", HOSTILE, "-N", "1", "-G", "2", "--dump", str(folder / "d")),
+        *(sys.executable, "-m", "spidr", *map(str, configs), "-A", HOSTILE, "-N", "1", "-G", "1"),
+        *("optimizer.max_steps=2", "optimizer.lr=1e-3", "--dump", str(folder / "d")),
         cwd=tmp_path,
         env=cluster.env | {"PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))},
     )
     assert done.returncode == 0, done.stderr
     job_id = done.stdout.removeprefix("Submitted job ").split(": ")[0]
     (job_folder,) = (folder / "d").iterdir()
-    assert cluster.wait(job_id, seconds=300)["JobState"] == "COMPLETED", logs(job_folder)
-    run_dir = folder / HOSTILE / HOSTILE
-    assert (run_dir / "final.pt").is_file()
+    for index, name in enumerate((HOSTILE, "other")):
+        assert cluster.wait(f"{job_id}_{index}", seconds=300)["JobState"] == "COMPLETED", logs(job_folder)
+        run_dir = folder / HOSTILE / name
+        optimizer = json.loads((run_dir / "config.json").read_text())["optimizer"]
+        assert (optimizer["max_steps"], optimizer["lr"], steps_done(run_dir)) == (2, 1e-3, 2)
     jobs = ValidationJobs(run_dir)
     assert wait_for(lambda: not jobs.pending(), 200), logs(run_dir / "validation")
     collected = {line["step"] for line in [*jobs.collect(), *read_metrics(run_dir / "metrics.jsonl")]}

@@ -23,7 +23,7 @@ from spidr.tools.errors import InputError, first_line
 from spidr.tools.files import atomic_write, check_file, make_folder
 from spidr.tools.lazy import names_from
 from spidr.tools.metrics import read_metrics
-from spidr.tools.tensors import load_verified
+from spidr.tools.tensors import read_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """
     check_file(path)
     try:
-        checkpoint = load_verified(path)
+        checkpoint = read_tensors(path, strict=True)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
     except Exception as error:  # a damaged archive or pickle can fail in any way

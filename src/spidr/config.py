@@ -361,7 +361,7 @@ class Config(Settings):
 
         In a configuration built in Python, everything counts as given.
         """
-        given: frozenset[str] | None = vars(self).get("_model_given", frozenset(hints_of(type(self.model))))
+        given: frozenset[str] | None = vars(self.model).get("_given", frozenset(hints_of(type(self.model))))
         return given
 
 
@@ -408,7 +408,7 @@ def read_config(path: str | Path, overrides: Sequence[str] = (), *, warn: bool =
         raise ProblemsError(problems, str(path))
     if warn and (warning := _schedule_warning(config.optimizer)) is not None:
         logger.warning("%s: %s", path, warning)
-    object.__setattr__(config, "_model_given", None if model_table is None else frozenset(model_table))
+    object.__setattr__(config.model, "_given", None if model_table is None else frozenset(model_table))
     return config
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW
 
-from spidr.compiled import Compiled
+from spidr.compiled import compiled
 from spidr.config import Config, DinoSRConfig
 from spidr.data import Batch, build_dataloader
 from spidr.data.loader import SpeechLoader
@@ -230,8 +230,8 @@ class _Replica(nn.Module):
 
 
 def wrap(model: DinoSR, cfg: Config, env: Environment) -> Callable[..., Any]:
-    """The model as the loop calls it: compiled if configured, with gradients averaged over processes if several."""
-    call = Compiled(model, cfg) if cfg.run.compile else model
+    """The model as the loop calls it: compiled if configured, its gradients averaged over processes if several."""
+    call = compiled(model, env.device) if cfg.run.compile else model
     if env.world_size == 1:
         return call
     # Buffers change in the same way everywhere: no broadcast. The option was renamed in torch 2.15.

@@ -9,6 +9,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from spidr.config import DataConfig, MaskingConfig
 from spidr.data import Batch, build_dataloader, build_validation_dataloader, speech_dataset
+from spidr.data.batch import PackedBatch
 from spidr.data.sampler import BatchSampler
 from spidr.tools.errors import InputError
 
@@ -430,13 +432,25 @@ def test_several_manifests_with_weights(recordings: Callable[..., Path], tmp_pat
         replace(both, weights=[1.0])
 
 
-def test_batches_travel_without_shared_memory(cfg: DataConfig) -> None:
-    batch = next(iter(build_dataloader(cfg, MaskingConfig())))
-    data = ForkingPickler.dumps(batch)
-    assert len(data) > batch.waveforms.nbytes
-    copy = pickle.loads(data)
-    assert identical([batch], [copy])
-    assert copy.lengths is None
+@pytest.mark.parametrize("reason", ["little shared memory", "a long name"])
+def test_batches_travel_without_shared_memory(
+    cfg: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, reason: str
+) -> None:
+    caplog.set_level(logging.INFO)
+    alone = list(build_dataloader(cfg, MaskingConfig()))
+    if reason == "a long name":
+        (tmp_path / ("x" * 120)).mkdir()
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / ("x" * 120)))
+    else:
+        cfg = replace(cfg, max_batch_length=2**31 - 1, prefetch_factor=1000, num_buckets=1)
+        alone = list(build_dataloader(cfg, MaskingConfig()))
+    loader = build_dataloader(replace(cfg, num_workers=1), MaskingConfig())
+    assert identical(list(loader), alone)
+    assert "do without shared memory" in caplog.text
+    loader.close()
+    data = ForkingPickler.dumps(PackedBatch(alone[0]))
+    assert len(data) > alone[0].waveforms.nbytes
+    assert identical([pickle.loads(data).open()], alone[:1])
 
 
 def test_a_killed_worker_ends_the_epoch(cfg: DataConfig) -> None:

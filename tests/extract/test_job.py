@@ -39,6 +39,11 @@ def test_other_settings_into_the_same_output(checkpoint: Path, tmp_path: Path) -
     extract_features(source, folder, model=checkpoint, layer=3, options=QUIET)
     with pytest.raises(InputError, match='made with stored = "float32", now it is "float16"'):
         extract_features(source, folder, model=checkpoint, layer=3, output_dtype="float16", options=QUIET)
+    other = noise(tmp_path / "other" / "b.wav")  # of which nothing is there yet
+    with pytest.raises(InputError, match="made with layer = 3, now it is 4"):
+        extract_features(other, folder, model=checkpoint, layer=4, options=QUIET)
+    with pytest.raises(InputError, match="made with layer = 3, now it is 4"):
+        extract_units(other, table, model=checkpoint, layer=4, options=QUIET)
     with pytest.raises(InputError, match="is not empty"):
         extract_features(source, tmp_path / "audio", model=checkpoint, layer=3, options=QUIET)
 

@@ -90,4 +90,6 @@ def test_peaks() -> None:
     assert peak_tflops("NVIDIA H100 PCIe", "bfloat16") == 756
     assert peak_tflops("NVIDIA H100 80GB HBM3", "float32") == 66.9
     assert peak_tflops("Tesla V100-SXM2-32GB", "bfloat16") is None
-    assert peak_tflops("NVIDIA GeForce RTX 4090", "bfloat16") is None
+    assert peak_tflops("NVIDIA GeForce RTX 4090", "bfloat16") == 165.2
+    assert peak_tflops("NVIDIA B200", "bfloat16") == 2250
+    assert peak_tflops("NVIDIA T4", "bfloat16") is None

@@ -78,6 +78,25 @@ def test_dynamic_quantisation() -> None:
         assert quantised.units(waveforms, layer=3)[0].shape == found.shape[:2]
 
 
+class ZeroWeight(Tensor):
+    """A weight with products of its own, as quantised weights are."""
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is nn.functional.linear:
+            return args[0].new_zeros(*args[0].shape[:-1], len(args[1]))
+        return super().__torch_function__(function, types, args, kwargs)
+
+
+def test_weights_of_another_type() -> None:
+    model = tiny_model().eval()
+    linear = model.heads[0][0]
+    linear.weight = nn.Parameter(linear.weight.detach().as_subclass(ZeroWeight), requires_grad=False)
+    with torch.no_grad():
+        probabilities = model.get_codebooks(torch.randn(1, 1500))[1]
+    torch.testing.assert_close(probabilities, torch.full_like(probabilities, 1 / 12))
+
+
 @pytest.mark.parametrize("first", [False, True], ids=["after a call", "before any call"])
 def test_a_stride_that_is_changed_counts_in_lengths_too(first: bool) -> None:
     model = tiny_model().eval()

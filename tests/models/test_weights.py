@@ -247,6 +247,7 @@ def test_compressed_archive(tmp_path: Path) -> None:
             load(tmp_path / "x.pt")
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @pytest.mark.parametrize("kind", ["meta", "nested", "sparse"])
 def test_tensors_that_are_no_weights(tmp_path: Path, kind: str) -> None:
     odd = {

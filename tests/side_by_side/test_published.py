@@ -147,8 +147,9 @@ def test_clients(folder: Path, tmp_path: Path) -> None:
     for key in ("step", "epoch", "lr"):
         assert [line[key] for line in ours["training"]] == pytest.approx([line[key] for line in theirs["training"]])
     losses = [[line["loss"] for line in side["training"]] for side in (theirs, ours)]
-    assert losses[1][0] == pytest.approx(losses[0][0], abs=0.01)
-    assert losses[1] == pytest.approx(losses[0], rel=0.2)  # masks are drawn anew
+    # Batches, crops and masks are drawn anew: of three recordings here.
+    assert losses[1][0] == pytest.approx(losses[0][0], abs=0.05)
+    assert losses[1] == pytest.approx(losses[0], rel=0.2)
     assert [line["step"] for line in ours["validation"]] == [line["step"] for line in theirs["validation"]]
     assert ours["changes"]["teacher"] == 0
     assert ours["changes"]["codebooks"] > 1

@@ -43,6 +43,12 @@ def test_ends_with_a_status_and_one_line(body: str, status: int, error: str) -> 
     assert (done.returncode, done.stderr, done.stdout) == (status, error, "")
 
 
+def test_a_stopped_run_says_why_once() -> None:
+    body = "class Stopped(SystemExit):\n    def __str__(self): return 'stopped, to resume'\n"
+    done = run(body + "def train(): raise Stopped(75)\ncommand(train)()")
+    assert (done.returncode, done.stderr, done.stdout) == (75, "stopped, to resume\n", "")
+
+
 def test_other_errors_keep_their_traceback() -> None:
     done = run("return 1 / 0")
     assert done.returncode == 1

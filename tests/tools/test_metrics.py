@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from spidr.tools.errors import InputError
-from spidr.tools.metrics import Means, MetricsFile, read_metrics
+from spidr.tools.metrics import MetricsFile, read_metrics
 
 
 def test_what_a_killed_run_wrote_is_cut_back(tmp_path: Path) -> None:
@@ -38,13 +38,3 @@ def test_full_disk(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="/dev/full: cannot be written \\(No space left on device\\)"):
         metrics.write({"step": 1, "group": "train"})
     assert resource.getrlimit(resource.RLIMIT_FSIZE)
-
-
-def test_means_go_on_from_a_checkpoint() -> None:
-    means = Means()
-    means.add({"loss": 1.0, "ppl": 4.0})
-    restored = Means(json.loads(json.dumps(means.sums)))
-    for each in (means, restored):
-        each.add({"loss": 2.0, "ppl": 8.0})
-        assert each.pop() == {"loss": 1.5, "ppl": 6.0}
-        assert each.pop() == {}

@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from spidr.data.json_lines import read_lines
 from spidr.data.names import match_names
@@ -97,12 +98,14 @@ Source = tuple[str, Callable[[], tuple[str, list[str]]]]
 
 def _sources(path: Path, tier: str | None, phones: _Phones, is_folder: bool) -> Iterator[Source]:
     if is_folder:
+        parse = _praatio()
         for file in find_files(path, lambda name: name.lower().endswith(".textgrid")):
             name = os.path.splitext(os.path.relpath(file, path))[0].replace(os.sep, "/")  # noqa: PTH122
-            yield file, lambda name=name, file=file: (name, _read_grid(Path(file), tier, phones))  # type: ignore[misc]
+            yield file, lambda name=name, file=file: (name, _read_grid(Path(file), tier, phones, parse))  # type: ignore[misc]
     elif path.suffix.lower() == ".textgrid":
         check_file(path)
-        yield str(path), lambda: (path.stem, _read_grid(path, tier, phones))
+        parse = _praatio()
+        yield str(path), lambda: (path.stem, _read_grid(path, tier, phones, parse))
     else:
         header: list[str] = []
         table: dict[str, list[tuple[str, float, float]]] = {}
@@ -165,9 +168,13 @@ def _read_line(line: str, phones: _Phones) -> tuple[str, list[str]]:
 _EXPONENT = re.compile(r"^(.*?=\s*|\s*)([-+]?\d*\.?\d+[eE][-+]?\d+)(\s*)$", re.MULTILINE)
 
 
-def _read_grid(path: Path, tier: str | None, phones: _Phones) -> list[str]:
+def _praatio() -> Callable[[str, bool], Any]:
     with needs_extra("train"):
         from praatio.utilities import textgrid_io
+    return textgrid_io.parseTextgridStr
+
+
+def _read_grid(path: Path, tier: str | None, phones: _Phones, parse: Callable[[str, bool], Any]) -> list[str]:
     try:
         check_file(path)
         content = path.read_bytes()
@@ -175,7 +182,7 @@ def _read_grid(path: Path, tier: str | None, phones: _Phones) -> list[str]:
         text = content.decode("utf-16" if utf16 else "utf-8-sig").replace("\r\n", "\n")
         # praatio knows no exponents.
         text = _EXPONENT.sub(lambda match: f"{match[1]}{float(match[2]):.12f}{match[3]}", text)
-        grid = textgrid_io.parseTextgridStr(text, True)
+        grid = parse(text, True)
         tiers = {t["name"]: t["entries"] for t in grid["tiers"] if t["class"] == "IntervalTier"}
     except OSError as error:
         raise InputError(f"the alignments cannot be read ({error.strerror or error}).") from None

@@ -82,11 +82,6 @@ class Batch:
     def __iter__(self) -> Iterator[Tensor | None]:
         return iter((self.waveforms, self.attention_mask, self.mask))
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Travel as bytes: tensors would need shared memory, of which containers have little, and sockets."""
-        values = {item.name: getattr(self, item.name) for item in fields(self)}
-        return _from_arrays, ({name: v.numpy() if isinstance(v, Tensor) else v for name, v in values.items()},)
-
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Self:
         """The batch on another device. From pinned memory, ``non_blocking`` copies while the caller goes on."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
@@ -100,11 +95,23 @@ class Batch:
         return replace(self, **{name: function(value) for name, value in values.items() if isinstance(value, Tensor)})
 
 
-def _from_arrays(values: dict[str, Any]) -> Batch:
-    tensors: dict[str, Any] = {}
-    for name, value in values.items():
-        tensors[name] = torch.from_numpy(value) if isinstance(value, np.ndarray) else value
-    return Batch(**tensors)
+class PackedBatch:
+    """A batch that travels between processes as bytes: tensors need shared memory, and sockets."""
+
+    def __init__(self, batch: Batch) -> None:
+        values = {item.name: getattr(batch, item.name) for item in fields(batch)}
+        self._values = {name: v.numpy() if isinstance(v, Tensor) else v for name, v in values.items()}
+
+    def open(self) -> Batch:
+        """The batch."""
+        tensors: dict[str, Any] = {}
+        for name, value in self._values.items():
+            tensors[name] = torch.from_numpy(value) if isinstance(value, np.ndarray) else value
+        return Batch(**tensors)
+
+    def pin_memory(self) -> Batch:
+        """The batch in page-locked memory; called by torch's loader."""
+        return self.open().pin_memory()
 
 
 class BatchRequest(NamedTuple):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
+import shutil
 import signal
+import tempfile
 import threading
 import weakref
 from collections import Counter
@@ -18,7 +20,7 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from spidr.config import DEFAULT_CONV_LAYER_CONFIG, DataConfig, MaskingConfig
-from spidr.data.batch import Batch, BatchRequest, Collator, UnreadableBatchError
+from spidr.data.batch import Batch, BatchRequest, Collator, PackedBatch, UnreadableBatchError
 from spidr.data.dataset import SpeechDataset
 from spidr.data.manifest import read_manifests
 from spidr.data.measure import with_lengths
@@ -36,6 +38,9 @@ logger = logging.getLogger(__name__)
 
 MAX_REPLACEMENTS = 1000
 """Batches looked at for one that can stand in for an unreadable one."""
+
+MAX_TEMPORARY_NAME = 60
+"""Bytes of the temporary folder's name, in which torch and Python make sockets with names of at most 108."""
 
 WORKER_GRACE = 30
 """Seconds a worker process outlives a SIGTERM."""
@@ -191,7 +196,7 @@ class SpeechLoader:
         self._collator, self._seed_by_row = collator, seed_by_row
         # An epoch's list is needed several times in a row, and large.
         self._batches = lru_cache(maxsize=1)(batches)
-        self._workers = _Workers(collator, start_method)
+        self._workers = _Workers(collator, processes.world_size, start_method)
         # Also at exit, and then before Python would wait for processes that nobody told to end.
         weakref.finalize(self, self._workers.close)
         self._epoch = 0
@@ -271,15 +276,26 @@ class SpeechLoader:
         return BatchRequest(rows, self._lengths[rows], self.dataset.recordings(rows), seed, key)
 
 
-class _Maker(Dataset[Batch | InputError]):
+def _has_shared_memory(cfg: DataConfig, processes: int) -> bool:
+    """Whether batches can travel as tensors: containers have little shared memory, and names of sockets are short."""
+    needed = 4 * cfg.max_batch_length * cfg.num_workers * (cfg.prefetch_factor + 1) * processes
+    try:
+        free = shutil.disk_usage("/dev/shm").free
+    except OSError:  # not Linux
+        return True
+    return free > 2 * needed and len(tempfile.gettempdir()) < MAX_TEMPORARY_NAME
+
+
+class _Maker(Dataset[Batch | PackedBatch | InputError]):
     """Runs in the workers. Errors travel as values: torch would wrap an exception and spoil its message."""
 
-    def __init__(self, collator: Collator) -> None:
-        self.collator = collator
+    def __init__(self, collator: Collator, *, packed: bool) -> None:
+        self.collator, self.packed = collator, packed
 
-    def __getitem__(self, request: BatchRequest) -> Batch | InputError:
+    def __getitem__(self, request: BatchRequest) -> Batch | PackedBatch | InputError:
         try:
-            return self.collator(request)
+            batch = self.collator(request)
+            return PackedBatch(batch) if self.packed else batch
         except InputError as error:
             return error
 
@@ -297,11 +313,11 @@ class _Queue(Sampler[BatchRequest]):
 class _Workers:
     """The processes that make batches, started when they are first needed."""
 
-    def __init__(self, collator: Collator, start_method: str | None) -> None:
-        self._collator = collator
+    def __init__(self, collator: Collator, processes: int, start_method: str | None) -> None:
+        self._collator, self._processes = collator, processes
         self._start_method = start_method
         self._queue = _Queue()
-        self._dataloader: DataLoader[Batch | InputError] | None = None
+        self._dataloader: DataLoader[Batch | PackedBatch | InputError] | None = None
         self._running: Generator[Batch | InputError] | None = None
 
     def make(self, requests: Iterator[BatchRequest]) -> Iterator[Batch | InputError]:
@@ -316,7 +332,8 @@ class _Workers:
             self._dataloader = self._build()
         self._queue.requests = requests
         try:
-            yield from self._dataloader
+            for batch in self._dataloader:
+                yield batch.open() if isinstance(batch, PackedBatch) else batch
         except RuntimeError as error:
             if not str(error).startswith("DataLoader worker"):
                 raise
@@ -325,10 +342,13 @@ class _Workers:
                 "data.num_workers, data.prefetch_factor or data.max_batch_length."
             ) from None
 
-    def _build(self) -> DataLoader[Batch | InputError]:
+    def _build(self) -> DataLoader[Batch | PackedBatch | InputError]:
         cfg = self._collator.cfg
+        packed = cfg.num_workers > 0 and not _has_shared_memory(cfg, self._processes)
+        if packed:
+            logger.info("data workers do without shared memory: there is little, or TMPDIR has a long name")
         return DataLoader(
-            _Maker(self._collator),
+            _Maker(self._collator, packed=packed),
             batch_size=None,
             sampler=self._queue,
             num_workers=cfg.num_workers,

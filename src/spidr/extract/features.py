@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -85,6 +85,9 @@ class _FeatureFolder(Output):
 
     def path_of(self, name: str) -> Path:
         return self.path / f"{name}.{self.file_format}"
+
+    def has_values(self) -> bool:
+        return any(next(self.path.rglob(f"*.{ending}"), None) for ending in get_args(FileFormat))
 
     def check_new(self) -> None:
         if os.path.isdir(self.path) and any(path.name[0] != "." for path in self.path.iterdir()):  # noqa: PTH112

@@ -75,19 +75,15 @@ class Output(ABC):
 
     def begin(self, items: Sequence[Item], session: Session, folders: Sequence[Path]) -> None:
         """Check that what is there was made in the same way of the same recordings."""
-        self.settings = {
-            "kind": self.settings["kind"],
-            "spidr": spidr.__version__,
-            **session.settings(),
-            **self.settings,
-        }
-        if not (has_record := os.path.exists(self.record)):  # noqa: PTH110
+        self.settings = {"spidr": spidr.__version__, **session.settings(), **self.settings}
+        has_record = os.path.exists(self.record)  # noqa: PTH110
+        if not has_record:
             self.check_new()
         damaged = self.find(items, session, folders)
         other_jobs = len(list(self.unfinished.glob("*/"))) > len(folders)
-        if has_record and (self.done or damaged or other_jobs or os.path.isfile(self.path)):  # noqa: PTH113
+        if has_record and (self.done or damaged or other_jobs or self.has_values()):
             self.check()
-        else:
+        else:  # also when what was begun with other settings has made nothing
             _write_object(self.record, self.settings, indent=2)
         if damaged:
             logger.warning("%s: %d recordings have damaged values, which are made again", self.path, damaged)
@@ -128,6 +124,10 @@ class Output(ABC):
                     f"{self.record}: the outputs there were made with {key} = {json.dumps(found.get(key))}, now it is "
                     f"{json.dumps(expected.get(key))}. Choose another output, or remove that one."
                 )
+
+    @abstractmethod
+    def has_values(self) -> bool:
+        """Whether anything was made, of whatever recordings."""
 
     @abstractmethod
     def check_new(self) -> None:

@@ -130,8 +130,11 @@ class _Table(Output):
         self.is_parquet = path.suffix == ".parquet"
         self.num_units = 0
 
+    def has_values(self) -> bool:
+        return os.path.exists(self.path)  # noqa: PTH110 (False for a name too long, which writing complains about)
+
     def check_new(self) -> None:
-        if os.path.exists(self.path):  # noqa: PTH110 (False for a name too long, which writing complains about)
+        if self.has_values():
             raise InputError(f"{self.path}: exists, and no {self.record.name} says how it was made. Remove it.")
 
     def find(self, items: Sequence[Item], session: Session, folders: Sequence[Path]) -> int:

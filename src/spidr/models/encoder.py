@@ -34,10 +34,13 @@ class Head(nn.Sequential):
 
 
 class Encoder(nn.Module):
-    """What encodes speech: everything of a model but what only training needs.
+    """Encode speech: the parts of a model that inference needs.
 
-    Waveforms are 16 kHz. :meth:`encode` and :meth:`units` standardise each utterance (mean 0, variance 1); every other
-    method takes them as they are.
+    Waveforms are sampled at 16 kHz. :meth:`encode` and :meth:`units` standardise each utterance (mean 0, variance 1);
+    the other methods take them as they are.
+
+    Args:
+        cfg: Settings of the model; None: the base model.
     """
 
     config_class: ClassVar[type[DinoSRConfig]] = DinoSRConfig

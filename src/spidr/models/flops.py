@@ -1,8 +1,7 @@
 """Floating-point operations of the models' matrix products and convolutions, and what GPUs can do.
 
 Everything else (norms, GELU, softmax, the optimiser) is left out, as is what is computed twice to save memory: divided
-by time and peak, this is the model FLOPs utilisation (MFU) of the PaLM paper (arXiv 2204.02311, appendix B). Imports
-``spidr.config`` only.
+by time and peak, this is the model FLOPs utilisation (MFU) of the PaLM paper (arXiv 2204.02311, appendix B).
 """
 
 from __future__ import annotations
@@ -10,15 +9,34 @@ from __future__ import annotations
 from spidr.config import DinoSRConfig
 from spidr.tools.frames import conv_length
 
+_HOPPER = {"bfloat16": 989.4, "float16": 989.4, "float32": 66.9}
+
 PEAK_TFLOPS: dict[str, dict[str, float]] = {
-    "H200": {"bfloat16": 989.4, "float16": 989.4, "float32": 66.9},
+    "GB200": {"bfloat16": 2500.0, "float16": 2500.0, "float32": 80.0},
+    "B200": {"bfloat16": 2250.0, "float16": 2250.0, "float32": 75.0},
+    "H200": _HOPPER,
     "H100 PCIe": {"bfloat16": 756.0, "float16": 756.0, "float32": 51.0},
-    "H100": {"bfloat16": 989.4, "float16": 989.4, "float32": 66.9},
+    "H100 NVL": {"bfloat16": 835.0, "float16": 835.0, "float32": 60.0},
+    "H100": _HOPPER,
+    "GH200": _HOPPER,
     "A100": {"bfloat16": 312.0, "float16": 312.0, "float32": 19.5},
+    "L40S": {"bfloat16": 362.05, "float16": 362.05, "float32": 91.6},
+    "RTX 5090": {"bfloat16": 209.5, "float16": 209.5, "float32": 104.8},
+    "RTX 4090": {"bfloat16": 165.2, "float16": 165.2, "float32": 82.6},
+    "RTX 3090 Ti": {"bfloat16": 80.0, "float16": 80.0, "float32": 40.0},
+    "RTX 3090": {"bfloat16": 71.0, "float16": 71.0, "float32": 35.6},
+    "RTX 6000 Ada": {"bfloat16": 364.2, "float16": 364.2, "float32": 91.1},
+    "RTX A6000": {"bfloat16": 154.8, "float16": 154.8, "float32": 38.7},
+    "MI300X": {"bfloat16": 1307.4, "float16": 1307.4, "float32": 163.4},
+    "MI300A": {"bfloat16": 980.6, "float16": 980.6, "float32": 122.6},
     "V100-PCIE": {"float16": 112.0, "float32": 14.0},
     "V100": {"float16": 125.0, "float32": 15.7},
 }
-"""Dense TFLOP/s, without TF32 in float32, from NVIDIA's data sheets, by a part of the name CUDA gives the device."""
+"""Dense TFLOP/s by a part of the name that PyTorch gives the device; the first that fits counts.
+
+From NVIDIA's and AMD's data sheets and architecture white papers, without sparsity, float32 without TF32, 16 bits with
+sums in float32 (as PyTorch multiplies; GeForce cards do half as many as with sums in float16).
+"""
 
 
 def peak_tflops(device_name: str, dtype: str) -> float | None:

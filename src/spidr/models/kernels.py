@@ -44,6 +44,10 @@ _FORWARDS: dict[type, Any] = {cls: cls.forward for cls in (nn.Linear, nn.LayerNo
 """Classes whose modules may be bypassed, with their ``forward``."""
 
 
+_TENSORS = ("Parameter", "Tensor", "FakeTensor")
+"""Types of weights. Others, as quantisation puts in their place, bring operations of their own."""
+
+
 def known(cls: M) -> M:
     """Class decorator: modules of this class may be bypassed as long as they are untouched."""
     _FORWARDS[cls] = cls.forward
@@ -73,6 +77,10 @@ def untouched(*modules: nn.Module | None) -> bool:
             or not untouched(*module._modules.values())
         ):
             return False
+        if not torch.compiler.is_compiling():
+            for tensor in module._parameters.values():
+                if tensor is not None and type(tensor).__name__ not in _TENSORS:
+                    return False
     return True
 
 

@@ -24,10 +24,17 @@ def exp_ema_scheduler(step: int, start_decay: float, timescale: float, threshold
 
 
 class SpidR(DinoSR):
-    """:class:`~spidr.models.dinosr.DinoSR` with head ``k`` on the student's layer of codebook ``k``.
+    """DinoSR, but head ``k`` reads the student's layer of codebook ``k``, and the teacher slows down smoothly.
 
-    The heads read the feed-forward output before the residual addition, so the last LayerNorm of the student has no
-    part in the loss: it needs no gradient and keeps its values.
+    The heads read feed-forward outputs before the residual addition, so the student's last LayerNorm has no part in the
+    loss: it needs no gradient and keeps its values.
+
+    Args:
+        cfg: Settings of the model; None: the base model.
+
+    Example:
+        >>> model = SpidR().eval()
+        >>> units, frames = model.units(waveforms, lengths)  # (B, S) at 16 kHz -> (B, T), 50 a second
     """
 
     config_class = SpidRConfig

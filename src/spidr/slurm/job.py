@@ -56,7 +56,9 @@ def run_task(folder: Path) -> int:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
             write_down("success", submitted.result())
         except SystemExit as end:
-            if end.code == PREEMPTED and rank != "0":
+            if end.code != PREEMPTED:
+                raise
+            if rank != "0":
                 return 0
             sys.stderr.write(f"{end}\n")
             raise

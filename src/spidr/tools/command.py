@@ -65,8 +65,9 @@ def command(main: Callable[P, int | None]) -> Callable[P, int]:
             except InputError as error:
                 return _say(f"error: {error}", 2)
             except SystemExit as end:
-                if isinstance(end.code, int) and str(end) != str(end.code) and os.environ.get("RANK", "0") == "0":
-                    _say(str(end), end.code)  # a kind of its own, which says why
+                says_why = isinstance(end.code, int) and str(end) != str(end.code)
+                if says_why and len(_results) == 1 and os.environ.get("RANK", "0") == "0":
+                    _say(str(end), 0)
                 raise
             except KeyboardInterrupt:
                 return _say("interrupted; run the same command again", 130)

@@ -1,19 +1,17 @@
-"""Reading files of ``torch.save`` that anybody may have written: no code runs, and no size is believed.
-
-Two readers: :func:`read_tensors` for what others hand over (weights, features), and :func:`load_verified` for
-checkpoints of our own runs.
-"""
+"""Reading files of ``torch.save`` that anybody may have written: no code runs, and no size is believed."""
 
 from __future__ import annotations
 
 import io
 import logging
 import pickle
+import struct
 import sys
 import zipfile
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -23,30 +21,22 @@ from spidr.tools.files import check_file
 logger = logging.getLogger(__name__)
 
 
-def load_verified(path: str | Path) -> Any:
-    """``torch.load`` on the CPU, without code and with the checksums, which torch writes but does not verify.
-
-    Raises:
-        Exception: Any, as from ``torch.load``, if the file is damaged.
-    """
-    if is_archive(path):
-        with open_archive(path) as archive:
-            if damaged := archive.testzip():
-                raise ValueError(f"the checksum of {damaged} is wrong")
-    return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def read_tensors(path: str | Path) -> Any:
+def read_tensors(path: str | Path, *, strict: bool = False) -> Any:
     """Read a ``torch.save`` file: containers, numbers and tensors; any other object is an :class:`Inert` one.
 
-    torch.load has no such mode: it refuses unknown classes or imports them. Files of the format before torch 1.6 go
-    through it all the same, with a warning: they have no checksum.
+    Checksums, which torch writes but does not verify, are verified; files of the format before torch 1.6 have none,
+    which the log says. torch.load has no such mode: it refuses other classes or imports them, and takes any amount of
+    memory for 200 bytes that ask for it.
+
+    Args:
+        path: The file.
+        strict: Refuse other objects.
 
     Raises:
         Exception: Any, if the file is damaged.
     """
     if not is_archive(path):
-        document = load_verified(path)
+        document = _read_old(Path(path), strict)
         logger.warning("%s: an old file format without a checksum: damage would not be noticed", path)
         return document
     with open_archive(path) as archive:  # what is read whole has its checksum verified
@@ -54,7 +44,43 @@ def read_tensors(path: str | Path) -> Any:
         order = f"{folder}/byteorder"
         if order in archive.namelist() and archive.read(order).decode() != sys.byteorder:
             raise ValueError("written on a machine with another byte order")
-        return _Unpickler(archive, folder).load()
+
+        def storage(dtype: torch.dtype, key: str, _: int) -> Tensor:
+            return _tensor(archive.read(f"{folder}/data/{key}"), dtype)
+
+        return _Unpickler(io.BytesIO(archive.read(f"{folder}/data.pkl")), storage, strict).load()
+
+
+def _read_old(path: Path, strict: bool) -> Any:
+    """The format before torch 1.6: five pickles, then the data of the storages that they name."""
+    storages: dict[str, Tensor] = {}
+    left = path.stat().st_size
+
+    def storage(dtype: torch.dtype, key: str, size: int) -> Tensor:
+        nonlocal left
+        left -= size * dtype.itemsize
+        if left < 0 or size < 0:
+            raise ValueError("more data announced than there is")
+        storages[key] = torch.empty(size, dtype=dtype, device="cpu")
+        return storages[key]
+
+    with path.open("rb") as file:
+        if _Unpickler(file, storage, strict).load() != torch.serialization.MAGIC_NUMBER:
+            raise ValueError("not a file of torch.save")
+        _protocol, system, document, keys = (_Unpickler(file, storage, strict).load() for _ in range(4))
+        if system.get("little_endian") != (sys.byteorder == "little"):
+            raise ValueError("written on a machine with another byte order")
+        for key in keys:
+            (size,) = struct.unpack("<q", file.read(8))
+            content = file.read(storages[key].nbytes)
+            if size != len(storages[key]) or len(content) < storages[key].nbytes:
+                raise ValueError("the file is cut short")
+            storages[key].copy_(_tensor(content, storages[key].dtype))
+    return document
+
+
+def _tensor(content: bytes, dtype: torch.dtype) -> Tensor:
+    return torch.frombuffer(bytearray(content), dtype=dtype) if content else torch.empty(0, dtype=dtype, device="cpu")
 
 
 def check_plain(value: Any, place: str) -> Tensor:
@@ -137,6 +163,7 @@ def _rebuild_parameter(data: Tensor, *_: Any) -> Tensor:
 
 _KNOWN: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): OrderedDict,
+    ("torch", "Size"): torch.Size,
     ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
     ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
     **{("torch", name): dtype for name, dtype in _STORAGES.items()},
@@ -149,19 +176,20 @@ class _Unpickler(pickle._Unpickler):
     It is the one in Python: the one in C takes gigabytes for a pickle of ten bytes that numbers an object with 2^32.
     """
 
-    def __init__(self, archive: zipfile.ZipFile, folder: str) -> None:
-        super().__init__(io.BytesIO(archive.read(f"{folder}/data.pkl")))
-        self.archive, self.folder = archive, folder
+    def __init__(self, file: IO[bytes], storage: Callable[[torch.dtype, str, int], Tensor], strict: bool) -> None:
+        super().__init__(file)
+        self.storage, self.strict = storage, strict
         self.storages: dict[tuple[str, torch.dtype], Tensor] = {}
 
     def find_class(self, module: str, name: str, /) -> Any:
+        if self.strict and (module, name) not in _KNOWN:
+            raise pickle.UnpicklingError(f"holds an object of {module}.{name}")
         return _KNOWN.get((module, name), Inert)
 
     def persistent_load(self, key: Any, /) -> Tensor:
-        _, dtype, name, *_ = key
+        _, dtype, name, _, size, *view = key
+        if any(view):
+            raise ValueError("a view of a storage, as torch before 0.4 saved it")
         if (name, dtype) not in self.storages:
-            content = bytearray(self.archive.read(f"{self.folder}/data/{name}"))
-            self.storages[name, dtype] = (
-                torch.frombuffer(content, dtype=dtype) if content else torch.empty(0, dtype=dtype, device="cpu")
-            )
+            self.storages[name, dtype] = self.storage(dtype, name, size)
         return self.storages[name, dtype]

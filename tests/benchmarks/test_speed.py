@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "speed.py"
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "speed.py"
 
 
 def test_quick_run(tmp_path: Path) -> None:
