@@ -31,4 +31,18 @@ def compile_forward(model: nn.Module, **options: Any) -> Callable[..., Any]:
         options: More options of ``torch.compile``.
     """
     torch._dynamo.config.optimize_ddp = False
+    _leave_convolutions_dynamic()
     return torch.compile(model, dynamic=True, fullgraph=True, **options)
+
+
+def _leave_convolutions_dynamic() -> None:
+    """Have ATen compute the gradient of a convolution, as Inductor decides anyway, but for any length.
+
+    To come to that decision, torch 2.14 fixes the length of the input and compiles anew for every other one.
+    """
+    try:
+        from torch._inductor.kernel.conv import aten_convolution_backward_fallback
+        from torch._inductor.lowering import lowerings
+    except ImportError:  # other versions
+        return
+    lowerings[torch.ops.aten.convolution_backward.default] = aten_convolution_backward_fallback

@@ -118,6 +118,9 @@ def test_bad_textgrids(tmp_path: Path) -> None:
         read_alignments(two)
     with pytest.raises(InputError, match=r"no tier 'phones'; tiers of intervals found: x, y"):
         read_alignments(two, tier="phones")
+    two.write_text(two.read_text().replace('"y"', '"x"'))
+    with pytest.raises(InputError, match=r"several tiers 'x'; tiers of intervals found: x, x"):
+        read_alignments(two, tier="x")
     two.write_text("nothing of the kind")
     with pytest.raises(InputError, match=r"a\.TextGrid: not a TextGrid"):
         read_alignments(two)
@@ -201,6 +204,8 @@ def test_discophons_tables(tmp_path: Path) -> None:
     path = tmp_path / "alignment-deu-dev.txt"
     path.write_text("#file onset offset #phone\na 0.00 0.03 SIL\nb 0.0 0.01 x\na 0.03 0.05 ʃ\n", encoding="utf-8")
     assert read_alignments(path) == {"a": ["SIL"] * 3 + ["ʃ"] * 2, "b": ["x"]}
+    path.write_text("#file\tonset\toffset\t#phone\nmy rec.1\t0\t0.02\tx\n\n", encoding="utf-8-sig")
+    assert read_alignments(path) == {"my rec.1": ["x", "x"]}
     path.write_text("#file onset offset #phone\na 0.00 x SIL\n")
     with pytest.raises(InputError, match=r"line 2: expected #file onset offset #phone; found 'a 0\.00 x SIL'"):
         read_alignments(path)

@@ -126,12 +126,13 @@ def test_bad_features(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", "the first line lacks #file, onset"),
+        ("", "no item in the file"),
+        ("r 0 1 A x y s\n", "the first line lacks #file, onset"),
         ("#file onset offset #phone\n", "the first line lacks prev-phone, next-phone, speaker"),
         (HEADER + "\n", "no item in the file"),
         (HEADER + "\nr 0.1 x A x y s\n", "line 2: expected #file onset"),
         (HEADER + "\nr 0.1 0.2 A x y s\nr 0.1 0.2 A x y\n", "line 3: expected"),
-        ("\udcff", "cannot be read"),
+        ("\udcff", "not UTF-8"),
     ],
 )
 def test_bad_item_files(tmp_path: Path, content: str, message: str) -> None:
@@ -139,6 +140,21 @@ def test_bad_item_files(tmp_path: Path, content: str, message: str) -> None:
     path.write_text(content, errors="surrogateescape")
     with pytest.raises(InputError, match=message):
         read_items(path)
+
+
+@needs_fastabx
+@pytest.mark.parametrize("separator", ["\t", " "])
+def test_items_as_people_write_them(tmp_path: Path, separator: str) -> None:
+    """A byte order mark, tabs, a name with blanks, an empty last line, an onset just before the recording."""
+    rows = [line.split() for line in [HEADER, *phones("s1", "A", "A", "B", "B")]]
+    rows[1][1] = "-0.02"
+    named = [[row[0].replace("s1", "my rec.1"), *row[1:]] for row in rows]
+    path = tmp_path / "a.item"
+    path.write_text("\n".join(separator.join(row) for row in named) + "\n\n", encoding="utf-8-sig")
+    items = read_items(path)
+    assert set(items.files) == {"my rec.1"}
+    a, b = [1.0, 0.0], [0.0, 1.0]
+    assert Scorer(items).score({"my rec.1": np.array([a, a, a, a, b, b, b, b])}) == (0.0, None, 4, 0)
 
 
 def test_without_fastabx(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

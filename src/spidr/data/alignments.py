@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from spidr.data.json_lines import read_lines
+from spidr.data.json_lines import read_lines, split_row
 from spidr.data.names import match_names
 from spidr.tools.errors import InputError, first_line
 from spidr.tools.files import check_file, expand, find_files
@@ -111,7 +111,7 @@ def _sources(path: Path, tier: str | None, phones: _Phones, is_folder: bool) -> 
         table: dict[str, list[tuple[str, float, float]]] = {}
         for number, line in read_lines(path):
             if header:
-                _add_row(table, dict(zip(header, line.split(), strict=False)), phones, f"{path}: line {number}")
+                _add_row(table, header, line, phones, f"{path}: line {number}")
             elif line.startswith("#file"):
                 header = line.split()
             else:
@@ -122,15 +122,14 @@ def _sources(path: Path, tier: str | None, phones: _Phones, is_folder: bool) -> 
 
 
 def _add_row(
-    table: dict[str, list[tuple[str, float, float]]], row: dict[str, str], phones: _Phones, place: str
+    table: dict[str, list[tuple[str, float, float]]], header: list[str], line: str, phones: _Phones, place: str
 ) -> None:
+    row = split_row(header, line)
     try:
         interval = (phones[row["#phone"]], float(row["onset"]), float(row["offset"]))
         table.setdefault(row["#file"], []).append(interval)
     except (KeyError, ValueError):
-        raise InputError(
-            f"{place}: expected #file onset offset #phone; found {' '.join(row.values())[:80]!r}."
-        ) from None
+        raise InputError(f"{place}: expected #file onset offset #phone; found {line[:80]!r}.") from None
 
 
 class _Phones(dict[str, str]):
@@ -183,7 +182,7 @@ def _read_grid(path: Path, tier: str | None, phones: _Phones, parse: Callable[[s
         # praatio knows no exponents.
         text = _EXPONENT.sub(lambda match: f"{match[1]}{float(match[2]):.12f}{match[3]}", text)
         grid = parse(text, True)
-        tiers = {t["name"]: t["entries"] for t in grid["tiers"] if t["class"] == "IntervalTier"}
+        tiers = [(t["name"], t["entries"]) for t in grid["tiers"] if t["class"] == "IntervalTier"]
     except OSError as error:
         raise InputError(f"the alignments cannot be read ({error.strerror or error}).") from None
     except InputError:
@@ -191,12 +190,14 @@ def _read_grid(path: Path, tier: str | None, phones: _Phones, parse: Callable[[s
     except Exception as error:  # a parser without an error of its own
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise InputError(f"not a TextGrid that praatio can read ({reason}).") from None
-    chosen = [name for name in tiers if name == tier] if tier is not None else _phone_tiers(list(tiers))
+    names = [name for name, _ in tiers]
+    chosen = [name for name in names if name == tier] if tier is not None else _phone_tiers(names)
     if len(chosen) != 1:
-        wanted = f"no tier {tier!r}" if tier is not None else "cannot tell the tier of the phones"
-        raise InputError(f"{wanted}; tiers of intervals found: {', '.join(tiers) or 'none'}.")
+        count = "several tiers" if chosen else "no tier"
+        wanted = f"{count} {tier!r}" if tier is not None else "cannot tell the tier of the phones"
+        raise InputError(f"{wanted}; tiers of intervals found: {', '.join(names) or 'none'}.")
     try:
-        intervals = [(phones[label], float(start), float(end)) for start, end, label in tiers[chosen[0]]]
+        intervals = [(phones[label], float(start), float(end)) for start, end, label in dict(tiers)[chosen[0]]]
         return _frames(intervals, max([float(grid["xmax"]), *(end for *_, end in intervals[-1:])]))
     except ValueError as error:
         message = error if isinstance(error, InputError) else f"not a number ({first_line(error)})"

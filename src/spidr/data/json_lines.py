@@ -1,4 +1,4 @@
-"""Tables in JSON lines, plain or gzipped, from files that may be anything."""
+"""Lines of tables, plain or gzipped, from files that may be anything."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from spidr.tools.errors import InputError, first_line
 from spidr.tools.files import check_file
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
 MAX_LINE = 1 << 26
@@ -41,3 +41,14 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
             raise
         reason = getattr(error, "strerror", None) or first_line(error)
         raise InputError(f"{path}: cannot be read ({reason}).") from None
+
+
+def split_row(header: Sequence[str], line: str) -> dict[str, str]:
+    """The values of a line by the names of their columns; none if they are not as many.
+
+    Separated by tabs, or else by blanks, of which those before the last columns are part of the first one: a name.
+    """
+    values = line.rsplit("\t" if "\t" in line else None, len(header) - 1)
+    if len(values) != len(header):
+        return {}
+    return {name: value.strip() for name, value in zip(header, values, strict=True)}

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from spidr.data.json_lines import read_lines, split_row
 from spidr.data.names import match_names
 from spidr.data.units import read_units
 from spidr.tools.errors import InputError, first_line
@@ -65,29 +66,25 @@ class Items:
 def read_items(path: str | Path) -> Items:
     """Read an ABX item file: ``#file onset offset #phone prev-phone next-phone speaker``, then a line for each phone.
 
+    Separated by tabs or by blanks. What lies before 0 s is left out.
+
     Raises:
         InputError: The file is missing, or a line is not of this form.
     """
-    path = expand(path)
-    check_file(path)
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: the items cannot be read ({getattr(error, 'strerror', None) or error}).") from None
-    header = lines[0].split() if lines else []
-    if missing := [name for name in COLUMNS if name not in header]:
-        raise InputError(f"{path}: no item file: the first line lacks {', '.join(missing)}.")
-    rows = []
-    for number, line in enumerate(lines[1:], start=2):
-        row = dict(zip(header, line.split(), strict=False))
+    path, header, rows = expand(path), list[str](), []
+    for number, line in read_lines(path):
+        if not header:
+            header = line.split()
+            if missing := [name for name in COLUMNS if name not in header]:
+                raise InputError(f"{path}: no item file: the first line lacks {', '.join(missing)}.")
+            continue
+        row = split_row(header, line)
         try:
             times = _seconds(row["onset"]), _seconds(row["offset"])
         except (KeyError, ValueError):
             raise InputError(f"{path}: line {number}: expected {' '.join(header)}; found {line[:80]!r}.") from None
         if times[0] > times[1]:
             raise InputError(f"{path}: line {number}: the offset is before the onset; found {line[:80]!r}.")
-        if len(line.split()) != len(header):
-            raise InputError(f"{path}: line {number}: expected {' '.join(header)}; found {line[:80]!r}.")
         rows.append((row, times))
     if not rows:
         raise InputError(f"{path}: no item in the file.")
@@ -96,8 +93,8 @@ def read_items(path: str | Path) -> Items:
 
 
 def _seconds(text: str) -> Fraction:
-    """Exact value of a decimal number, not below zero. Not any that Fraction knows: 1e999999999 would take hours."""
-    if not re.fullmatch(r"\+?\d{1,18}(\.\d{0,30})?([eE][+-]?\d{1,2})?", text, re.ASCII):
+    """Exact value of a decimal number. Not any that Fraction knows: 1e999999999 would take hours."""
+    if not re.fullmatch(r"[+-]?\d{1,18}(\.\d{0,30})?([eE][+-]?\d{1,2})?", text, re.ASCII):
         raise ValueError
     return Fraction(text)
 
@@ -138,7 +135,7 @@ class Scorer:
         half = Fraction(1, 2)
         # Exact, or an end on the middle of a frame would go either way.
         self._frames = [
-            (math.ceil(onset * frame_rate - half), math.floor(offset * frame_rate - half) + 1)
+            (max(0, math.ceil(onset * frame_rate - half)), max(0, math.floor(offset * frame_rate - half) + 1))
             for onset, offset in items.times
         ]
         self._subsampler = fastabx.Subsampler(max_size_group, max_x_across)
