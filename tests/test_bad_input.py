@@ -159,8 +159,8 @@ BEFORE_THE_FOLDER = [
     (_malicious, "evil.pt: "),
     (_malicious_pickle, "evil.pt: "),
     (_other_shape, "other.pt: not the weights of this SpidR"),
-    (_not_a_folder, "run.workdir: the run folder "),
-    (_read_only, "run.workdir: the run folder /proc/runs/p/run cannot be made"),
+    (_not_a_folder, "the folder cannot be made (Not a directory)"),
+    (_read_only, "run.workdir: /proc/runs/p/run: the folder cannot be made"),
 ]
 WHILE_READING = [
     (_vanished, ".wav: the file does not exist"),
@@ -257,7 +257,7 @@ def test_checkpoint_of_another_shape(tmp_path: Path) -> None:
     assert run(config)[0] == 0
     saved = {path: path.read_bytes() for path in (tmp_path / "p" / "run").glob("*.pt")}
     config = write_config(tmp_path, manifest, model={"codebook_size": 10})
-    assert_refused(*run(config), "final.pt: does not fit the configured model")
+    assert_refused(*run(config), "other settings: model.codebook_size = 12 there, 10 here")
     assert {path: path.read_bytes() for path in (tmp_path / "p" / "run").glob("*.pt")} == saved
 
 
