@@ -63,6 +63,8 @@ def write_reference(app: Sphinx) -> None:
     for name in names:
         part = name.split(".")[1]
         pages[part if part in REFERENCE else "train"].append(name)
+    first = [f"spidr.models{name}" for name in ("", ".encoder", ".hub", ".spidr", ".dinosr")]  # what users look for
+    pages["models"] = first + [name for name in pages["models"] if name not in first]
     for part, modules in pages.items():
         title = REFERENCE[part]
         bodies = [

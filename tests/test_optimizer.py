@@ -27,7 +27,7 @@ def expected_factor(s: int, scheduler: str, w: int, h: int, d: int, f: float, in
     if s < w:
         return init + (1 - init) * (s / w)
     if scheduler == "tristage":
-        return 1.0 if s < w + h else f ** ((s - w - h) / d)
+        return 1.0 if s < w + h else f ** min(1.0, (s - w - h) / d)
     if scheduler == "cosine":
         return f + (1 - f) * (1 + math.cos(math.pi * (s - w) / (last - w))) / 2
     return 1.0
@@ -41,7 +41,7 @@ def test_learning_rates_in_use(scheduler: Any, warmup: int) -> None:
         decay_steps=30, rsqrt_timescale=50, rsqrt_shift=7, scheduler=scheduler,
     )  # fmt: skip
     optimizer, _, schedule = build_optimizer(nn.Linear(2, 2), cfg)
-    for step in range(61):  # tristage goes on past its end at 55
+    for step in range(61):  # tristage stays at its floor from 55 on
         expected = 0.1 * expected_factor(step, scheduler, warmup, 15, 30, 0.05, 0.02, 60)
         assert schedule.get_last_lr() == [group["lr"] for group in optimizer.param_groups]
         assert schedule.get_last_lr()[0] == pytest.approx(expected, rel=1e-12)

@@ -441,10 +441,9 @@ def _schedule_warning(cfg: OptimizerConfig) -> str | None:
             f"{begin}"
         )
     if steps > begin + cfg.decay_steps:
-        floor = cfg.final_lr_scale ** ((steps - begin) / cfg.decay_steps)
         return (
-            f"the learning rate falls below optimizer.final_lr_scale = {cfg.final_lr_scale:g}, to {floor:.2g} of its "
-            f"peak: the decay ends at step {begin + cfg.decay_steps}, before optimizer.max_steps = {steps}"
+            f"the learning rate stays at optimizer.final_lr_scale = {cfg.final_lr_scale:g} of its peak from step "
+            f"{begin + cfg.decay_steps} on, where the decay ends, to optimizer.max_steps = {steps}"
         )
     return None
 

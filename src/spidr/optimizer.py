@@ -26,7 +26,8 @@ def lr_factor(step: int, cfg: OptimizerConfig) -> float:
         return cfg.init_lr_scale + (peak - cfg.init_lr_scale) * step / warmup
     match cfg.scheduler:
         case "tristage":
-            return floor ** (max(0, step - warmup - cfg.hold_steps) / max(1, cfg.decay_steps))
+            progress = (step - warmup - cfg.hold_steps) / max(1, cfg.decay_steps)
+            return floor ** min(max(0.0, progress), 1.0)
         case "cosine":
             progress = (step - warmup) / max(1, cfg.max_steps - warmup)
             return floor + (1 - floor) * (1 + math.cos(math.pi * min(1.0, progress))) / 2
