@@ -218,10 +218,11 @@ def _pair(units: Units, aligned: Alignments, frame_step: int, tolerance: int, sk
 def _record(units: Path) -> dict[str, Any]:
     """Size of the codebook and milliseconds of a unit, as recorded."""
     made = read_record(units)
-    seconds = made.get("frame_seconds")
-    step = round(seconds * 1000) if isinstance(seconds, float) and 0 < seconds < 1 else None
-    if step is not None and abs(step - seconds * 1000) > 1e-6:
-        raise InputError(f"{units}: units of {seconds * 1000:g} ms, expected a multiple of {FRAME_STEP} ms")
+    seconds, step = made.get("frame_seconds"), None
+    if isinstance(seconds, float) and 0 < seconds < 1:
+        step = round(seconds * 1000)
+        if abs(step - seconds * 1000) > 1e-6:
+            raise InputError(f"{units}: units of {seconds * 1000:g} ms, expected a multiple of {FRAME_STEP} ms")
     return {"num_units": made.get("num_units"), "frame_step": step}
 
 
