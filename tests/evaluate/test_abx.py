@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from spidr.evaluate.abx import Scorer, read_items
+from spidr.evaluate.abx import Scorer, evaluate_abx, read_items
 from spidr.tools.errors import InputError
 
 needs_fastabx = pytest.mark.skipif(sys.version_info < (3, 12), reason="fastabx needs Python 3.12")
@@ -155,6 +155,18 @@ def test_items_as_people_write_them(tmp_path: Path, separator: str) -> None:
     assert set(items.files) == {"my rec.1"}
     a, b = [1.0, 0.0], [0.0, 1.0]
     assert Scorer(items).score({"my rec.1": np.array([a, a, a, a, b, b, b, b])}) == (0.0, None, 4, 0)
+
+
+@needs_fastabx
+def test_the_frame_rate_is_as_recorded(tmp_path: Path) -> None:
+    """At half the rate every item would be found as well, in the wrong place."""
+    items = read_items(write_items(tmp_path / "a.item", *phones("s1", "A", "A", "B", "B")))
+    (tmp_path / "features").mkdir()
+    np.save(tmp_path / "features" / "s1.npy", np.array([[1.0, 0.0]] * 8 + [[0.0, 1.0]] * 8))
+    (tmp_path / "features" / "extract.json").write_text('{"frame_seconds": 0.01}')
+    with pytest.raises(InputError, match="features: has 100 frames per second, not 50: --frame-rate"):
+        evaluate_abx(tmp_path / "features", Scorer(items))
+    assert evaluate_abx(tmp_path / "features", Scorer(items, frame_rate=100)).within == 0.0
 
 
 def test_without_fastabx(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -59,13 +59,17 @@ def test_what_is_not_aligned(rows: tuple[Path, Path], tmp_path: Path) -> None:
         pair(units, phones, skip=True)
 
 
-def test_the_size_of_the_codebook_is_as_recorded(rows: tuple[Path, Path], caplog: pytest.LogCaptureFixture) -> None:
+def test_the_size_of_the_codebook_is_as_recorded(
+    rows: tuple[Path, Path], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     units, phones = rows
     record = units.with_name("u.jsonl.json")
     assert evaluate_units(units, phones).bitrate == evaluate_units(units, phones, num_units=256).bitrate
     record.write_text(json.dumps({"kind": "units", "num_units": 500, "frame_seconds": 0.02}))
     caplog.clear()
     assert evaluate_units(units, phones) == evaluate_units(units, phones, num_units=500)
+    monkeypatch.setenv("HOME", str(units.parent))
+    assert evaluate_units("~/u.jsonl", phones) == evaluate_units(units, phones)
     assert "a codebook of" not in caplog.text
     with pytest.raises(InputError, match=r"u\.jsonl: was made with num_units = 500, not 256"):
         evaluate_units(units, phones, num_units=256)
@@ -73,7 +77,14 @@ def test_the_size_of_the_codebook_is_as_recorded(rows: tuple[Path, Path], caplog
         evaluate_units(units, phones, frame_step=10)
     with pytest.raises(InputError, match="num_units must be at least 1"):
         evaluate_units(units, phones, num_units=0)
+    for seconds, message in ((0.0125, r"u\.jsonl: units of 12\.5 ms"), (0.0204, "20.4 ms")):
+        record.write_text(json.dumps({"frame_seconds": seconds}))
+        with pytest.raises(InputError, match=message):
+            evaluate_units(units, phones)
     record.write_text("[")
+    with pytest.raises(InputError, match=r"u\.jsonl\.json: how the frames were made cannot be read"):
+        evaluate_units(units, phones)
+    record.unlink()
     write_lines(units, {"fileid": "a", "units": list(range(90, 100))})
     assert pair(units, phones).num_units == 256
     assert "a codebook of 256 is assumed, but no unit is above 99: --num-units?" in caplog.text

@@ -117,7 +117,7 @@ def _sources(path: Path, tier: str | None, phones: _Phones, is_folder: bool) -> 
             else:
                 yield f"{path}: line {number}", lambda line=line: _read_line(line, phones)  # type: ignore[misc]
         for name, intervals in table.items():
-            intervals.sort(key=lambda interval: interval[1])
+            intervals.sort(key=lambda interval: interval[1:])
             yield f"{path}: {name}", lambda n=name, i=intervals: (n, _frames(i, i[-1][2]))  # type: ignore[misc]
 
 

@@ -67,6 +67,24 @@ def read_units(path: str | Path, *, names: Sequence[str] | None = None) -> Units
     return units
 
 
+def read_record(path: Path) -> dict[str, Any]:
+    """What ``spidr.extract`` wrote beside units or into a folder of features, and nothing if it made neither.
+
+    Raises:
+        InputError: It is there, but cannot be read.
+    """
+    folder = os.path.isdir(path)  # noqa: PTH112 (False for all that cannot be a folder)
+    file = path / "extract.json" if folder else path.with_name(f"{path.name}.json")
+    if not os.path.lexists(file):
+        return {}
+    check_file(file)
+    try:
+        made = parse_json(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file}: how the frames were made cannot be read ({first_line(error)}).") from None
+    return made if isinstance(made, dict) else {}
+
+
 def _rows(path: Path, names: Sequence[str] | None) -> Iterator[tuple[str, Any]]:
     """Each recording's place, for messages, and what is there: an object with keys."""
     if os.path.isdir(path):  # noqa: PTH112 (False for all that cannot be a folder)

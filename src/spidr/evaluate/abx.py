@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from spidr.data.json_lines import read_lines, split_row
 from spidr.data.names import match_names
-from spidr.data.units import read_units
+from spidr.data.units import read_record, read_units
 from spidr.tools.errors import InputError, first_line
 from spidr.tools.files import check_file, expand, find_files
 from spidr.tools.lazy import needs_extra
@@ -131,7 +131,7 @@ class Scorer:
             if size is not None and not 2 <= size < 2**31:
                 raise InputError(f"{name}: found {size}, expected an integer of at least 2, or all of them")
         self._fastabx: Any = fastabx
-        self.items = items
+        self.items, self.frame_rate = items, Fraction(frame_rate)
         half = Fraction(1, 2)
         # Exact, or an end on the middle of a frame would go either way.
         self._frames = [
@@ -299,9 +299,14 @@ def evaluate_abx(source: str | Path, scorer: Scorer, distance: Distance | None =
         distance: Between frames; None: "angular" for features, "identical" for units.
 
     Raises:
-        InputError: See :meth:`Scorer.score`.
+        InputError: It was extracted with another frame rate; see :meth:`Scorer.score`.
     """
     path = expand(source)
+    seconds = read_record(path).get("frame_seconds")
+    if isinstance(seconds, float) and seconds > 0 and not math.isclose(seconds * scorer.frame_rate, 1, rel_tol=1e-6):
+        raise InputError(
+            f"{path}: has {1 / seconds:.10g} frames per second, not {float(scorer.frame_rate):.10g}: --frame-rate"
+        )
     is_folder = os.path.isdir(path)  # noqa: PTH112 (False for all that cannot be a folder)
     features: Mapping[str, NDArray[Any]] = FeatureFolder(path) if is_folder else read_units(path)
     if distance is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from typing import Any
 
 from spidr.data.alignments import FRAME_STEP, SILENT_LABELS, TOLERANCE, Alignments, Skipped, fit, read_alignments
 from spidr.data.names import match_names
-from spidr.data.units import Units, read_units
+from spidr.data.units import Units, read_record, read_units
 from spidr.models.metrics import Aligned, UnitsQuality, units_quality
 from spidr.tools.errors import InputError
 from spidr.tools.files import expand
@@ -100,7 +99,8 @@ def pair(
     Raises:
         InputError: A file cannot be read, a recording is not aligned, or does not fit its alignment.
     """
-    recorded = _record(Path(units))
+    units, alignments = expand(units), expand(alignments)
+    recorded = _record(units)
     given = num_units or recorded.get("num_units")
     num_units = _decide("num_units", num_units, recorded.get("num_units"), NUM_UNITS, units)
     frame_step = _decide("frame_step", frame_step, recorded.get("frame_step"), FRAME_MS, units)
@@ -182,7 +182,8 @@ def _languages(units: Path, alignments: Path) -> list[tuple[Path, Path]]:
     pairs = []
     for file in files:
         name = file.stem.replace("units-", "alignment-", 1)
-        found = [path for folder in (alignments, alignments / "alignment") for path in sorted(folder.glob(f"{name}*"))]
+        folders, names = (alignments, alignments / "alignment"), (name, f"{name}.*")
+        found = [path for folder in folders for pattern in names for path in sorted(folder.glob(pattern))]
         if not found:
             raise InputError(f"{alignments}: no {name}.txt or the like for {file}")
         pairs.append((file, found[0]))
@@ -215,14 +216,13 @@ def _pair(units: Units, aligned: Alignments, frame_step: int, tolerance: int, sk
 
 
 def _record(units: Path) -> dict[str, Any]:
-    """What ``spidr.extract`` has written about the units."""
-    try:
-        made = json.loads(units.with_name(f"{units.name}.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    made = made if isinstance(made, dict) else {}
-    seconds = made.get("frame_seconds")
-    step = round(seconds * 1000) if isinstance(seconds, float) and 0 < seconds < 1 else None
+    """Size of the codebook and milliseconds of a unit, as recorded."""
+    made = read_record(units)
+    seconds, step = made.get("frame_seconds"), None
+    if isinstance(seconds, float) and 0 < seconds < 1:
+        step = round(seconds * 1000)
+        if abs(step - seconds * 1000) > 1e-6:
+            raise InputError(f"{units}: units of {seconds * 1000:g} ms, expected a multiple of {FRAME_STEP} ms")
     return {"num_units": made.get("num_units"), "frame_step": step}
 
 
