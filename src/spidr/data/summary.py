@@ -91,7 +91,7 @@ class DataSummary:
         check(
             self.hours_cropped,
             self.hours_used + self.hours_cropped,
-            "hours of batches are cut off",
+            "audio in batches is cut off",
             "all recordings of a batch are cropped to its shortest; set data.enable_padding = true, raise "
             "data.num_buckets, or leave out short ones with data.min_sample_size",
         )
