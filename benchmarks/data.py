@@ -54,7 +54,7 @@ def seconds(function: Callable[[], object], repeat: int = 5, clock: Callable[[],
 
 def machine() -> str:
     """What this runs on."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
     model = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     return f"{model}, {os.cpu_count()} cores; Python {platform.python_version()}, torch {torch.__version__}"
 
@@ -209,7 +209,7 @@ def in_a_process(function: Callable[..., object], *arguments: object) -> tuple[f
 
 def _time_and_memory(function: Callable[..., object], arguments: tuple[object, ...]) -> tuple[float, float]:
     def kilobytes(field: str) -> int:
-        lines = Path("/proc/self/status").read_text().splitlines()
+        lines = Path("/proc/self/status").read_text("utf-8").splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith(field))
 
     before = kilobytes("VmRSS")
@@ -312,7 +312,7 @@ def workers(folder: Path, scale: int) -> Iterator[Row]:
         for _ in loader.epoch(epoch):
             pass
         (worker,) = multiprocessing.active_children()
-        pages = int(Path(f"/proc/{worker.pid}/statm").read_text().split()[1])
+        pages = int(Path(f"/proc/{worker.pid}/statm").read_text("utf-8").split()[1])
         sizes.append(pages * os.sysconf("SC_PAGE_SIZE") / 1e6)
     loader.close()
     yield "a worker's memory after 10 epochs over after 1", sizes[-1] - sizes[0], "MB"

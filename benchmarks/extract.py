@@ -120,7 +120,9 @@ def check(what: str, files: list[Path], reference: Path, output: Path, same: lis
     """Compare with the published package: the share of equal units, or the largest difference of a feature."""
     units = {}
     if what == "units":
-        units = {row["fileid"]: row["units"] for row in map(json.loads, (output / "units.jsonl").open())}
+        units = {
+            row["fileid"]: row["units"] for row in map(json.loads, (output / "units.jsonl").open(encoding="utf-8"))
+        }
     for file in files:
         expected = np.load(reference / f"{file.name}.npy")
         if what == "units":
@@ -182,7 +184,9 @@ def main() -> None:
         checkpoint = Path(folder, "model.pt")
         torch.save({"model": SpidR(cfg).state_dict()}, checkpoint)
         changed = {name: value for name, value in asdict(cfg).items() if value != asdict(SpidRConfig())[name]}
-        Path(folder, "config.json").write_text(json.dumps(changed))  # the published package knows fewer settings
+        Path(folder, "config.json").write_text(
+            json.dumps(changed), encoding="utf-8"
+        )  # the published package knows fewer settings
         model: Any = build_model(model_type="spidr", checkpoint=checkpoint).eval()
         published = Published(args.published, checkpoint) if args.published else None
         threads = f"{torch.get_num_threads()} threads"

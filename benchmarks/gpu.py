@@ -254,10 +254,10 @@ def correct(bench: Bench) -> None:
         folder = GOLDEN / name
         if not folder.exists():
             raise SkipError(f"{folder} is missing")
-        document = json.loads((folder / "config.json").read_text())
+        document = json.loads((folder / "config.json").read_text("utf-8"))
         model = build_model(cfg=model_config(document["model_type"], document["model"]))
         model.load_state_dict(torch.load(folder / "checkpoint.pt")["model"])
-        trajectory = json.loads((folder / "trajectory.json").read_text())
+        trajectory = json.loads((folder / "trajectory.json").read_text("utf-8"))
         tensors = torch.load(folder / "tensors.pt")
         trainer = Trainer(model, bench.device, "float32")
         inputs = (tensors[name][0].to(bench.device) for name in ("train_waveforms", "masks"))
@@ -830,7 +830,9 @@ def main() -> None:
             bench.check("the section", lambda error=error: (_ for _ in ()).throw(error))  # type: ignore[misc]
         if bench.on_gpu:
             torch.cuda.empty_cache()
-        (args.output / "gpu.json").write_text(json.dumps([asdict(result) for result in bench.results], indent=1))
+        (args.output / "gpu.json").write_text(
+            json.dumps([asdict(result) for result in bench.results], indent=1), encoding="utf-8"
+        )
     print("\n| section | check | | |\n| --- | --- | --- | --- |")
     for result in bench.results:
         print(f"| {result.section} | {result.what} | {result.status} | {result.detail} |")

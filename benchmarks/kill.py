@@ -39,7 +39,7 @@ FREEZE_STEP = 9
 def children(pid: int | None) -> list[int]:
     """Process ids of a process's children: its data workers."""
     try:
-        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text("utf-8").split()]
     except OSError:
         return []
 
@@ -56,7 +56,7 @@ def disturb(config: Path, world_size: int, kind: str, seconds: float, rng: rando
     ranks = Ranks(config, world_size, fault)
     if fault is None:
         # Before all have met, nobody but a launcher can know that one is missing.
-        while world_size > 1 and "training" not in ranks.log.read_text() and ranks.processes[0].is_alive():
+        while world_size > 1 and "training" not in ranks.log.read_text("utf-8") and ranks.processes[0].is_alive():
             time.sleep(0.01)
         time.sleep(rng.uniform(0, (0.1 if kind == "resume" else 0.6) * seconds))
         pids = [process.pid for process in ranks.processes]

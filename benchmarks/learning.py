@@ -51,7 +51,7 @@ Features = dict[str, np.ndarray]
 def prepare(speech: Path, output: Path) -> None:
     """Write the manifests, alignments and items of both halves."""
     output.mkdir(parents=True, exist_ok=True)
-    rows = [json.loads(line) for line in (speech / "alignments.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = [json.loads(line) for line in (speech / "alignments.jsonl").read_text("utf-8").splitlines()]
     minutes: dict[tuple[str, str], float] = {}
     for row in rows:
         speaker = row["gender"], row["speaker"]
@@ -76,7 +76,7 @@ def prepare(speech: Path, output: Path) -> None:
         print(f"{split}: {part.height} recordings, {seconds / 60:.1f} minutes", flush=True)
     lines = [json.dumps(row) + "\n" for row in rows]
     (output / "alignments.jsonl").write_text("".join(lines), encoding="utf-8")
-    header, *items = (speech / "phoneme.item").read_text(encoding="utf-8").splitlines(keepends=True)
+    header, *items = (speech / "phoneme.item").read_text("utf-8").splitlines(keepends=True)
     valid = set(read_manifest(output / "valid.csv")["fileid"])
     kept = [line for line in items if line.split()[0] in valid]
     (output / "phoneme.item").write_text(header + "".join(kept), encoding="utf-8")
@@ -130,7 +130,9 @@ class Results:
 
     def __init__(self, output: Path) -> None:
         self.path = output / "results.jsonl"
-        self.lines = [json.loads(line) for line in self.path.read_text().splitlines()] if self.path.exists() else []
+        self.lines = (
+            [json.loads(line) for line in self.path.read_text("utf-8").splitlines()] if self.path.exists() else []
+        )
 
     def has(self, system: str, seed: int) -> bool:
         """Whether a system has been measured."""
@@ -139,7 +141,7 @@ class Results:
     def add(self, system: str, seed: int, rows: list[dict[str, Any]]) -> None:
         """Keep the rows of a system, together."""
         self.lines += [{"system": system, "seed": seed, **row} for row in rows]
-        self.path.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
+        self.path.write_text("".join(json.dumps(line) + "\n" for line in self.lines), encoding="utf-8")
         print(f"{system}, seed {seed}: {rows}", flush=True)
 
     def table(self) -> str:
@@ -202,12 +204,12 @@ def train(output: Path, config: Path, start: str, seed: int) -> tuple[Path, str]
     if start == "warm":
         warm = output / "warm" / name / "warm.pt"
         cfg["run"]["init_ckpt"], cfg["model"]["freeze_step"] = str(warm), 0
-        path.write_text(json.dumps(cfg))
+        path.write_text(json.dumps(cfg), encoding="utf-8")
         if not warm.exists():
             timed(f"{name}, warm start", "spidr.warm_start", path, warm)
     run = output / "runs" / name
     if not (run / "final.pt").exists():
-        path.write_text(json.dumps(cfg))
+        path.write_text(json.dumps(cfg), encoding="utf-8")
         timed(name, "spidr", path)
     return run, system
 
@@ -284,10 +286,10 @@ def main() -> None:
                     measure_units(output, run / checkpoint, f"{name}, {state}", seed, results)
                     if start == "warm" or state == "trained":
                         runs.append((run / checkpoint, f"k-means on {name}, {state}", seed))
-                (output / "table.md").write_text(results.table())
+                (output / "table.md").write_text(results.table(), encoding="utf-8")
         for path, system, seed in runs:
             measure_k_means(output, path, system, seed, results, scorer)
-    (output / "table.md").write_text(results.table())
+    (output / "table.md").write_text(results.table(), encoding="utf-8")
     print(results.table())
 
 

@@ -149,7 +149,7 @@ class Hubert:
 
 def worker(system: str, quick: bool, folder: Path) -> None:
     """Answer requests, one a line, until there are no more."""
-    answers = os.fdopen(os.dup(1), "w")
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # whatever libraries print goes elsewhere
     batch, mask, utterances = inputs(quick)
     __import__("transformers.models.hubert.modeling_hubert" if system == "hubert" else "spidr.models")
@@ -359,12 +359,12 @@ def main() -> None:
         print(f"compiled for the first time: {first}")
     print(table(results, args.quick))
     if args.json:
-        args.json.write_text(json.dumps(results, indent=1))
+        args.json.write_text(json.dumps(results, indent=1), encoding="utf-8")
 
 
 def _cpuinfo() -> list[str]:
     path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.exists() else []
+    return path.read_text("utf-8").splitlines() if path.exists() else []
 
 
 if __name__ == "__main__":

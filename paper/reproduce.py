@@ -200,7 +200,7 @@ class _Measured:
         path = self.folder / f"{'-'.join(label.split())}.json"
         key = [str(file) for file in inputs] + [_fingerprint(file) for file in inputs]
         if path.exists():
-            known = json.loads(path.read_text())
+            known = json.loads(path.read_text("utf-8"))
             if known["inputs"] == key:
                 return dict(known["values"])
         print(f"measuring {label}", flush=True)

@@ -59,7 +59,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     skipped = {report.nodeid: str(report.longrepr[2]) for report in terminalreporter.stats.get("skipped", [])}
     wanting = [test for test, reason in skipped.items() if "FFmpeg is not" in reason or "SLURM is not" in reason]
     if path := os.environ.get("SPIDR_TESTS_WANTING"):  # `.ci/run` installs what they want and runs them
-        Path(path).write_text("\n".join(wanting))
+        Path(path).write_text("\n".join(wanting), encoding="utf-8")
     reasons = set(skipped.values())
     unexpected = [reason for reason in reasons if not any(allowed in reason for allowed in ALLOWED_SKIPS)]
     if unexpected and os.environ.get("CI"):

@@ -72,7 +72,7 @@ def _rank(config: Path, rank: int, world_size: int, port: int, log: Path, fault:
 
     torch.set_num_threads(1)
     multiprocessing.set_start_method("fork", force=True)  # the default for data workers, which this process is not
-    sys.stderr = sys.stdout = log.open("a", buffering=1)
+    sys.stderr = sys.stdout = log.open("a", encoding="utf-8", buffering=1)
     os.dup2(sys.stderr.fileno(), 2)
     peers.BEAT, peers.SILENCE, peers.GRACE = 0.2, 6, 5  # the dead are to be missed soon
     if world_size > 1:

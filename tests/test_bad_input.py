@@ -29,7 +29,7 @@ Break = Callable[[Path, Path], dict[str, Any] | None]
 
 
 def _first_recording(manifest: Path) -> Path:
-    return Path(manifest.read_text().splitlines()[1].split(",")[1])
+    return Path(manifest.read_text("utf-8").splitlines()[1].split(",")[1])
 
 
 def _rewrite(**options: Any) -> Break:
@@ -46,7 +46,7 @@ def _missing_manifest(folder: Path, manifest: Path) -> None:
 
 
 def _missing_column(folder: Path, manifest: Path) -> None:
-    manifest.write_text(manifest.read_text().replace("path", "file", 1))
+    manifest.write_text(manifest.read_text("utf-8").replace("path", "file", 1), encoding="utf-8")
 
 
 def _vanished(folder: Path, manifest: Path) -> None:
@@ -95,7 +95,7 @@ def _damaged_flac(folder: Path, manifest: Path) -> None:
     data = bytearray(flac.read_bytes())
     data[len(data) // 2 : len(data) // 2 + 500] = bytes(500)
     flac.write_bytes(data)
-    manifest.write_text(manifest.read_text().replace(str(wav), str(flac)))
+    manifest.write_text(manifest.read_text("utf-8").replace(str(wav), str(flac)), encoding="utf-8")
 
 
 def _short(folder: Path, manifest: Path) -> dict[str, Any]:
@@ -159,8 +159,8 @@ BEFORE_THE_FOLDER = [
     (_malicious, "evil.pt: "),
     (_malicious_pickle, "evil.pt: "),
     (_other_shape, "other.pt: not the weights of this SpidR"),
-    (_not_a_folder, "run.workdir: the run folder "),
-    (_read_only, "run.workdir: the run folder /proc/runs/p/run cannot be made"),
+    (_not_a_folder, "the folder cannot be made (Not a directory)"),
+    (_read_only, "run.workdir: /proc/runs/p/run: the folder cannot be made"),
 ]
 WHILE_READING = [
     (_vanished, ".wav: the file does not exist"),
@@ -180,7 +180,7 @@ def _command_line(config: str, cwd: str, module: str, log: str, variables: dict[
     os.environ |= variables
     for number in (1, 2):
         os.dup2(os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
-    sys.stdout = sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
+    sys.stdout = sys.stderr = open(2, "w", encoding="utf-8", buffering=1, closefd=False)  # noqa: SIM115
     sys.argv = [module, config]
     if limit is not None:
         import signal
@@ -257,7 +257,7 @@ def test_checkpoint_of_another_shape(tmp_path: Path) -> None:
     assert run(config)[0] == 0
     saved = {path: path.read_bytes() for path in (tmp_path / "p" / "run").glob("*.pt")}
     config = write_config(tmp_path, manifest, model={"codebook_size": 10})
-    assert_refused(*run(config), "final.pt: does not fit the configured model")
+    assert_refused(*run(config), "other settings: model.codebook_size = 12 there, 10 here")
     assert {path: path.read_bytes() for path in (tmp_path / "p" / "run").glob("*.pt")} == saved
 
 

@@ -129,7 +129,7 @@ def _weights_only(path: Path) -> None:
 
 
 def _text(path: Path) -> None:
-    path.write_text("not a checkpoint")
+    path.write_text("not a checkpoint", encoding="utf-8")
 
 
 class _Evil:

@@ -71,7 +71,7 @@ def cases(count: int) -> Any:
 def _little_memory() -> Iterator[None]:
     """Let what asks for absurd amounts of memory fail at once."""
     before = resource.getrlimit(resource.RLIMIT_AS)
-    in_use = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    in_use = int(Path("/proc/self/statm").read_text("utf-8").split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (in_use + MEMORY, before[1]))
     yield
     resource.setrlimit(resource.RLIMIT_AS, before)

@@ -22,14 +22,14 @@ EPOCHS, WARM = 1000, 200
 
 def _resident() -> int:
     """Bytes of memory in use."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return int(Path("/proc/self/statm").read_text("utf-8").split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def _observe(output: Path) -> Hooks:
     def after_step(state: State) -> None:
         if state.step in (WARM, EPOCHS - 1):
             seen = (state.epoch, _resident(), threading.active_count(), len(list(Path("/proc/self/fd").iterdir())))
-            with output.open("a") as file:
+            with output.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(seen) + "\n")
 
     return Hooks(after_step=after_step)

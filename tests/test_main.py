@@ -122,7 +122,7 @@ def test_wrong_input(
     config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
 ) -> None:
     same_run = tmp_path / "same_run.json"
-    same_run.write_text(config.read_text())
+    same_run.write_text(config.read_text("utf-8"))
     named = {"CONFIG": config, "CONFIG2": same_run, "DUMP": tmp_path / "dump"}
     before = sorted(tmp_path.rglob("*"))
     options = [next((o.replace(k, str(v)) for k, v in named.items() if o.split("/")[0] == k), o) for o in options]
@@ -311,9 +311,9 @@ def test_one_process_per_gpu(config: Path, tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_status_of_several_processes_is_the_command_s(config: Path) -> None:
-    document = json.loads(config.read_text())
+    document = json.loads(config.read_text("utf-8"))
     document["data"]["manifest"] = "gone.csv"
-    config.write_text(json.dumps(document))
+    config.write_text(json.dumps(document), encoding="utf-8")
     code = f"import sys; from spidr.__main__ import _train_on_gpus; sys.exit(_train_on_gpus([{str(config)!r}], 2))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 2

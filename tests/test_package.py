@@ -224,7 +224,7 @@ PLACES = {
 
 def imported(path: Path) -> set[str]:
     """Names of the modules that a module imports, at its top or in a function, but not for type checking only."""
-    tree = ast.parse(path.read_text())
+    tree = ast.parse(path.read_text("utf-8"))
     for node in ast.walk(tree):
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
             node.body = []

@@ -353,7 +353,7 @@ def test_second_start_and_a_stop_that_saves(tmp_path: Path, manifest: Path, sign
     ranks = Ranks(tmp_path / "run.json", 1, Fault("step", 4, signal.SIGSTOP))
     pid = ranks.processes[0].pid
     assert pid is not None
-    assert wait_for(lambda: Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T", 60)
+    assert wait_for(lambda: Path(f"/proc/{pid}/stat").read_text("utf-8").rpartition(")")[2].split()[0] == "T", 60)
     with pytest.raises(InputError, match=rf"another process is training in this folder \(process {pid} on"):
         train(cfg)
     os.kill(pid, signum)

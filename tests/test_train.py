@@ -203,7 +203,7 @@ class ByGroup:
 
 
 def test_sampling_by_group(tmp_path: Path, manifest: Path) -> None:
-    header, *rows = manifest.read_text().splitlines()
+    header, *rows = manifest.read_text("utf-8").splitlines()
     manifests = [tmp_path / "one.csv", tmp_path / "other.csv"]
     for path, part in zip(manifests, (rows[:8], rows[8:]), strict=True):
         path.write_text("\n".join([header, *part]) + "\n")
@@ -390,9 +390,9 @@ def write_checkpoint(folder: Path, **changes: Any) -> Path:
 
 
 def without_model_table(path: Path, **model: Any) -> Config:
-    document = json.loads(path.read_text())
+    document = json.loads(path.read_text("utf-8"))
     document["model"] = model or None
-    path.write_text(json.dumps(document))
+    path.write_text(json.dumps(document), encoding="utf-8")
     return read_config(path)
 
 

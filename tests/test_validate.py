@@ -34,7 +34,7 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def cfg(tmp_path: Path, manifest: Path) -> Config:
     """With random phones, of which one recording has none."""
     alignments = tmp_path / "alignments.jsonl"
-    rows = [line.split(",") for line in manifest.read_text().splitlines()[2:]]
+    rows = [line.split(",") for line in manifest.read_text("utf-8").splitlines()[2:]]
     with alignments.open("w") as file:
         for number, (name, _, length) in enumerate(rows):
             phones = ["abcd"[(i * 7 + number) // 9 % 4] for i in range(int(length) // 160)]
@@ -75,7 +75,7 @@ def test_unit_quality_is_that_of_the_units(cfg: Config) -> None:
     from spidr.data import speech_dataset
 
     dataset = speech_dataset(data.manifest, normalize=True)
-    lines = [json.loads(line) for line in Path(str(data.alignments_path)).read_text().splitlines()]
+    lines = [json.loads(line) for line in Path(str(data.alignments_path)).read_text("utf-8").splitlines()]
     phones = {line["fileid"]: line["phones"] for line in lines}
     model.eval()
     for k, layer in enumerate(LAYERS):
@@ -96,7 +96,9 @@ def test_unit_quality_is_that_of_the_units(cfg: Config) -> None:
 
 
 def test_alignments_of_other_recordings(cfg: Config) -> None:
-    Path(str(cfg.validation["dev"].alignments_path)).write_text('{"fileid": "other", "phones": ["a", "b"]}\n')
+    Path(str(cfg.validation["dev"].alignments_path)).write_text(
+        '{"fileid": "other", "phones": ["a", "b"]}\n', encoding="utf-8"
+    )
     with pytest.raises(InputError, match=r"alignments\.jsonl: aligns no recording of .*manifest\.csv"):
         validate_set(tiny_model(**AT_50_HZ), cfg.validation["dev"], cfg.masking, CPU)
 

@@ -87,7 +87,9 @@ def test_a_submission_that_was_cut_off_has_failed(tmp_path: Path) -> None:
 
 def test_training_goes_on_while_sbatch_hangs_and_when_it_refuses(tmp_path: Path, sbatch: Path) -> None:
     gate = tmp_path / "gate"
-    sbatch.write_text(f"#!/bin/sh\nuntil [ -e {gate} ]; do sleep 0.05; done\necho 'all is full' >&2\nexit 1\n")
+    sbatch.write_text(
+        f"#!/bin/sh\nuntil [ -e {gate} ]; do sleep 0.05; done\necho 'all is full' >&2\nexit 1\n", encoding="utf-8"
+    )
     changes: dict[str, Any] = {"run": {"slurm_validation": vars(ONE_TASK)}, "optimizer": {"max_steps": 3}}
     cfg = read_config(write_config(tmp_path, write_recordings(tmp_path / "data", count=4), **changes))
 
@@ -138,7 +140,7 @@ def test_validation_jobs(cluster: Cluster, tmp_path: Path, cfg: Config, capsys: 
     assert said.out == "2 lines collected\n"
     assert said.err.startswith("step 20 is not validated: job ")
     log = Path(said.err.splitlines()[0].rpartition("; see ")[2])
-    assert "step_20.pt" in log.read_text()
+    assert "step_20.pt" in log.read_text("utf-8")
     lines = read_metrics(cfg.run.dir / "metrics.jsonl")
     assert [(line["step"], line["group"]) for line in lines] == [(0, "dev"), (40, "dev")]
 

@@ -270,7 +270,8 @@ class Run:
             hint = "; set run.keep_latest to keep fewer" if keep <= 0 and count > 1 else ""
             logger.log(
                 logging.WARNING if count * size > free else logging.INFO,
-                "%d checkpoints of %.2g GB take %.3g GB, %.3g GB are free%s", count, size, count * size, free, hint,
+                "checkpoints: up to %d, %.2g GB each, %.3g GB in all; %.3g GB are free%s",
+                count, size, count * size, free, hint,
             )  # fmt: skip
         if self.env.device.type == "cpu" and trained > BASE_MODEL and steps > 0:
             rows = state.loader.accumulation * cfg.data.max_batch_length / cfg.data.max_sample_size

@@ -165,7 +165,7 @@ class ValidationJobs:
 
     def _read(self, step: int, suffix: str) -> dict[str, str]:
         try:
-            values = parse_json(self._path(step, suffix).read_text())
+            values = parse_json(self._path(step, suffix).read_text("utf-8"))
         except (OSError, ValueError):
             return {}
         # Earlier versions wrote the job's id alone.

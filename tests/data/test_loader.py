@@ -411,7 +411,7 @@ def test_spans_are_utterances(cfg: DataConfig) -> None:
 
 
 def test_several_manifests_with_weights(recordings: Callable[..., Path], tmp_path: Path, cfg: DataConfig) -> None:
-    rows = Path(cfg.manifest).read_text().splitlines()
+    rows = Path(cfg.manifest).read_text("utf-8").splitlines()
     parts = {"a.csv": rows[11:16], "b.csv": rows[16:]}  # 5 and 25 recordings
     for name, part in parts.items():
         (tmp_path / name).write_text("\n".join([rows[0], *part]))

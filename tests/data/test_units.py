@@ -17,7 +17,7 @@ EXPECTED = {"x/a": [4, 4, 4, 2], "b": [7]}
 
 
 def write_lines(path: Path, *rows: object) -> Path:
-    path.write_text("".join(f"{row if isinstance(row, str) else json.dumps(row)}\n" for row in rows))
+    path.write_text("".join(f"{row if isinstance(row, str) else json.dumps(row)}\n" for row in rows), encoding="utf-8")
     return path
 
 

@@ -19,7 +19,7 @@ HEADER = "#file onset offset #phone prev-phone next-phone speaker"
 
 
 def write_items(path: Path, *lines: str) -> Path:
-    path.write_text("\n".join([HEADER, *lines]) + "\n")
+    path.write_text("\n".join([HEADER, *lines]) + "\n", encoding="utf-8")
     return path
 
 

@@ -28,7 +28,7 @@ AT_50_HZ = {"extractor_conv_layer_config": [(16, kernel, stride) for _, kernel, 
 
 
 def write_lines(path: Path, *rows: object) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
 

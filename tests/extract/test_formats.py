@@ -31,7 +31,7 @@ def corpus(tmp_path: Path) -> Path:
 
 def extract(corpus: Any, output: Path, file_format: Any, model: Any, **options: Any) -> list[str]:
     extract_units(corpus, output, model=model, layer=LAYER, file_format=file_format, **{"options": QUIET} | options)
-    return output.read_text().splitlines()
+    return output.read_text("utf-8").splitlines()
 
 
 def test_the_lines_of_each_format(corpus: Path, varied: Path, tmp_path: Path) -> None:

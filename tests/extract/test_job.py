@@ -69,12 +69,12 @@ def test_another_recording_of_the_same_name(checkpoint: Path, tmp_path: Path, mo
             extract("2", output, **common)
         extract(tmp_path / "1", tmp_path / output, **common)  # the same recording
         assert {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()} == files
-        Path(said).write_text("[]")
+        Path(said).write_text("[]", encoding="utf-8")
         with pytest.raises(InputError, match=rf"{said}: says of which recordings .* but cannot be read"):
             extract("1", output, **common)
         Path(said).unlink()  # of an earlier version
         extract("1", output, **common)
-        assert list(json.loads(Path(said).read_text()).values()) == [str(first)]
+        assert list(json.loads(Path(said).read_text("utf-8")).values()) == [str(first)]
 
 
 def test_a_name_of_which_nothing_is_done(checkpoint: Path, tmp_path: Path) -> None:

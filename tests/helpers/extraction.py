@@ -48,7 +48,7 @@ def noise(path: Path, samples: int = 8000, rate: int = 16_000, seed: int = 0, ch
 
 
 def rows(path: Path) -> dict[str, dict[str, Any]]:
-    return {row["fileid"]: row for row in map(json.loads, path.read_text().splitlines())}
+    return {row["fileid"]: row for row in map(json.loads, path.read_text("utf-8").splitlines())}
 
 
 def units(path: Path) -> dict[str, list[int]]:

@@ -100,7 +100,7 @@ def _count_collectives(output: Path) -> Hooks:
             names = [event.name for event in profiler.events() if event.name.startswith("gloo:")]
             sizes = state.network._get_ddp_logging_data()["rebuilt_bucket_sizes"]  # type: ignore[union-attr,operator]
             if state.env.is_main:
-                output.write_text(json.dumps([names, len(str(sizes).split(","))]))
+                output.write_text(json.dumps([names, len(str(sizes).split(","))]), encoding="utf-8")
 
     return Hooks(after_step=after_step)
 

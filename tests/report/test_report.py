@@ -143,7 +143,7 @@ def test_names_from_elsewhere_are_text(cfg: Config, tmp_path: Path, name: str) -
         shutil.copy(cfg.run.dir / file, run)
     document = json.loads((cfg.run.dir / "config.json").read_text())
     dev = document["validation"].pop("dev")
-    rows = Path(dev["manifest"]).read_text().splitlines()
+    rows = Path(dev["manifest"]).read_text("utf-8").splitlines()
     renamed = [[f"{name}{i}", *line.split(",")[1:]] for i, line in enumerate(rows[1:4])]
     with (tmp_path / "dev.csv").open("w", newline="") as file:
         csv.writer(file).writerows([rows[0].split(","), *renamed])

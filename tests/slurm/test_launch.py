@@ -83,7 +83,9 @@ def test_no_slurm_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: 
 
 def test_sbatch_that_does_not_answer(tmp_path: Path, sbatch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It ends with all it has started; the job may be there, so its folder stays."""
-    sbatch.write_text(f"#!/bin/bash\necho $$ >> {tmp_path}/pids\nbash -c 'echo $$ >> {tmp_path}/pids; sleep 100'\n")
+    sbatch.write_text(
+        f"#!/bin/bash\necho $$ >> {tmp_path}/pids\nbash -c 'echo $$ >> {tmp_path}/pids; sleep 100'\n", encoding="utf-8"
+    )
     monkeypatch.setattr("spidr.slurm.submission.LIMIT", 1.0)
     with pytest.raises(InputError, match=r"sbatch has not answered for 1 s .* `squeue --me --name=the_name`"):
         submit("the name", [(print, ())], tmp_path / "dump", ONE_TASK)
@@ -128,7 +130,7 @@ def git(folder: Path, *args: str) -> None:
 
 def test_whoever_interrupts_a_submission_ends_it(tmp_path: Path, sbatch: Path) -> None:
     started = tmp_path / "started"
-    sbatch.write_text(f"#!/bin/sh\necho $$ > {started}\nexec sleep 100\n")
+    sbatch.write_text(f"#!/bin/sh\necho $$ > {started}\nexec sleep 100\n", encoding="utf-8")
     config = write_config(tmp_path, write_recordings(tmp_path / "data", count=2))
     options = ["-A", "a", "-N", "1", "-G", "1", "--dump", str(tmp_path / "dump")]
     command = [sys.executable, "-m", "spidr", str(config), *options]
@@ -155,13 +157,13 @@ def test_array_with_hostile_names_from_inside_a_job(cluster: Cluster, tmp_path: 
 
         names = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_ARRAY_TASK_ID", "CUDA_VISIBLE_DEVICES")
         seen = [number, os.getcwd(), spidr.__file__, *(os.environ[name] for name in names)]  # noqa: PTH109
-        Path(f"{number}.{os.environ['SLURM_PROCID']}").write_text(json.dumps(seen))
+        Path(f"{number}.{os.environ['SLURM_PROCID']}").write_text(json.dumps(seen), encoding="utf-8")
 
     def launch() -> None:
         before = dict(os.environ), os.getcwd(), logging.getLogger().handlers[:]  # noqa: PTH109
         job_id, folder = submit(HOSTILE, [(report, (0,)), (report, (1,))], dump, TWO_TASKS, copy_code=True)
         assert before == (dict(os.environ), os.getcwd(), logging.getLogger().handlers)  # noqa: PTH109
-        Path("inner").write_text(json.dumps([job_id, str(folder)]))
+        Path("inner").write_text(json.dumps([job_id, str(folder)]), encoding="utf-8")
 
     outer, outer_folder = submit("outer", [(launch, ())], tmp_path / "outer", ONE_TASK)
     assert cluster.wait(outer)["JobState"] == "COMPLETED", logs(outer_folder)

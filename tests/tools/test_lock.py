@@ -40,9 +40,9 @@ def holder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[multipro
 
 def rewrite(path: Path, **changes: str) -> None:
     """Make a lock's file what another machine would have written."""
-    fields = json.loads(path.read_text())
+    fields = json.loads(path.read_text("utf-8"))
     fields["process"] |= {k: v for k, v in changes.items() if k in fields["process"]}
-    path.write_text(json.dumps(fields | {k: v for k, v in changes.items() if k in fields}))
+    path.write_text(json.dumps(fields | {k: v for k, v in changes.items() if k in fields}), encoding="utf-8")
 
 
 @pytest.mark.parametrize("name", ["", "table.jsonl", "ä" * 120])

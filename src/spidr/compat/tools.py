@@ -107,7 +107,7 @@ def init_logger(file: str | Path | None = None, *, with_colors: bool = False) ->
     errors.setLevel(logging.WARNING)
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout), errors]
     if file is not None:
-        handlers.append(logging.FileHandler(file))
+        handlers.append(logging.FileHandler(file, encoding="utf-8"))
     for handler in handlers:
         handler.setFormatter((_Formatter if with_colors else logging.Formatter)(FORMAT))
     logging.basicConfig(level=logging.DEBUG, handlers=handlers, force=True)

@@ -41,7 +41,7 @@ class SpeechDataset(Dataset[Tensor]):
 
     def __init__(self, manifest_path: str | Path | Sequence[str | Path] | pl.DataFrame, *, normalize: bool) -> None:
         given = manifest_path
-        self.manifest = given if isinstance(given, pl.DataFrame) else read_manifest(given)
+        self.manifest = given if isinstance(given, pl.DataFrame) else read_manifest(given, needs_audio=True)
         self.normalize = normalize
 
     def __len__(self) -> int:

@@ -120,7 +120,7 @@ def _parts(
 ) -> tuple[SpeechDataset, pl.Series, Collator]:
     conv_layer_config = conv_layer_config or DEFAULT_CONV_LAYER_CONFIG
     collator = Collator(_with_one_frame(cfg, conv_layer_config), mask_cfg, conv_layer_config, channels)
-    manifest, sources = read_manifests(cfg.manifests)
+    manifest, sources = read_manifests(cfg.manifests, needs_audio=True)
     manifest = with_lengths(manifest, " ".join(cfg.manifests))
     return SpeechDataset(manifest, normalize=cfg.normalize), sources, collator
 

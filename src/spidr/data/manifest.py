@@ -39,7 +39,7 @@ HEAD = 1 << 16
 """Bytes at the beginning of a file by which its form is told."""
 
 
-def read_manifest(path: str | Path | Sequence[str | Path]) -> pl.DataFrame:
+def read_manifest(path: str | Path | Sequence[str | Path], *, needs_audio: bool = False) -> pl.DataFrame:
     """Read a manifest or a list of recordings.
 
     The forms are told apart by the first line, not by the file's name, except Kaldi's, which are told by theirs:
@@ -57,6 +57,7 @@ def read_manifest(path: str | Path | Sequence[str | Path]) -> pl.DataFrame:
 
     Args:
         path: The file, or several that are joined.
+        needs_audio: Whether a table of names and lengths without ``path`` is an error.
 
     Returns:
         One row per recording, in the file's order: those of the columns above that the file has, ``fileid`` always,
@@ -66,7 +67,7 @@ def read_manifest(path: str | Path | Sequence[str | Path]) -> pl.DataFrame:
         InputError: The file is missing, has no row, lacks a column or holds a value of the wrong type.
     """
     if not isinstance(path, (str, Path)):
-        return read_manifests(path)[0]
+        return read_manifests(path, needs_audio=needs_audio)[0]
     path = expand(path)
     if not os.path.exists(path):  # noqa: PTH110 (False for all that cannot be a file)
         raise InputError(f"{path}: the manifest does not exist. Write one with `python -m spidr.data.write_manifest`.")
@@ -84,16 +85,16 @@ def read_manifest(path: str | Path | Sequence[str | Path]) -> pl.DataFrame:
     manifest = manifest.filter(~pl.all_horizontal(pl.all().is_null()))  # blank lines
     if manifest.is_empty():
         raise InputError(f"{path}: the manifest has no row.")
-    return _located(_named(_typed(path, manifest)), path.parent)
+    return _located(_named(_typed(path, manifest, needs_audio=needs_audio)), path.parent)
 
 
-def read_manifests(paths: Sequence[str | Path]) -> tuple[pl.DataFrame, pl.Series]:
-    """Read several manifests as one.
+def read_manifests(paths: Sequence[str | Path], *, needs_audio: bool = False) -> tuple[pl.DataFrame, pl.Series]:
+    """Read several manifests as one, see :func:`read_manifest`.
 
     Returns:
         The rows, and the number of the manifest that each is from.
     """
-    tables = [read_manifest(path) for path in paths]
+    tables = [read_manifest(path, needs_audio=needs_audio) for path in paths]
     if len({"num_samples" in table.columns for table in tables}) > 1:
         raise InputError(
             f"{', '.join(map(str, paths))}: only some of them say how long recordings are; write manifests of all."
@@ -272,15 +273,15 @@ def _split(path: Path, pattern: str, form: str, skip: int = 0) -> pl.DataFrame:
 # What all forms have in common
 
 
-def _typed(path: Path, manifest: pl.DataFrame) -> pl.DataFrame:
+def _typed(path: Path, manifest: pl.DataFrame, *, needs_audio: bool) -> pl.DataFrame:
     """The columns that we know with their types, then the others.
 
     Raises:
         InputError: A column is missing or a value is not of its type.
     """
     columns = manifest.columns
-    is_named = "fileid" in columns and "archive" not in columns
-    needed = ["num_samples"] if is_named and "path" not in columns else ["path"]
+    is_named = "fileid" in columns and not {"path", "archive"} & set(columns)
+    needed = ["num_samples"] if is_named and not needs_audio else ["path"]
     if missing := [column for column in [*needed, *(ARCHIVE if "archive" in columns else ())] if column not in columns]:
         raise InputError(f"{path}: column {missing[0]!r} is missing. Columns found: {', '.join(columns) or 'none'}.")
     known = [column for column in SCHEMA if column in columns]

@@ -219,7 +219,8 @@ def _find(source: str, suffixes: tuple[str, ...]) -> pl.DataFrame:
     if ".tar" in os.path.basename(name) or name.endswith((".tgz", ".tbz2")):  # noqa: PTH119
         return _in_archives([source], suffixes)
     if is_table(source) and not name.endswith(AUDIO):
-        return read_manifest(source).drop("num_samples", "mean", "std", strict=False).with_columns(relative="path")
+        table = read_manifest(source, needs_audio=True)
+        return table.drop("num_samples", "mean", "std", strict=False).with_columns(relative="path")
     return _table([source], os.path.dirname(source))  # noqa: PTH120
 
 

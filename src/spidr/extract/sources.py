@@ -128,7 +128,7 @@ def _in_folder(folder: Path) -> list[Item]:
 
 
 def _in_manifest(path: Path) -> list[Item]:
-    manifest = read_manifest(path)
+    manifest = read_manifest(path, needs_audio=True)
     recordings = recordings_of(manifest)
     files = [os.path.dirname(os.path.abspath(r.path)) for r in recordings if r.archive is None]  # noqa: PTH100, PTH120
     root = os.path.commonpath(files) if files else ""

@@ -154,7 +154,7 @@ def prefers_onednn() -> bool:
 def processor() -> str:
     """Text that names the maker of the processor."""
     try:
-        return Path("/proc/cpuinfo").read_text()
+        return Path("/proc/cpuinfo").read_text("utf-8")
     except OSError:  # not Linux
         return platform.processor()
 

@@ -82,13 +82,15 @@ def submit(
         if copy_code:
             copy_package(folder / "code")
         info = {"job_name": job_name, "launch_time": launch_time.isoformat(timespec="seconds")}
-        (folder / "job-info.json").write_text(json.dumps(info | dataclasses.asdict(settings), indent=2) + "\n")
+        (folder / "job-info.json").write_text(
+            json.dumps(info | dataclasses.asdict(settings), indent=2) + "\n", encoding="utf-8"
+        )
         for name, content in describe_checkout().items():
             (folder / name).write_bytes(content)
         for index, (function, arguments) in enumerate(jobs):
             DelayedSubmission(function, *arguments).dump(folder / f"call_{index}.pkl")
         submission = prepare(job_name, len(jobs), folder, settings, copy_code=copy_code, max_restarts=max_restarts)
-        (folder / "submission.sh").write_text(submission.script)
+        (folder / "submission.sh").write_text(submission.script, encoding="utf-8")
         job_id = sbatch(submission)
     except BaseException as error:
         if not isinstance(error, NoAnswerError):

@@ -121,7 +121,7 @@ class _Aside(_Lasting):
 @contextmanager
 def _results_only() -> Iterator[None]:
     """Inside, ``sys.stdout`` is standard error for all but :func:`write_result`."""
-    with Path(os.devnull).open("w") as nowhere:
+    with Path(os.devnull).open("w", encoding="utf-8") as nowhere:
         _results.append(_results[-1] if _results else sys.stdout or nowhere)  # None if it was closed
         try:
             with redirect_stdout(cast("TextIO", _Aside(sys.stderr))):
@@ -133,7 +133,10 @@ def _results_only() -> Iterator[None]:
 @contextmanager
 def lasting_stderr() -> Iterator[None]:
     """Inside, a closed or full standard error ends nothing."""
-    with Path(os.devnull).open("w") as nowhere, redirect_stderr(cast("TextIO", _Lasting(sys.stderr or nowhere))):
+    with (
+        Path(os.devnull).open("w", encoding="utf-8") as nowhere,
+        redirect_stderr(cast("TextIO", _Lasting(sys.stderr or nowhere))),
+    ):
         yield
 
 

@@ -55,7 +55,7 @@ class Process:
 def _machine() -> str:
     """What the ids of processes belong to: a boot of a machine and a container on it; empty where there is no /proc."""
     try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text("utf-8")
         names = f"{boot.strip()} {os.readlink('/proc/self/ns/pid')}"  # noqa: PTH115
     except OSError:
         return ""
@@ -125,7 +125,7 @@ class Lock:
         self._owner = Owner.current()
         mine = self.path.with_name(f".spidr-{self._owner.token}.lock")
         try:
-            mine.write_text(json.dumps(asdict(self._owner)))
+            mine.write_text(json.dumps(asdict(self._owner)), encoding="utf-8")
             try:
                 self._acquire(mine)
             finally:
@@ -200,7 +200,7 @@ class Lock:
             return False
         except OSError:  # a file system without hard links
             try:
-                with self.path.open("x") as file:
+                with self.path.open("x", encoding="utf-8") as file:
                     file.write(json.dumps(asdict(self._owner)))
             except FileExistsError:
                 return False
@@ -247,5 +247,5 @@ class Lock:
                         self._successor = owner
                         return
                 except FileNotFoundError:  # somebody took it for an old one
-                    with self.path.open("x") as file:
+                    with self.path.open("x", encoding="utf-8") as file:
                         file.write(json.dumps(asdict(self._owner)))

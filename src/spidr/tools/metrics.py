@@ -86,7 +86,7 @@ class MetricsFile:
         if key in self._written:
             return False
         try:
-            with self.path.open("a") as file:
+            with self.path.open("a", encoding="utf-8") as file:
                 file.write(_to_text(line))
                 file.flush()
                 os.fsync(file.fileno())

@@ -39,7 +39,7 @@ def runs_a_command() -> bool:
 def _quota(cgroup: Path = Path("/sys/fs/cgroup")) -> int | None:
     """Processors that the control group (version 2) grants, rounded up; None: no limit."""
     try:
-        quota, period = cgroup.joinpath("cpu.max").read_text().split()
+        quota, period = cgroup.joinpath("cpu.max").read_text("utf-8").split()
         return max(1, -(-int(quota) // int(period)))
     except (OSError, ValueError):  # another system, or "max"
         return None

@@ -39,7 +39,7 @@ def _memory() -> int:
     if limit != resource.RLIM_INFINITY:
         sizes.append(limit)
     with suppress(OSError, ValueError):  # ValueError: "max"
-        sizes.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+        sizes.append(int(Path("/sys/fs/cgroup/memory.max").read_text("utf-8")))
     return min(sizes)
 
 

@@ -137,7 +137,7 @@ def _read_state(path: Path) -> dict[str, Any]:
     """What ``wandb.json`` says; as if there were none, with a warning, if it is damaged."""
     new: dict[str, Any] = {"id": None, "pushed": {}}
     try:
-        state = parse_json(path.read_text())
+        state = parse_json(path.read_text("utf-8"))
         pushed = {mode: dict(state["pushed"].get(mode, {})) for mode in ("online", "offline")}
         for groups in pushed.values():
             for group, steps in groups.items():
