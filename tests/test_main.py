@@ -11,11 +11,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from slurm_cluster import wait_for
 from spidr import __main__ as command_line
 from spidr import __version__
 from spidr.__main__ import main
+from spidr.config import read_config
+from spidr.models import build_model
 from spidr.tools.metrics import read_metrics
 from tiny_run import assert_same_outcome, write_config, write_recordings
 
@@ -179,6 +182,17 @@ def test_everything_is_checked_first(config: Path, tmp_path: Path, capsys: pytes
             assert said.count(problem) == 1, said
     assert not (tmp_path / "dump").exists()
     assert not (tmp_path / "p").exists()
+
+
+def test_weights_to_begin_with_must_fit(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Such as those of an encoder without a teacher; whole ones are right."""
+    cfg = read_config(config)
+    weights = build_model(cfg=cfg.model, model_type=cfg.run.model_type).state_dict()
+    for name, kept in (("whole.pt", ""), ("encoder.pt", "student")):
+        torch.save({key: value for key, value in weights.items() if key.startswith(kept)}, tmp_path / name)
+    assert main([str(config), f"run.init_ckpt={tmp_path}/whole.pt", "--dry-run"]) == 0
+    assert main([str(config), f"run.init_ckpt={tmp_path}/encoder.pt", "--dry-run"]) == 2
+    assert re.search(r"encoder\.pt: not the weights of this \w+: missing: ", capsys.readouterr().err)
 
 
 def test_lengths_of_some_recordings_are_compared(

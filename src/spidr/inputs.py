@@ -7,13 +7,18 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import torch
 
 from spidr.config import Config, DataConfig
 from spidr.data import speech_dataset
 from spidr.data.alignments import read_alignments
 from spidr.data.audio import num_samples
 from spidr.data.recording import Recording
-from spidr.models.hub import check_name
+from spidr.models.hub import build_model, check_name, load_weights
+from spidr.models.published import PUBLISHED
+from spidr.models.weights import fitting
+from spidr.state import model_settings
+from spidr.tools.download import is_remote
 from spidr.tools.errors import InputError
 
 HEADERS = 20
@@ -24,14 +29,14 @@ NAMED = 3
 
 
 def problems_of(cfg: Config) -> list[str]:
-    """List what is missing: weights to begin with, manifests, alignments, recordings.
+    """List what is missing or does not fit: weights to begin with, manifests, alignments, recordings.
 
     Returns:
         One line for each problem. All recordings must exist; of some, the length is compared with the manifest's.
     """
     checks: list[Callable[[], object]] = []
     if cfg.run.init_ckpt is not None and not cfg.run.dir.exists():  # a run that has begun does not need it again
-        checks.append(lambda: check_name(str(cfg.run.init_ckpt)))
+        checks.append(lambda: _check_weights(cfg, str(cfg.run.init_ckpt)))
     for data in (cfg.data, *cfg.validation.values()):
         checks.append(lambda data=data: _check_recordings(data))  # type: ignore[misc]
         if data.alignments_path is not None:
@@ -43,6 +48,15 @@ def problems_of(cfg: Config) -> list[str]:
         except InputError as error:
             problems.append(str(error))
     return problems
+
+
+def _check_weights(cfg: Config, source: str) -> None:
+    check_name(source)
+    if source in PUBLISHED or is_remote(source):  # would have to be downloaded
+        return
+    with torch.device("meta"):
+        model = build_model(cfg=model_settings(cfg), model_type=cfg.run.model_type)
+    fitting(model, load_weights(source), source)
 
 
 def _check_recordings(data: DataConfig) -> None:
