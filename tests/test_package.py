@@ -183,7 +183,9 @@ def test_commands_say_which_extra_is_missing(missing: str, extra: str, command: 
     before = sorted(inputs.rglob("*"))
     result = run_without({missing}, inputs, *command)
     note = " (Python 3.12 or newer)" if extra == "abx" else ""
-    assert result.stderr == f"error: `{missing}` is missing: install it with `pip install 'spidr[{extra}]'`{note}\n"
+    *before_it, error = result.stderr.splitlines()
+    assert error == f"error: `{missing}` is missing: install it with `pip install 'spidr[{extra}]'`{note}"
+    assert all(" INFO training " in line for line in before_it)
     assert (result.returncode, result.stdout) == (2, "")
     assert sorted(inputs.rglob("*")) == before
 

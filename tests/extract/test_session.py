@@ -142,8 +142,8 @@ def test_equal_weights_in_another_model(changes: dict[str, Any], tmp_path: Path)
     assert all(torch.equal(value, other.state_dict()[name]) for name, value in model.state_dict().items())
     file = noise(tmp_path / "a.wav")
     extract_features(file, tmp_path / "f", model=model, layer=LAYER, options=QUIET)
-    (tmp_path / "f" / "a.npy").unlink()
     if "encoder_dropout" in changes:
+        (tmp_path / "f" / "a.npy").unlink()
         extract_features(file, tmp_path / "f", model=other, layer=LAYER, options=QUIET)
     else:
         with pytest.raises(InputError, match="made with weights = "):
