@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun sets it; results to the last bit depend on it
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # as in a terminal: below `nohup`, programs of ours ignore it
 
 from collections.abc import Iterator
 from pathlib import Path
