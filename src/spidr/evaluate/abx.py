@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     import polars as pl
 
 COLUMNS = ("#file", "onset", "offset", "#phone", "prev-phone", "next-phone", "speaker")
+EARLIEST = Fraction(-1, 10)
+"""Earliest onset, in seconds: aligners place some a little before the recording begins."""
 LARGEST = 1e15
 """Features beyond it, or all below its inverse, have squares that float32 does not hold."""
 MAX_MISSING_FRAMES = 2
@@ -83,6 +85,8 @@ def read_items(path: str | Path) -> Items:
             times = _seconds(row["onset"]), _seconds(row["offset"])
         except (KeyError, ValueError):
             raise InputError(f"{path}: line {number}: expected {' '.join(header)}; found {line[:80]!r}.") from None
+        if times[0] < EARLIEST:
+            raise InputError(f"{path}: line {number}: the onset is before the recording; found {line[:80]!r}.")
         if times[0] > times[1]:
             raise InputError(f"{path}: line {number}: the offset is before the onset; found {line[:80]!r}.")
         rows.append((row, times))
