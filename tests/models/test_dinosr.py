@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from helpers.utterances import LENGTHS, num_frames, padded
 from small_models import tiny_model
 from spidr.config import DinoSRConfig
 from spidr.models import DinoSR, SpidR, dinosr
@@ -20,25 +21,9 @@ from spidr.models.dinosr import ema_scheduler
 from spidr.models.metrics import perplexity
 from spidr.models.spidr import exp_ema_scheduler
 from spidr.tools.errors import InputError
-from spidr.tools.frames import conv_length
 
 BOTH = pytest.mark.parametrize("model_type", ["spidr", "dinosr"])
 NO_DROPOUT = {"encoder_dropout": 0.0, "encoder_attention_dropout": 0.0, "encoder_layer_drop": 0.0}
-LENGTHS = [3000, 1700, 60, 2500]
-
-
-def utterances() -> list[Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    return [torch.randn(length, generator=generator) for length in LENGTHS]
-
-
-def padded() -> Tensor:
-    return torch.nn.utils.rnn.pad_sequence(utterances(), batch_first=True)
-
-
-def num_frames(model: DinoSR, length: int) -> int:
-    return conv_length(model.cfg.extractor_conv_layer_config, length)
-
 
 # ------------------------------------------------------------------------------------------------------------- training
 

@@ -11,29 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from helpers.utterances import LENGTHS, num_frames, padded, utterances
 from small_models import tiny_model
 from spidr.data.audio import standardize, statistics_of
-from spidr.models import DinoSR, Encoder, standardise
+from spidr.models import Encoder, standardise
 from spidr.models.kernels import exact_products
 from spidr.tools import waveforms as waveform_tools
 from spidr.tools.errors import InputError
-from spidr.tools.frames import conv_length
 
 BOTH = pytest.mark.parametrize("model_type", ["spidr", "dinosr"])
-LENGTHS = [3000, 1700, 60, 2500]
-
-
-def utterances() -> list[Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    return [torch.randn(length, generator=generator) for length in LENGTHS]
-
-
-def padded() -> Tensor:
-    return torch.nn.utils.rnn.pad_sequence(utterances(), batch_first=True)
-
-
-def num_frames(model: DinoSR, length: int) -> int:
-    return conv_length(model.cfg.extractor_conv_layer_config, length)
 
 
 @BOTH
