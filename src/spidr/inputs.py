@@ -14,10 +14,10 @@ from spidr.data import speech_dataset
 from spidr.data.alignments import read_alignments
 from spidr.data.audio import num_samples
 from spidr.data.recording import Recording
-from spidr.models.hub import build_model, check_name, load_weights
+from spidr.models.hub import build_model, check_name
 from spidr.models.published import PUBLISHED
 from spidr.models.weights import fitting
-from spidr.state import model_settings
+from spidr.state import first_weights, model_settings
 from spidr.tools.download import is_remote
 from spidr.tools.errors import InputError
 
@@ -56,7 +56,7 @@ def _check_weights(cfg: Config, source: str) -> None:
         return
     with torch.device("meta"):
         model = build_model(cfg=model_settings(cfg), model_type=cfg.run.model_type)
-    fitting(model, load_weights(source), source)
+    fitting(model, first_weights(source), source)
 
 
 def _check_recordings(data: DataConfig) -> None:

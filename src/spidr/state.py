@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -26,6 +27,8 @@ from spidr.models.weights import load_into
 from spidr.optimizer import Schedule, build_optimizer, drop_frozen
 from spidr.tools.errors import InputError
 from spidr.tools.meters import Last, Mean, PerCodebook, PerCodebookAndMean, Transport
+
+logger = logging.getLogger(__name__)
 
 MAY_DIFFER = (
     "dropout",
@@ -141,7 +144,7 @@ def build_state(cfg: Config, env: Environment, stop: StopFlag, hooks: Hooks, *, 
     torch.manual_seed(cfg.run.random_seed)
     model = build_model(cfg=cfg.model, model_type=cfg.run.model_type)
     if new and cfg.run.init_ckpt is not None:
-        load_into(model, load_weights(cfg.run.init_ckpt), cfg.run.init_ckpt)
+        load_into(model, first_weights(cfg.run.init_ckpt), cfg.run.init_ckpt)
         model.current_step.zero_()
     if hooks.on_model is not None:
         hooks.on_model(model)
@@ -162,6 +165,16 @@ def build_state(cfg: Config, env: Environment, stop: StopFlag, hooks: Hooks, *, 
         init_codebooks(state)
     state.freeze_if_due()
     return state
+
+
+def first_weights(source: str) -> dict[str, Tensor]:
+    """The weights of ``init_ckpt``. An export has no teacher: a copy of its student becomes the teacher."""
+    weights = load_weights(source)
+    if not any(name.startswith("teacher.") for name in weights):
+        logger.warning("%s has no teacher, as exports have none: the teacher begins as a copy of the student", source)
+        students = {name: value for name, value in weights.items() if name.startswith("student.")}
+        weights |= {f"teacher.{name.removeprefix('student.')}": value for name, value in students.items()}
+    return weights
 
 
 def init_codebooks(state: State) -> None:

@@ -193,7 +193,6 @@ def _sync_gradients(network: Any, *, when: bool) -> Any:
 
 
 @command
-@command
 def main() -> None:
     """Run the command line, as one of the processes that torchrun starts."""
     args = _arguments()
