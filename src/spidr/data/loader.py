@@ -267,6 +267,7 @@ class SpeechLoader:
         return range(start * world_size * accumulation + rank, len(self._batches(epoch)), world_size)
 
     def requests(self, epoch: int, start: int) -> Iterator[BatchRequest]:
+        """What this process's batches are made from, from optimiser step ``start`` of the epoch on."""
         return (self._request(epoch, number) for number in self._numbers(epoch, start))
 
     def _request(self, epoch: int, number: int) -> BatchRequest:
