@@ -11,7 +11,7 @@ from typing import Any
 
 from spidr.data.json_lines import read_lines, split_row
 from spidr.data.names import match_names
-from spidr.tools.errors import InputError, first_line
+from spidr.tools.errors import InputError, first_line, some
 from spidr.tools.files import check_file, expand, find_files
 from spidr.tools.lazy import needs_extra
 from spidr.tools.untrusted import check_memory, parse_json
@@ -84,9 +84,7 @@ def read_alignments(
             raise InputError(f"{place}: {name!r} is aligned twice")
         alignments[name] = labels
     if skipped is None and problems:
-        shown = [f"{place}: {problem}" for place, problem in list(problems.items())[:5]]
-        more = f"\n… and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise InputError("\n".join(shown) + more)
+        raise InputError(some([f"{place}: {problem}" for place, problem in problems.items()], separator="\n"))
     if not alignments:
         raise InputError(f"{path}: no {'.TextGrid in the folder' if is_folder else 'alignment in the file'}.")
     return alignments

@@ -18,7 +18,7 @@ import polars.selectors as cs
 from spidr.config import SAMPLE_RATE
 from spidr.data.json_lines import read_lines
 from spidr.data.recording import Recording
-from spidr.tools.errors import InputError, first_line
+from spidr.tools.errors import InputError, first_line, some
 from spidr.tools.files import check_file, expand
 from spidr.tools.untrusted import parse_json
 
@@ -254,8 +254,8 @@ def _read_segments(path: Path) -> pl.DataFrame:
     check_file(recordings)
     places = _read_scp(recordings).rename({"fileid": "recording"}).unique("recording", keep="first")
     table = table.join(places, on="recording", how="left", maintain_order="left")
-    if (missing := table.filter(pl.col("path").is_null())["recording"].unique(maintain_order=True)).len():
-        raise InputError(f"{path}: {recordings} lacks {missing.len()} recordings: {', '.join(missing.head(3))}, ….")
+    if missing := table.filter(pl.col("path").is_null())["recording"].unique(maintain_order=True).to_list():
+        raise InputError(f"{path}: {recordings} lacks {len(missing):,} recordings: {some(missing, 3)}.")
     ends = table["end"].cast(pl.Float64, strict=False)
     return table.drop("recording").with_columns(end=pl.when(ends < 0).then(None).otherwise(ends))  # -1: to the end
 

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from spidr.data.audio import num_samples
 from spidr.data.manifest import iter_recordings
-from spidr.tools.errors import InputError
+from spidr.tools.errors import InputError, some
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -65,11 +65,8 @@ def measure(
 
 def problems_of(errors: list[InputError], total: int, remedy: str) -> InputError:
     """One error for the problems of many recordings, with what can be done about them at the end."""
-    lines = [str(error) for error in errors[:LISTED]]
-    if len(errors) > LISTED:
-        lines.append(f"… and {len(errors) - LISTED:,} more")
-    end = f"{len(errors):,} of {total:,} recordings cannot be read{remedy and '; '}{remedy}."
-    return InputError("\n  ".join(lines) + f"\n{end}")
+    shown = some(errors, LISTED, "\n  ")
+    return InputError(f"{shown}\n{len(errors):,} of {total:,} recordings cannot be read{remedy and '; '}{remedy}.")
 
 
 def with_lengths(manifest: pl.DataFrame, name: str) -> pl.DataFrame:
