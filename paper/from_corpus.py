@@ -130,6 +130,7 @@ def embeddings(folders: Sequence[Path], alignments: Path, limit: int) -> tuple[F
 
 
 def scatter(ax: Axes, points: np.ndarray, groups: Sequence[str], colors: Mapping[str, str]) -> None:
+    """Draw the points of each group in its color, and all others in grey."""
     groups_array = np.array(groups)
     others = ~np.isin(groups_array, list(colors))
     if others.any():
