@@ -67,47 +67,39 @@ class DataSummary:
         )
 
     def warnings(self, cfg: DataConfig) -> list[str]:
-        """What is lost of more than 5 % of the recordings or hours, and the setting to change."""
-        found = []
+        """Say where more than 5 % of the recordings or hours are lost, and which setting to change."""
+        shortest, longest = (f"{n} samples ({n / SAMPLE_RATE:g} s)" for n in (cfg.min_sample_size, cfg.max_sample_size))
+        losses = [
+            (
+                max(self.too_short / self.recordings, self.hours_too_short / self.hours),
+                "recordings are left out",
+                f"shorter than data.min_sample_size = {shortest}, or than a frame of the model",
+            ),
+            (
+                self.hours_above_maximum / self.hours,
+                "hours are not heard in an epoch",
+                f"beyond data.max_sample_size = {longest}; cut long recordings into pieces (`start`, `end` in the "
+                "manifest) or raise it",
+            ),
+            (
+                self.hours_cropped / ((self.hours_used + self.hours_cropped) or 1),
+                "audio in batches is cut off",
+                "all recordings of a batch are cropped to its shortest; set data.enable_padding = true, raise "
+                "data.num_buckets, or leave out short ones with data.min_sample_size",
+            ),
+            (
+                self.hours_dropped / self.hours,
+                "hours are in the last batches, which are dropped",
+                "set data.drop_last = false",
+            ),
+        ]
+        return [f"{100 * share:.0f} % of the {what}: {remedy}" for share, what, remedy in losses if share > MUCH]
 
-        def check(lost: float, total: float, what: str, remedy: str) -> None:
-            if lost > MUCH * total:
-                found.append(f"{100 * lost / total:.0f} % of the {what}: {remedy}")
-
-        check(
-            max(self.too_short / self.recordings, self.hours_too_short / self.hours),
-            1,
-            "recordings are left out",
-            f"shorter than data.min_sample_size = {cfg.min_sample_size} samples ({cfg.min_sample_size / SAMPLE_RATE:g} "
-            "s), or than a frame of the model",
-        )
-        check(
-            self.hours_above_maximum,
-            self.hours,
-            "hours are not heard in an epoch",
-            f"beyond data.max_sample_size = {cfg.max_sample_size} samples ({cfg.max_sample_size / SAMPLE_RATE:g} s); "
-            "cut long recordings into pieces (`start`, `end` in the manifest) or raise it",
-        )
-        check(
-            self.hours_cropped,
-            self.hours_used + self.hours_cropped,
-            "audio in batches is cut off",
-            "all recordings of a batch are cropped to its shortest; set data.enable_padding = true, raise "
-            "data.num_buckets, or leave out short ones with data.min_sample_size",
-        )
-        check(
-            self.hours_dropped,
-            self.hours,
-            "hours are in the last batches, which are dropped",
-            "set data.drop_last = false",
-        )
-        return found
-
-    def log(self, logger: logging.Logger, cfg: DataConfig, name: str = "data") -> None:
-        """Write the summary and its warnings to a log."""
-        logger.info("%s: %s", name, self)
+    def log(self, logger: logging.Logger, cfg: DataConfig) -> None:
+        """Log the summary and its warnings."""
+        logger.info("data: %s", self)
         for warning in self.warnings(cfg):
-            logger.warning("%s: %s", name, warning)
+            logger.warning("data: %s", warning)
 
 
 def summarise(
