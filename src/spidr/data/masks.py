@@ -1,4 +1,4 @@
-"""Which frames the student does not see, and which channels: random spans, drawn for a whole batch at once."""
+"""Random spans of frames, and of channels, to hide from the student, drawn for a whole batch at once."""
 
 from __future__ import annotations
 
@@ -20,8 +20,7 @@ if TYPE_CHECKING:
     Integers = NDArray[np.integer[Any]]
 
 Generators = Sequence[np.random.Generator]
-"""One generator for a whole batch, or one for each of its rows: then a row's draws do not depend on the others, only
-how many of the frames drawn are kept does."""
+"""One generator per batch, or one per row: then only how many of a row's frames are kept depends on the other rows."""
 
 
 class MaskGenerator:
@@ -84,7 +83,7 @@ class MaskGenerator:
         return mask.to(padding_mask.device), channel_mask.to(padding_mask.device)
 
     def draw(self, lengths: Integers, rngs: Generators) -> NDArray[np.int64]:
-        """Masked frames of each row, ascending.
+        """Draw the masked frames of each row, ascending.
 
         Args:
             lengths: Number of frames of each row (B,).
@@ -96,7 +95,7 @@ class MaskGenerator:
         return self._frames.draw(lengths, rngs)
 
     def draw_channels(self, rows: int, channels: int, rngs: Generators) -> NDArray[np.bool_]:
-        """Mask of the channels of each row: bool (rows, channels)."""
+        """Draw the masked channels of each row: bool (rows, channels)."""
         mask = np.zeros((rows, channels), dtype=np.bool_)
         for part, rng in zip(np.split(mask, len(rngs)), rngs, strict=True):
             np.put_along_axis(part, self._channels.draw(np.full(len(part), channels), [rng]), values=True, axis=1)
@@ -116,7 +115,7 @@ class Spans:
     min_spans: int
 
     def draw(self, lengths: Integers, rngs: Generators) -> NDArray[np.int64]:
-        """Positions inside spans, ascending (B, M): as many in each row as in the row with the fewest."""
+        """Draw positions inside spans, ascending (B, M), as many in each row as in the row with the fewest."""
         width = int(np.max(lengths))
         masks, keys = [], []
         for part, rng in zip(np.split(lengths, len(rngs)), rngs, strict=True):
@@ -126,12 +125,12 @@ class Spans:
         keep = int(np.min(mask.sum(1)))
         if keep == 0:
             return np.empty((len(lengths), 0), dtype=np.int64)
-        # The masked positions with the smallest of random keys are a random choice among them.
+        # The positions with the smallest random keys are a random choice.
         key = np.where(mask, np.concatenate(keys), np.float32(2))
         return np.sort(np.argpartition(key, keep - 1, axis=1)[:, :keep], axis=1)
 
     def draw_masks(self, lengths: Integers, width: int, rng: np.random.Generator) -> NDArray[np.bool_]:
-        """The union of the spans of each row: bool (B, width), False from the row's length on."""
+        """Draw the spans of each row and unite them: bool (B, width), False from the row's length on."""
         counts = np.floor(self.prob * lengths / self.length + rng.random(len(lengths))).astype(np.int64)
         counts = np.maximum(counts, self.min_spans)
         if np.max(counts) == 0:
@@ -162,10 +161,10 @@ class Spans:
 def _place_anywhere(
     lengths: Integers, counts: Integers, spans: Integers, shortest: Integers, rng: np.random.Generator
 ) -> tuple[Integers, Integers]:
-    """Distinct starts for the spans of each row, from all positions where the shortest would fit."""
+    """Draw distinct starts for the spans of each row, among all positions where the shortest would fit."""
     stop = lengths - shortest
     stop = np.where(stop > counts, stop, np.minimum(counts + 1, lengths))
-    # The positions with the smallest of random keys, in the order of the keys, are a random draw without replacement.
+    # Positions sorted by random keys are a draw without replacement.
     keys = rng.random((len(lengths), int(np.max(stop))))
     keys[np.arange(keys.shape[1]) >= stop[:, None]] = 2
     starts = np.argsort(keys, axis=1)[:, : spans.shape[1]]
@@ -176,10 +175,10 @@ def _place_anywhere(
 def _place_apart(
     lengths: Integers, spans: Integers, min_space: int, rng: np.random.Generator
 ) -> tuple[Integers, Integers]:
-    """Starts such that spans neither overlap nor come closer than ``min_space``, the longest placed first.
+    """Draw starts such that spans are at least ``min_space`` apart, the longest placed first.
 
-    Each span goes into one of the free parts that can hold it, chosen with a probability proportional to its length.
-    From the first span of a row that fits nowhere, the lengths returned are 0.
+    Each span goes into a free part that can hold it, chosen with a probability proportional to the part's length. From
+    the first span that fits nowhere, the row's lengths are 0.
     """
     spans = -np.sort(-spans, axis=1)
     starts = np.zeros_like(spans)
@@ -191,14 +190,14 @@ def _place_apart(
 
 
 def _place_row(length: int, spans: list[int], min_space: int, parts: list[float], places: list[float]) -> list[int]:
-    """Starts of the spans of a row, up to the first that fits nowhere.
+    """Place the spans of a row, up to the first that fits nowhere, and return their starts.
 
     Args:
         length: Frames of the row.
         spans: Lengths of the spans, the longest first.
         min_space: Frames to leave between spans.
-        parts: For each span, which of the free parts it goes into, as a share of their lengths, in [0, 1).
-        places: For each span, where it lies between the first and the last possible start, in [0, 1).
+        parts: For each span a number in [0, 1) that chooses the part.
+        places: For each span a number in [0, 1) that chooses its place within the part.
     """
     starts: list[int] = []
     free = [(0, length)]  # begin and length of each part
@@ -215,11 +214,11 @@ def _place_row(length: int, spans: list[int], min_space: int, parts: list[float]
 
 
 def _union(lengths: Integers, starts: Integers, spans: Integers, width: int) -> NDArray[np.bool_]:
-    """Positions that at least one span covers, cut at each row's length: bool (B, width)."""
+    """Mark the positions that a span covers, up to each row's length: bool (B, width)."""
     first = np.arange(len(lengths))[:, None] * (width + 1)
     stops = np.minimum(starts + spans, lengths[:, None])
     size = len(lengths) * (width + 1)
-    # Each span raises a counter where it starts and lowers it where it stops.
+    # A counter goes up where a span starts and down where it stops.
     used = spans > 0
     changes = np.bincount((first + starts)[used], minlength=size) - np.bincount((first + stops)[used], minlength=size)
     covered: NDArray[np.bool_] = np.cumsum(changes.reshape(len(lengths), width + 1), axis=1)[:, :width] > 0

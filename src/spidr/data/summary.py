@@ -1,4 +1,4 @@
-"""What becomes of the recordings of a manifest: how much of them training hears, and why not the rest."""
+"""How much of a manifest training hears, and why not the rest."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ if TYPE_CHECKING:
     from spidr.data.sampler import BatchList
 
 MUCH = 0.05
-"""Share of the recordings or hours of which the loss is a warning."""
+"""Share of the recordings or hours whose loss is worth a warning."""
 
 
 def duration(hours: float) -> str:
-    """Hours as hours or, if there are few, as minutes."""
+    """Format hours, or minutes if it is less than an hour."""
     return f"{hours:,.2f} h" if hours >= 1 else f"{60 * hours:.2f} min"
 
 
 @dataclass(frozen=True)
 class DataSummary:
-    """Recordings and hours of a manifest and of the first epoch.
+    """What a manifest holds and what the first epoch hears.
 
     Attributes:
         recordings: Recordings listed.
@@ -37,10 +37,9 @@ class DataSummary:
         hours_used: Hours that an epoch hears.
         too_short: Recordings shorter than ``min_sample_size``, which are left out.
         hours_too_short: Their hours.
-        hours_above_maximum: Hours beyond ``max_sample_size``, of which an epoch hears other parts each time if crops
-            are random.
-        hours_cropped: Hours cut off because all of a batch are as long as its shortest.
-        hours_dropped: Hours of the last batches, left out by ``drop_last``.
+        hours_above_maximum: Hours beyond ``max_sample_size``; with random crops, each epoch hears other parts.
+        hours_cropped: Hours cut off because a batch is as long as its shortest recording.
+        hours_dropped: Hours in the last batches, left out by ``drop_last``.
     """
 
     recordings: int
@@ -110,8 +109,8 @@ def summarise(
     Args:
         lengths: Samples of each row of the manifest.
         cfg: How batches are made.
-        shortest: Fewest samples of a recording that is used.
-        batches: The batches of an epoch; None: there are none.
+        shortest: Samples of the shortest recording to use.
+        batches: The batches of an epoch, if there are any yet.
     """
     hour = 3600 * SAMPLE_RATE
     short = lengths < shortest
