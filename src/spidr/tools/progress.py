@@ -1,4 +1,4 @@
-"""Progress of work that takes a while: a bar in a terminal, a line a minute in a log file."""
+"""Show progress: a bar on a terminal, a line a minute in a log file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tqdm import tqdm
 logger = logging.getLogger(__name__)
 
 LINE_EVERY = 60.0
-"""Seconds between two lines where standard error is no terminal."""
+"""Seconds between two log lines."""
 
 _BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.2f}/{total:.2f} {unit}, {elapsed} passed, {remaining} left"
 
@@ -23,17 +23,17 @@ _BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.2f}/{total:.2f} {unit}, {elapsed} 
 def progress(
     description: str, total: float, unit: str, scale: float = 1.0, *, shown: bool = True
 ) -> Iterator[Callable[[float], None]]:
-    """Show how far some work has come.
+    """Show the progress of some work.
 
     Args:
         description: What is made, such as "Units".
-        total: All there is to do; 0 shows nothing.
-        unit: What it is counted in, such as "h of audio".
-        scale: Units in one of what is counted.
-        shown: Show anything at all.
+        total: The amount of work; 0 shows nothing.
+        unit: The unit to show, such as "h of audio".
+        scale: Units per amount of work.
+        shown: Whether to show anything.
 
     Yields:
-        A function that takes what has been done since its last call.
+        A function that takes the amount done since its last call.
     """
     if not shown or total <= 0:
         yield lambda _: None
