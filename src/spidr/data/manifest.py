@@ -284,25 +284,21 @@ def _typed(path: Path, manifest: pl.DataFrame, *, needs_audio: bool) -> pl.DataF
     needed = ["num_samples"] if is_named and not needs_audio else ["path"]
     if missing := [column for column in [*needed, *(ARCHIVE if "archive" in columns else ())] if column not in columns]:
         raise InputError(f"{path}: column {missing[0]!r} is missing. Columns found: {', '.join(columns) or 'none'}.")
-    known = [column for column in SCHEMA if column in columns]
-    in_file = (
-        manifest["archive"].is_null() if "archive" in columns else pl.repeat(value=True, n=manifest.height, eager=True)
-    )
+    in_archive = manifest["archive"].is_not_null() if "archive" in columns else False
+    optional = {*SPAN, *STATISTICS} | ({"num_samples"} if not SPAN.keys().isdisjoint(columns) else set())
     typed = {}
-    for column in known:
-        given, kind = manifest[column], SCHEMA[column]
+    for column, kind in SCHEMA.items():
+        if column not in columns:
+            continue
+        given = manifest[column]
         if given.dtype.is_nested():
             raise InputError(f"{path}: column {column!r}: found {_cut(given[0])}, expected {_expected(column)}.")
-        given = given if given.dtype in (pl.String, pl.Null) else given.cast(pl.String)
-        optional = (
-            column in SPAN or column in STATISTICS or (column == "num_samples" and not SPAN.keys().isdisjoint(columns))
-        )
-        bad = given.is_null() & ((not optional) & (~in_file if column in ARCHIVE else True))
+        values = given.cast(pl.String)
+        bad = values.is_null() & (column not in optional) & (in_archive if column in ARCHIVE else True)
         if kind is pl.String:
-            values = given.cast(pl.String)
             bad |= values.str.contains("\0", literal=True).fill_null(value=False)
         else:
-            values = given.cast(pl.String).str.strip_chars().cast(pl.Float64, strict=False)
+            values = values.str.strip_chars().cast(pl.Float64, strict=False)
             wrong = ~values.is_finite() | (values < (-1e308 if column == "mean" else 0))
             if kind is pl.Int64:
                 wrong |= (values != values.floor()) | (values >= 2**53)
