@@ -172,7 +172,7 @@ def test_a_log_file_gets_a_line_a_minute(monkeypatch: pytest.MonkeyPatch, caplog
     caplog.set_level("INFO")
     now = 1000.0
     monkeypatch.setattr(progress.time, "monotonic", lambda: now)
-    with progress.progress("Units", 1000, "h of audio", 0.01) as advance:
+    with progress.Progress("Units", 1000, "h of audio", 0.01) as advance:
         for _ in range(10):
             now += 20
             advance(100)

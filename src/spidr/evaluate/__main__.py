@@ -150,17 +150,21 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="units|abx|model|robustness")
 
-    def add(name: str, run: Any, text: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=text, description=text)
+    def add(name: str, run: Any, text: str, example: str) -> argparse.ArgumentParser:
+        example = f"python -m spidr.evaluate {name} {example}"
+        sub = commands.add_parser(name, help=text, description=text, example=example)
         sub.set_defaults(run=run)
         sub.add_argument("--json", action="store_true", help="JSON lines instead of a table")
         return sub
 
-    units = add("units", _units, "Units against phone alignments: PNMI, purities, perplexity, bitrate.")
-    units.add_argument(
+    units = add(
         "units",
-        nargs="+",
-        help="JSON lines, Parquet, NAME|UNITS, .km, or folders of .npy or units-*-*.jsonl",
+        _units,
+        "Units against phone alignments: PNMI, purities, perplexity, bitrate.",
+        "dev-units.jsonl dev-alignments.jsonl",
+    )
+    units.add_argument(
+        "units", nargs="+", help="JSON lines, Parquet, NAME|UNITS, .km, or folders of .npy or units-*-*.jsonl"
     )
     units.add_argument("--num-units", type=int, metavar="N", help="size of the codebook (default: as recorded, or 256)")
     units.add_argument("--frame-step", type=int, metavar="MS", help="length of a unit (default: as recorded, or 20)")
@@ -181,7 +185,12 @@ def _parser() -> argparse.ArgumentParser:
     units.add_argument(
         "--discophon", action="store_true", help="DiscoPhon's metrics too: phone error rates, boundaries (default: no)"
     )
-    abx = add("abx", _abx, "ABX error rates, within and across speakers, of one or several representations.")
+    abx = add(
+        "abx",
+        _abx,
+        "ABX error rates, within and across speakers, of one or several representations.",
+        "dev-features dev-units.jsonl phoneme.item",
+    )
     abx.add_argument("features", nargs="+", help="folders of .npy or .pt files (T, D), or units in any form")
     abx.add_argument("item", help="ABX item file")
     abx.add_argument(
@@ -206,9 +215,17 @@ def _parser() -> argparse.ArgumentParser:
         help="most A, B and X in a cell; 0: all (default: 10)",
     )
     abx.add_argument("--max-x-across", type=int, default=5, metavar="N", help="most speakers of X; 0: all (default: 5)")
-    model = add("model", _model, "Every layer and codebook of a model, in one pass over the audio.")
+    model = add(
+        "model",
+        _model,
+        "Every layer and codebook of a model, in one pass over the audio.",
+        "spidr_base dev.csv dev-alignments.jsonl",
+    )
     robustness = add(
-        "robustness", _robustness, "How much of the units changes when the sound does: louder, noisier, faster, …"
+        "robustness",
+        _robustness,
+        "How much of the units changes when the sound does: louder, noisier, faster, …",
+        "spidr_base dev.csv --layers 5,6,7",
     )
     for sub in (model, robustness):
         sub.add_argument("model", metavar="MODEL", help="a published model, or a checkpoint")

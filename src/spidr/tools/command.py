@@ -144,6 +144,12 @@ class _Formatter(argparse.HelpFormatter):
     def __init__(self, prog: str, **options: Any) -> None:
         super().__init__(prog, max_help_position=32, **options)
 
+    def add_usage(self, usage: str | None, actions: Any, groups: Any, prefix: str | None = None) -> None:  # noqa: ARG002
+        """Name the arguments only: the options are listed below."""
+        arguments = [action for action in actions if not action.option_strings]
+        options = [argparse.Action(["options"], "options", nargs=0)] if len(arguments) < len(actions) else []
+        super().add_usage(usage, [*options, *arguments], [], prefix)
+
 
 class Parser(argparse.ArgumentParser):
     """A parser whose help fits on a screen and ends with an example.

@@ -154,7 +154,7 @@ class Lock:
         """
         if self._successor is not None:
             raise InputError(
-                f"{self.target}: this process gave no sign of life for {SILENCE:g} s; {self._successor} goes on instead"
+                f"{self.target}: this process gave no sign of life for {SILENCE:g} s; {self._successor} has taken over"
             )
 
     # ------------------------------------------------------------------------------------------------- internals
