@@ -405,7 +405,7 @@ def read_config(path: str | Path, overrides: Sequence[str] = (), *, warn: bool =
     except ProblemsError as error:
         problems += error.problems
     if problems:
-        raise ProblemsError(problems, str(path))
+        raise ProblemsError(problems, str(path), guide="pretrain.md#3-write-a-configuration")
     if warn and (warning := _schedule_warning(config.optimizer)) is not None:
         logger.warning("%s: %s", path, warning)
     object.__setattr__(config.model, "_given", None if model_table is None else frozenset(model_table))

@@ -117,7 +117,7 @@ class Run:
             try:
                 result = function()
             except InputError as caught:
-                error = str(caught)
+                error = caught.with_guide()
         result, error = self.env.broadcast_object((result, error))
         if error is not None:
             raise InputError(error)
@@ -202,7 +202,8 @@ class Run:
             what = "holds a finished run" if finished else "holds a run"
             raise InputError(
                 f"{self.folder} {what} with other settings: {'; '.join(forbidden)}. Use its settings to resume it, or "
-                "another run.wandb_name for a new run."
+                "another run.wandb_name for a new run.",
+                guide="questions.md#can-i-change-settings-of-a-run",
             )
         if changed:
             logger.warning("changed since the run began: %s", "; ".join(changed.values()))
@@ -316,7 +317,8 @@ class Run:
         raise InputError(
             f"step {step}: loss {values['loss'][0]} and gradient norm {values['grad_norm'][0]} are not finite; nothing "
             "was saved since the step before. Lower optimizer.lr or look at the recordings: "
-            + "; ".join(f"rank {rank}: {', '.join(everywhere[rank][1])}" for rank in guilty)
+            + "; ".join(f"rank {rank}: {', '.join(everywhere[rank][1])}" for rank in guilty),
+            guide="questions.md#my-loss-is-not-finite",
         )
 
     # ------------------------------------------------------------------------------------------------- now and then

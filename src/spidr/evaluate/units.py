@@ -19,6 +19,8 @@ from spidr.tools.untrusted import check_memory
 
 logger = logging.getLogger(__name__)
 
+GUIDE = "evaluate.md#units-against-phones"
+
 NUM_UNITS, FRAME_MS = 256, 20
 """Size of the codebook and milliseconds of a unit, where nothing tells."""
 
@@ -116,13 +118,16 @@ def pair(
     elif gone := [name for name in sequences if skipped.get(name) == "not aligned"]:
         some = ", ".join(sorted(gone)[:3])
         raise InputError(
-            f"{alignments}: {len(gone)} of the {len(sequences)} recordings of {units} are not aligned, such as {some}"
+            f"{alignments}: {len(gone)} of the {len(sequences)} recordings of {units} are not aligned, such as {some}",
+            guide=GUIDE,
         )
     elif skipped:
         shown = "\n".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:5])
-        raise InputError(f"{alignments}: {len(skipped)} recordings do not fit (--tolerance, --on-error skip):\n{shown}")
+        raise InputError(
+            f"{alignments}: {len(skipped)} recordings do not fit (--tolerance, --on-error skip):\n{shown}", guide=GUIDE
+        )
     if not data:
-        raise InputError(f"{alignments}: fits no recording of {units}")
+        raise InputError(f"{alignments}: fits no recording of {units}", guide=GUIDE)
     top = max(max(sequence.tolist(), default=0) for sequence in sequences.values())
     if not given and top < num_units / 2:
         logger.warning("%s: a codebook of %d is assumed, but no unit is above %d: --num-units?", units, num_units, top)

@@ -63,7 +63,7 @@ def command(main: Callable[P, int | None]) -> Callable[P, int]:
             try:
                 return main(*args, **kwargs) or 0
             except InputError as error:
-                return _say(f"error: {error}", 2)
+                return _say(f"error: {error.with_guide()}", 2)
             except SystemExit as end:
                 says_why = isinstance(end.code, int) and str(end) != str(end.code)
                 if says_why and len(_results) == 1 and os.environ.get("RANK", "0") == "0":

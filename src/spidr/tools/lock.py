@@ -186,7 +186,8 @@ class Lock:
                     return
             elif alive and now - first > (PATIENCE if owner.job and owner.job == self._owner.job else self.patience):
                 raise InputError(
-                    f"{self.target}: another process {self.doing} ({owner}). Wait for it, or end it first."
+                    f"{self.target}: another process {self.doing} ({owner}). Wait for it, or end it first.",
+                    guide="questions.md#it-says-that-another-process-is-at-work-in-this-folder",
                 )
             elif now - first < 0.5:
                 logger.info("%s: waiting to see whether %s is alive", self.target, owner)
