@@ -13,14 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from slurm_cluster import wait_for
+from helpers.slurm_cluster import wait_for
+from helpers.tiny_run import assert_same_outcome, write_config, write_recordings
 from spidr import __main__ as command_line
 from spidr import __version__
 from spidr.__main__ import main
 from spidr.config import read_config
 from spidr.models import build_model
 from spidr.tools.metrics import read_metrics
-from tiny_run import assert_same_outcome, write_config, write_recordings
 
 ON_SLURM = ["-A", "me", "-N", "2", "-G", "4"]
 

@@ -16,8 +16,9 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
-from processes import Fault, Ranks, assert_same_run, differences, outcome
-from slurm_cluster import wait_for
+from helpers.processes import Fault, Ranks, assert_same_run, differences, outcome
+from helpers.slurm_cluster import wait_for
+from helpers.tiny_run import MEASURED, write_config, write_recordings
 from spidr import run as run_module
 from spidr.checkpoint import CONTENTS, read_checkpoint
 from spidr.config import Config, read_config
@@ -29,7 +30,6 @@ from spidr.tools.lock import Process
 from spidr.tools.metrics import read_metrics
 from spidr.train import Hooks, State, train
 from spidr.validation_jobs import ValidationJobs
-from tiny_run import MEASURED, write_config, write_recordings
 
 LAYERS = ("l2", "l3", "l4")
 

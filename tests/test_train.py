@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from processes import Fault, Ranks, assert_same_run, complete, outcome
-from small_models import GoldenCase
+from helpers.processes import Fault, Ranks, assert_same_run, complete, outcome
+from helpers.small_models import GoldenCase
+from helpers.tiny_run import write_config, write_recordings
 from spidr.config import Config, DataConfig, MaskingConfig, OptimizerConfig, RunConfig, read_config, to_dict
 from spidr.data import Batch, build_dataloader
 from spidr.data.loader import SpeechLoader
@@ -30,7 +31,6 @@ from spidr.tools import peers
 from spidr.tools.errors import InputError
 from spidr.tools.metrics import read_metrics
 from spidr.train import main, train, train_step
-from tiny_run import write_config, write_recordings
 
 CPU = Environment(0, 0, 1, torch.device("cpu"))
 

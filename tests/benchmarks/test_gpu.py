@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from small_models import tiny_model
+from helpers.small_models import tiny_model
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
 MISSING = ("polars", "soundfile", "submitit", "praatio", "wandb")

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-from synthetic import noise, write_archive, write_audio
 
+from helpers.synthetic import noise, write_archive, write_audio
 from spidr.data import num_samples
 from spidr.data.audio import read_audio, read_resampled, statistics, statistics_of
 from spidr.data.decoders import READ_AT_ONCE

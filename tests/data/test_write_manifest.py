@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from synthetic import noise, write_audio
 
+from helpers.synthetic import noise, write_audio
 from spidr.data import read_manifest, speech_dataset
 from spidr.data.write_manifest import main, write_manifest, write_manifest_fairseq, write_manifest_tar
 from spidr.tools.errors import InputError

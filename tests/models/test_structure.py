@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from operators import Operators
-from processes import complete
-from small_models import tiny_model
+from helpers.operators import Operators
+from helpers.processes import complete
+from helpers.small_models import tiny_model
+from helpers.tiny_run import write_config, write_recordings
 from spidr.models import DinoSR
 from spidr.train import Hooks, State
-from tiny_run import write_config, write_recordings
 
 WAITING = ("_local_scalar_dense", "item", "nonzero", "masked_select", "equal", "is_nonzero", "_unique2", "unique_dim")
 BATCH, SAMPLES, MASKED = 2, 4000, 30

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.versions, pytest.mark.timeout(3600)]
 
 CASES = [("3.11", "torch==2.8.*"), ("3.12", "torch"), ("3.13", "torch")]

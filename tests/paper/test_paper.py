@@ -25,7 +25,7 @@ from spidr.config import DataConfig, MaskingConfig, OptimizerConfig, read_config
 from spidr.data.loader import build_dataloader
 from spidr.tools.errors import InputError
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PAPER = ROOT / "paper"
 
 

@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
-from slurm_cluster import Cluster, logs, wait_for
+from helpers.slurm_cluster import Cluster, logs, wait_for
+from helpers.tiny_run import assert_same_outcome, write_config, write_recordings
 from spidr.tools.metrics import read_metrics
 from spidr.tools.metrics_queue import main as collect
 from spidr.validation_jobs import ValidationJobs
-from tiny_run import assert_same_outcome, write_config, write_recordings
 
 HOSTILE = "a 'b\n$(touch pwned)\n\"; touch pwned #{} 5% é"
 

@@ -14,11 +14,11 @@ import pytest
 import soundfile
 import torch
 
-from small_models import TINY
+from helpers.small_models import TINY
 from spidr.config import DEFAULT_CONV_LAYER_CONFIG, read_config
 from spidr.models import SpidR
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCKS = [
     (page.stem, language, text)
