@@ -128,7 +128,8 @@ def test_a_mistyped_model_is_reported_before_the_sources_are_read(
     (tmp_path / "audio" / "a.wav").write_bytes(b"would be refused")
     output = {"units": "u.jsonl", "features": "f", "kmeans": "k.npz"}[command]
     assert main([command, "audio", output, "--model", model]) == 2
-    assert capsys.readouterr().err == f"error: {model}: neither a file nor a published model{advice}\n"
+    guide = " (see docs/units.md#which-model-which-layer)"
+    assert capsys.readouterr().err == f"error: {model}: neither a file nor a published model{advice}{guide}\n"
 
 
 @pytest.mark.parametrize(

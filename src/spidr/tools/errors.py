@@ -17,11 +17,13 @@ class InputError(ValueError):
         super().__init__(message)
         self.guide = guide
         if guide:
-            self.add_note(f"guide: docs/{guide}")
+            self.add_note(f"(see docs/{guide})")  # for notebooks
 
     def with_guide(self) -> str:
-        """The message and, on a line of its own, the guide."""
-        return "\n".join([str(self), *getattr(self, "__notes__", ())])
+        """The message and where to read more, in one line if the message is one."""
+        text = str(self)
+        gap = "\n" if "\n" in text else " "
+        return f"{text}{gap}(see docs/{self.guide})" if self.guide else text
 
 
 class ProblemsError(InputError):
