@@ -339,7 +339,7 @@ class Run:
         line = {"step": self.state.step, "group": "train", "epoch": self.state.epoch, **values}
         self._write(line | self._clock.rates(self.env, self.cfg.optimizer.dtype))
         self._clock = _Clock()
-        self.progress(0, f"loss {values['loss']:.3f}, target perplexity {values['target_ppl']:.1f}")
+        self.progress(0, f"loss {values['loss']:.3f}")
 
     def _write(self, line: dict[str, Any]) -> None:
         if self.env.is_main:

@@ -79,8 +79,7 @@ def problems_of(errors: list[InputError], total: int, remedy: str) -> InputError
     if len(errors) > LISTED:
         lines.append(f"… and {len(errors) - LISTED:,} more")
     end = f"{len(errors):,} of {total:,} recordings cannot be read{remedy and '; '}{remedy}."
-    guide = next((error.guide for error in errors if error.guide), "")
-    return InputError("\n  ".join(lines) + f"\n{end}", guide=guide)
+    return InputError("\n  ".join(lines) + f"\n{end}")
 
 
 def with_lengths(manifest: pl.DataFrame, name: str) -> pl.DataFrame:

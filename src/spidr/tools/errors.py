@@ -17,7 +17,7 @@ class InputError(ValueError):
         super().__init__(message)
         self.guide = guide
         if guide:
-            self.add_note(f"(see docs/{guide})")  # for notebooks
+            self.add_note(f"see docs/{guide}")  # below a traceback, as in notebooks
 
     def with_guide(self) -> str:
         """The message and where to read more, in one line if the message is one."""
