@@ -99,7 +99,7 @@ def train_step(state: State, micro_batches: list[Batch]) -> Measured | None:
     scale = _loss_scale(state.cfg)
     for i, micro_batch in enumerate(micro_batches):
         with _sync_gradients(state.network, when=i == len(micro_batches) - 1):
-            objective = _forward(state, micro_batch.to(env.device, non_blocking=True))
+            objective = _forward(state, state.upload(micro_batch))
             scaler.scale(objective * scale).backward()
     totals = _reduce_statistics(state, micro_batches)
     scaler.unscale_(optimizer)
