@@ -18,6 +18,7 @@ from spidr.adapt import FrozenOutputs, first_weights, init_codebooks, reset_code
 from spidr.compiled import compiled
 from spidr.config import Config, DinoSRConfig
 from spidr.data import Batch, build_dataloader
+from spidr.data.batch import Uploader
 from spidr.data.loader import SpeechLoader
 from spidr.environment import Environment, StopFlag
 from spidr.models import DinoSR
@@ -91,7 +92,7 @@ class Hooks:
 
 @dataclass
 class State:
-    """All that a step reads and changes. ``position`` counts the optimiser steps' batches taken from this epoch."""
+    """All that a step reads and changes. ``position`` counts the steps whose batches this epoch has given."""
 
     cfg: Config
     env: Environment
@@ -108,6 +109,9 @@ class State:
     epoch: int = 0
     position: int = 0
     skipped_steps: int = 0
+
+    def __post_init__(self) -> None:
+        self.upload = Uploader(self.env.device)
 
     def rounds(self) -> Iterator[list[Batch]]:
         """This process's micro-batches, for one optimiser step after the other, without end."""

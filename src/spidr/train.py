@@ -127,7 +127,7 @@ def train_step(state: State, micro_batches: list[Batch]) -> Measured | None:
 
 def _forward(state: State, micro_batch: Batch) -> Tensor:
     """The objective of a micro-batch: its losses, summed."""
-    batch = micro_batch.to(state.env.device, non_blocking=True)
+    batch = state.upload(micro_batch)
     dtype = getattr(torch, state.cfg.optimizer.dtype)
     with torch.autocast(state.env.device.type, dtype, enabled=state.cfg.optimizer.mixed_precision):
         loss, _ = state.network(batch.waveforms, **batch.options, **state.frozen(micro_batch, state.step))

@@ -21,7 +21,7 @@ from spidr.tools.errors import InputError
 from spidr.tools.frames import conv_length, samples_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from numpy.typing import NDArray
 
@@ -90,24 +90,54 @@ class Batch:
         """The batch in page-locked memory."""
         return self._map(lambda tensor: tensor.pin_memory())
 
-    def _map(self, function: Any) -> Self:
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The attributes that are tensors, by name."""
         values = {item.name: getattr(self, item.name) for item in fields(self)}
-        return replace(self, **{name: function(value) for name, value in values.items() if isinstance(value, Tensor)})
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Self:
+        return replace(self, **{name: function(tensor) for name, tensor in self.tensors.items()})  # type: ignore[arg-type]
+
+
+class Uploader:
+    """Copies batches to a device; on a GPU, while that still works on what was asked of it before.
+
+    Batches in pinned memory are copied on a stream of their own: what is computed with them waits for the copy, which
+    waits for nothing.
+
+    Args:
+        device: Where to.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def __call__(self, batch: Batch) -> Batch:
+        """The batch on the device."""
+        if self._stream is None:
+            return batch.to(self.device)
+        with torch.cuda.stream(self._stream):
+            copy = batch.to(self.device, non_blocking=True)
+        computing = torch.cuda.current_stream(self.device)
+        computing.wait_stream(self._stream)
+        for tensor in copy.tensors.values():
+            tensor.record_stream(computing)  # or its memory could be taken for the next copy too early
+        return copy
 
 
 class PackedBatch:
     """A batch that travels between processes as bytes: tensors need shared memory, and sockets."""
 
     def __init__(self, batch: Batch) -> None:
-        values = {item.name: getattr(batch, item.name) for item in fields(batch)}
-        self._values = {name: v.numpy() if isinstance(v, Tensor) else v for name, v in values.items()}
+        self._arrays = {name: tensor.numpy() for name, tensor in batch.tensors.items()}
+        self._others = {item.name: getattr(batch, item.name) for item in fields(batch) if item.name not in self._arrays}
 
     def open(self) -> Batch:
         """The batch."""
-        tensors: dict[str, Any] = {}
-        for name, value in self._values.items():
-            tensors[name] = torch.from_numpy(value) if isinstance(value, np.ndarray) else value
-        return Batch(**tensors)
+        tensors: dict[str, Any] = {name: torch.from_numpy(array) for name, array in self._arrays.items()}
+        return Batch(**tensors, **self._others)
 
     def pin_memory(self) -> Batch:
         """The batch in page-locked memory; called by torch's loader."""
