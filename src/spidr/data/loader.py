@@ -224,7 +224,7 @@ class SpeechLoader:
         Raises:
             InputError: A recording cannot be read, unless ``on_error`` is "skip".
         """
-        made = self._workers.make(self._requests(epoch, start))
+        made = self._workers.make(self.requests(epoch, start))
         for number, batch in zip(self._numbers(epoch, start), made, strict=False):
             if isinstance(batch, UnreadableBatchError):
                 batch = self._another(epoch, number, batch)
@@ -274,7 +274,8 @@ class SpeechLoader:
         distinct = self._collator.cfg.num_distinct
         return epoch % distinct if distinct else epoch
 
-    def _requests(self, epoch: int, start: int) -> Iterator[BatchRequest]:
+    def requests(self, epoch: int, start: int) -> Iterator[BatchRequest]:
+        """What this process's batches are made from, from optimiser step ``start`` of the epoch on."""
         return (self._request(epoch, number) for number in self._numbers(epoch, start))
 
     def _request(self, epoch: int, number: int) -> BatchRequest:

@@ -12,7 +12,7 @@ from spidr.data.alignments import FRAME_STEP, SILENT_LABELS, TOLERANCE, Alignmen
 from spidr.data.names import match_names
 from spidr.data.units import Units, read_record, read_units
 from spidr.models.metrics import Aligned, UnitsQuality, units_quality
-from spidr.tools.errors import InputError
+from spidr.tools.errors import InputError, some
 from spidr.tools.files import expand
 from spidr.tools.lazy import needs_extra
 from spidr.tools.untrusted import check_memory
@@ -108,19 +108,15 @@ def pair(
     sequences = read_units(units, names=names)
     aligned = read_alignments(alignments, tier, silence=silence, skipped=skipped if skip else None)
     data = _pair(sequences, aligned, frame_step, tolerance, skipped)
-    if skip:
-        for place, reason in list(skipped.items())[:5]:
-            logger.warning("left out: %s: %s", place, reason)
-        if len(skipped) > 5:
-            logger.warning("left out: %d in all", len(skipped))
-    elif gone := [name for name in sequences if skipped.get(name) == "not aligned"]:
-        some = ", ".join(sorted(gone)[:3])
-        raise InputError(
-            f"{alignments}: {len(gone)} of the {len(sequences)} recordings of {units} are not aligned, such as {some}"
-        )
+    reasons = some([f"{name}: {reason}" for name, reason in skipped.items()], separator="\n")
+    if skip and skipped:
+        logger.warning("left out: %s", reasons)
+    elif gone := sorted(name for name in sequences if skipped.get(name) == "not aligned"):
+        of = f"{len(gone)} of the {len(sequences)} recordings of {units}"
+        raise InputError(f"{alignments}: {of} are not aligned, such as {some(gone, 3)}")
     elif skipped:
-        shown = "\n".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:5])
-        raise InputError(f"{alignments}: {len(skipped)} recordings do not fit (--tolerance, --on-error skip):\n{shown}")
+        count = f"{len(skipped)} recordings do not fit (--tolerance, --on-error skip)"
+        raise InputError(f"{alignments}: {count}:\n{reasons}")
     if not data:
         raise InputError(f"{alignments}: fits no recording of {units}")
     top = max(max(sequence.tolist(), default=0) for sequence in sequences.values())
@@ -169,7 +165,7 @@ def evaluate_all(
         if discophon:
             from spidr.evaluate.quality import discovery
 
-            row |= discovery(paired)._asdict()
+            row |= discovery(paired.data, paired.num_units, paired.frame_step)._asdict()
         table.append(row)
     return table
 

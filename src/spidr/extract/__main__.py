@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
-from spidr.tools.command import Parser, add_device, command
+from spidr.tools.command import DEVICE, Parser, command
 from spidr.tools.lazy import needs_extra
 
 
@@ -49,7 +49,7 @@ def _build_parser() -> argparse.ArgumentParser:
         "--model-type", choices=["spidr", "dinosr"], help="of a checkpoint without config.json (default: told)"
     )
     common.add_argument("--layer", type=int, metavar="N", help="counted from 1 (default: the model's best)")
-    add_device(common)
+    common.add_argument("--device", **DEVICE)
     common.add_argument(
         "--dtype",
         choices=["float32", "bfloat16", "auto"],

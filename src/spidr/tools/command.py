@@ -167,11 +167,9 @@ class Parser(argparse.ArgumentParser):
         return super().format_help() + (f"\nexample:\n{example}" if example else "")
 
 
-def add_device(parser: argparse.ArgumentParser) -> None:
-    """Add the option ``--device``."""
-    parser.add_argument(
-        "--device",
-        choices=("auto", "cuda", "mps", "cpu"),
-        default="auto",
-        help="where to compute (default: auto: CUDA, else MPS, else the CPU)",
-    )
+DEVICE: dict[str, Any] = {
+    "choices": ("auto", "cuda", "mps", "cpu"),
+    "default": "auto",
+    "help": "where to compute (default: auto: CUDA, else MPS, else the CPU)",
+}
+"""How :meth:`argparse.ArgumentParser.add_argument` adds ``--device``."""

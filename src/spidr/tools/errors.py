@@ -1,6 +1,6 @@
 """Errors that a user can put right, and the text of those of other libraries."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class InputError(ValueError):
@@ -26,5 +26,11 @@ class ProblemsError(InputError):
 
 
 def first_line(error: BaseException) -> str:
-    """What another library's error says, short enough for a message of ours; its name if it says nothing."""
+    """First line of an exception's message, at most 200 characters; its type if the message is empty."""
     return next(iter(str(error).splitlines()), "")[:200] or type(error).__name__
+
+
+def some(items: Sequence[object], most: int = 5, separator: str = ", ") -> str:
+    """The first items of a list that may be long, and how many more there are."""
+    end = f"{' ' if separator == ', ' else separator}and {len(items) - most:,} more"
+    return separator.join(map(str, items[:most])) + (end if len(items) > most else "")
