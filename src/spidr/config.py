@@ -159,6 +159,8 @@ class DataConfig(Settings):
     on_error: Literal["raise", "skip"] = ours("raise")  # what to do about unreadable recordings
     weights: list[PositiveFloat] | None = ours(None)  # shares of several manifests in the hours of an epoch
     length_multiple: Annotated[int, between(1, 1024)] = ours(1)  # of the frames of a batch
+    distinct_epochs: NonNegative = ours(0)  # whose batches come again with new masks; 0: all, with cache 1
+    cache: bool = ours(False)  # keep in memory what a frozen extractor and teacher give
 
     RULES: ClassVar = (
         Rule(
@@ -171,6 +173,11 @@ class DataConfig(Settings):
         Rule(("min_sample_size", "max_sample_size"), lambda low, high: low <= high, "must not exceed max_sample_size"),
         Rule(("max_sample_size", "max_batch_length"), lambda one, sum_: one <= sum_, "must fit in max_batch_length"),
     )
+
+    @property
+    def num_distinct(self) -> int:
+        """Epochs with batches of their own, 0 if all have."""
+        return self.distinct_epochs or int(self.cache)
 
     @property
     def manifests(self) -> list[str]:
@@ -252,9 +259,11 @@ class DinoSRConfig(Settings):
     freeze_step: NonNegative = 200_000  # [freeze_teacher_step] extractor and projection stop learning
     codebook_init: Literal["random", "data"] = ours("random")  # first codewords: drawn, or frames of the first batch
     codebook_revive_after: NonNegative = ours(0)  # steps without a frame; 0: never
+    reset: Literal["none", "codebooks"] = ours("none")  # codebooks: from data at the start, with new heads
 
     ELSEWHERE: ClassVar = dict.fromkeys(
-        ("ema_timescale", "ema_threshold"), "unknown key for run.model_type 'dinosr': it is a setting of 'spidr'"
+        ("ema_timescale", "ema_threshold", "train_layers"),
+        "unknown key for run.model_type 'dinosr': it is a setting of 'spidr'",
     )
     RULES: ClassVar = (
         Rule(
@@ -282,6 +291,7 @@ class SpidRConfig(DinoSRConfig):
     encoder_layer_drop: Probability = 0.0  # chance that a layer is skipped
     ema_timescale: PositiveFloat = 20_000.0  # steps in which 1 - decay falls to 1/e
     ema_threshold: NonNegativeFloat = 1e-7  # 1 - decay below which it is 0
+    train_layers: Layers | None = ours(None)  # the last layer to keep of run.init_ckpt; none: all
 
 
 def _uniform_lengths_exist(selection: str, other: float, length: int) -> bool:
