@@ -5,8 +5,6 @@ from typing import TYPE_CHECKING
 from spidr.tools.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from spidr.report.contents import make_report
+    from spidr.report.contents import make_report as make_report
 else:
-    __getattr__ = lazy_names(__name__, {"make_report": "contents"})
-
-__all__ = ["make_report"]
+    __getattr__, __all__ = lazy_names(__name__, contents="make_report")
