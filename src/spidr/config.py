@@ -78,7 +78,7 @@ FolderName = Annotated[str, Accepts("that can name a folder inside another ('a' 
 # The settings
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SlurmConfig(Settings):
     """What to ask SLURM for. ``time`` is in minutes."""
 
@@ -101,7 +101,7 @@ class SlurmConfig(Settings):
         return [f.name for f in dataclasses.fields(self) if getattr(self, f.name) is not None]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class RunConfig(Settings):
     """Where a run lives and how it logs, saves and restarts."""
 
@@ -129,7 +129,7 @@ class RunConfig(Settings):
         return expand(self.workdir) / self.wandb_project / self.wandb_name
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class DataConfig(Settings):
     """Manifests and how batches are made from them. Sizes and lengths are in samples.
 
@@ -185,7 +185,7 @@ class DataConfig(Settings):
         return [self.manifest] if isinstance(self.manifest, str) else self.manifest
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class OptimizerConfig(Settings):
     """AdamW, its learning-rate schedule and the precision of the forward pass.
 
@@ -224,7 +224,7 @@ class OptimizerConfig(Settings):
         return self.dtype != "float32"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class DinoSRConfig(Settings):
     """The shape and schedules of DinoSR. The name fairseq gives a field is in brackets.
 
@@ -284,7 +284,7 @@ class DinoSRConfig(Settings):
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SpidRConfig(DinoSRConfig):
     """DinoSR's settings with SpidR's exponential teacher schedule and no layer drop."""
 
@@ -301,7 +301,7 @@ def _uniform_lengths_exist(selection: str, other: float, length: int) -> bool:
 _UNIFORM_LENGTHS = "uniform draws lengths from the second value to twice the third, so the second must not exceed that"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class MaskingConfig(Settings):
     """Span masking of frames and of feature channels, with fairseq's names. Lengths are in frames or channels."""
 
@@ -344,7 +344,7 @@ class ResumeConfig:
 ValidationName = Annotated[FolderName, Accepts("other than 'train'", lambda name: name != "train")]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Config(Settings):
     """A whole configuration file.
 
@@ -415,7 +415,7 @@ def read_config(path: str | Path, overrides: Sequence[str] = (), *, warn: bool =
     except ProblemsError as error:
         problems += error.problems
     if problems:
-        raise ProblemsError(problems, str(path))
+        raise ProblemsError(problems, str(path), guide="pretrain.md#3-write-a-configuration")
     if warn and (warning := _schedule_warning(config.optimizer)) is not None:
         logger.warning("%s: %s", path, warning)
     object.__setattr__(config.model, "_given", None if model_table is None else frozenset(model_table))

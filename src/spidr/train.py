@@ -53,15 +53,15 @@ MAX_SKIPPED_STEPS = 10
 
 
 def train(cfg: Config, hooks: Hooks | None = None) -> None:
-    """Train, or go on training, the run that ``cfg`` describes, as one of the processes that share it.
+    """Train, or resume, the run that ``cfg`` describes, as one of the processes that share it.
 
     Args:
         cfg: See :func:`spidr.config.read_config`.
         hooks: What to add.
 
     Raises:
-        InputError: Something the user gave is wrong, or the run cannot go on; the message says what to do. With several
-            processes, on one of them; see :func:`spidr.environment.environment`.
+        InputError: Something the user gave is wrong, or the run cannot continue; the message says what to do. With
+            several processes, on one of them; see :func:`spidr.environment.environment`.
         Preempted: A signal asked to stop; the state is saved.
     """
     with Run(cfg, hooks) as run:
@@ -194,7 +194,6 @@ def _sync_gradients(network: Any, *, when: bool) -> Any:
     return network.no_sync() if isinstance(network, DistributedDataParallel) and not when else nullcontext()
 
 
-@command
 @command
 def main() -> None:
     """Run the command line, as one of the processes that torchrun starts."""

@@ -29,6 +29,9 @@ EPS = 1e-5
 class FormatError(InputError):
     """A recording is not 16 kHz mono. :func:`read_resampled` reads it all the same."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(message, guide="questions.md#my-recordings-have-another-sample-rate")
+
 
 def num_samples(source: Source, *, verify: bool = False) -> int:
     """Exact number of samples of a recording.

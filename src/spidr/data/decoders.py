@@ -211,7 +211,8 @@ class Decoded:
             if isinstance(error, (ImportError, OSError)) or "libtorchcodec" in str(error):
                 raise InputError(
                     f"{self.name}: libsndfile cannot read it ({reason}); if it is M4A, WebM or the like, install "
-                    "TorchCodec (`pip install 'spidr[extract]'`) and FFmpeg, or convert it to WAV or FLAC."
+                    "TorchCodec (`pip install 'spidr[extract]'`) and FFmpeg, or convert it to WAV or FLAC.",
+                    guide="questions.md#do-i-need-ffmpeg",
                 ) from None
             raise InputError(f"{self.name}: neither libsndfile nor FFmpeg can read it ({reason}).") from None
         self._samples = np.ascontiguousarray(samples.data.numpy().T)

@@ -34,6 +34,7 @@ SPAN = {"start": pl.Float64, "end": pl.Float64}
 STATISTICS = {"mean": pl.Float64, "std": pl.Float64}
 SCHEMA: dict[str, Any] = REQUIRED | ARCHIVE | SPAN | STATISTICS
 
+GUIDE = "pretrain.md#2-list-the-recordings"
 TABLES = {".csv", ".tsv", ".jsonl", ".ndjson", ".txt", ".lst", ".list", ".scp"}
 """Endings of the names of manifests and lists; ``segments`` is one too."""
 
@@ -72,7 +73,9 @@ def read_manifest(path: str | Path | Sequence[str | Path], *, needs_audio: bool 
         return read_manifests(path, needs_audio=needs_audio)[0]
     path = expand(path)
     if not os.path.exists(path):  # noqa: PTH110 (False for all that cannot be a file)
-        raise InputError(f"{path}: the manifest does not exist. Write one with `python -m spidr.data.write_manifest`.")
+        raise InputError(
+            f"{path}: the manifest does not exist. Write one with `python -m spidr.data.write_manifest`.", guide=GUIDE
+        )
     check_file(path)
     try:
         if not _head(path).strip():
@@ -295,7 +298,8 @@ def _typed(path: Path, manifest: pl.DataFrame, *, needs_audio: bool) -> pl.DataF
     is_named = "fileid" in columns and not {"path", "archive"} & set(columns)
     needed = ["num_samples"] if is_named and not needs_audio else ["path"]
     if missing := [column for column in [*needed, *(ARCHIVE if "archive" in columns else ())] if column not in columns]:
-        raise InputError(f"{path}: column {missing[0]!r} is missing. Columns found: {', '.join(columns) or 'none'}.")
+        found = ", ".join(columns) or "none"
+        raise InputError(f"{path}: column {missing[0]!r} is missing. Columns found: {found}.", guide=GUIDE)
     known = [column for column in SCHEMA if column in columns]
     in_file = (
         manifest["archive"].is_null() if "archive" in columns else pl.repeat(value=True, n=manifest.height, eager=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import logging
 import os
 import re
 import sys
@@ -24,13 +25,15 @@ from spidr.tools.lazy import command_needs
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+logger = logging.getLogger(__name__)
+
 OnError = Literal["raise", "skip"]
 
 
 def _arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(
         "python -m spidr.data.write_manifest",
-        usage="%(prog)s [-h] [--ext EXT ...] [--fairseq] [--stats] [--on-error {raise,skip}] dataset [...] output",
+        usage="%(prog)s [options] dataset [...] output",
         description="Write the manifest of folders of recordings, uncompressed tar archives (or folders of them), and "
         "lists (of paths, Kaldi's wav.scp and segments, manifests).",
         example="python -m spidr.data.write_manifest recordings train.csv --ext .wav .flac",
@@ -203,15 +206,20 @@ def _find(source: str, suffixes: tuple[str, ...], bad: list[InputError]) -> pl.D
 
 
 def _in_folder(root: str, suffixes: tuple[str, ...], bad: list[InputError]) -> pl.DataFrame:
-    if found := find_files(root, lambda name: name.lower().endswith(suffixes)):
+    audio = find_files(root, lambda name: name.lower().endswith((*suffixes, *AUDIO)))
+    found = [path for path in audio if path.lower().endswith(suffixes)]
+    endings = Counter(os.path.splitext(path)[1].lower() for path in audio)  # noqa: PTH122
+    counts = {ending: f"{count:,} {ending}" for ending, count in endings.most_common()}
+    if found:
+        # Those of the same kind are left out on purpose, as _mic2.flac beside _mic1.flac.
+        if others := [text for ending, text in counts.items() if not any(name.endswith(ending) for name in suffixes)]:
+            logger.warning("%s: also holds %s, left out; name their extension with --ext", root, ", ".join(others))
         return _in_files(found, root, bad)
     if archives := find_files(root, lambda name: name.lower().endswith(".tar")):
         return _in_archives(archives, suffixes, bad)
-    others = Counter(os.path.splitext(path)[1].lower() for path in find_files(root, lambda _: True))  # noqa: PTH122
-    there = ", ".join(f"{count:,} {ending}" for ending, count in others.most_common() if ending in AUDIO)
     raise InputError(
         f"{root}: no file's name ends in {' or '.join(suffixes)}. Choose another extension with --ext"
-        + (f" (there are {there})." if there else ".")
+        + (f" (there are {', '.join(counts.values())})." if counts else ".")
     )
 
 
@@ -374,7 +382,7 @@ def main(argv: list[str] | None = None) -> None:
     manifest, left_out = write_manifest(args.dataset, args.output, args.ext, **options)
     lengths = manifest["num_samples"].to_numpy() / SAMPLE_RATE
     say = sys.stderr.write
-    say(f"{args.output}: {len(lengths):,} recordings, {duration(lengths.sum() / 3600)} ")
+    say(f"{args.output}: {len(lengths):,} recording{'s' * (len(lengths) > 1)}, {duration(lengths.sum() / 3600)} ")
     say(f"(each {np.min(lengths):,.2f} s to {np.max(lengths):,.2f} s)\n")
     cfg = DataConfig(str(args.output))
     for warning in summarise(manifest["num_samples"].to_numpy(), cfg, cfg.min_sample_size, None).warnings(cfg):

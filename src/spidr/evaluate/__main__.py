@@ -128,13 +128,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="units|abx|model|robustness")
 
-    def add(name: str, run: Any, text: str) -> Any:
-        sub = commands.add_parser(name, help=text, description=text)
+    def add(name: str, run: Any, text: str, example: str) -> Any:
+        example = f"python -m spidr.evaluate {name} {example}"
+        sub = commands.add_parser(name, help=text, description=text, example=example)
         sub.set_defaults(run=run)
         sub.add_argument("--json", action="store_true", help="JSON lines instead of a table")
         return sub.add_argument
 
-    units = add("units", _units, "Units against phone alignments: PNMI, purities, perplexity, bitrate.")
+    text = "Units against phone alignments: PNMI, purities, perplexity, bitrate."
+    units = add("units", _units, text, "dev-units.jsonl dev-alignments.jsonl")
     units("units", nargs="+", help="JSON lines, Parquet, NAME|UNITS, .km, or folders of .npy or units-*-*.jsonl")
     units("--num-units", type=int, metavar="N", help="size of the codebook (default: as recorded, or 256)")
     units("--frame-step", type=int, metavar="MS", help="length of a unit (default: as recorded, or 20)")
@@ -145,7 +147,8 @@ def _parser() -> argparse.ArgumentParser:
     units("--on-error", choices=("raise", "skip"), default="raise", help=text)
     units("--discophon", action="store_true", help="DiscoPhon's phone error rates and boundaries too (default: no)")
 
-    abx = add("abx", _abx, "ABX error rates, within and across speakers, of one or several representations.")
+    text = "ABX error rates, within and across speakers, of one or several representations."
+    abx = add("abx", _abx, text, "dev-features dev-units.jsonl phoneme.item")
     abx("features", nargs="+", help="folders of .npy or .pt files (T, D), or units in any form")
     abx("item", help="ABX item file")
     abx("--frame-rate", type=frame_rate, default=Fraction(50), metavar="HZ", help="frames per second (default: 50)")
@@ -160,10 +163,10 @@ def _parser() -> argparse.ArgumentParser:
     abx("--max-size-group", type=number, default=10, metavar="N", help=text)
     abx("--max-x-across", type=number, default=5, metavar="N", help="most speakers of X; 0: all (default: 5)")
 
-    model = add("model", _model, "Every layer and codebook of a model, in one pass over the audio.")
-    robustness = add(
-        "robustness", _robustness, "How much of the units changes when the sound does: louder, noisier, faster, …"
-    )
+    text = "Every layer and codebook of a model, in one pass over the audio."
+    model = add("model", _model, text, "spidr_base dev.csv dev-alignments.jsonl")
+    text = "How much of the units changes when the sound does: louder, noisier, faster, …"
+    robustness = add("robustness", _robustness, text, "spidr_base dev.csv --layers 5,6,7")
     for of_model in (model, robustness):
         of_model("model", metavar="MODEL", help="a published model, or a checkpoint")
         of_model("manifest", help="the recordings")

@@ -20,6 +20,8 @@ from spidr.tools.untrusted import check_memory
 
 logger = logging.getLogger(__name__)
 
+GUIDE = "evaluate.md#units-against-phones"
+
 NUM_UNITS, FRAME_MS = 256, 20
 """Size of the codebook and milliseconds of a unit, where nothing tells."""
 
@@ -114,12 +116,12 @@ def pair(
         logger.warning("left out: %s", reasons)
     elif gone := sorted(name for name in sequences if skipped.get(name) == "not aligned"):
         of = f"{len(gone)} of the {len(sequences)} recordings of {units}"
-        raise InputError(f"{alignments}: {of} are not aligned, such as {some(gone, 3)}")
+        raise InputError(f"{alignments}: {of} are not aligned, such as {some(gone, 3)}", guide=GUIDE)
     elif skipped:
         count = f"{len(skipped)} recordings do not fit (--tolerance, --on-error skip)"
-        raise InputError(f"{alignments}: {count}:\n{reasons}")
+        raise InputError(f"{alignments}: {count}:\n{reasons}", guide=GUIDE)
     if not data:
-        raise InputError(f"{alignments}: fits no recording of {units}")
+        raise InputError(f"{alignments}: fits no recording of {units}", guide=GUIDE)
     top = max(max(sequence.tolist(), default=0) for sequence in sequences.values())
     if not given and top < num_units / 2:
         logger.warning("%s: a codebook of %d is assumed, but no unit is above %d: --num-units?", units, num_units, top)
