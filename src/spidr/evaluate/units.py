@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,6 +130,7 @@ def evaluate_all(
     *,
     discophon: bool = False,
     manifest: str | Path | None = None,
+    progress: bool = False,
     **options: Any,
 ) -> list[dict[str, Any]]:
     """Measure the quality of the units in several files or folders.
@@ -140,6 +142,7 @@ def evaluate_all(
             ``alignment`` of them.
         discophon: Add the metrics of :func:`spidr.evaluate.quality.discovery`.
         manifest: The recordings of units without names.
+        progress: Say on standard error which of several files is being read.
         options: See :func:`pair`.
 
     Returns:
@@ -156,8 +159,8 @@ def evaluate_all(
     table = []
     files = [file for path in paths for file in _languages(expand(path), expand(alignments))]
     for number, (path, of_path) in enumerate(files, start=1):
-        if len(files) > 1:
-            logger.info("%d of %d: %s", number, len(files), path)
+        if progress and len(files) > 1:
+            sys.stderr.write(f"{number} of {len(files)}: {path}\n")
         paired = pair(path, of_path, names=names, **options)
         row = {"units": str(path), **paired.quality._asdict()}
         if discophon:
