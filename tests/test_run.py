@@ -1,4 +1,4 @@
-"""A run's folder: what is in it, going on from older ones, wandb, profile, validation elsewhere."""
+"""A run's folder: what is in it, resuming older ones, wandb, profile, validation elsewhere."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def test_folder_of_version_0_1_2(tmp_path: Path, manifest: Path) -> None:
     assert seen[0] == (5, saved["epoch"] + 1, 1)
     assert seen[-1][0] == 12
     log = (cfg.run.dir / "log_0.txt").read_text()
-    assert "step_4.pt does not say which data it had seen: going on with the next epoch" in log
+    assert "step_4.pt does not say which data it had seen: resuming with the next epoch" in log
     lines = read_metrics(cfg.run.dir / "metrics.jsonl")
     assert lines[0]["step"] == 3
     assert [line["step"] for line in lines if line["group"] == "train"] == list(range(5, 13))
@@ -160,7 +160,7 @@ def test_damaged_checkpoint_costs_only_time(tmp_path: Path, manifest: Path) -> N
     assert_same_run(cfg.run.dir, whole.run.dir)
     log = (cfg.run.dir / "log_0.txt").read_text()
     assert log.count("WARNING passed over a checkpoint") == 2
-    assert f"going on from {cfg.run.dir / 'step_3.pt'}" in log
+    assert f"resuming from {cfg.run.dir / 'step_3.pt'}" in log
 
 
 def test_checkpoint_that_cannot_be_used_is_an_error(tmp_path: Path, manifest: Path) -> None:

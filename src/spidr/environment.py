@@ -56,7 +56,7 @@ REMEDY = "start the processes with torchrun or srun, or unset these variables to
 
 
 class Preempted(SystemExit):
-    """A signal asked the run to stop; the same command goes on from what is saved. Exit status 75, 130 after Ctrl-C."""
+    """A signal asked the run to stop; the same command resumes from what is saved. Exit status 75, 130 after Ctrl-C."""
 
     def __init__(self, signum: int, *, agreed: bool = False) -> None:
         super().__init__(130 if signum == signal.SIGINT else PREEMPTED_EXIT_CODE)
@@ -65,7 +65,7 @@ class Preempted(SystemExit):
 
     def __str__(self) -> str:
         name = signal.Signals(self.signum).name if self.signum else "a signal to another process"
-        return f"stopped by {name}; the same command goes on from the last checkpoint"
+        return f"stopped by {name}; the same command resumes from the last checkpoint"
 
 
 class StopFlag:
@@ -358,7 +358,7 @@ def _leave_group() -> None:
 @contextmanager
 def _settings(device: torch.device, *, use_deterministic: bool) -> Iterator[None]:
     """Set torch's global settings and random generator for a run, and restore the caller's at the end."""
-    dtype, default_device = torch.get_default_dtype(), torch.get_default_device()
+    dtype, default_device = torch.get_default_dtype(), torch.empty(0).device
     deterministic = torch.are_deterministic_algorithms_enabled()
     warn_only, threads = torch.is_deterministic_algorithms_warn_only_enabled(), torch.get_num_threads()
     with exact_products(device), torch.random.fork_rng([device] if device.type == "cuda" else []):

@@ -172,7 +172,7 @@ def test_preemption_by_a_higher_partition(cluster: Cluster, tmp_path: Path, mani
     assert cluster.wait(urgent, seconds=100)["JobState"] == "COMPLETED"
     job = cluster.wait(job_id, seconds=300)
     assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), logs(folder)
-    assert (run_dir / "log_0.txt").read_text().count("going on") == 1
+    assert (run_dir / "log_0.txt").read_text().count("resuming from") == 1
     torchrun(2, write_config(tmp_path, manifest, "here", optimizer=long))
     assert_same_outcome(run_dir, tmp_path / "p/here")
 
@@ -190,6 +190,6 @@ def test_time_limit(cluster: Cluster, tmp_path: Path, manifest: Path) -> None:
     job = cluster.wait(job_id, seconds=1500)
     assert job["JobState"] == "COMPLETED", logs(folder)
     # On a busy machine, the signal may come before training has begun again.
-    assert 1 <= (run_dir / "log_0.txt").read_text().count("going on") <= int(job["Restarts"])
+    assert 1 <= (run_dir / "log_0.txt").read_text().count("resuming from") <= int(job["Restarts"])
     torchrun(1, write_config(tmp_path, manifest, "here", **settings))
     assert_same_outcome(run_dir, tmp_path / "p/here")

@@ -71,6 +71,17 @@ def test_links_lead_somewhere() -> None:
             assert is_generated or "://" in target or (page.parent / target).exists(), f"{page.name}: {target}"
 
 
+def test_guides_that_errors_name_exist() -> None:
+    source = "".join(path.read_text("utf-8") for path in (ROOT / "src").rglob("*.py"))
+    named = set(re.findall(r'(?:guide=|GUIDE = )"([^"]+)"', source))
+    assert len(named) >= 8
+    for guide in named:
+        page, _, section = guide.partition("#")
+        headings = re.findall(r"^#+ (.+)$", (ROOT / "docs" / page).read_text("utf-8"), flags=re.MULTILINE)
+        anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+        assert not section or section in anchors, guide
+
+
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder with what the pages suppose to be there: recordings, a configuration, a trained model."""
@@ -89,6 +100,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     cache = folder / "hub" / "hub" / "checkpoints"
     cache.mkdir(parents=True)
     torch.save({"model": SpidR().state_dict()}, cache / "spidr_base.pt")  # as if downloaded before
+    (cache / "spidr_vp20.pt").hardlink_to(cache / "spidr_base.pt")
     (folder / "dev-features").mkdir()
     for i in range(2):
         np.save(folder / "dev-features" / f"{i}.npy", rng.standard_normal((49, 4)))

@@ -1,4 +1,4 @@
-"""Recordings as samples: exact lengths, ranges, streams and statistics, at 16 kHz and with one channel."""
+"""Read recordings, 16 kHz mono: lengths, samples, streams and statistics."""
 
 from __future__ import annotations
 
@@ -20,23 +20,26 @@ if TYPE_CHECKING:
     Samples = NDArray[np.float32]
 
 BLOCK = 1 << 16
-"""Samples per block when statistics are gathered: it stays in the cache, and sums over it are exact enough."""
+"""Samples per block of statistics: small enough for the cache and for exact sums."""
 
 EPS = 1e-5
 """Added to the variance when an utterance is standardised."""
 
 
 class FormatError(InputError):
-    """A recording is not 16 kHz mono. :func:`read_resampled` reads it all the same."""
+    """A recording is not 16 kHz mono; :func:`read_resampled` converts it."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, guide="questions.md#my-recordings-have-another-sample-rate")
 
 
 def num_samples(source: Source, *, verify: bool = False) -> int:
-    """Exact number of samples of a recording.
+    """Count the samples of a recording, exactly.
 
     Args:
         source: A path, the bytes of an audio file, or a recording of a manifest.
-        verify: Decode everything, so that damage is found. Otherwise only the header is read, except where it does not
-            say how long the recording is (MP3, files that were written to a pipe).
+        verify: Decode everything to find damage. Otherwise read the header only, unless it does not give the length
+            (MP3, files written to a pipe).
 
     Raises:
         InputError: The recording is missing, damaged or empty, or not 16 kHz mono.
@@ -44,20 +47,16 @@ def num_samples(source: Source, *, verify: bool = False) -> int:
     with decoder(source) as file:
         _check_format(file)
         if verify:
-            return len(_samples(file, *_range(source, file, 0, None)))
-        begin, end = _span(source, file)
+            return len(_samples(file, *_range(file, 0, None)))
+        begin, end = _span(file)
         return end - begin
 
 
 def seekable_length(source: Source) -> int | None:
-    """Exact number of samples of a recording of which parts can be read; None if all must be decoded for that.
-
-    Raises:
-        InputError: See :func:`num_samples`.
-    """
+    """Count the samples of a recording; None if reading a part of it takes decoding what comes before."""
     with decoder(source) as file:
         _check_format(file)
-        begin, end = _span(source, file)
+        begin, end = _span(file)
         return end - begin if file.seekable else None
 
 
@@ -77,11 +76,11 @@ def read_audio(source: Source, start: int = 0, stop: int | None = None) -> Sampl
     """
     with decoder(source) as file:
         _check_format(file)
-        return _samples(file, *_range(source, file, start, stop))
+        return _samples(file, *_range(file, start, stop))
 
 
 def read_resampled(source: Source) -> Samples:
-    """Read a whole recording, mixed down to one channel and resampled to 16 kHz if need be.
+    """Read a whole recording, converted to 16 kHz mono if need be.
 
     Raises:
         InputError: The recording is missing, damaged or empty.
@@ -91,25 +90,25 @@ def read_resampled(source: Source) -> Samples:
 
 
 def resampled_length(source: Source) -> int:
-    """About as many samples as :func:`read_resampled` gives, by the header if it says."""
+    """Number of samples that :func:`read_resampled` gives, within a few."""
     with decoder(source) as file:
-        begin, end = _span(source, file)
+        begin, end = _span(file)
         return round((end - begin) * SAMPLE_RATE / file.sample_rate)
 
 
 def stream(source: Source, *, resample: bool = False, size: int = BLOCK) -> Iterator[Samples]:
-    """Yield the samples of a recording in blocks: the same as reading it at once, in little memory.
+    """Yield the samples of a recording in blocks, in little memory.
 
     Args:
         source: A path, the bytes of an audio file, or a recording of a manifest.
-        resample: Take recordings of any rate and number of channels; the blocks then differ in length.
+        resample: Convert recordings that are not 16 kHz mono; the blocks then differ in length.
         size: Samples to read at once.
 
     Raises:
         InputError: See :func:`read_audio`.
     """
     with decoder(source) as file:
-        begin, end = _range(source, file, 0, None)
+        begin, end = _range(file, 0, None)
         if (file.sample_rate, file.channels) == (SAMPLE_RATE, 1) or not resample:
             _check_format(file)
             blocks: Iterable[Samples] = (block[:, 0] for block in file.blocks(size, begin, end))
@@ -126,12 +125,12 @@ def stream(source: Source, *, resample: bool = False, size: int = BLOCK) -> Iter
 
 
 def statistics(source: Source) -> tuple[float, float]:
-    """Mean and (population) standard deviation of a recording, decoded block by block, in little memory."""
+    """Mean and population standard deviation of a recording, in little memory."""
     return _moments(stream(source))
 
 
 def statistics_of(samples: Samples) -> tuple[float, float]:
-    """Mean and (population) standard deviation of samples: bit for bit those of :func:`statistics`."""
+    """Mean and population standard deviation of samples, bit for bit those of :func:`statistics`."""
     return _moments(samples[i : i + BLOCK] for i in range(0, len(samples), BLOCK))
 
 
@@ -163,27 +162,26 @@ def _samples(file: Decoder | Decoded, start: int, stop: int | None) -> Samples:
     return samples
 
 
-def _range(source: Source, file: Decoder | Decoded, start: int, stop: int | None) -> tuple[int, int | None]:
-    """A range of a recording as one of its file."""
-    if not isinstance(source, Recording) or (source.start is None and source.end is None):
+def _range(file: Decoder | Decoded, start: int, stop: int | None) -> tuple[int, int | None]:
+    """Translate a range of a recording into one of its file."""
+    if isinstance(file.source, bytes) or file.source.start is file.source.end is None:
         return start, stop
-    begin, end = _span(source, file)
+    begin, end = _span(file)
     if stop is not None and begin + stop > end:
         raise InputError(f"{file.name}: has {end - begin} samples; asked for were those up to {stop}.")
     return begin + start, end if stop is None else begin + stop
 
 
-def _span(source: Source, file: Decoder | Decoded) -> tuple[int, int]:
+def _span(file: Decoder | Decoded) -> tuple[int, int]:
     """Where a recording begins and ends in its file, in samples of the file."""
-    frames = file.length()
-    if frames is None:
-        frames = _count(source._replace(start=None, end=None) if isinstance(source, Recording) else source)
+    whole = file.source if isinstance(file.source, bytes) else file.source._replace(start=None, end=None)
+    frames = _count(whole) if (known := file.length()) is None else known
     if frames <= 0:
         raise _no_samples(file.name)
     begin, end = 0, frames
-    if isinstance(source, Recording):
-        begin = round((source.start or 0) * file.sample_rate)
-        end = frames if source.end is None else round(source.end * file.sample_rate)
+    if not isinstance(file.source, bytes):
+        begin = round((file.source.start or 0) * file.sample_rate)
+        end = frames if file.source.end is None else round(file.source.end * file.sample_rate)
         if end > frames + OVERSHOOT * file.sample_rate or begin >= min(end, frames):
             raise InputError(f"{file.name}: not within the {frames / file.sample_rate:g} s that the recording lasts.")
     return begin, min(end, frames)
@@ -191,7 +189,7 @@ def _span(source: Source, file: Decoder | Decoded) -> tuple[int, int]:
 
 # Once per process: a long recording may be cropped often.
 @lru_cache(maxsize=1 << 16)
-def _count(source: Source) -> int:
+def _count(source: Recording | bytes) -> int:
     with decoder(source) as file:
         return len(file.read())
 
@@ -204,7 +202,7 @@ def _check_format(file: Decoder | Decoded) -> None:
 
 
 def _check_finite(name: str, samples: Samples) -> None:
-    # One sum finds NaN and infinity, which survive it, and what is so large that its variance would be infinite.
+    # The sum of squares is finite unless a sample is NaN, infinite, or too large to be standardised.
     if not np.isfinite(np.vdot(samples, samples)):
         raise InputError(f"{name}: the recording holds samples that are not finite numbers or much too large.")
 

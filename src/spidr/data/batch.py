@@ -153,6 +153,7 @@ class BatchRequest(NamedTuple):
         recordings: Where they are.
         seed: Seed of the data.
         key: (epoch, number of the batch) for random draws that are the batch's, None for draws that are each row's.
+        again: The same for the masks of a batch that has come before.
     """
 
     rows: NDArray[np.integer[Any]]
@@ -160,11 +161,12 @@ class BatchRequest(NamedTuple):
     recordings: list[Recording]
     seed: int
     key: tuple[int, int] | None
+    again: tuple[int, int] | None = None
 
-    def generators(self) -> list[np.random.Generator]:
+    def generators(self, key: tuple[int, int] | None) -> list[np.random.Generator]:
         """One generator for the batch or one for each row."""
-        if self.key is not None:
-            return [generator(self.seed, Draw.BATCH, *self.key)]
+        if key is not None:
+            return [generator(self.seed, Draw.BATCH, *key)]
         return [generator(self.seed, Draw.ROW, int(row)) for row in self.rows]
 
 
@@ -251,7 +253,7 @@ class Collator:
             with self._skipping(recording, skipped):
                 loaded[i] = self.load(recording, int(length))
 
-        rngs = request.generators()
+        rngs = request.generators(request.key)
         known = [item.length for item in loaded if item is not None]
         available = np.array([min(known, default=1) if item is None else item.length for item in loaded])
         lengths, width = self._lengths(available, request.lengths)
@@ -288,7 +290,9 @@ class Collator:
             frame_lengths=torch.from_numpy(frames) if padded else None,
             skipped=skipped,
         )
-        return batch if self.masks is None else self._mask(batch, frames, rngs)
+        if self.masks is None:
+            return batch
+        return self._mask(batch, frames, rngs if request.again is None else request.generators(request.again))
 
     def _lengths(
         self, available: NDArray[np.int64], promised: NDArray[np.integer[Any]]

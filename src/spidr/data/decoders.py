@@ -1,4 +1,4 @@
-"""Samples out of audio files: libsndfile for all it reads, TorchCodec for the rest, soxr to resample."""
+"""Decode audio files with libsndfile, or TorchCodec where it cannot, and resample with soxr."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import re
 from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 import soundfile
 
 from spidr.config import SAMPLE_RATE
-from spidr.data.recording import Member, Source, file_of, member_of, name_of
+from spidr.data.recording import Member, Recording, Source, as_recording, check_exists
 from spidr.tools.errors import InputError
 from spidr.tools.lazy import needs_extra
 from spidr.tools.untrusted import check_memory
@@ -33,26 +33,26 @@ AUDIO = (
     *(".wav", ".wave", ".flac", ".mp3", ".ogg", ".oga", ".opus", ".aif", ".aiff", ".aifc", ".au", ".snd", ".caf"),
     *(".w64", ".rf64", ".sph", ".nist", ".gsm", ".m4a", ".aac", ".wma", ".webm", ".mp4", ".mka", ".amr", ".3gp"),
 )
-"""Endings of file names that are recordings'. What is in a file decides how it is decoded."""
+"""Suffixes of recordings. How a file is decoded depends on its content only."""
 
 PIECE = 1 << 22
-"""Values to read at once: a header may promise more than there are, or than there is memory."""
+"""Values to read at once: a header may promise more than the file, or the memory, holds."""
 
 READ_AT_ONCE = 1 << 22
-"""Members of archives up to this many bytes are read whole, also for a part of them."""
+"""Archive members up to this many bytes are read whole, even for a part of them."""
 
 UNKNOWN_LENGTH = 1 << 40
-"""No recording is that long (two years): libsndfile gives such numbers where a header leaves the length open."""
+"""Two years of samples: libsndfile reports such lengths where a header leaves the length open."""
 
 PLACEHOLDER = 0x7FF00000
-"""Sizes from here on stand for "unknown" in the headers that FFmpeg and SoX write to pipes."""
+"""Sizes from here on mean "unknown" in headers that FFmpeg and SoX write to pipes."""
 
 OVERSHOOT = 0.5
-"""Seconds by which a span may end after its recording; as in Kaldi's extract-segments."""
+"""Seconds by which a span may overshoot its recording, as in Kaldi's extract-segments."""
 
 
 _SIZES = re.compile(r"^ *(?:data|Data Size|SSND|riff|Riff size) *: (\d+) \(should be (\d+)\)", re.MULTILINE)
-"""What libsndfile notes of a file that is shorter, or longer, than its header says."""
+"""libsndfile's log of a file that is shorter, or longer, than its header says."""
 
 
 class Decoder:
@@ -60,21 +60,21 @@ class Decoder:
 
     Attributes:
         name: What messages call it.
+        source: What was opened.
         sample_rate: In Hz.
         channels: How many.
-        frames: Samples per channel by the header; None if only decoding tells.
+        frames: Samples per channel by the header; None if only decoding can tell.
         seekable: Whether a part can be read without decoding what comes before.
     """
 
-    def __init__(self, source: Source) -> None:
-        self.name = name_of(source)
-        self._source = source
+    def __init__(self, source: Recording | bytes) -> None:
+        self.name, self.source = _name(source), source
         self._file = _open(source)
         self.sample_rate, self.channels = int(self._file.samplerate), int(self._file.channels)
         self._header, self._position = int(self._file.frames), 0
-        # The header of an MP3 leaves it open, or gives a number that nothing keeps true.
+        # The header of an MP3 says nothing, or nothing reliable.
         self.frames = self._header if self._header < UNKNOWN_LENGTH and self._file.format != "MP3" else None
-        # After a seek in MP3, Vorbis and Opus, what libsndfile decodes is not what is there.
+        # After a seek in MP3, Vorbis and Opus, libsndfile decodes wrong samples.
         self.seekable = bool(soundfile.SoundFile.seekable(self._file)) and self._file.format not in ("MP3", "OGG")
         if promised := self._promised():
             _warn(self.name, "truncated: its header promises {} bytes, there are {}".format(*promised))
@@ -84,26 +84,26 @@ class Decoder:
         self._file.close()
 
     def length(self) -> int | None:
-        """Samples per channel, without decoding them; None if only that tells.
+        """Samples per channel without decoding them; None if only decoding can tell.
 
-        Of FLAC, libsndfile believes the header, and the last sample is looked at; of all else, it looks at the file.
+        libsndfile takes FLAC's header at its word, so read the last sample; for other formats it looks at the file.
         """
         if self._file.format == "FLAC" and self.frames is not None and self.frames > 0:
             self._read(self.frames - 1, self.frames, clip=True)
         return self.frames
 
     def read(self, start: int = 0, stop: int | None = None) -> Samples:
-        """Samples ``start`` to ``stop`` (None: to the end), float32 (stop - start, channels).
+        """Read samples ``start`` to ``stop``, float32 (stop - start, channels).
 
-        Up to the end means all there is: that it is less than the header says is a warning.
+        Without ``stop``, read to the end; warn if that comes earlier than the header says.
 
         Raises:
-            InputError: It is damaged, or asked for samples that it does not have.
+            InputError: The file is damaged, or has no such samples.
         """
         return self._read(start, stop, clip=stop is None)
 
     def blocks(self, size: int, start: int = 0, stop: int | None = None) -> Iterator[Samples]:
-        """Samples ``start`` to ``stop`` in blocks of ``size``, without holding them all where that can be avoided."""
+        """Yield samples ``start`` to ``stop`` in blocks of ``size``."""
         while stop is None or start < stop:
             end = start + size if stop is None else min(start + size, stop)
             block = self._read(start, end, clip=stop is None)
@@ -113,21 +113,21 @@ class Decoder:
             start = end
 
     def _read(self, start: int, stop: int | None, *, clip: bool) -> Samples:
-        """As :meth:`read`; with ``clip``, what lies past the end is left out."""
+        """Read as :meth:`read`; with ``clip``, up to the end at most."""
         if stop is not None and not clip and self.frames is not None and stop > self.frames:
             raise InputError(f"{self.name}: has {self.frames} samples; asked for were those up to {stop}.")
         end = stop if self.frames is None or not clip else min(self.frames, stop or self.frames)
         if clip and end is not None and start >= end:
             return np.empty((0, self.channels), np.float32)
         begin = start if self.seekable or start == self._position else 0
-        # libsndfile is several times as fast to int16 as to float; the product gives the same bits as its own.
+        # libsndfile decodes int16 several times as fast as float; scaled here, the bits are the same.
         dtype = "int16" if self._file.subtype == "PCM_16" else "float32"
         try:
             if begin != self._position and self.seekable:
                 self._file.seek(begin)
             elif begin != self._position:
                 self._file.close()
-                self._file = _open(self._source)
+                self._file = _open(self.source)
             samples = self._pieces(None if end is None else end - begin, dtype)
             self._position = begin + len(samples)
             broken = ""
@@ -137,7 +137,7 @@ class Decoder:
             there = self._readable()
             if there not in (0, self.frames):
                 _warn(self.name, f"shorter than its header says: {there} of {self.frames} samples")
-                self._file, self._position, self.frames = _open(self._source), 0, there
+                self._file, self._position, self.frames = _open(self.source), 0, there
                 return self._read(min(start, there), stop, clip=clip)
         if broken:
             raise InputError(f"{self.name}: damaged or truncated near sample {start} ({broken}).")
@@ -150,7 +150,7 @@ class Decoder:
         return np.multiply(samples, np.float32(2**-15), dtype=np.float32) if dtype == "int16" else samples
 
     def _pieces(self, count: int | None, dtype: str) -> NDArray[Any]:
-        """So many samples from where the file is (None: all), or as many as there are."""
+        """Read up to ``count`` samples from the file's position (None: all)."""
         pieces: list[NDArray[Any]] = []
         length, piece = 0, max(1, PIECE // self.channels)
         while not pieces or len(pieces[-1]) > 0:
@@ -163,17 +163,17 @@ class Decoder:
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
     def _promised(self) -> tuple[int, int] | None:
-        """Bytes by a header that promises more than there are, and how many there are."""
+        """Bytes that the header promises and bytes that there are, if those are fewer."""
         for promised, there in re.findall(_SIZES, self._file.extra_info):
             if int(there) < int(promised) < PLACEHOLDER:
                 return int(promised), int(there)
         return None
 
     def _readable(self) -> int:
-        """As many samples as can be read from the beginning, found by bisection; all of them if the last one can."""
+        """How many samples can be read from the beginning: all if the last one can, else found by bisection."""
 
         def has(position: int) -> bool:
-            file = _open(self._source)
+            file = _open(self.source)
             try:
                 file.seek(position)
                 return len(file.read(1)) == 1
@@ -197,20 +197,22 @@ class Decoded:
 
     seekable = False
 
-    def __init__(self, source: Source, reason: str) -> None:
-        self.name = name_of(source)
-        data: Any = file_of(source) or member_of(source).read()
+    def __init__(self, source: Recording | bytes, reason: str) -> None:
+        self.name, self.source = _name(source), source
+        with _raw(source) as file:
+            data = file.read()
         try:
             decoder_class = import_module("torchcodec.decoders").AudioDecoder
             decoder = decoder_class(data)
-            if decoder.metadata.codec == "opus":  # Has no sample rate of its own: FFmpeg always decodes it to 48 kHz.
+            if decoder.metadata.codec == "opus":  # FFmpeg would decode Opus to 48 kHz.
                 decoder = decoder_class(data, sample_rate=SAMPLE_RATE)
             samples = decoder.get_all_samples()
         except (ImportError, OSError, RuntimeError, ValueError) as error:
             if isinstance(error, (ImportError, OSError)) or "libtorchcodec" in str(error):
                 raise InputError(
                     f"{self.name}: libsndfile cannot read it ({reason}); if it is M4A, WebM or the like, install "
-                    "TorchCodec (`pip install 'spidr[extract]'`) and FFmpeg, or convert it to WAV or FLAC."
+                    "TorchCodec (`pip install 'spidr[extract]'`) and FFmpeg, or convert it to WAV or FLAC.",
+                    guide="questions.md#do-i-need-ffmpeg",
                 ) from None
             raise InputError(f"{self.name}: neither libsndfile nor FFmpeg can read it ({reason}).") from None
         self._samples = np.ascontiguousarray(samples.data.numpy().T)
@@ -237,26 +239,41 @@ class Decoded:
 
 @contextmanager
 def decoder(source: Source) -> Iterator[Decoder | Decoded]:
-    """Open a recording with whatever reads it; errors of the disk become ones that name the recording.
+    """Open a recording with whatever reads it.
 
     Raises:
         InputError: It is missing, empty or damaged, or nothing installed reads it.
     """
+    recording = as_recording(source)
     try:
         try:
-            opened: Decoder | Decoded = Decoder(source)
+            opened: Decoder | Decoded = Decoder(recording)
         except soundfile.LibsndfileError as error:
-            opened = Decoded(source, _why(source, error))
+            opened = Decoded(recording, _why(recording, error))
         try:
             yield opened
         finally:
             opened.close()
     except OSError as error:
-        raise InputError(f"{name_of(source)}: cannot be read ({error.strerror or error}).") from None
+        raise InputError(f"{_name(recording)}: cannot be read ({error.strerror or error}).") from None
+
+
+def _name(source: Recording | bytes) -> str:
+    return f"<{len(source)} bytes of audio>" if isinstance(source, bytes) else str(source)
+
+
+def _raw(source: Recording | bytes) -> IO[bytes] | Member:
+    """The bytes of a recording's file, as a file."""
+    if isinstance(source, bytes):
+        return io.BytesIO(source)
+    if source.archive is not None:
+        return Member(source)
+    check_exists(source.path)
+    return open(source.path, "rb")  # noqa: PTH123
 
 
 def resampled(blocks: Iterable[Samples], sample_rate: int) -> Iterator[Samples]:
-    """Blocks of samples (N, channels) mixed down to one channel and resampled to 16 kHz, float32 (M,) each."""
+    """Mix blocks of samples (N, channels) down to one channel and resample them to 16 kHz, float32 (M,) each."""
     with needs_extra("extract"):
         import soxr
 
@@ -268,70 +285,66 @@ def resampled(blocks: Iterable[Samples], sample_rate: int) -> Iterator[Samples]:
         yield stream.resample_chunk(np.empty(0, np.float32), last=True)
 
 
-def _why(source: Source, error: soundfile.LibsndfileError) -> str:
-    """What libsndfile says; a file that is empty or cannot be opened is refused here."""
-    if (path := file_of(source)) is not None:
-        with open(path, "rb") as file:  # noqa: PTH123
-            if not file.read(1):
-                raise InputError(f"{path}: the file is empty.")
+def _why(source: Recording | bytes, error: soundfile.LibsndfileError) -> str:
+    """Why libsndfile does not read a file. Raises InputError if it is empty."""
+    with _raw(source) as file:
+        if not file.read(1):
+            raise InputError(f"{_name(source)}: the file is empty.")
     return "format not recognised" if error.code in (1, 7) else error.error_string.rstrip(".").lower()
 
 
 @cache
 def _warn(name: str, problem: str) -> None:
-    """Once for each recording."""
+    """Warn once per recording."""
     logger.warning("%s: %s.", name, problem)
 
 
 class _File(soundfile.SoundFile):  # type: ignore[misc]
-    """A file that is only read.
-
-    For the sake of files that are written, too, soundfile seeks after each read to where the file is already. With FLAC
-    that is a good part of what comes on top of decoding.
-    """
+    """A file opened for reading, without soundfile's seek to the current position after each read: slow with FLAC."""
 
     def seekable(self) -> bool:
-        """Say no, and be spared that. :meth:`seek` works all the same."""
+        """Say no, which spares the seek; :meth:`seek` works all the same."""
         return False
 
 
-def _open(source: Source) -> _File:
-    if (path := file_of(source)) is not None:
-        file = _File(os.fsencode(path))  # soundfile would not take a name that is no UTF-8
+def _open(source: Recording | bytes) -> _File:
+    if isinstance(source, bytes) or source.archive is not None:
+        file = _File(_for_libsndfile(_raw(source)))
     else:
-        file = _File(_for_libsndfile(member_of(source)))
-    if file.frames == 0 and file.format in ("WAV", "WAVEX") and (whole := _with_open_end(source)) is not None:
-        file.close()
-        return _File(_Bytes(whole))
+        check_exists(source.path)
+        file = _File(os.fsencode(source.path))  # soundfile takes no name that is not UTF-8
+    if file.frames == 0 and file.format in ("WAV", "WAVEX"):
+        with _raw(source) as raw:
+            data = raw.read()
+        if whole := _with_open_end(data):
+            file.close()
+            return _File(_Bytes(whole))
     return file
 
 
-def _with_open_end(source: Source) -> bytes | None:
-    """A WAV whose header says that it is empty, as programs leave it that write to pipes, made to go to its end."""
-    path = file_of(source)
-    with member_of(source) if path is None else open(path, "rb") as file:  # noqa: PTH123
-        data = file.read()
+def _with_open_end(data: bytes) -> bytes | None:
+    """Make the data chunk of a WAV written to a pipe, whose header says 0 bytes, extend to the end of the file."""
     position = data.find(b"data\0\0\0\0", 0, 4096)
     if position < 0 or len(data) <= position + 8:
         return None
     return data[: position + 4] + b"\xff\xff\xff\xff" + data[position + 8 :]
 
 
-def _for_libsndfile(file: Member | io.BytesIO) -> Any:
-    # A file of Python's is asked for a few kilobytes at a time, which bytes in memory answer fastest.
+def _for_libsndfile(file: Any) -> Any:
+    # libsndfile asks for a few kilobytes at a time: fastest from memory.
     small = isinstance(file, io.BytesIO) or file.seek(0, os.SEEK_END) <= READ_AT_ONCE
     file.seek(0)
     return _Bytes(file.read()) if small else _Buffered(file)
 
 
 class _Unfailing:
-    """Seeks as libsndfile wants it, which a damaged header may lead to before the beginning or far past any end.
+    """Seeks that never fail: a damaged header may lead before the beginning or far past the end.
 
-    An error could not come out of its call but as a traceback on standard error; it sees where it is.
+    An exception could not leave libsndfile's callback; it would be printed. libsndfile checks the position anyway.
     """
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """Go to a position, if it is one. Returns where it is."""
+        """Go to a position if it is valid, and return the current one."""
         file: Any = super()
         try:
             if abs(offset) < UNKNOWN_LENGTH:

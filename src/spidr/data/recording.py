@@ -13,13 +13,13 @@ from spidr.tools.files import check_file
 
 
 class Recording(NamedTuple):
-    """A file, or ``byte_size`` bytes of an uncompressed archive; of either the whole or a span.
+    """A file or a member of an uncompressed archive, or a span of either.
 
     Attributes:
         path: The file, or the member's name in the archive.
-        archive: The archive; None for a file of its own.
-        byte_offset: Where the member's bytes begin.
-        byte_size: How many there are.
+        archive: The archive; None for a file.
+        byte_offset: Where the member begins in the archive.
+        byte_size: Bytes of the member.
         start: Where the span begins, in seconds; None: at the beginning.
         end: Where it ends; None: at the end.
         mean: Mean of the samples, if known.
@@ -46,60 +46,38 @@ Source = str | Path | bytes | Recording
 """A path, the bytes of an audio file, or a recording of a manifest."""
 
 
-def name_of(source: Source) -> str:
-    """What messages call a source."""
-    return f"<{len(source)} bytes of audio>" if isinstance(source, bytes) else str(source)
-
-
-def file_of(source: Source) -> str | None:
-    """The path of the file to decode; None for bytes and members of archives.
-
-    Raises:
-        InputError: The file is missing, empty, or no regular file.
-    """
-    if isinstance(source, bytes) or (isinstance(source, Recording) and source.archive is not None):
-        return None
-    path = source.path if isinstance(source, Recording) else os.fspath(source)
-    check_exists(path)
-    return path
+def as_recording(source: Source) -> Recording | bytes:
+    """Turn a path into a recording."""
+    return source if isinstance(source, (Recording, bytes)) else Recording(os.fspath(source))
 
 
 def check_exists(path: str) -> None:
-    """See that a recording's file is there and a regular file, of which reading does not wait."""
+    """Check that a recording's file is there and a regular file: reading anything else could wait for ever."""
     if not os.path.lexists(path):
         raise InputError(f"{path}: the file does not exist. Was it moved since it was listed?")
     check_file(path)
 
 
-def member_of(source: Source) -> Member | io.BytesIO:
-    """The bytes of a source that is no file of its own, as a file."""
-    if isinstance(source, bytes):
-        return io.BytesIO(source)
-    assert isinstance(source, Recording)
-    assert source.archive is not None
-    return Member(source.archive, source.path, source.byte_offset, source.byte_size)
-
-
 class Member(io.RawIOBase):
-    """``size`` bytes of an archive from ``offset`` on, as a file.
+    """A member of an archive, as a file.
 
-    Every archive is opened once per process. Each read says where it starts, so nothing depends on a position that
-    processes and threads would have to share.
+    Every archive is opened once per process. Reads are positioned, so that threads and forked processes can share it.
 
     Raises:
         InputError: The archive cannot be opened or is too short.
     """
 
-    def __init__(self, archive: str, name: str, offset: int, size: int) -> None:
+    def __init__(self, recording: Recording) -> None:
+        archive = recording.archive or ""
         check_exists(archive)
         try:
             status = os.stat(archive)  # noqa: PTH116
             self._archive = _open(archive, status.st_ino, status.st_mtime_ns)
         except OSError as error:
             raise InputError(f"{archive}: the archive cannot be opened ({error.strerror}).") from None
-        if offset + size > status.st_size:
-            raise InputError(f"{archive}:{name}: lies past the end of the archive; write the manifest again.")
-        self._offset, self._size, self._position = offset, size, 0
+        self._offset, self._size, self._position = recording.byte_offset, recording.byte_size, 0
+        if self._offset + self._size > status.st_size:
+            raise InputError(f"{recording}: lies past the end of the archive; write the manifest again.")
 
     def readable(self) -> bool:
         """Whether it can be read."""
@@ -116,9 +94,9 @@ class Member(io.RawIOBase):
         return self._position
 
     def readall(self) -> bytes:
-        """The bytes from the current position to the member's end."""
+        """Read from the current position to the member's end."""
         pieces = []
-        while self._position < self._size:  # Linux reads 2 GiB at once at most
+        while self._position < self._size:  # Linux reads at most 2 GiB at once
             count = self._size - self._position
             piece = os.pread(self._archive.descriptor, count, self._offset + self._position)
             if not piece:
@@ -136,7 +114,7 @@ class Member(io.RawIOBase):
 
 
 class _Archive:
-    """An open archive; closed when nothing refers to it any more."""
+    """An open archive, closed with its last reference."""
 
     def __init__(self, path: str) -> None:
         self.descriptor = os.open(path, os.O_RDONLY)
@@ -148,5 +126,5 @@ class _Archive:
 
 @lru_cache(maxsize=64)
 def _open(path: str, inode: int, modified: int) -> _Archive:  # noqa: ARG001
-    """Open an archive, unless it is open already and still the same file."""
+    """Open an archive, unless this very file is open already."""
     return _Archive(path)
