@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-__getattr__ = names_from(__name__, "spidr.compat.dataset")  # what published packages also have here
+__getattr__ = names_from(__name__, "spidr.compat.dataset")  # names of the published package
 
 __all__ = ["SpeechDataset", "conv_length", "speech_dataset"]
 
@@ -62,7 +62,7 @@ class SpeechDataset(Dataset[Tensor]):
         """
         if not -len(self) <= row < len(self):
             raise IndexError(f"row {row} of a manifest of {len(self)} rows")
-        # One value at a time: in a forked worker, what polars does in threads would wait for ever.
+        # One value at a time: in a forked worker, polars' threads would wait for ever.
         fields = [name for name in Recording._fields if name in self.manifest.columns]
         samples = read_audio(Recording(**{name: self.manifest[name][row % len(self)] for name in fields}))
         if self.normalize:
@@ -70,12 +70,12 @@ class SpeechDataset(Dataset[Tensor]):
         return torch.from_numpy(samples)
 
     def recordings(self, rows: NDArray[np.integer[Any]]) -> list[Recording]:
-        """Where the recordings of some rows are."""
+        """Take the recordings out of some rows."""
         return recordings_of(self.manifest, rows)
 
 
 def speech_dataset(path: str | Path | Sequence[str | Path], *, normalize: bool) -> SpeechDataset:
-    """Recordings of the manifest at ``path``; ``[i]`` is row i's waveform, float32 (S,) at 16 kHz.
+    """Open a manifest's recordings: ``[i]`` is row i's waveform, float32 (S,) at 16 kHz.
 
     Args:
         path: A manifest, or several (see :func:`spidr.data.read_manifest`).
