@@ -46,7 +46,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-for missing in ("polars", "soundfile"):  # nothing here reads a recording or a table
+for missing in ("polars", "polars.selectors", "soundfile"):  # nothing here reads a recording or a table
     try:
         importlib.import_module(missing)
     except ImportError:
