@@ -228,13 +228,14 @@ def match_alignments(alignments: Alignments, fileids: Iterable[str]) -> Alignmen
     return {fileid: alignments[name] for fileid, name in match_names(alignments, fileids).items()}
 
 
-def _frames(intervals: list[Interval], duration: float = 0) -> list[str]:
-    """Take the phone at the middle of each frame, to the end of the last interval at least.
+def _frames(intervals: list[Interval], duration: float = 0.0) -> list[str]:
+    """Take the phone at the middle of each frame, at least to the end of the last interval.
 
     Raises:
         InputError: The intervals overlap, or last longer than a day.
     """
-    duration = max([duration, *(end for *_, end in intervals[-1:])])
+    end = max((end for *_, end in intervals[-1:]), default=0.0)
+    duration = end if end > duration + ROUNDING else duration
     if not 0 <= duration <= MAX_SECONDS:
         raise InputError(f"a duration of {duration:g} s, not from 0 to {MAX_SECONDS:g}.")
     # Rounded first, or 0.29 s would be 28.999… frames.
