@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from spidr.data.json_lines import read_lines, split_row
+from spidr.data.lines import read_lines, split_row
 from spidr.data.names import match_names
 from spidr.tools.errors import InputError, first_line, some
 from spidr.tools.files import check_file, expand, find_files

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from spidr.data.json_lines import read_lines
+from spidr.data.lines import read_lines
 from spidr.data.names import plain_name
 from spidr.tools.errors import InputError, first_line
 from spidr.tools.files import check_file, expand, find_files
