@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from torch.utils.data import Dataset
 
 from spidr.data.audio import read_audio, standardize, statistics_of
 from spidr.data.manifest import read_manifest, recordings_of
+from spidr.data.measure import with_lengths
 from spidr.data.recording import Recording
 from spidr.tools.frames import conv_length
 from spidr.tools.lazy import names_from
@@ -43,6 +45,11 @@ class SpeechDataset(Dataset[Tensor]):
         given = manifest_path
         self.manifest = given if isinstance(given, pl.DataFrame) else read_manifest(given, needs_audio=True)
         self.normalize = normalize
+
+    @cached_property
+    def lengths(self) -> NDArray[np.int64]:
+        """Samples of each row; read from the recordings if the manifest has no ``num_samples``."""
+        return with_lengths(self.manifest, "MANIFEST")["num_samples"].to_numpy()
 
     def __len__(self) -> int:
         return self.manifest.height
