@@ -10,7 +10,7 @@ import math
 import os
 import platform
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
@@ -22,7 +22,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules import module as torch_module
-from torch.utils.checkpoint import checkpoint
 
 from spidr.tools.errors import InputError
 from spidr.tools.frames import conv_length, receptive_field
@@ -175,12 +174,13 @@ def multiplies_fast(dtype: torch.dtype) -> bool:
 
 def is_plain(*tensors: Tensor) -> bool:
     """Whether operations of ours may take these tensors: on a CPU, and nobody records, transforms or compiles."""
-    return not (
-        torch.compiler.is_compiling()
-        or torch._C._is_tracing()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._are_functorch_transforms_active()
-    ) and all(x.device.type == "cpu" and type(x) in (Tensor, nn.Parameter) for x in tensors)
+    return not (_is_transformed() or torch._C._len_torch_dispatch_stack()) and all(
+        x.device.type == "cpu" and type(x) in (Tensor, nn.Parameter) for x in tensors
+    )
+
+
+def _is_transformed() -> bool:
+    return torch.compiler.is_compiling() or torch._C._is_tracing() or torch._C._are_functorch_transforms_active()
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -234,12 +234,16 @@ class _Linear(torch.autograd.Function):
         (grad,) = grads
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
-        rows = grad.reshape(-1, grad.shape[-1])
         return (
             linear(grad, weight.T) if needs_x else None,
-            linear(rows.T, x.reshape(-1, x.shape[-1]).T) if needs_weight else None,
-            rows.sum(0) if needs_bias else None,
+            _weight_grad(grad, x) if needs_weight else None,
+            grad.flatten(0, -2).sum(0) if needs_bias else None,
         )
+
+
+def _weight_grad(grad: Tensor, x: Tensor) -> Tensor:
+    """Gradient of a linear layer's weight."""
+    return linear(grad.reshape(-1, grad.shape[-1]).T, x.reshape(-1, x.shape[-1]).T)
 
 
 def through(module: nn.Module, x: Tensor) -> Tensor:
@@ -293,23 +297,7 @@ def convolve_by_products(x: Tensor, conv: nn.Conv1d, chunk: int = 16) -> Tensor:
 
 def is_lean(x: Tensor) -> bool:
     """Whether these operations serve here: in eager mode on a CPU, with a backward pass to come."""
-    return x.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling()
-
-
-def recomputed(
-    function: Callable[..., Tensor], *inputs: Any, calls: Sequence[nn.Module] = (), draws: bool = False
-) -> Tensor:
-    """Checkpoint a function: recompute its intermediates in the backward pass, all but its last step.
-
-    Args:
-        function: Should end with what costs most, as that is not done twice.
-        inputs: Of the function, kept for the backward pass.
-        calls: The modules that it calls. If one is not :func:`untouched`, nothing is called twice.
-        draws: Whether the function draws random numbers.
-    """
-    if not is_lean(inputs[0]) or not untouched(*calls):
-        return function(*inputs)
-    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=draws)
+    return x.device.type == "cpu" and torch.is_grad_enabled() and not _is_transformed()
 
 
 def draw_kept(shape: Sequence[int], p: float) -> tuple[Tensor, float]:
@@ -341,6 +329,66 @@ class Dropout(nn.Dropout):
             return super().forward(input)
         kept, scale = draw_kept(input.shape, self.p)
         return input * scale * kept
+
+
+def feeds_forward(first: nn.Module, dropout: nn.Module, second: nn.Module, x: Tensor) -> bool:
+    """Whether :func:`feed_forward` gives what these modules would."""
+    return (
+        type(first) is nn.Linear
+        and type(dropout) is Dropout
+        and type(second) is nn.Linear
+        and dropout.p < 1
+        and is_lean(x)
+        and untouched(first, dropout, second)
+    )
+
+
+def feed_forward(first: nn.Linear, dropout: nn.Dropout, second: nn.Linear, x: Tensor) -> Tensor:
+    """Linear, GELU, dropout, linear, with a backward pass that computes GELU again instead of keeping its output."""
+    tensors = [t if t is None else _autocast(t) for t in (x, first.weight, first.bias, second.weight, second.bias)]
+    with without_autocast(x):
+        return _FeedForward.apply(*tensors, dropout.p if dropout.training else 0.0)
+
+
+class _FeedForward(torch.autograd.Function):
+    """:func:`feed_forward`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, weight2: Tensor, bias2: Tensor | None, dropout: float
+    ) -> Tensor:
+        hidden = linear(x, weight, bias)
+        kept, ctx.scale = draw_kept(hidden.shape, dropout) if dropout > 0 else (None, 1.0)
+        ctx.save_for_backward(x, hidden, kept, weight, weight2)
+        active = F.gelu(hidden)
+        if kept is not None:
+            active.mul_(ctx.scale).mul_(kept)
+        return linear(active, weight2, bias2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, hidden, kept, weight, weight2 = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias, needs_weight2, needs_bias2, _ = ctx.needs_input_grad
+        grad_bias2 = grad.flatten(0, -2).sum(0) if needs_bias2 else None
+        active = F.gelu(hidden)
+        if kept is not None:
+            active.mul_(kept)
+            grad = grad * ctx.scale
+        grad_weight2 = _weight_grad(grad, active) if needs_weight2 else None
+        del active
+        grad_hidden = linear(grad, weight2.T)
+        if kept is not None:
+            grad_hidden.mul_(kept)
+        torch.ops.aten.gelu_backward.grad_input(grad_hidden, hidden, grad_input=grad_hidden)
+        return (
+            linear(grad_hidden, weight.T) if needs_x else None,
+            _weight_grad(grad_hidden, x) if needs_weight else None,
+            grad_hidden.flatten(0, -2).sum(0) if needs_bias else None,
+            grad_weight2,
+            grad_bias2,
+            None,
+        )
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
@@ -523,6 +571,7 @@ class _Conv(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         source, first, weight, bias, taps = ctx.saved_tensors
         frames = source if first is None else linear(source, first.T)
+        grad: Any
         grad_weight = grad_bias = grad_first = None
         if weight is None:
             needs = ctx.needs_input_grad[0]
@@ -738,7 +787,7 @@ class _Block:
 def _autocast(x: Tensor) -> Tensor:
     """In the type that autocast gives to matrix products, as operations of ours are unknown to it."""
     device = x.device.type
-    enabled = device != "meta" and torch.is_autocast_enabled(device)
+    enabled = device != "meta" and torch.is_autocast_enabled(device) and x.dtype != torch.float64
     return x.to(torch.get_autocast_dtype(device)) if enabled else x
 
 
