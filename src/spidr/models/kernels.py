@@ -409,8 +409,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float)
         (B, H, T, D).
     """
     drops, (batch, heads, frames, dim) = 0 < dropout < 1, q.shape
-    by_head = frames * frames * dim >= SMALLEST and multiplies_fast(q.dtype) and is_plain(q, k, v)
-    if not (by_head or (drops and is_lean(q))) or (dropout > 0 and not drops):
+    faster = frames * frames * dim >= SMALLEST and multiplies_fast(q.dtype) and is_plain(q, k, v)
+    if not (faster or (drops and is_lean(q))) or (dropout > 0 and not drops):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
     kept, scale = draw_kept((batch * heads, frames, frames), dropout) if drops else (None, 1.0)
     bias = alive = None
@@ -419,6 +419,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float)
         bias = torch.zeros(mask.shape, dtype=q.dtype).masked_fill_(~mask, torch.finfo(q.dtype).min)
         alive = mask.any(-1, keepdim=True).to(torch.int8)  # the weights of a row without any key are zero
     rows = [x.flatten(0, 1).contiguous() for x in (q * dim**-0.5, k, v * scale if drops else v)]
+    by_head = faster and q.dtype == torch.float32  # batched products are MKL's; those of bfloat16 are oneDNN's
     together = 0 if by_head else max(1, WEIGHTS_AT_A_TIME // frames**2)
     return _Attention.apply(*rows, kept, bias, alive, together).unflatten(0, (batch, heads))
 
