@@ -122,7 +122,7 @@ class FrozenOutputs:
             return
         if model.freeze_step >= cfg.optimizer.max_steps:
             raise InputError("data.cache: the extractor never stops learning; set model.freeze_step = 0")
-        shapes, samples = model.conv_shapes, loader.dataset.manifest["num_samples"].to_numpy()
+        shapes, samples = model.conv_shapes, loader.dataset.lengths
         frames = int(conv_length(shapes, samples.clip(max=cfg.data.max_sample_size)).clip(0).sum())
         size = 2 * frames * shapes[-1][0] * cfg.data.num_distinct // env.world_size
         check_memory(size, "data.cache")

@@ -81,7 +81,7 @@ def build_dataloader(
     processes = processes._replace(accumulation=accumulation)
     dataset, sources, collator = _parts(data_cfg, mask_cfg, conv_layer_config, channels)
     sampler = BatchSampler(
-        dataset.manifest["num_samples"].to_numpy(),
+        dataset.lengths,
         data_cfg,
         shortest=collator.cfg.min_sample_size,
         world_size=processes.world_size,
@@ -107,7 +107,7 @@ def build_validation_dataloader(
     get one batch less than another. Arguments and errors are those of :func:`build_dataloader`.
     """
     dataset, _, collator = _parts(data_cfg, mask_cfg, conv_layer_config, channels)
-    batches = sorted_batches(dataset.manifest["num_samples"].to_numpy(), collator.cfg)
+    batches = sorted_batches(dataset.lengths, collator.cfg)
     processes = _Processes.of(rank, world_size)
     return SpeechLoader(dataset, collator, lambda _: batches, processes, seed_by_row=True, start_method=start_method)
 
@@ -191,7 +191,7 @@ class SpeechLoader:
         self.accumulation = processes.accumulation
         self.skipped: Counter[str] = Counter()
         self._processes = processes
-        self._lengths = dataset.manifest["num_samples"].to_numpy()
+        self._lengths = dataset.lengths
         self.generator = torch.Generator().manual_seed(collator.cfg.random_seed)
         self._collator, self._seed_by_row = collator, seed_by_row
         # An epoch's list is needed several times in a row, and large.

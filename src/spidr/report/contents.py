@@ -222,7 +222,7 @@ class Report:
         chosen = self._layer(group, layer, numbers)
         dataset = speech_dataset(data.manifest, normalize=data.normalize)
         phones = phones_of_rows(dataset.manifest, read_alignments(data.alignments_path)) if data.alignments_path else {}
-        lengths = dataset.manifest["num_samples"].to_numpy()
+        lengths = dataset.lengths
         rows = np.array(sorted(phones) or range(len(dataset)))
         rows = rows[np.cumsum(lengths[rows]) <= max_minutes * 60 * SAMPLE_RATE]
         if not len(rows):
