@@ -269,7 +269,9 @@ class Run:
             )  # fmt: skip
         if self.env.device.type == "cpu" and trained > BASE_MODEL and steps > 0:
             rows = state.loader.accumulation * cfg.data.max_batch_length / cfg.data.max_sample_size
-            tflop = rows * step_flops(cfg.model, cfg.data.max_sample_size, 0, frozen=False) / 1e12
+            tflop = (
+                rows * step_flops(cfg.model, cfg.data.max_sample_size, 0, frozen=state.model.extractor_frozen) / 1e12
+            )
             days = steps * tflop / (CPU_TFLOPS * torch.get_num_threads()) / 86_400
             text = "a large model on a CPU: %d steps take about %.2g days; configs/laptop.toml is one for CPUs"
             logger.warning(text, steps, days)
