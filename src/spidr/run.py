@@ -358,8 +358,8 @@ class Run:
                 self._compare_with_published(line)
 
     def _compare_with_published(self, line: dict[str, Any]) -> None:
-        """Warn if a base model validates unlike the published ones."""
-        if line["group"] in self.cfg.validation and is_base(self.cfg.model):
+        """Warn if a base model, trained from nothing, validates unlike the published ones."""
+        if line["group"] in self.cfg.validation and self.cfg.run.init_ckpt is None and is_base(self.cfg.model):
             active = [value for name, value in line.items() if name.startswith("active_codewords_")]
             if said := unlike_published(line["step"], line["loss"], active):
                 logger.warning("step %d, %s: %s", line["step"], line["group"], said)
