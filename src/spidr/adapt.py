@@ -48,13 +48,19 @@ def truncated(model: DinoSRConfig) -> DinoSRConfig:
 def first_weights(cfg: Config) -> dict[str, Tensor]:
     """The weights of ``run.init_ckpt``, without the layers that ``model.train_layers`` cuts off.
 
+    An export has no teacher: a copy of its student becomes the teacher.
+
     Args:
         cfg: The configuration, its model as :func:`spidr.state.model_settings` gives it.
 
     Raises:
         InputError: See :func:`spidr.models.hub.load_weights`.
     """
-    model, weights = cfg.model, load_weights(cast("str", cfg.run.init_ckpt))
+    source = cast("str", cfg.run.init_ckpt)
+    model, weights = cfg.model, load_weights(source)
+    if not any(name.startswith("teacher.") for name in weights):
+        logger.warning("%s has no teacher, as exports have none: the teacher begins as a copy of the student", source)
+        weights |= {n.replace("student.", "teacher.", 1): w for n, w in weights.items() if n.startswith("student.")}
     if getattr(model, "train_layers", None) is None:
         return weights
     layers, codebooks = model.encoder_num_layers, model.num_codebooks
@@ -124,9 +130,9 @@ class FrozenOutputs:
             raise InputError("data.cache: the extractor never stops learning; set model.freeze_step = 0")
         shapes, samples = model.conv_shapes, loader.dataset.lengths
         frames = int(conv_length(shapes, samples.clip(max=cfg.data.max_sample_size)).clip(0).sum())
-        size = 2 * frames * shapes[-1][0] * cfg.data.num_distinct // env.world_size
+        size = 2 * frames * shapes[-1][0] * cfg.data.num_distinct
         check_memory(size, "data.cache")
-        logger.info("data.cache: up to %.2g GB of memory a process", size / 1e9)
+        logger.info("data.cache: up to %.2g GB of memory, over all processes", size / 1e9)
 
     @property
     def has_frames(self) -> bool:
@@ -160,12 +166,15 @@ class FrozenOutputs:
         if key not in self._frames:
             there = batch.to(device)
             found = extract_features(model.feature_extractor, there.waveforms, there.lengths)
-            self._frames[key] = found.to("cpu", torch.float16)
-        kept = {"frames": self._frames[key].to(device, torch.float32, non_blocking=True)}
+            self._frames[key] = self._store(found, torch.float16)
+        kept = {"frames": self._frames[key].to(device, non_blocking=True).float()}
         if self.has_labels(step):
             if key not in self._labels:
                 there = batch.to(device)
                 features, attention_mask = model.project(there.waveforms, there.attention_mask, there.lengths, **kept)
-                self._labels[key] = model.labels(features, attention_mask).to("cpu", torch.int32)
-            kept["labels"] = self._labels[key].to(device, torch.int64, non_blocking=True)
+                self._labels[key] = self._store(model.labels(features, attention_mask), torch.int32)
+            kept["labels"] = self._labels[key].to(device, non_blocking=True).long()
         return kept
+
+    def _store(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        return torch.empty(x.shape, dtype=dtype, pin_memory=self._device.type == "cuda").copy_(x)

@@ -75,7 +75,7 @@ def build_dataloader(
     Raises:
         InputError: A manifest cannot be read or gives no batch, or ``global_batch_length`` cannot be had.
     """
-    processes = _Processes.of(rank, world_size)
+    processes = Processes.of(rank, world_size)
     if accumulation is None:
         accumulation = _accumulation(data_cfg, processes.world_size)
     processes = processes._replace(accumulation=accumulation)
@@ -108,7 +108,7 @@ def build_validation_dataloader(
     """
     dataset, _, collator = _parts(data_cfg, mask_cfg, conv_layer_config, channels)
     batches = sorted_batches(dataset.lengths, collator.cfg)
-    processes = _Processes.of(rank, world_size)
+    processes = Processes.of(rank, world_size)
     return SpeechLoader(dataset, collator, lambda _: batches, processes, seed_by_row=True, start_method=start_method)
 
 
@@ -148,7 +148,7 @@ def _accumulation(cfg: DataConfig, world_size: int) -> int:
     return accumulation
 
 
-class _Processes(NamedTuple):
+class Processes(NamedTuple):
     """How batches are dealt: a round has ``accumulation`` batches for each of ``world_size`` processes."""
 
     rank: int
@@ -156,7 +156,7 @@ class _Processes(NamedTuple):
     accumulation: int = 1
 
     @classmethod
-    def of(cls, rank: int | None, world_size: int | None) -> _Processes:
+    def of(cls, rank: int | None, world_size: int | None) -> Processes:
         """What is not given is what the process group says."""
         is_group = dist.is_available() and dist.is_initialized()
         return cls(
@@ -182,7 +182,7 @@ class SpeechLoader:
         dataset: SpeechDataset,
         collator: Collator,
         batches: Callable[[int], BatchList],
-        processes: _Processes,
+        processes: Processes,
         *,
         seed_by_row: bool = False,
         start_method: str | None = None,

@@ -34,24 +34,8 @@ class MaskGenerator:
     """
 
     def __init__(self, cfg: MaskingConfig) -> None:
-        self._frames = Spans(
-            cfg.mask_prob,
-            cfg.mask_selection,
-            cfg.mask_other,
-            cfg.mask_length,
-            no_overlap=cfg.no_mask_overlap,
-            min_space=cfg.mask_min_space,
-            min_spans=2,
-        )
-        self._channels = Spans(
-            cfg.mask_channel_prob,
-            cfg.mask_channel_selection,
-            cfg.mask_channel_other,
-            cfg.mask_channel_length,
-            no_overlap=cfg.no_mask_channel_overlap,
-            min_space=cfg.mask_channel_min_space,
-            min_spans=0,
-        )
+        self._frames = Spans.of(cfg, "mask", min_spans=2)
+        self._channels = Spans.of(cfg, "mask_channel", min_spans=0)
 
     @property
     def masks_channels(self) -> bool:
@@ -113,6 +97,12 @@ class Spans:
     no_overlap: bool
     min_space: int
     min_spans: int
+
+    @classmethod
+    def of(cls, cfg: MaskingConfig, name: str, min_spans: int) -> Spans:
+        """Take the settings whose names begin with ``name``."""
+        same = {key: getattr(cfg, f"{name}_{key}") for key in ("prob", "selection", "other", "length", "min_space")}
+        return cls(**same, no_overlap=getattr(cfg, f"no_{name}_overlap"), min_spans=min_spans)
 
     def draw(self, lengths: Integers, rngs: Generators) -> NDArray[np.int64]:
         """Draw positions inside spans, ascending (B, M), as many in each row as in the row with the fewest."""
