@@ -83,7 +83,7 @@ def test_it_fails_where_the_compiler_would_give_up() -> None:
         waveforms, options = batch(model, 2, 1500, padded=False)
         call(waveforms, **options)
         waveforms, options = batch(model, 2, 1500, padded=True)
-        with pytest.raises(Exception, match="recompile_limit|fullgraph"):
+        with pytest.raises(Exception, match=r"recompile_limit|fullgraph"):
             call(waveforms, **options)
 
 
