@@ -1,4 +1,4 @@
-"""Batches of an epoch, made by worker processes: what a training loop iterates over."""
+"""Loaders: the batches of an epoch, made by worker processes."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def _parts(
 
 
 def _with_one_frame(cfg: DataConfig, conv_layer_config: Sequence[tuple[int, int, int]]) -> DataConfig:
-    """Leave out recordings of which the model makes no frame."""
+    """Leave out recordings too short for a frame of the model."""
     samples = receptive_field(conv_layer_config)
     if cfg.max_sample_size < samples:
         raise InputError(f"max_sample_size is {cfg.max_sample_size}; one frame of the model needs {samples} samples.")
@@ -158,7 +158,7 @@ class Processes(NamedTuple):
 
     @classmethod
     def of(cls, rank: int | None, world_size: int | None) -> Processes:
-        """What is not given is what the process group says."""
+        """Take what is None from the process group."""
         is_group = dist.is_available() and dist.is_initialized()
         return cls(
             (dist.get_rank() if is_group else 0) if rank is None else rank,
@@ -250,7 +250,7 @@ class SpeechLoader:
         return error
 
     def summary(self) -> DataSummary:
-        """What becomes of the recordings in epoch 0."""
+        """Summarise what epoch 0 hears of the recordings."""
         return summarise(self._lengths, self._collator.cfg, self._collator.cfg.min_sample_size, self._batches(0))
 
     @property
@@ -314,7 +314,7 @@ class _Maker(Dataset[Batch | PackedBatch | InputError]):
 
 
 class _Queue(Sampler[BatchRequest]):
-    """What the workers are to do next. Requests say all there is to know, so workers need no news of the epoch."""
+    """The requests that the workers get next. Each is complete, so workers do not depend on the epoch."""
 
     def __init__(self) -> None:
         self.requests: Iterator[BatchRequest] = iter(())
@@ -324,7 +324,7 @@ class _Queue(Sampler[BatchRequest]):
 
 
 class _Workers:
-    """The processes that make batches, started when they are first needed."""
+    """The processes that make batches, started on first use."""
 
     def __init__(self, collator: Collator, processes: int, start_method: str | None) -> None:
         self._collator, self._processes = collator, processes
@@ -335,7 +335,7 @@ class _Workers:
         self._watched: Callable[[], Any] = lambda: None
 
     def make(self, requests: Iterator[BatchRequest]) -> Iterator[Batch | InputError]:
-        """Make batches; the previous call's come to an end."""
+        """Make batches; this ends the previous call's."""
         if self._running is not None:
             self._running.close()
         self._running = self._make(requests)
