@@ -25,9 +25,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from processes import CONTEXT, Fault, Ranks, assert_same_run, complete
+from helpers.processes import CONTEXT, Fault, Ranks, assert_same_run, complete
+from helpers.tiny_run import write_config, write_recordings
 from spidr.config import read_config
-from tiny_run import write_config, write_recordings
 
 SIGNALS = ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT", "SIGHUP")
 KINDS = ("one rank", "all ranks", "data worker", *SIGNALS, "validation", "checkpoint", "freeze", "resume")

@@ -3,7 +3,7 @@
     python paper/extract_features.py MANIFEST OUTPUT [--layer 6] [--checkpoint spidr_base]
 
 What figures 8 and 9 are drawn from, and what fastabx reads. `python -m spidr.extract features` is the same with more
-options. Takes as long as the model needs for the recordings; the same command goes on where it was interrupted.
+options. Takes as long as the model needs for the recordings; the same command resumes where it was interrupted.
 """
 
 from __future__ import annotations

@@ -115,9 +115,9 @@ def embeddings(folders: Sequence[Path], alignments: Path, limit: int) -> tuple[F
     for index, (title, points, phones, speakers) in enumerate(panels):
         classes = [CLASS_OF.get(phone, "other") for phone in phones]
         colors = {name: color for name, (color, _) in CLASSES.items() if name in classes}
-        _scatter(phone_axes[index], points, classes, colors)
-        _name_phones(phone_axes[index], points, phones, width_of_points(columns))
-        _scatter(speaker_axes[index], points, speakers, dict(zip(common, SPEAKER_COLORS, strict=False)))
+        scatter(phone_axes[index], points, classes, colors)
+        name_phones(phone_axes[index], points, phones, width_of_points(columns))
+        scatter(speaker_axes[index], points, speakers, dict(zip(common, SPEAKER_COLORS, strict=False)))
         if len(panels) > 1:
             for axes in (phone_axes, speaker_axes):
                 axes[index].set_title(title)
@@ -129,7 +129,8 @@ def embeddings(folders: Sequence[Path], alignments: Path, limit: int) -> tuple[F
     return by_phone, by_speaker
 
 
-def _scatter(ax: Axes, points: np.ndarray, groups: Sequence[str], colors: Mapping[str, str]) -> None:
+def scatter(ax: Axes, points: np.ndarray, groups: Sequence[str], colors: Mapping[str, str]) -> None:
+    """Draw the points of each group in its color, and all others in grey."""
     groups_array = np.array(groups)
     others = ~np.isin(groups_array, list(colors))
     if others.any():
@@ -149,7 +150,7 @@ def width_of_points(columns: int) -> float:
     return 72 * 0.8 * WIDTH / columns
 
 
-def _name_phones(ax: Axes, points: np.ndarray, phones: Sequence[str], width: float) -> None:
+def name_phones(ax: Axes, points: np.ndarray, phones: Sequence[str], width: float) -> None:
     """Write each phone at the median of its points, frequent ones first, unless another is written there.
 
     Args:

@@ -65,7 +65,7 @@ def masks(rows: int = 8, seconds: int = 10) -> Figure:
     shown = _dense(draw(np.full(rows, frames), [np.random.default_rng(5)]), frames)
     # One utterance at a time, as cutting rows to the same number of masked frames breaks stretches.
     many = [_dense(draw(np.full(1, frames), [np.random.default_rng(seed)]), frames)[0] for seed in range(2000)]
-    lengths = np.concatenate([_runs(mask) for mask in many]) * FRAME_SECONDS * 1000
+    lengths = np.concatenate([lengths_of_runs(mask) for mask in many]) * FRAME_SECONDS * 1000
     figure, (top, bottom) = new_figure(2.9, 2, height_ratios=[1.25, 1])
     extent = (0, frames * FRAME_SECONDS, rows + 0.5, 0.5)
     for row, mask in enumerate(shown, start=1):
@@ -95,7 +95,7 @@ def _dense(positions: np.ndarray, frames: int) -> np.ndarray:
     return mask
 
 
-def _runs(mask: np.ndarray) -> np.ndarray:
+def lengths_of_runs(mask: np.ndarray) -> np.ndarray:
     """Lengths of the stretches of True."""
     edges = np.flatnonzero(np.diff(np.concatenate([[False], mask, [False]])))
     return edges[1::2] - edges[::2]

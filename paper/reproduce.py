@@ -9,7 +9,7 @@ units (with item files, through fastabx), and ends in a table of published and r
 (table.md, results.csv; paper/tables.py --reproduced takes the latter).
 
 The time is that of the model for twice 10.7 hours of speech, then minutes for ABX. Features need 6 GB with the base
-model. The same command goes on where it was interrupted. Values are comparable with the published ones as far as
+model. The same command resumes where it was interrupted. Values are comparable with the published ones as far as
 alignments and items are those of the paper.
 """
 
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"error: {error}\n")
         return 2
     except KeyboardInterrupt:
-        sys.stderr.write("interrupted; the same command goes on where it stopped\n")
+        sys.stderr.write("interrupted; run the same command again to resume\n")
         return 130
     return 0
 

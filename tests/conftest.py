@@ -14,8 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from slurm_cluster import Cluster, missing_programs
-from small_models import GOLDEN, GoldenCase
+from helpers.slurm_cluster import Cluster, missing_programs
+from helpers.small_models import GOLDEN, GoldenCase
+from helpers.web import Server, serving
 
 
 @pytest.fixture(params=["spidr-tiny", "dinosr-tiny"])
@@ -52,6 +53,19 @@ def sbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
     return program
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    """A web server on loopback, and an empty cache of models."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    with serving() as server:
+        yield server
+
+
+@pytest.fixture
+def cache(server: Server, tmp_path: Path) -> Path:
+    return tmp_path / "hub" / "checkpoints"
 
 
 ALLOWED_SKIPS = (

@@ -17,7 +17,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from small_models import tiny_model
+from helpers.small_models import tiny_model
 from spidr.checkpoint import Checkpointer, read_checkpoint
 from spidr.config import OptimizerConfig
 from spidr.optimizer import build_optimizer, drop_frozen

@@ -14,13 +14,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from small_models import tiny_model
+from helpers.small_models import tiny_model
+from helpers.tiny_run import write_config
 from spidr import compiled, state
 from spidr.config import read_config
 from spidr.environment import Environment
 from spidr.models import DinoSR, kernels
 from spidr.tools.frames import conv_length
-from tiny_run import write_config
 
 LENGTHS = (1500, 1700, 4001, 1900, 2503)
 NO_DROPOUT = {"encoder_dropout": 0.0, "encoder_attention_dropout": 0.0}

@@ -106,6 +106,8 @@ def test_published_defaults() -> None:
         "on_error": "raise",
         "weights": None,
         "length_multiple": 1,
+        "distinct_epochs": 0,
+        "cache": False,
     }
     assert dataclasses.asdict(OptimizerConfig()) == {
         "lr": 5e-4,
@@ -154,12 +156,14 @@ def test_published_defaults() -> None:
         "freeze_step": 200000,
         "codebook_init": "random",
         "codebook_revive_after": 0,
+        "reset": "none",
     }
     assert dataclasses.asdict(DinoSRConfig()) == dinosr
     assert dataclasses.asdict(SpidRConfig()) == dinosr | {
         "encoder_layer_drop": 0.0,
         "ema_timescale": 20000,
         "ema_threshold": 1e-7,
+        "train_layers": None,
     }
     assert dataclasses.asdict(MaskingConfig()) == {
         "mask_prob": 0.8,

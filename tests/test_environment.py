@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from processes import free_port
+from helpers.processes import free_port
+from helpers.tiny_run import write_config, write_recordings
 from spidr.config import RunConfig
 from spidr.environment import Preempted, StopFlag, choose_device, environment, ranks, seed_step, use_slurm
 from spidr.tools.errors import InputError
-from tiny_run import write_config, write_recordings
 
 VARIABLES = (
     "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "SLURM_STEP_ID",

@@ -13,14 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from slurm_cluster import wait_for
+from helpers.slurm_cluster import wait_for
+from helpers.tiny_run import assert_same_outcome, write_config, write_recordings
 from spidr import __main__ as command_line
 from spidr import __version__
 from spidr.__main__ import main
 from spidr.config import read_config
 from spidr.models import build_model
 from spidr.tools.metrics import read_metrics
-from tiny_run import assert_same_outcome, write_config, write_recordings
 
 ON_SLURM = ["-A", "me", "-N", "2", "-G", "4"]
 
@@ -53,11 +53,11 @@ def test_front_door(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "begin"),
     [
-        (["train", "--help"], "usage: spidr train [-h]"),
-        (["--help"], "usage: spidr train [-h]"),
-        (["manifest", "--help"], "usage: spidr manifest [-h]"),
-        (["extract", "units", "--help"], "usage: spidr extract units [-h]"),
-        (["metrics", "--help"], "usage: spidr metrics [-h]"),
+        (["train", "--help"], "usage: spidr train [options]"),
+        (["--help"], "usage: spidr train [options]"),
+        (["manifest", "--help"], "usage: spidr manifest [options]"),
+        (["extract", "units", "--help"], "usage: spidr extract units [options]"),
+        (["metrics", "--help"], "usage: spidr metrics [options]"),
     ],
 )
 def test_console_script(tmp_path: Path, arguments: list[str], begin: str) -> None:
@@ -82,7 +82,7 @@ def test_help_needs_no_torch() -> None:
     code += "runpy.run_module('spidr', run_name='__main__')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0
-    assert "usage: python -m spidr [-h] [--dry-run] [--version] [-A ACCOUNT]" in done.stdout
+    assert "usage: python -m spidr [options] CONFIG" in done.stdout
     assert done.stdout.splitlines()[-1] == "[]"
 
 

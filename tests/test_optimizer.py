@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from small_models import GoldenCase, tiny_model
+from helpers.small_models import GoldenCase, tiny_model
 from spidr.config import OptimizerConfig
 from spidr.optimizer import build_optimizer, drop_frozen, lr_factor
 

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from helpers.tiny_run import write_config, write_recordings
 from spidr.config import read_config, to_dict
 from spidr.models import build_model
 from spidr.tools.errors import InputError
 from spidr.tools.lazy import command_needs, needs_extra
-from tiny_run import write_config, write_recordings
 
 SOURCE = Path(__file__).parents[1] / "src" / "spidr"
 EXTRAS = {

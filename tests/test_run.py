@@ -1,4 +1,4 @@
-"""A run's folder: what is in it, going on from older ones, wandb, profile, validation elsewhere."""
+"""A run's folder: what is in it, resuming older ones, wandb, profile, validation elsewhere."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
-from processes import Fault, Ranks, assert_same_run, differences, outcome
-from slurm_cluster import wait_for
+from helpers.processes import Fault, Ranks, assert_same_run, differences, outcome
+from helpers.slurm_cluster import wait_for
+from helpers.tiny_run import MEASURED, write_config, write_recordings
 from spidr import run as run_module
 from spidr.checkpoint import CONTENTS, read_checkpoint
 from spidr.config import Config, read_config
@@ -29,7 +30,6 @@ from spidr.tools.lock import Process
 from spidr.tools.metrics import read_metrics
 from spidr.train import Hooks, State, train
 from spidr.validation_jobs import ValidationJobs
-from tiny_run import MEASURED, write_config, write_recordings
 
 LAYERS = ("l2", "l3", "l4")
 
@@ -135,7 +135,7 @@ def test_folder_of_version_0_1_2(tmp_path: Path, manifest: Path) -> None:
     assert seen[0] == (5, saved["epoch"] + 1, 1)
     assert seen[-1][0] == 12
     log = (cfg.run.dir / "log_0.txt").read_text()
-    assert "step_4.pt does not say which data it had seen: going on with the next epoch" in log
+    assert "step_4.pt does not say which data it had seen: resuming with the next epoch" in log
     lines = read_metrics(cfg.run.dir / "metrics.jsonl")
     assert lines[0]["step"] == 3
     assert [line["step"] for line in lines if line["group"] == "train"] == list(range(5, 13))
@@ -159,7 +159,7 @@ def test_damaged_checkpoint_costs_only_time(tmp_path: Path, manifest: Path) -> N
     assert_same_run(cfg.run.dir, whole.run.dir)
     log = (cfg.run.dir / "log_0.txt").read_text()
     assert log.count("WARNING passed over a checkpoint") == 2
-    assert f"going on from {cfg.run.dir / 'step_3.pt'}" in log
+    assert f"resuming from {cfg.run.dir / 'step_3.pt'}" in log
 
 
 def test_checkpoint_that_cannot_be_used_is_an_error(tmp_path: Path, manifest: Path) -> None:

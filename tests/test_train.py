@@ -16,8 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from processes import Fault, Ranks, assert_same_run, complete, outcome
-from small_models import GoldenCase
+from helpers.processes import Fault, Ranks, assert_same_run, complete, outcome
+from helpers.small_models import GoldenCase
+from helpers.tiny_run import write_config, write_recordings
+from spidr.adapt import FrozenOutputs
 from spidr.config import Config, DataConfig, MaskingConfig, OptimizerConfig, RunConfig, read_config, to_dict
 from spidr.data import Batch, build_dataloader
 from spidr.data.loader import SpeechLoader
@@ -30,7 +32,6 @@ from spidr.tools import peers
 from spidr.tools.errors import InputError
 from spidr.tools.metrics import read_metrics
 from spidr.train import main, train, train_step
-from tiny_run import write_config, write_recordings
 
 CPU = Environment(0, 0, 1, torch.device("cpu"))
 
@@ -51,7 +52,8 @@ def test_golden_trajectory(golden: GoldenCase) -> None:
     optimizer_cfg = OptimizerConfig(**expected["optimizer"])
     cfg = Config(run, DataConfig("manifest.csv"), golden.cfg, optimizer_cfg)
     optimizer, scaler, scheduler = build_optimizer(model, optimizer_cfg)
-    state = State(cfg, CPU, StopFlag(), model, model, optimizer, scaler, scheduler, None, Hooks())  # type: ignore[arg-type]
+    frozen = FrozenOutputs(model, cfg, None, CPU)  # type: ignore[arg-type]
+    state = State(cfg, CPU, StopFlag(), model, model, optimizer, scaler, scheduler, None, frozen, Hooks())  # type: ignore[arg-type]
     frames = golden.tensors["attention_mask_keys"].sum(1)
     for i, step in enumerate(expected["steps"]):
         waveforms = golden.tensors["train_waveforms"][i]

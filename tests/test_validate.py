@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from processes import Ranks
-from small_models import tiny_model
+from helpers.processes import Ranks
+from helpers.small_models import tiny_model
+from helpers.tiny_run import write_config, write_recordings
 from spidr.config import DEFAULT_CONV_LAYER_CONFIG, Config, ResumeConfig, read_config
 from spidr.data import build_validation_dataloader
 from spidr.environment import Environment, Preempted, StopFlag
@@ -18,7 +19,6 @@ from spidr.models.metrics import units_quality
 from spidr.tools.errors import InputError
 from spidr.tools.metrics import read_metrics
 from spidr.validate import run_validation, validate, validate_set
-from tiny_run import write_config, write_recordings
 
 CPU = Environment(0, 0, 1, torch.device("cpu"))
 LAYERS = ("l2", "l3", "l4")

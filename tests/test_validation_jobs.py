@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from slurm_cluster import Cluster, logs, wait_for
+from helpers.slurm_cluster import Cluster, logs, wait_for
+from helpers.tiny_run import write_config, write_recordings
 from spidr.config import Config, ResumeConfig, SlurmConfig, read_config
 from spidr.models import build_model
 from spidr.slurm import validation_job_config
@@ -18,7 +19,6 @@ from spidr.tools.metrics import read_metrics
 from spidr.train import Hooks, State, train
 from spidr.validate import validate_existing_checkpoint
 from spidr.validation_jobs import ValidationJobs, main, validates_in_jobs
-from tiny_run import write_config, write_recordings
 
 ONE_TASK = SlurmConfig(account="a", nodes=1, gpus_per_node=1, time=60)
 

@@ -14,14 +14,14 @@ import soundfile
 import torch
 from scipy.fft import dct
 
-from small_models import TINY
+from helpers.small_models import TINY
+from helpers.tiny_run import write_config
 from spidr.config import DEFAULT_CONV_LAYER_CONFIG, read_config
 from spidr.data import speech_dataset
 from spidr.data.write_manifest import write_manifest
 from spidr.models import DinoSR, build_model, num_frames
 from spidr.train import train
 from spidr.warm_start import cepstra, main, smooth_and_slope, warm_start
-from tiny_run import write_config
 
 STEPS = 200
 

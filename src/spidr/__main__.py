@@ -138,7 +138,7 @@ def _on_slurm(configs: Sequence[Config], options: dict[str, Any], dump: Path | N
 
     dump = dump or Path(os.environ.get("SPIDR_SUBMITIT_FOLDER", ""))
     if dump == Path():
-        raise InputError("no folder for the job: give --dump or set SPIDR_SUBMITIT_FOLDER")
+        raise InputError("no folder for the job: give --dump or set SPIDR_SUBMITIT_FOLDER", guide="slurm.md")
     settings = SlurmConfig(**default_train_job_config(os.environ.get("SPIDR_CLUSTER")) | options)
     name, copy_code = configs[0].run.wandb_name, not is_installed()
     if dry_run:

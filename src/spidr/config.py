@@ -78,7 +78,7 @@ FolderName = Annotated[str, Accepts("that can name a folder inside another ('a' 
 # The settings
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SlurmConfig(Settings):
     """What to ask SLURM for. ``time`` is in minutes."""
 
@@ -101,7 +101,7 @@ class SlurmConfig(Settings):
         return [f.name for f in dataclasses.fields(self) if getattr(self, f.name) is not None]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class RunConfig(Settings):
     """Where a run lives and how it logs, saves and restarts."""
 
@@ -129,7 +129,7 @@ class RunConfig(Settings):
         return expand(self.workdir) / self.wandb_project / self.wandb_name
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class DataConfig(Settings):
     """Manifests and how batches are made from them. Sizes and lengths are in samples.
 
@@ -159,6 +159,8 @@ class DataConfig(Settings):
     on_error: Literal["raise", "skip"] = ours("raise")  # what to do about unreadable recordings
     weights: list[PositiveFloat] | None = ours(None)  # shares of several manifests in the hours of an epoch
     length_multiple: Annotated[int, between(1, 1024)] = ours(1)  # of the frames of a batch
+    distinct_epochs: NonNegative = ours(0)  # whose batches come again with new masks; 0: all, with cache 1
+    cache: bool = ours(False)  # keep in memory what a frozen extractor and teacher give
 
     RULES: ClassVar = (
         Rule(
@@ -173,12 +175,17 @@ class DataConfig(Settings):
     )
 
     @property
+    def num_distinct(self) -> int:
+        """Epochs with batches of their own, 0 if all have."""
+        return self.distinct_epochs or int(self.cache)
+
+    @property
     def manifests(self) -> list[str]:
         """The manifests, one or several."""
         return [self.manifest] if isinstance(self.manifest, str) else self.manifest
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class OptimizerConfig(Settings):
     """AdamW, its learning-rate schedule and the precision of the forward pass.
 
@@ -217,7 +224,7 @@ class OptimizerConfig(Settings):
         return self.dtype != "float32"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class DinoSRConfig(Settings):
     """The shape and schedules of DinoSR. The name fairseq gives a field is in brackets.
 
@@ -252,9 +259,11 @@ class DinoSRConfig(Settings):
     freeze_step: NonNegative = 200_000  # [freeze_teacher_step] extractor and projection stop learning
     codebook_init: Literal["random", "data"] = ours("random")  # first codewords: drawn, or frames of the first batch
     codebook_revive_after: NonNegative = ours(0)  # steps without a frame; 0: never
+    reset: Literal["none", "codebooks"] = ours("none")  # codebooks: from data at the start, with new heads
 
     ELSEWHERE: ClassVar = dict.fromkeys(
-        ("ema_timescale", "ema_threshold"), "unknown key for run.model_type 'dinosr': it is a setting of 'spidr'"
+        ("ema_timescale", "ema_threshold", "train_layers"),
+        "unknown key for run.model_type 'dinosr': it is a setting of 'spidr'",
     )
     RULES: ClassVar = (
         Rule(
@@ -275,13 +284,14 @@ class DinoSRConfig(Settings):
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SpidRConfig(DinoSRConfig):
     """DinoSR's settings with SpidR's exponential teacher schedule and no layer drop."""
 
     encoder_layer_drop: Probability = 0.0  # chance that a layer is skipped
     ema_timescale: PositiveFloat = 20_000.0  # steps in which 1 - decay falls to 1/e
     ema_threshold: NonNegativeFloat = 1e-7  # 1 - decay below which it is 0
+    train_layers: Layers | None = ours(None)  # the last layer to keep of run.init_ckpt; none: all
 
 
 def _uniform_lengths_exist(selection: str, other: float, length: int) -> bool:
@@ -291,7 +301,7 @@ def _uniform_lengths_exist(selection: str, other: float, length: int) -> bool:
 _UNIFORM_LENGTHS = "uniform draws lengths from the second value to twice the third, so the second must not exceed that"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class MaskingConfig(Settings):
     """Span masking of frames and of feature channels, with fairseq's names. Lengths are in frames or channels."""
 
@@ -334,7 +344,7 @@ class ResumeConfig:
 ValidationName = Annotated[FolderName, Accepts("other than 'train'", lambda name: name != "train")]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Config(Settings):
     """A whole configuration file.
 
@@ -405,7 +415,7 @@ def read_config(path: str | Path, overrides: Sequence[str] = (), *, warn: bool =
     except ProblemsError as error:
         problems += error.problems
     if problems:
-        raise ProblemsError(problems, str(path))
+        raise ProblemsError(problems, str(path), guide="pretrain.md#3-write-a-configuration")
     if warn and (warning := _schedule_warning(config.optimizer)) is not None:
         logger.warning("%s: %s", path, warning)
     object.__setattr__(config.model, "_given", None if model_table is None else frozenset(model_table))

@@ -56,7 +56,7 @@ REMEDY = "start the processes with torchrun or srun, or unset these variables to
 
 
 class Preempted(SystemExit):
-    """A signal asked the run to stop; the same command goes on from what is saved. Exit status 75, 130 after Ctrl-C."""
+    """A signal asked the run to stop; the same command resumes from what is saved. Exit status 75, 130 after Ctrl-C."""
 
     def __init__(self, signum: int, *, agreed: bool = False) -> None:
         super().__init__(130 if signum == signal.SIGINT else PREEMPTED_EXIT_CODE)
@@ -65,7 +65,7 @@ class Preempted(SystemExit):
 
     def __str__(self) -> str:
         name = signal.Signals(self.signum).name if self.signum else "a signal to another process"
-        return f"stopped by {name}; the same command goes on from the last checkpoint"
+        return f"stopped by {name}; the same command resumes from the last checkpoint"
 
 
 class StopFlag:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import torch
 
+from spidr.adapt import first_weights
 from spidr.config import Config, DataConfig
 from spidr.data import speech_dataset
 from spidr.data.alignments import read_alignments
 from spidr.data.audio import num_samples
 from spidr.data.recording import Recording
-from spidr.models.hub import build_model, check_name, load_weights
+from spidr.models.hub import build_model, check_name
 from spidr.models.published import PUBLISHED
 from spidr.models.weights import fitting
 from spidr.state import model_settings
@@ -54,9 +56,10 @@ def _check_weights(cfg: Config, source: str) -> None:
     check_name(source)
     if source in PUBLISHED or is_remote(source):  # would have to be downloaded
         return
+    cfg = replace(cfg, model=model_settings(cfg))
     with torch.device("meta"):
-        model = build_model(cfg=model_settings(cfg), model_type=cfg.run.model_type)
-    fitting(model, load_weights(source), source)
+        model = build_model(cfg=cfg.model, model_type=cfg.run.model_type)
+    fitting(model, first_weights(cfg), source)
 
 
 def _check_recordings(data: DataConfig) -> None:

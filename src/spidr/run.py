@@ -1,4 +1,4 @@
-"""A run's folder and record: checkpoints, metrics, validation, progress, and going on from where it stopped."""
+"""A run's folder and record: checkpoints, metrics, validation, progress, and resuming where it stopped."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from spidr.checkpoint import Checkpointer, read_checkpoint
 from spidr.config import Config, read_config, to_dict
@@ -35,6 +34,7 @@ from spidr.tools.logging import FILE_ONLY, run_log
 from spidr.tools.meters import Interval, Readback
 from spidr.tools.metrics import MetricsFile, read_metrics
 from spidr.tools.profiler import StepProfiler
+from spidr.tools.progress import Progress
 from spidr.tools.wandb import WandbSink, wandb_mode
 from spidr.validate import layer_names, validate_set
 from spidr.validation_jobs import ValidationJobs, validates_in_jobs
@@ -57,7 +57,7 @@ class Run:
     """A run: its state, its folder and everything that surrounds its training loop.
 
     Used as a context manager. Every method is called by all processes at the same steps; the main one writes. Nothing
-    but a lock is written before :meth:`begin` has found that the run can go on.
+    but a lock is written before :meth:`begin` has found that the run can be resumed.
 
     Args:
         cfg: The configuration.
@@ -117,7 +117,7 @@ class Run:
             try:
                 result = function()
             except InputError as caught:
-                error = str(caught)
+                error = caught.with_guide()
         result, error = self.env.broadcast_object((result, error))
         if error is not None:
             raise InputError(error)
@@ -129,7 +129,7 @@ class Run:
         """Build or restore the state, open the run's files, save and validate what is due before the first step.
 
         Raises:
-            InputError: The run cannot begin, or not go on with this configuration.
+            InputError: The run cannot begin, or not resume with this configuration.
         """
         env = self.env
         self.checkpointer = Checkpointer(
@@ -141,7 +141,7 @@ class Run:
         )
         latest = self._on_main(self.checkpointer.find_latest)
         logger.info(
-            "training %s: %s", self.cfg.run.model_type, f"going on from {latest}" if latest else f"new in {self.folder}"
+            "training %s: %s", self.cfg.run.model_type, f"resuming from {latest}" if latest else f"new in {self.folder}"
         )
         self.cfg = cfg = replace(self.cfg, model=model_settings(self.cfg))
         finished = self._on_main(lambda: latest is not None and self._compare_settings(latest))
@@ -166,16 +166,9 @@ class Run:
             self._warn_of_size()
             if isinstance(self.state.loader, SpeechLoader):  # a fork's own may know nothing of the sort
                 self.state.loader.summary().log(logger, cfg.data)
-        self.bar = tqdm(
-            total=cfg.optimizer.max_steps,
-            initial=self.state.step,
-            desc=cfg.run.wandb_name,
-            unit="step",
-            disable=not env.is_main,
-            mininterval=0.5 if sys.stderr.isatty() else 60,
-            ncols=shutil.get_terminal_size().columns if sys.stderr.isatty() else None,  # some terminals have none
+        self.progress = self._stack.enter_context(
+            Progress(cfg.run.wandb_name, cfg.optimizer.max_steps, "steps", initial=self.state.step, shown=env.is_main)
         )
-        self._stack.callback(self.bar.close)
         self._stack.callback(self.checkpointer.wait)
         if latest is None:
             self.save()
@@ -208,15 +201,16 @@ class Run:
         if forbidden := [text for name, text in changed.items() if _must_stay(name, finished=finished)]:
             what = "holds a finished run" if finished else "holds a run"
             raise InputError(
-                f"{self.folder} {what} with other settings: {'; '.join(forbidden)}. Use its settings to go on, or "
-                "another run.wandb_name for a new run."
+                f"{self.folder} {what} with other settings: {'; '.join(forbidden)}. Use its settings to resume it, or "
+                "another run.wandb_name for a new run.",
+                guide="questions.md#can-i-change-settings-of-a-run",
             )
         if changed:
             logger.warning("changed since the run began: %s", "; ".join(changed.values()))
         return finished
 
     def _restore(self, path: Path) -> None:
-        """Go on from a checkpoint."""
+        """Resume from a checkpoint."""
         state, checkpoint = self.state, read_checkpoint(path)
         self.checkpointer.restore(path, checkpoint)
         state.step = checkpoint["step"]
@@ -225,10 +219,10 @@ class Run:
         state.freeze_if_due()
         state.epoch, extra = checkpoint["epoch"], self.checkpointer.extra
         if "position" not in extra:
-            logger.warning("%s does not say which data it had seen: going on with the next epoch", path)
+            logger.warning("%s does not say which data it had seen: resuming with the next epoch", path)
             state.epoch += 1
             return
-        # In batches, so that other numbers of processes go on from the same place.
+        # In batches, so that other numbers of processes resume at the same place.
         state.position = extra["position"] // self._batches_per_step
         try:
             self._interval = Interval(Measured, self.layers, extra["means"])
@@ -299,7 +293,7 @@ class Run:
         """
         self._rows_in_flight[self.state.step] = torch.cat([batch.rows for batch in micro_batches])
         self._readback.put(self.state.step, measured)
-        self.bar.update()
+        self.progress(1)
         self.profiler(self.state.step)
         self._absorb(wait=False)
 
@@ -323,7 +317,8 @@ class Run:
         raise InputError(
             f"step {step}: loss {values['loss'][0]} and gradient norm {values['grad_norm'][0]} are not finite; nothing "
             "was saved since the step before. Lower optimizer.lr or look at the recordings: "
-            + "; ".join(f"rank {rank}: {', '.join(everywhere[rank][1])}" for rank in guilty)
+            + "; ".join(f"rank {rank}: {', '.join(everywhere[rank][1])}" for rank in guilty),
+            guide="questions.md#my-loss-is-not-finite",
         )
 
     # ------------------------------------------------------------------------------------------------- now and then
@@ -344,7 +339,7 @@ class Run:
         line = {"step": self.state.step, "group": "train", "epoch": self.state.epoch, **values}
         self._write(line | self._clock.rates(self.env, self.cfg.optimizer.dtype))
         self._clock = _Clock()
-        self.bar.set_postfix(loss=f"{values['loss']:.3f}", target_ppl=f"{values['target_ppl']:.1f}")
+        self.progress(0, f"loss {values['loss']:.3f}")
 
     def _write(self, line: dict[str, Any]) -> None:
         if self.env.is_main:
@@ -391,7 +386,7 @@ class Run:
         self._on_main(self._collect_validation)
         logger.info("finished %d steps of %s", self.state.step, self.folder)
         if self.env.is_main:
-            self.bar.close()
+            self.progress.close()
             for group in self.cfg.validation:
                 self._print_units(group)
         self.stop.immediate = True
@@ -456,7 +451,7 @@ class Run:
         before, after = found.get(0), found.get(self.state.step)
         if before is None or after is None or f"pnmi_{self.layers[0]}" not in after:
             return
-        start = "untrained" if self.cfg.run.init_ckpt is None else "as it began"
+        start = "untrained" if self.cfg.run.init_ckpt is None else "at the start"
         lines = [f"\nUnits of {group}, {start} -> after {self.state.step} steps"]
         lines.append("layer  PNMI              active codewords  perplexity")
         for layer in self.layers:

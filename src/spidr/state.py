@@ -14,13 +14,15 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW
 
+from spidr.adapt import FrozenOutputs, first_weights, init_codebooks, reset_codebooks, truncated
 from spidr.compiled import compiled
 from spidr.config import Config, DinoSRConfig
 from spidr.data import Batch, build_dataloader
+from spidr.data.batch import Uploader
 from spidr.data.loader import SpeechLoader
 from spidr.environment import Environment, StopFlag
 from spidr.models import DinoSR
-from spidr.models.hub import build_model, load_weights, recorded_config
+from spidr.models.hub import build_model, recorded_config
 from spidr.models.weights import load_into
 from spidr.optimizer import Schedule, build_optimizer, drop_frozen
 from spidr.tools.errors import InputError
@@ -34,6 +36,7 @@ MAY_DIFFER = (
     "codebook_init",
     "codebook_revive_after",
     "freeze_step",
+    "reset",
 )
 """How the names of model settings begin or end that leave the shape of the model as it is."""
 
@@ -89,7 +92,7 @@ class Hooks:
 
 @dataclass
 class State:
-    """All that a step reads and changes. ``position`` counts the optimiser steps' batches taken from this epoch."""
+    """All that a step reads and changes. ``position`` counts the steps whose batches this epoch has given."""
 
     cfg: Config
     env: Environment
@@ -100,11 +103,15 @@ class State:
     scaler: torch.amp.GradScaler
     scheduler: Schedule
     loader: SpeechLoader
+    frozen: FrozenOutputs
     hooks: Hooks
     step: int = 0
     epoch: int = 0
     position: int = 0
     skipped_steps: int = 0
+
+    def __post_init__(self) -> None:
+        self.upload = Uploader(self.env.device)
 
     def rounds(self) -> Iterator[list[Batch]]:
         """This process's micro-batches, for one optimiser step after the other, without end."""
@@ -137,13 +144,12 @@ def build_state(cfg: Config, env: Environment, stop: StopFlag, hooks: Hooks, *, 
     torch.manual_seed(cfg.run.random_seed)
     model = build_model(cfg=cfg.model, model_type=cfg.run.model_type)
     if new and cfg.run.init_ckpt is not None:
-        load_into(model, load_weights(cfg.run.init_ckpt), cfg.run.init_ckpt)
+        load_into(model, first_weights(cfg), cfg.run.init_ckpt)
         model.current_step.zero_()
     if hooks.on_model is not None:
         hooks.on_model(model)
     model.to(env.device).train()
     model.reduction = env.all_reduce
-    model.defer_codebook_updates = True  # once a step, over all its micro-batches
     loader = hooks.loader(
         cfg.data,
         cfg.masking,
@@ -152,23 +158,16 @@ def build_state(cfg: Config, env: Environment, stop: StopFlag, hooks: Hooks, *, 
         rank=env.rank,
         world_size=env.world_size,
     )
+    if new and cfg.model.reset == "codebooks":
+        reset_codebooks(model, loader, env, cfg)
+    elif new and cfg.run.init_ckpt is None and model.cfg.codebook_init == "data":
+        init_codebooks(model, loader, env, cfg.run.random_seed)
+    model.defer_codebook_updates = True  # once a step, over all its micro-batches
     optimizer, scaler, scheduler = build_optimizer(model, cfg.optimizer)
-    state = State(cfg, env, stop, model, model, optimizer, scaler, scheduler, loader, hooks)
-    if new and cfg.run.init_ckpt is None and model.cfg.codebook_init == "data":
-        init_codebooks(state)
+    frozen = FrozenOutputs(model, cfg, loader, env)
+    state = State(cfg, env, stop, model, model, optimizer, scaler, scheduler, loader, frozen, hooks)
     state.freeze_if_due()
     return state
-
-
-def init_codebooks(state: State) -> None:
-    """Take the first codewords from the first batch of the main process."""
-    batch = next(state.loader.epoch(0)).to(state.env.device)
-    generator = torch.Generator().manual_seed(state.cfg.run.random_seed)
-    state.model.init_codebooks(
-        batch.waveforms, attention_mask=batch.attention_mask, lengths=batch.lengths, generator=generator
-    )
-    for buffer in state.model.codebooks.buffers():
-        state.env.broadcast(buffer)
 
 
 def model_settings(cfg: Config) -> DinoSRConfig:
@@ -178,13 +177,20 @@ def model_settings(cfg: Config) -> DinoSRConfig:
         InputError: If the [model] table asks for another architecture than the checkpoint's.
     """
     if cfg.run.init_ckpt is None:
-        return cfg.model
+        return truncated(cfg.model)
     # A run that has begun has it in its own folder: the other one may be gone by now.
     begun = cfg.run.dir / "config.json"
-    recorded = recorded_config(begun if begun.exists() else cfg.run.init_ckpt, cfg.run.model_type)
+    has_begun = begun.exists()
+    recorded = recorded_config(begun if has_begun else cfg.run.init_ckpt, cfg.run.model_type)
     if recorded is None:
-        return cfg.model
-    given = {name: getattr(cfg.model, name) for name in cfg.model_given or () if hasattr(recorded, name)}
+        return truncated(cfg.model)
+    names = {name for name in cfg.model_given or () if hasattr(recorded, name)}
+    own = {name: getattr(cfg.model, name) for name in ("reset", "train_layers") if hasattr(recorded, name)}
+    if not has_begun:
+        recorded = replace(recorded, **own)  # how the other run began is not how this one does
+    elif own.get("train_layers") is not None:
+        names -= {"encoder_num_layers", "num_codebooks"}  # it has been cut already
+    given = {name: getattr(cfg.model, name) for name in names}
     differing = [
         f"{name} = {value} here, {getattr(recorded, name)} there"
         for name, value in sorted(given.items())
@@ -192,7 +198,7 @@ def model_settings(cfg: Config) -> DinoSRConfig:
     ]
     if differing:
         raise InputError(f"[model] asks for another model than {cfg.run.init_ckpt} holds: {'; '.join(differing)}")
-    return replace(recorded, **given)
+    return truncated(replace(recorded, **given))
 
 
 def check_batch_length(cfg: Config) -> None:

@@ -39,7 +39,6 @@ with command_needs("train", __name__):
 
     from spidr.data import Batch
     from spidr.environment import seed_step
-    from spidr.models import DinoSR
     from spidr.models.codebook import count_perplexity
     from spidr.models.flops import step_flops
     from spidr.run import Run
@@ -54,15 +53,15 @@ MAX_SKIPPED_STEPS = 10
 
 
 def train(cfg: Config, hooks: Hooks | None = None) -> None:
-    """Train, or go on training, the run that ``cfg`` describes, as one of the processes that share it.
+    """Train, or resume, the run that ``cfg`` describes, as one of the processes that share it.
 
     Args:
         cfg: See :func:`spidr.config.read_config`.
         hooks: What to add.
 
     Raises:
-        InputError: Something the user gave is wrong, or the run cannot go on; the message says what to do. With several
-            processes, on one of them; see :func:`spidr.environment.environment`.
+        InputError: Something the user gave is wrong, or the run cannot continue; the message says what to do. With
+            several processes, on one of them; see :func:`spidr.environment.environment`.
         Preempted: A signal asked to stop; the state is saved.
     """
     with Run(cfg, hooks) as run:
@@ -99,7 +98,7 @@ def train_step(state: State, micro_batches: list[Batch]) -> Measured | None:
     scale = _loss_scale(state.cfg)
     for i, micro_batch in enumerate(micro_batches):
         with _sync_gradients(state.network, when=i == len(micro_batches) - 1):
-            objective = _forward(state, micro_batch.to(env.device, non_blocking=True))
+            objective = _forward(state, micro_batch)
             scaler.scale(objective * scale).backward()
     totals = _reduce_statistics(state, micro_batches)
     scaler.unscale_(optimizer)
@@ -126,11 +125,12 @@ def train_step(state: State, micro_batches: list[Batch]) -> Measured | None:
     return measured
 
 
-def _forward(state: State, batch: Batch) -> Tensor:
+def _forward(state: State, micro_batch: Batch) -> Tensor:
     """The objective of a micro-batch: its losses, summed."""
+    batch = state.upload(micro_batch)
     dtype = getattr(torch, state.cfg.optimizer.dtype)
     with torch.autocast(state.env.device.type, dtype, enabled=state.cfg.optimizer.mixed_precision):
-        loss, _ = state.network(batch.waveforms, **batch.options)
+        loss, _ = state.network(batch.waveforms, **batch.options, **state.frozen(micro_batch, state.step))
         objective = loss.sum()
         if state.hooks.extra_loss is not None:
             objective = objective + state.hooks.extra_loss(state.model, batch)
@@ -144,7 +144,7 @@ def _reduce_statistics(state: State, micro_batches: list[Batch]) -> dict[str, Te
         "seconds": sum(batch.num_samples for batch in micro_batches) / SAMPLE_RATE,
         "skipped_files": sum(len(batch.skipped) for batch in micro_batches),
         "stop": float(state.stop.signum > 0),
-        "tflop": sum(_tflop(state.model, batch) for batch in micro_batches),
+        "tflop": sum(_tflop(state, batch) for batch in micro_batches),
     }
     views = state.model.statistics.view()
     finite = torch.isfinite(views["loss"]).clone()
@@ -164,11 +164,13 @@ def _reduce_statistics(state: State, micro_batches: list[Batch]) -> dict[str, Te
     }
 
 
-def _tflop(model: DinoSR, batch: Batch) -> float:
+def _tflop(state: State, batch: Batch) -> float:
     """Floating-point operations of the model on a micro-batch, in 10^12."""
     rows, samples = batch.waveforms.shape
     masked = 0 if batch.mask_indices is None else batch.mask_indices.shape[1]
-    return rows * step_flops(model.cfg, samples, masked, frozen=model.extractor_frozen) / 1e12
+    model, frozen = state.model, state.frozen
+    kept = {"has_frames": frozen.has_frames, "has_labels": frozen.has_labels(state.step)}
+    return rows * step_flops(model.cfg, samples, masked, frozen=model.extractor_frozen, **kept) / 1e12
 
 
 def _skip(state: State) -> None:
@@ -192,7 +194,6 @@ def _sync_gradients(network: Any, *, when: bool) -> Any:
     return network.no_sync() if isinstance(network, DistributedDataParallel) and not when else nullcontext()
 
 
-@command
 @command
 def main() -> None:
     """Run the command line, as one of the processes that torchrun starts."""

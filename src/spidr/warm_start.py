@@ -268,7 +268,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(
         "python -m spidr.warm_start",
         description="First weights for a small model and little speech: its layers learn to put out cepstra. An "
-        "extra, no part of SpidR or DinoSR as published. Name OUTPUT in run.init_ckpt of CONFIG.",
+        "extra, not part of SpidR or DinoSR as published. Name OUTPUT in run.init_ckpt of CONFIG.",
+        example="python -m spidr.warm_start config.toml warm/warm.pt",
     )
     parser.add_argument("config", metavar="CONFIG", help="the run's configuration: model, data, seed, precision count")
     parser.add_argument("output", metavar="OUTPUT", type=Path, help="a .pt file; config.json is written beside it")

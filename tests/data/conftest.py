@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from synthetic import noise, write_audio
 
+from helpers.synthetic import noise, write_audio
 from spidr.data.write_manifest import write_manifest
 
 

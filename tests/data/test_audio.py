@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from synthetic import noise, write_archive, write_audio
 
+from helpers.synthetic import noise, write_archive, write_audio
 from spidr.data import num_samples
 from spidr.data.audio import (
     read_audio,

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from synthetic import noise, write_audio
 
+from helpers.synthetic import noise, write_audio
 from spidr.config import DEFAULT_CONV_LAYER_CONFIG, DataConfig, MaskingConfig
 from spidr.data import Batch, audio, speech_dataset
 from spidr.data import batch as batch_module

@@ -10,8 +10,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from synthetic import noise
 
+from helpers.synthetic import noise
 from spidr.config import DEFAULT_CONV_LAYER_CONFIG
 from spidr.data import speech_dataset
 from spidr.data.dataset import conv_length

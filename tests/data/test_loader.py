@@ -422,7 +422,7 @@ def test_several_manifests_with_weights(recordings: Callable[..., Path], tmp_pat
     lengths = np.minimum(loader.dataset.manifest["num_samples"].to_numpy(), cfg.max_sample_size)
     shares = []
     for epoch in range(20):
-        drawn = np.concatenate([loader._batches(epoch)[n] for n in range(len(loader._batches(epoch)))])
+        drawn = torch.cat([batch.rows for batch in loader.epoch(epoch)]).numpy()
         shares.append(lengths[drawn[drawn < 5]].sum() / lengths[drawn].sum())
         assert 0.7 < lengths[drawn].sum() / lengths.sum() < 1.3
         if epoch == 0:

@@ -46,6 +46,10 @@ def test_jsonl(tmp_path: Path) -> None:
         ("m.csv", "path\tnum_samples\n/a/0017.wav\t16000\n/a/b.wav\t3\n"),
         ("m.tsv", "path\tnum_samples\n/a/0017.wav\t16000\n/a/b.wav\t3\n"),
         ("m.txt", "num_samples;path\n16000;/a/0017.wav\n3;/a/b.wav\n"),
+        ("m.csv", "path, num_samples\n/a/0017.wav, 16000\n  \n/a/b.wav, 3\n"),
+        ("m.csv", "fileid , path\t, num_samples\n0017, /a/0017.wav, 16000\nb, /a/b.wav, 3\n"),
+        ("m.csv", "path,num_samples\n/a/0017.wav,16000,\n/a/b.wav,3,\n"),
+        ("m.tsv", "path\tnum_samples\n/a/0017.wav\t16000\t\n/a/b.wav\t3\t\n"),
         ("m.jsonl", '\ufeff{"path": "/a/0017.wav", "num_samples": 16000.0}\n\n'
                     '{"path": "/a/b.wav", "num_samples": "3"}\n'),
         ("m.json", '{"fileid": "0017", "path": "/a/0017.wav", "num_samples": 16000}\n'
@@ -57,8 +61,28 @@ def test_tables_as_people_write_them(tmp_path: Path, name: str, text: str) -> No
     assert read_manifest(tmp_path / name).to_dict(as_series=False) == ROWS
 
 
-def test_fairseq(tmp_path: Path) -> None:
-    file = tmp_path / "m.tsv"
+def test_quotes_within_values(tmp_path: Path) -> None:
+    (tmp_path / "m.csv").write_text('path,num_samples\n/a/12" mix.wav,5\n"/a/b, ""c"".wav",6\n')
+    assert read_manifest(tmp_path / "m.csv")["path"].to_list() == ['/a/12" mix.wav', '/a/b, "c".wav']
+
+
+def test_columns_that_begin_late(tmp_path: Path) -> None:
+    """Types are taken from the first thousand rows, but no span is lost, nor a value of another type."""
+    rows = [{"path": f"/{i}.wav", "num_samples": 5, "speaker": 1} for i in range(1500)]
+    rows[1400] |= {"start": 1, "end": 2.5, "fileid": "x"}
+    rows[1401] |= {"speaker": "f2"}
+    for row in rows:
+        row.setdefault("fileid", "y")
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    manifest = read_manifest(tmp_path / "m.jsonl")
+    assert manifest.row(1400, named=True) == rows[1400] | {"num_samples": 24_000, "speaker": "1"}
+    assert manifest["speaker"][1401] == "f2"
+    assert manifest["start"].null_count() == 1499
+
+
+@pytest.mark.parametrize("name", ["m.tsv", "list.txt"])
+def test_fairseq(tmp_path: Path, name: str) -> None:
+    file = tmp_path / name
     file.write_text('/a\nsub/0017.wav\t16000\nb".c.wav\t3\n/elsewhere/noext\t4\n\n')
     assert read_manifest(file).to_dict(as_series=False) == {
         "fileid": ["sub/0017.wav", 'b".c.wav', "/elsewhere/noext"],

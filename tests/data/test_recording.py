@@ -10,20 +10,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-from synthetic import noise, write_archive, write_audio
 
+from helpers.synthetic import noise, write_archive, write_audio
 from spidr.data import num_samples
 from spidr.data.audio import read_audio, read_resampled, statistics, statistics_of
 from spidr.data.decoders import READ_AT_ONCE
-from spidr.data.recording import Member, Recording, member_of
+from spidr.data.recording import Member, Recording
 from spidr.tools.errors import InputError
 
 
 def test_a_member_is_a_file(tmp_path: Path) -> None:
     data = bytes(range(256)) * 40
     _, recording, _ = write_archive(tmp_path / "t.tar", {"a": b"before", "b": data, "c": b"after"})
-    member, expected = member_of(recording), io.BytesIO(data)
-    assert isinstance(member, Member)
+    member, expected = Member(recording), io.BytesIO(data)
     for offset, whence, size in ((0, 0, 100), (50, 1, 10_000), (-300, 2, 500), (0, 2, 5), (20_000, 0, 5), (3, 0, -1)):
         assert member.seek(offset, whence) == expected.seek(offset, whence)
         assert member.read(size) == expected.read(size)

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from synthetic import noise, write_audio
 
+from helpers.synthetic import noise, write_audio
 from spidr.data import read_manifest, speech_dataset
 from spidr.data.write_manifest import main, write_manifest, write_manifest_fairseq, write_manifest_tar
 from spidr.tools.errors import InputError
@@ -264,12 +264,20 @@ def test_bad_arguments(corpus: Path, tmp_path: Path) -> None:
         write_manifest_tar(tmp_path / "t.tar", csv, "flac")
 
 
-def test_names_that_are_no_text(tmp_path: Path) -> None:
+def test_names_that_are_no_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = write_audio(tmp_path / "corpus" / "a.wav", noise(100))
-    file.rename(Path(f"{tmp_path}/corpus/\udcff.wav"))
-    with pytest.raises(InputError, match="not valid UTF-8") as error:
-        write_manifest(tmp_path / "corpus", tmp_path / "m.csv")
-    str(error.value).encode()
+    Path(f"{tmp_path}/corpus/\udcff.wav").write_bytes(file.read_bytes())
+    with tarfile.open(tmp_path / "t.tar", "w") as tar:
+        tar.add(tmp_path / "corpus", arcname="c")
+    for dataset in (tmp_path / "corpus", tmp_path / "t.tar"):
+        with pytest.raises(InputError, match=r"udcff.wav': the name is not valid UTF-8; rename the file.\n1 of 2 rec"):
+            write_manifest(dataset, tmp_path / "m.csv")
+        assert main([str(dataset), str(tmp_path / "m.csv"), "--on-error", "skip"]) == 0
+        assert "the name is not valid UTF-8" in capsys.readouterr().err
+        assert read_manifest(tmp_path / "m.csv")["fileid"].to_list() == ["a"]
+    file.unlink()
+    with pytest.raises(InputError, match="1 of 1 recordings cannot be read"):
+        write_manifest(tmp_path / "corpus", tmp_path / "m.csv", on_error="skip")
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from small_models import tiny_model
+from helpers.small_models import tiny_model
+from helpers.tiny_run import write_recordings
 from spidr.config import DEFAULT_CONV_LAYER_CONFIG
 from spidr.data import speech_dataset
 from spidr.data.alignments import read_alignments
@@ -21,7 +22,6 @@ from spidr.evaluate import main
 from spidr.evaluate.abx import Scorer, read_items
 from spidr.models import DinoSR
 from spidr.models.metrics import units_quality
-from tiny_run import write_recordings
 
 needs_fastabx = pytest.mark.skipif(sys.version_info < (3, 12), reason="fastabx needs Python 3.12")
 AT_50_HZ = {"extractor_conv_layer_config": [(16, kernel, stride) for _, kernel, stride in DEFAULT_CONV_LAYER_CONFIG]}

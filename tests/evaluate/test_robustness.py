@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from small_models import tiny_model
+from helpers.small_models import tiny_model
+from helpers.tiny_run import write_recordings
 from spidr.config import DEFAULT_CONV_LAYER_CONFIG
 from spidr.evaluate.robustness import (
     CHANGES,
@@ -24,7 +25,6 @@ from spidr.evaluate.robustness import (
     tempo,
 )
 from spidr.tools.errors import InputError
-from tiny_run import write_recordings
 
 AT_50_HZ = {"extractor_conv_layer_config": [(16, kernel, stride) for _, kernel, stride in DEFAULT_CONV_LAYER_CONFIG]}
 

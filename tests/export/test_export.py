@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import spidr
-from small_models import tiny_config, tiny_model
+from helpers.small_models import tiny_config, tiny_model
 from spidr.config import model_config
 from spidr.export import export_onnx, export_safetensors, export_transformers
 from spidr.export.__main__ import main

@@ -122,6 +122,8 @@ def test_the_names_of_discophons_files(corpus: Path, varied: Path, tmp_path: Pat
         options: Any = choice
         with pytest.raises(InputError, match=message):
             extract_units(corpus, tmp_path / "x", file_format="discophon", **common, **options)
+    with pytest.raises(InputError, match="unit-hifigan needs one unit for each frame"):
+        extract_units(corpus, tmp_path / "x.jsonl", file_format="unit-hifigan", dedup=True, **common)
     with pytest.raises(InputError, match="only the format discophon names its files"):
         extract_units(corpus, tmp_path / "x.jsonl", language="deu", split="dev", **common)
 

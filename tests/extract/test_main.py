@@ -128,7 +128,8 @@ def test_a_mistyped_model_is_reported_before_the_sources_are_read(
     (tmp_path / "audio" / "a.wav").write_bytes(b"would be refused")
     output = {"units": "u.jsonl", "features": "f", "kmeans": "k.npz"}[command]
     assert main([command, "audio", output, "--model", model]) == 2
-    assert capsys.readouterr().err == f"error: {model}: neither a file nor a published model{advice}\n"
+    guide = " (see docs/units.md#which-model-which-layer)"
+    assert capsys.readouterr().err == f"error: {model}: neither a file nor a published model{advice}{guide}\n"
 
 
 @pytest.mark.parametrize(
@@ -172,7 +173,7 @@ def test_a_log_file_gets_a_line_a_minute(monkeypatch: pytest.MonkeyPatch, caplog
     caplog.set_level("INFO")
     now = 1000.0
     monkeypatch.setattr(progress.time, "monotonic", lambda: now)
-    with progress.progress("Units", 1000, "h of audio", 0.01) as advance:
+    with progress.Progress("Units", 1000, "h of audio", 0.01) as advance:
         for _ in range(10):
             now += 20
             advance(100)

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from helpers.extraction import LAYER, PROMPTS, QUIET, SHAPES, noise, read, rows, small, units
-from small_models import tiny_model
+from helpers.small_models import tiny_model
 from spidr.config import DinoSRConfig, SpidRConfig
 from spidr.extract import Options, extract_features, extract_units, features, fit_kmeans, session
 from spidr.extract import units as units_module

@@ -11,7 +11,7 @@ import numpy as np
 import soundfile
 import torch
 
-from small_models import tiny_model
+from helpers.small_models import tiny_model
 from spidr.config import DEFAULT_CONV_LAYER_CONFIG
 from spidr.extract import Options
 from spidr.models import DinoSR

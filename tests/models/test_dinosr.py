@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from helpers.small_models import tiny_model
 from helpers.utterances import LENGTHS, num_frames, padded
-from small_models import tiny_model
 from spidr.config import DinoSRConfig
 from spidr.models import DinoSR, SpidR, dinosr
 from spidr.models.codebook import Codebook
@@ -349,7 +349,7 @@ def test_initial_weights_are_a_function_of_the_seed(model_type: str) -> None:
 DDP_LOOP = """
 import sys, torch, torch.distributed as dist
 sys.path.insert(0, sys.argv[1])
-from small_models import tiny_model
+from helpers.small_models import tiny_model
 from spidr.models.metrics import perplexity
 from torch.nn.parallel import DistributedDataParallel
 dist.init_process_group("gloo")

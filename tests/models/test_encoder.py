@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from helpers.small_models import tiny_model
 from helpers.utterances import LENGTHS, num_frames, padded, utterances
-from small_models import tiny_model
 from spidr.data.audio import standardize, statistics_of
 from spidr.models import Encoder, standardise
 from spidr.models.kernels import exact_products

@@ -9,7 +9,7 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from small_models import tiny_config, tiny_model
+from helpers.small_models import tiny_config, tiny_model
 from spidr.config import DinoSRConfig, SpidRConfig
 from spidr.models.flops import extractor_flops, peak_tflops, step_flops, transformer_flops
 from spidr.models.transformer import Transformer

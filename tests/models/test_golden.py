@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from small_models import GOLDEN, GoldenCase
+from helpers.small_models import GOLDEN, GoldenCase
 from spidr.config import DinoSRConfig, SpidRConfig
 from spidr.models import DinoSR, SpidR
 

@@ -4,7 +4,7 @@ import inspect
 import json
 import re
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from torch import Tensor
 
 import spidr.models
 from helpers.fairseq import fairseq_checkpoint
-from helpers.web import Server, serving
+from helpers.web import Server
 from helpers.weights import DINOSR, FAIRSEQ, SMALL, SPIDR, damage, random_weights, same_weights
 from spidr.config import Config, DataConfig, DinoSRConfig, RunConfig, SpidRConfig, to_dict
 from spidr.export import export_safetensors, export_transformers
@@ -24,18 +24,6 @@ from spidr.models import DinoSR, SpidR, hub
 from spidr.models.__main__ import main
 from spidr.models.published import PUBLISHED, Published
 from spidr.tools.errors import InputError
-
-
-@pytest.fixture
-def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    with serving() as server:
-        yield server
-
-
-@pytest.fixture
-def cache(server: Server, tmp_path: Path) -> Path:
-    return tmp_path / "hub" / "checkpoints"
 
 
 def publish(monkeypatch: pytest.MonkeyPatch, url: str, **options: Any) -> None:

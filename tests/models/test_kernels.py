@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from operators import Operators
+from helpers.operators import Operators
 from spidr.models import kernels
 from spidr.models.transformer import FeedForward
 

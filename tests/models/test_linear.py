@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from operators import Operators
+from helpers.operators import Operators
 from spidr.models import kernels
 from spidr.models.kernels import linear, through, through_gelu
 from spidr.tools.errors import InputError

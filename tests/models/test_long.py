@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from small_models import tiny_model
+from helpers.small_models import tiny_model
 from spidr.models import DinoSR, long
 from spidr.models.kernels import extract
 from spidr.tools import waveforms
@@ -118,7 +118,7 @@ def test_wrong_windows(options: dict[str, float], message: str) -> None:
 MEASURE = """
 import resource, sys, torch
 sys.path.insert(0, sys.argv[1])
-from small_models import tiny_model
+from helpers.small_models import tiny_model
 from spidr.config import DEFAULT_CONV_LAYER_CONFIG
 shapes = [(64, kernel, stride) for _, kernel, stride in DEFAULT_CONV_LAYER_CONFIG]
 model = tiny_model(extractor_conv_layer_config=shapes, encoder_num_heads=1, encoder_num_layers=1, num_codebooks=1)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from helpers.changes import calls, changes, measure, prepare
-from small_models import GOLDEN, GoldenCase, tiny_model
+from helpers.small_models import GOLDEN, GoldenCase, tiny_model
 from spidr.models import DinoSR
 from spidr.models.kernels import untouched
 

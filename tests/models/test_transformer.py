@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from small_models import tiny_config
+from helpers.small_models import tiny_config
 from spidr.models.transformer import ConvPositionalEmbedding, SelfAttention, Transformer, TransformerLayer
 
 

@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 import torch
 
+from helpers.tiny_run import write_config, write_recordings
 from spidr.config import DEFAULT_CONV_LAYER_CONFIG, Config, read_config
 from spidr.report.__main__ import main
 from spidr.report.contents import newest_checkpoint, spans, spectrogram
 from spidr.report.figures import curves, utterance
 from spidr.tools.metrics import read_metrics
 from spidr.train import train
-from tiny_run import write_config, write_recordings
 
 AT_50_HZ = {"extractor_conv_layer_config": [(16, kernel, stride) for _, kernel, stride in DEFAULT_CONV_LAYER_CONFIG]}
 

@@ -17,14 +17,14 @@ from typing import Any
 
 import pytest
 
-from slurm_cluster import Cluster, logs, wait_for
+from helpers.slurm_cluster import Cluster, logs, wait_for
+from helpers.tiny_run import write_config, write_recordings
 from spidr.__main__ import main
 from spidr.config import SlurmConfig
 from spidr.slurm import launch_with_submitit
 from spidr.slurm.code import PACKAGE
 from spidr.slurm.launch import submit
 from spidr.tools.errors import InputError
-from tiny_run import write_config, write_recordings
 
 ONE_TASK = SlurmConfig(account="a", nodes=1, gpus_per_node=1, time=60)
 TWO_TASKS = replace(ONE_TASK, gpus_per_node=2)

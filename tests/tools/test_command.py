@@ -64,7 +64,7 @@ def test_stdout_holds_results_only() -> None:
 def test_help_is_a_result_and_ends_with_an_example() -> None:
     done = run('Parser("x", description="d", example="x 1").parse_args(["--help"])')
     assert done.returncode == 0
-    assert done.stdout.startswith("usage: x [-h]\n")
+    assert done.stdout.startswith("usage: x [options]\n")
     assert done.stdout.endswith("\nexample:\n  x 1\n")
 
 

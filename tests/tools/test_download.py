@@ -7,30 +7,17 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path
 
 import pytest
 
-from helpers.web import Server, serving
+from helpers.web import Server
 from spidr.tools.download import Remote
 from spidr.tools.errors import InputError
 
 CONTENT = bytes(range(256)) * 400
-
-
-@pytest.fixture
-def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    with serving() as server:
-        yield server
-
-
-@pytest.fixture
-def cache(server: Server, tmp_path: Path) -> Path:
-    return tmp_path / "hub" / "checkpoints"
 
 
 def fetch(url: str, saved_as: str = "a.pt", *, check_hash: bool = False, progress: bool = False) -> bytes:

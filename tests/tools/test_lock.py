@@ -105,7 +105,7 @@ def test_who_was_taken_for_dead_notices(tmp_path: Path, monkeypatch: pytest.Monk
     with Lock(tmp_path, "is writing here") as held:
         rewrite(tmp_path / ".spidr.lock", token="another", host="node7")
         held._thread.join(30)
-        with pytest.raises(InputError, match=r"on node7.* goes on instead"):
+        with pytest.raises(InputError, match=r"on node7.* has taken over"):
             held.check()
     assert (tmp_path / ".spidr.lock").exists()  # it is the other's
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from wandb.proto.wandb_internal_pb2 import Record
 
-from slurm_cluster import wait_for
+from helpers.slurm_cluster import wait_for
 from spidr.config import read_config, to_dict
 from spidr.tools.metrics import Line, read_metrics
 from spidr.tools.metrics_queue import main

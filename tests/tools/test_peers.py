@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from processes import Fault, Ranks
-from tiny_run import write_config, write_recordings
+from helpers.processes import Fault, Ranks
+from helpers.tiny_run import write_config, write_recordings
 
 
 @pytest.mark.parametrize("frozen", [0, 1])

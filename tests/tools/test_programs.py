@@ -10,7 +10,7 @@ from signal import Signals
 
 import pytest
 
-from slurm_cluster import wait_for
+from helpers.slurm_cluster import wait_for
 from spidr.tools.programs import run_program
 
 

@@ -46,6 +46,6 @@ def test_an_import_changes_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("text", "expected"), [("150000 100000\n", 2), ("50000 100000\n", 1), ("max 100000\n", None)])
 def test_quota(text: str, expected: int | None, tmp_path: Path) -> None:
-    assert threads._quota(tmp_path) is None
+    assert threads.quota(tmp_path) is None
     tmp_path.joinpath("cpu.max").write_text(text)
-    assert threads._quota(tmp_path) == expected
+    assert threads.quota(tmp_path) == expected

@@ -8,29 +8,22 @@ from typing import TYPE_CHECKING
 from spidr.tools.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from spidr.data.audio import num_samples
-    from spidr.data.batch import Batch
-    from spidr.data.dataset import speech_dataset
-    from spidr.data.loader import build_dataloader, build_validation_dataloader
-    from spidr.data.manifest import read_manifest
-else:
-    __getattr__ = lazy_names(
-        __name__,
-        {
-            "Batch": "batch",
-            "build_dataloader": "loader",
-            "build_validation_dataloader": "loader",
-            "num_samples": "audio",
-            "read_manifest": "manifest",
-            "speech_dataset": "dataset",
-        },
+    from spidr.data.audio import num_samples as num_samples
+    from spidr.data.batch import Batch as Batch
+    from spidr.data.dataset import speech_dataset as speech_dataset
+    from spidr.data.loader import (
+        build_dataloader as build_dataloader,
     )
-
-__all__ = [
-    "Batch",
-    "build_dataloader",
-    "build_validation_dataloader",
-    "num_samples",
-    "read_manifest",
-    "speech_dataset",
-]
+    from spidr.data.loader import (
+        build_validation_dataloader as build_validation_dataloader,
+    )
+    from spidr.data.manifest import read_manifest as read_manifest
+else:
+    __getattr__, __all__ = lazy_names(
+        __name__,
+        audio="num_samples",
+        batch="Batch",
+        dataset="speech_dataset",
+        loader="build_dataloader build_validation_dataloader",
+        manifest="read_manifest",
+    )

@@ -6,12 +6,13 @@ import codecs
 import os
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from spidr.data.json_lines import read_lines, split_row
 from spidr.data.names import match_names
-from spidr.tools.errors import InputError, first_line
+from spidr.tools.errors import InputError, first_line, some
 from spidr.tools.files import check_file, expand, find_files
 from spidr.tools.lazy import needs_extra
 from spidr.tools.untrusted import check_memory, parse_json
@@ -38,6 +39,9 @@ Alignments = dict[str, list[str]]
 
 Skipped = dict[str, str]
 """What was left out, and why."""
+
+Interval = tuple[str, float, float]
+"""A phone, its beginning and its end in seconds."""
 
 
 def read_alignments(
@@ -71,8 +75,8 @@ def read_alignments(
     path, phones = expand(path), _Phones(silence)
     alignments: Alignments = {}
     problems: Skipped = {} if skipped is None else skipped
-    is_folder, frames = os.path.isdir(path), 0  # noqa: PTH112 (False for all that cannot be a folder)
-    for place, read in _sources(path, tier, phones, is_folder):
+    frames = 0
+    for place, read in _entries(path, tier, phones):
         try:
             name, labels = read()
             frames += len(labels)
@@ -84,52 +88,49 @@ def read_alignments(
             raise InputError(f"{place}: {name!r} is aligned twice")
         alignments[name] = labels
     if skipped is None and problems:
-        shown = [f"{place}: {problem}" for place, problem in list(problems.items())[:5]]
-        more = f"\n… and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise InputError("\n".join(shown) + more)
+        raise InputError(some([f"{place}: {problem}" for place, problem in problems.items()], separator="\n"))
     if not alignments:
-        raise InputError(f"{path}: no {'.TextGrid in the folder' if is_folder else 'alignment in the file'}.")
+        what = ".TextGrid in the folder" if os.path.isdir(path) else "alignment in the file"  # noqa: PTH112
+        raise InputError(f"{path}: no {what}.")
     return alignments
 
 
-Source = tuple[str, Callable[[], tuple[str, list[str]]]]
-"""A place, for messages, and what reads the alignment there."""
+Entry = tuple[str, Callable[[], tuple[str, list[str]]]]
+"""Where an alignment is, for messages, and what reads it: its name and phones."""
 
 
-def _sources(path: Path, tier: str | None, phones: _Phones, is_folder: bool) -> Iterator[Source]:
-    if is_folder:
-        parse = _praatio()
-        for file in find_files(path, lambda name: name.lower().endswith(".textgrid")):
-            name = os.path.splitext(os.path.relpath(file, path))[0].replace(os.sep, "/")  # noqa: PTH122
-            yield file, lambda name=name, file=file: (name, _read_grid(Path(file), tier, phones, parse))  # type: ignore[misc]
-    elif path.suffix.lower() == ".textgrid":
-        check_file(path)
-        parse = _praatio()
-        yield str(path), lambda: (path.stem, _read_grid(path, tier, phones, parse))
-    else:
-        header: list[str] = []
-        table: dict[str, list[tuple[str, float, float]]] = {}
-        for number, line in read_lines(path):
-            if header:
-                _add_row(table, header, line, phones, f"{path}: line {number}")
-            elif line.startswith("#file"):
-                header = line.split()
-            else:
-                yield f"{path}: line {number}", lambda line=line: _read_line(line, phones)  # type: ignore[misc]
-        for name, intervals in table.items():
-            intervals.sort(key=lambda interval: interval[1:])
-            yield f"{path}: {name}", lambda n=name, i=intervals: (n, _frames(i, i[-1][2]))  # type: ignore[misc]
-
-
-def _add_row(
-    table: dict[str, list[tuple[str, float, float]]], header: list[str], line: str, phones: _Phones, place: str
-) -> None:
-    row = split_row(header, line)
-    try:
-        interval = (phones[row["#phone"]], float(row["onset"]), float(row["offset"]))
-        table.setdefault(row["#file"], []).append(interval)
-    except (KeyError, ValueError):
-        raise InputError(f"{place}: expected #file onset offset #phone; found {line[:80]!r}.") from None
+def _entries(path: Path, tier: str | None, phones: _Phones) -> Iterator[Entry]:
+    is_folder = os.path.isdir(path)  # noqa: PTH112 (False for all that cannot be a folder)
+    if is_folder or path.suffix.lower() == ".textgrid":
+        with needs_extra("train"):
+            from praatio.utilities import textgrid_io
+        if not is_folder:
+            check_file(path)
+        files = find_files(path, lambda name: name.lower().endswith(".textgrid")) if is_folder else [str(path)]
+        for file in files:
+            name = os.path.splitext(os.path.relpath(file, path if is_folder else path.parent))[0]  # noqa: PTH122
+            yield (
+                file,
+                partial(_read_grid, Path(file), name.replace(os.sep, "/"), tier, phones, textgrid_io.parseTextgridStr),
+            )
+        return
+    header: list[str] = []
+    table: dict[str, list[Interval]] = {}
+    for number, line in read_lines(path):
+        place = f"{path}: line {number}"
+        if header:
+            row = split_row(header, line)
+            try:
+                interval = (phones[row["#phone"]], float(row["onset"]), float(row["offset"]))
+                table.setdefault(row["#file"], []).append(interval)
+            except (KeyError, ValueError):
+                raise InputError(f"{place}: expected #file onset offset #phone; found {line[:80]!r}.") from None
+        elif line.startswith("#file"):
+            header = line.split()
+        else:
+            yield place, partial(_read_line, line, phones)
+    for name, intervals in table.items():
+        yield f"{path}: {name}", partial(_read_table, name, sorted(intervals, key=lambda interval: interval[1:]))
 
 
 class _Phones(dict[str, str]):
@@ -144,6 +145,10 @@ class _Phones(dict[str, str]):
             raise TypeError
         self[label] = SILENCE if label.strip().lower() in self._silence else label.strip()
         return self[label]
+
+
+def _read_table(name: str, intervals: list[Interval]) -> tuple[str, list[str]]:
+    return name, _frames(intervals, intervals[-1][2])
 
 
 def _read_line(line: str, phones: _Phones) -> tuple[str, list[str]]:
@@ -167,13 +172,9 @@ def _read_line(line: str, phones: _Phones) -> tuple[str, list[str]]:
 _EXPONENT = re.compile(r"^(.*?=\s*|\s*)([-+]?\d*\.?\d+[eE][-+]?\d+)(\s*)$", re.MULTILINE)
 
 
-def _praatio() -> Callable[[str, bool], Any]:
-    with needs_extra("train"):
-        from praatio.utilities import textgrid_io
-    return textgrid_io.parseTextgridStr
-
-
-def _read_grid(path: Path, tier: str | None, phones: _Phones, parse: Callable[[str, bool], Any]) -> list[str]:
+def _read_grid(
+    path: Path, recording: str, tier: str | None, phones: _Phones, parse: Callable[[str, bool], Any]
+) -> tuple[str, list[str]]:
     try:
         check_file(path)
         content = path.read_bytes()
@@ -183,30 +184,26 @@ def _read_grid(path: Path, tier: str | None, phones: _Phones, parse: Callable[[s
         text = _EXPONENT.sub(lambda match: f"{match[1]}{float(match[2]):.12f}{match[3]}", text)
         grid = parse(text, True)
         tiers = [(t["name"], t["entries"]) for t in grid["tiers"] if t["class"] == "IntervalTier"]
-    except OSError as error:
-        raise InputError(f"the alignments cannot be read ({error.strerror or error}).") from None
     except InputError:
         raise
+    except OSError as error:
+        raise InputError(f"the alignments cannot be read ({error.strerror or error}).") from None
     except Exception as error:  # a parser without an error of its own
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise InputError(f"not a TextGrid that praatio can read ({reason}).") from None
     names = [name for name, _ in tiers]
-    chosen = [name for name in names if name == tier] if tier is not None else _phone_tiers(names)
+    named = [name for name in names if name.split("-")[-1].strip().lower() in ("phones", "phone")]
+    chosen = [name for name in names if name == tier] if tier is not None else named or names
     if len(chosen) != 1:
         count = "several tiers" if chosen else "no tier"
         wanted = f"{count} {tier!r}" if tier is not None else "cannot tell the tier of the phones"
         raise InputError(f"{wanted}; tiers of intervals found: {', '.join(names) or 'none'}.")
     try:
         intervals = [(phones[label], float(start), float(end)) for start, end, label in dict(tiers)[chosen[0]]]
-        return _frames(intervals, max([float(grid["xmax"]), *(end for *_, end in intervals[-1:])]))
+        return recording, _frames(intervals, max([float(grid["xmax"]), *(end for *_, end in intervals[-1:])]))
     except ValueError as error:
         message = error if isinstance(error, InputError) else f"not a number ({first_line(error)})"
         raise InputError(f"tier {chosen[0]!r}: {message}") from None
-
-
-def _phone_tiers(names: list[str]) -> list[str]:
-    named = [name for name in names if name.split("-")[-1].strip().lower() in ("phones", "phone")]
-    return named or (names if len(names) == 1 else [])
 
 
 def fit(phones: list[str], frames: int, tolerance: int = TOLERANCE) -> list[str] | None:
@@ -231,7 +228,7 @@ def match_alignments(alignments: Alignments, fileids: Iterable[str]) -> Alignmen
     return {fileid: alignments[name] for fileid, name in match_names(alignments, fileids).items()}
 
 
-def _frames(intervals: list[tuple[str, float, float]], duration: float) -> list[str]:
+def _frames(intervals: list[Interval], duration: float) -> list[str]:
     """Phone at the middle of each frame.
 
     Raises:

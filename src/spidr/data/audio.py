@@ -29,6 +29,9 @@ EPS = 1e-5
 class FormatError(InputError):
     """A recording is not 16 kHz mono. :func:`read_resampled` reads it all the same."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(message, guide="questions.md#my-recordings-have-another-sample-rate")
+
 
 def num_samples(source: Source, *, verify: bool = False) -> int:
     """Exact number of samples of a recording.
@@ -44,8 +47,8 @@ def num_samples(source: Source, *, verify: bool = False) -> int:
     with decoder(source) as file:
         _check_format(file)
         if verify:
-            return len(_samples(file, *_range(source, file, 0, None)))
-        begin, end = _span(source, file)
+            return len(_samples(file, *_range(file, 0, None)))
+        begin, end = _span(file)
         return end - begin
 
 
@@ -57,7 +60,7 @@ def seekable_length(source: Source) -> int | None:
     """
     with decoder(source) as file:
         _check_format(file)
-        begin, end = _span(source, file)
+        begin, end = _span(file)
         return end - begin if file.seekable else None
 
 
@@ -77,7 +80,7 @@ def read_audio(source: Source, start: int = 0, stop: int | None = None) -> Sampl
     """
     with decoder(source) as file:
         _check_format(file)
-        return _samples(file, *_range(source, file, start, stop))
+        return _samples(file, *_range(file, start, stop))
 
 
 def read_resampled(source: Source) -> Samples:
@@ -93,7 +96,7 @@ def read_resampled(source: Source) -> Samples:
 def resampled_length(source: Source) -> int:
     """About as many samples as :func:`read_resampled` gives, by the header if it says."""
     with decoder(source) as file:
-        begin, end = _span(source, file)
+        begin, end = _span(file)
         return round((end - begin) * SAMPLE_RATE / file.sample_rate)
 
 
@@ -109,7 +112,7 @@ def stream(source: Source, *, resample: bool = False, size: int = BLOCK) -> Iter
         InputError: See :func:`read_audio`.
     """
     with decoder(source) as file:
-        begin, end = _range(source, file, 0, None)
+        begin, end = _range(file, 0, None)
         if (file.sample_rate, file.channels) == (SAMPLE_RATE, 1) or not resample:
             _check_format(file)
             blocks: Iterable[Samples] = (block[:, 0] for block in file.blocks(size, begin, end))
@@ -163,27 +166,26 @@ def _samples(file: Decoder | Decoded, start: int, stop: int | None) -> Samples:
     return samples
 
 
-def _range(source: Source, file: Decoder | Decoded, start: int, stop: int | None) -> tuple[int, int | None]:
+def _range(file: Decoder | Decoded, start: int, stop: int | None) -> tuple[int, int | None]:
     """A range of a recording as one of its file."""
-    if not isinstance(source, Recording) or (source.start is None and source.end is None):
+    if isinstance(file.source, bytes) or file.source.start is file.source.end is None:
         return start, stop
-    begin, end = _span(source, file)
+    begin, end = _span(file)
     if stop is not None and begin + stop > end:
         raise InputError(f"{file.name}: has {end - begin} samples; asked for were those up to {stop}.")
     return begin + start, end if stop is None else begin + stop
 
 
-def _span(source: Source, file: Decoder | Decoded) -> tuple[int, int]:
+def _span(file: Decoder | Decoded) -> tuple[int, int]:
     """Where a recording begins and ends in its file, in samples of the file."""
-    frames = file.length()
-    if frames is None:
-        frames = _count(source._replace(start=None, end=None) if isinstance(source, Recording) else source)
+    whole = file.source if isinstance(file.source, bytes) else file.source._replace(start=None, end=None)
+    frames = _count(whole) if (known := file.length()) is None else known
     if frames <= 0:
         raise _no_samples(file.name)
     begin, end = 0, frames
-    if isinstance(source, Recording):
-        begin = round((source.start or 0) * file.sample_rate)
-        end = frames if source.end is None else round(source.end * file.sample_rate)
+    if not isinstance(file.source, bytes):
+        begin = round((file.source.start or 0) * file.sample_rate)
+        end = frames if file.source.end is None else round(file.source.end * file.sample_rate)
         if end > frames + OVERSHOOT * file.sample_rate or begin >= min(end, frames):
             raise InputError(f"{file.name}: not within the {frames / file.sample_rate:g} s that the recording lasts.")
     return begin, min(end, frames)
@@ -191,7 +193,7 @@ def _span(source: Source, file: Decoder | Decoded) -> tuple[int, int]:
 
 # Once per process: a long recording may be cropped often.
 @lru_cache(maxsize=1 << 16)
-def _count(source: Source) -> int:
+def _count(source: Recording | bytes) -> int:
     with decoder(source) as file:
         return len(file.read())
 

@@ -21,7 +21,7 @@ from spidr.tools.errors import InputError
 from spidr.tools.frames import conv_length, samples_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from numpy.typing import NDArray
 
@@ -90,24 +90,54 @@ class Batch:
         """The batch in page-locked memory."""
         return self._map(lambda tensor: tensor.pin_memory())
 
-    def _map(self, function: Any) -> Self:
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The attributes that are tensors, by name."""
         values = {item.name: getattr(self, item.name) for item in fields(self)}
-        return replace(self, **{name: function(value) for name, value in values.items() if isinstance(value, Tensor)})
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Self:
+        return replace(self, **{name: function(tensor) for name, tensor in self.tensors.items()})  # type: ignore[arg-type]
+
+
+class Uploader:
+    """Copies batches to a device; on a GPU, while that still works on what was asked of it before.
+
+    Batches in pinned memory are copied on a stream of their own: what is computed with them waits for the copy, which
+    waits for nothing.
+
+    Args:
+        device: Where to.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def __call__(self, batch: Batch) -> Batch:
+        """The batch on the device."""
+        if self._stream is None:
+            return batch.to(self.device)
+        with torch.cuda.stream(self._stream):
+            copy = batch.to(self.device, non_blocking=True)
+        computing = torch.cuda.current_stream(self.device)
+        computing.wait_stream(self._stream)
+        for tensor in copy.tensors.values():
+            tensor.record_stream(computing)  # or its memory could be taken for the next copy too early
+        return copy
 
 
 class PackedBatch:
     """A batch that travels between processes as bytes: tensors need shared memory, and sockets."""
 
     def __init__(self, batch: Batch) -> None:
-        values = {item.name: getattr(batch, item.name) for item in fields(batch)}
-        self._values = {name: v.numpy() if isinstance(v, Tensor) else v for name, v in values.items()}
+        self._arrays = {name: tensor.numpy() for name, tensor in batch.tensors.items()}
+        self._others = {item.name: getattr(batch, item.name) for item in fields(batch) if item.name not in self._arrays}
 
     def open(self) -> Batch:
         """The batch."""
-        tensors: dict[str, Any] = {}
-        for name, value in self._values.items():
-            tensors[name] = torch.from_numpy(value) if isinstance(value, np.ndarray) else value
-        return Batch(**tensors)
+        tensors: dict[str, Any] = {name: torch.from_numpy(array) for name, array in self._arrays.items()}
+        return Batch(**tensors, **self._others)
 
     def pin_memory(self) -> Batch:
         """The batch in page-locked memory; called by torch's loader."""
@@ -123,6 +153,7 @@ class BatchRequest(NamedTuple):
         recordings: Where they are.
         seed: Seed of the data.
         key: (epoch, number of the batch) for random draws that are the batch's, None for draws that are each row's.
+        again: The same for the masks of a batch that has come before.
     """
 
     rows: NDArray[np.integer[Any]]
@@ -130,11 +161,12 @@ class BatchRequest(NamedTuple):
     recordings: list[Recording]
     seed: int
     key: tuple[int, int] | None
+    again: tuple[int, int] | None = None
 
-    def generators(self) -> list[np.random.Generator]:
+    def generators(self, key: tuple[int, int] | None) -> list[np.random.Generator]:
         """One generator for the batch or one for each row."""
-        if self.key is not None:
-            return [generator(self.seed, Draw.BATCH, *self.key)]
+        if key is not None:
+            return [generator(self.seed, Draw.BATCH, *key)]
         return [generator(self.seed, Draw.ROW, int(row)) for row in self.rows]
 
 
@@ -221,7 +253,7 @@ class Collator:
             with self._skipping(recording, skipped):
                 loaded[i] = self._load(recording, int(length))
 
-        rngs = request.generators()
+        rngs = request.generators(request.key)
         known = [item.length for item in loaded if item is not None]
         available = np.array([min(known, default=1) if item is None else item.length for item in loaded])
         lengths, width = self._lengths(available, request.lengths)
@@ -258,7 +290,9 @@ class Collator:
             frame_lengths=torch.from_numpy(frames) if padded else None,
             skipped=skipped,
         )
-        return batch if self.masks is None else self._mask(batch, frames, rngs)
+        if self.masks is None:
+            return batch
+        return self._mask(batch, frames, rngs if request.again is None else request.generators(request.again))
 
     def _lengths(
         self, available: NDArray[np.int64], promised: NDArray[np.integer[Any]]

@@ -9,13 +9,13 @@ import re
 from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 import soundfile
 
 from spidr.config import SAMPLE_RATE
-from spidr.data.recording import Member, Source, file_of, member_of, name_of
+from spidr.data.recording import Member, Recording, Source, as_recording, check_exists
 from spidr.tools.errors import InputError
 from spidr.tools.lazy import needs_extra
 from spidr.tools.untrusted import check_memory
@@ -60,15 +60,15 @@ class Decoder:
 
     Attributes:
         name: What messages call it.
+        source: What was opened.
         sample_rate: In Hz.
         channels: How many.
         frames: Samples per channel by the header; None if only decoding tells.
         seekable: Whether a part can be read without decoding what comes before.
     """
 
-    def __init__(self, source: Source) -> None:
-        self.name = name_of(source)
-        self._source = source
+    def __init__(self, source: Recording | bytes) -> None:
+        self.name, self.source = _name(source), source
         self._file = _open(source)
         self.sample_rate, self.channels = int(self._file.samplerate), int(self._file.channels)
         self._header, self._position = int(self._file.frames), 0
@@ -127,7 +127,7 @@ class Decoder:
                 self._file.seek(begin)
             elif begin != self._position:
                 self._file.close()
-                self._file = _open(self._source)
+                self._file = _open(self.source)
             samples = self._pieces(None if end is None else end - begin, dtype)
             self._position = begin + len(samples)
             broken = ""
@@ -137,7 +137,7 @@ class Decoder:
             there = self._readable()
             if there not in (0, self.frames):
                 _warn(self.name, f"shorter than its header says: {there} of {self.frames} samples")
-                self._file, self._position, self.frames = _open(self._source), 0, there
+                self._file, self._position, self.frames = _open(self.source), 0, there
                 return self._read(min(start, there), stop, clip=clip)
         if broken:
             raise InputError(f"{self.name}: damaged or truncated near sample {start} ({broken}).")
@@ -173,7 +173,7 @@ class Decoder:
         """As many samples as can be read from the beginning, found by bisection; all of them if the last one can."""
 
         def has(position: int) -> bool:
-            file = _open(self._source)
+            file = _open(self.source)
             try:
                 file.seek(position)
                 return len(file.read(1)) == 1
@@ -197,9 +197,10 @@ class Decoded:
 
     seekable = False
 
-    def __init__(self, source: Source, reason: str) -> None:
-        self.name = name_of(source)
-        data: Any = file_of(source) or member_of(source).read()
+    def __init__(self, source: Recording | bytes, reason: str) -> None:
+        self.name, self.source = _name(source), source
+        with _raw(source) as file:
+            data = file.read()
         try:
             decoder_class = import_module("torchcodec.decoders").AudioDecoder
             decoder = decoder_class(data)
@@ -210,7 +211,8 @@ class Decoded:
             if isinstance(error, (ImportError, OSError)) or "libtorchcodec" in str(error):
                 raise InputError(
                     f"{self.name}: libsndfile cannot read it ({reason}); if it is M4A, WebM or the like, install "
-                    "TorchCodec (`pip install 'spidr[extract]'`) and FFmpeg, or convert it to WAV or FLAC."
+                    "TorchCodec (`pip install 'spidr[extract]'`) and FFmpeg, or convert it to WAV or FLAC.",
+                    guide="questions.md#do-i-need-ffmpeg",
                 ) from None
             raise InputError(f"{self.name}: neither libsndfile nor FFmpeg can read it ({reason}).") from None
         self._samples = np.ascontiguousarray(samples.data.numpy().T)
@@ -242,17 +244,32 @@ def decoder(source: Source) -> Iterator[Decoder | Decoded]:
     Raises:
         InputError: It is missing, empty or damaged, or nothing installed reads it.
     """
+    recording = as_recording(source)
     try:
         try:
-            opened: Decoder | Decoded = Decoder(source)
+            opened: Decoder | Decoded = Decoder(recording)
         except soundfile.LibsndfileError as error:
-            opened = Decoded(source, _why(source, error))
+            opened = Decoded(recording, _why(recording, error))
         try:
             yield opened
         finally:
             opened.close()
     except OSError as error:
-        raise InputError(f"{name_of(source)}: cannot be read ({error.strerror or error}).") from None
+        raise InputError(f"{_name(recording)}: cannot be read ({error.strerror or error}).") from None
+
+
+def _name(source: Recording | bytes) -> str:
+    return f"<{len(source)} bytes of audio>" if isinstance(source, bytes) else str(source)
+
+
+def _raw(source: Recording | bytes) -> IO[bytes] | Member:
+    """The bytes of a recording's file, as a file."""
+    if isinstance(source, bytes):
+        return io.BytesIO(source)
+    if source.archive is not None:
+        return Member(source)
+    check_exists(source.path)
+    return open(source.path, "rb")  # noqa: PTH123
 
 
 def resampled(blocks: Iterable[Samples], sample_rate: int) -> Iterator[Samples]:
@@ -268,12 +285,11 @@ def resampled(blocks: Iterable[Samples], sample_rate: int) -> Iterator[Samples]:
         yield stream.resample_chunk(np.empty(0, np.float32), last=True)
 
 
-def _why(source: Source, error: soundfile.LibsndfileError) -> str:
-    """What libsndfile says; a file that is empty or cannot be opened is refused here."""
-    if (path := file_of(source)) is not None:
-        with open(path, "rb") as file:  # noqa: PTH123
-            if not file.read(1):
-                raise InputError(f"{path}: the file is empty.")
+def _why(source: Recording | bytes, error: soundfile.LibsndfileError) -> str:
+    """What libsndfile says of a file that is not empty."""
+    with _raw(source) as file:
+        if not file.read(1):
+            raise InputError(f"{_name(source)}: the file is empty.")
     return "format not recognised" if error.code in (1, 7) else error.error_string.rstrip(".").lower()
 
 
@@ -295,30 +311,31 @@ class _File(soundfile.SoundFile):  # type: ignore[misc]
         return False
 
 
-def _open(source: Source) -> _File:
-    if (path := file_of(source)) is not None:
-        file = _File(os.fsencode(path))  # soundfile would not take a name that is no UTF-8
+def _open(source: Recording | bytes) -> _File:
+    if isinstance(source, bytes) or source.archive is not None:
+        file = _File(_for_libsndfile(_raw(source)))
     else:
-        file = _File(_for_libsndfile(member_of(source)))
-    if file.frames == 0 and file.format in ("WAV", "WAVEX") and (whole := _with_open_end(source)) is not None:
-        file.close()
-        return _File(_Bytes(whole))
+        check_exists(source.path)
+        file = _File(os.fsencode(source.path))  # soundfile takes no name that is not UTF-8
+    if file.frames == 0 and file.format in ("WAV", "WAVEX"):
+        with _raw(source) as raw:
+            data = raw.read()
+        if whole := _with_open_end(data):
+            file.close()
+            return _File(_Bytes(whole))
     return file
 
 
-def _with_open_end(source: Source) -> bytes | None:
+def _with_open_end(data: bytes) -> bytes | None:
     """A WAV whose header says that it is empty, as programs leave it that write to pipes, made to go to its end."""
-    path = file_of(source)
-    with member_of(source) if path is None else open(path, "rb") as file:  # noqa: PTH123
-        data = file.read()
     position = data.find(b"data\0\0\0\0", 0, 4096)
     if position < 0 or len(data) <= position + 8:
         return None
     return data[: position + 4] + b"\xff\xff\xff\xff" + data[position + 8 :]
 
 
-def _for_libsndfile(file: Member | io.BytesIO) -> Any:
-    # A file of Python's is asked for a few kilobytes at a time, which bytes in memory answer fastest.
+def _for_libsndfile(file: Any) -> Any:
+    # libsndfile asks a file of Python's for a few kilobytes at a time, which bytes in memory answer fastest.
     small = isinstance(file, io.BytesIO) or file.seek(0, os.SEEK_END) <= READ_AT_ONCE
     file.seek(0)
     return _Bytes(file.read()) if small else _Buffered(file)

@@ -195,7 +195,7 @@ class SpeechLoader:
         self.generator = torch.Generator().manual_seed(collator.cfg.random_seed)
         self._collator, self._seed_by_row = collator, seed_by_row
         # An epoch's list is needed several times in a row, and large.
-        self._batches = lru_cache(maxsize=1)(batches)
+        self._list = lru_cache(maxsize=1)(batches)
         self._workers = _Workers(collator, processes.world_size, start_method)
         # Also at exit, and then before Python would wait for processes that nobody told to end.
         weakref.finalize(self, self._workers.close)
@@ -224,7 +224,7 @@ class SpeechLoader:
         Raises:
             InputError: A recording cannot be read, unless ``on_error`` is "skip".
         """
-        made = self._workers.make(self._requests(epoch, start))
+        made = self._workers.make(self.requests(epoch, start))
         for number, batch in zip(self._numbers(epoch, start), made, strict=False):
             if isinstance(batch, UnreadableBatchError):
                 batch = self._another(epoch, number, batch)
@@ -266,14 +266,26 @@ class SpeechLoader:
         rank, world_size, accumulation = self._processes
         return range(start * world_size * accumulation + rank, len(self._batches(epoch)), world_size)
 
-    def _requests(self, epoch: int, start: int) -> Iterator[BatchRequest]:
+    def _batches(self, epoch: int) -> BatchList:
+        return self._list(self._original(epoch))
+
+    def _original(self, epoch: int) -> int:
+        """The epoch of which a later one repeats the batches."""
+        distinct = self._collator.cfg.num_distinct
+        return epoch % distinct if distinct else epoch
+
+    def requests(self, epoch: int, start: int) -> Iterator[BatchRequest]:
+        """What this process's batches are made from, from optimiser step ``start`` of the epoch on."""
         return (self._request(epoch, number) for number in self._numbers(epoch, start))
 
     def _request(self, epoch: int, number: int) -> BatchRequest:
         rows = self._batches(epoch)[number]
-        key = None if self._seed_by_row else (epoch, number)
-        seed = self.generator.initial_seed()
-        return BatchRequest(rows, self._lengths[rows], self.dataset.recordings(rows), seed, key)
+        seed, recordings = self.generator.initial_seed(), self.dataset.recordings(rows)
+        if self._seed_by_row:
+            return BatchRequest(rows, self._lengths[rows], recordings, seed, None)
+        original = self._original(epoch)
+        again = None if epoch == original else (epoch, number)
+        return BatchRequest(rows, self._lengths[rows], recordings, seed, (original, number), again)
 
 
 def _has_shared_memory(cfg: DataConfig, processes: int) -> bool:

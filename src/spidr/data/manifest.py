@@ -6,17 +6,19 @@ import codecs
 import csv
 import os
 import re
+from contextlib import suppress
 from functools import cache
 from glob import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
+import polars.selectors as cs
 
 from spidr.config import SAMPLE_RATE
 from spidr.data.json_lines import read_lines
 from spidr.data.recording import Recording
-from spidr.tools.errors import InputError, first_line
+from spidr.tools.errors import InputError, first_line, some
 from spidr.tools.files import check_file, expand
 from spidr.tools.untrusted import parse_json
 
@@ -32,6 +34,7 @@ SPAN = {"start": pl.Float64, "end": pl.Float64}
 STATISTICS = {"mean": pl.Float64, "std": pl.Float64}
 SCHEMA: dict[str, Any] = REQUIRED | ARCHIVE | SPAN | STATISTICS
 
+GUIDE = "pretrain.md#2-list-the-recordings"
 TABLES = {".csv", ".tsv", ".jsonl", ".ndjson", ".txt", ".lst", ".list", ".scp"}
 """Endings of the names of manifests and lists; ``segments`` is one too."""
 
@@ -70,7 +73,9 @@ def read_manifest(path: str | Path | Sequence[str | Path], *, needs_audio: bool 
         return read_manifests(path, needs_audio=needs_audio)[0]
     path = expand(path)
     if not os.path.exists(path):  # noqa: PTH110 (False for all that cannot be a file)
-        raise InputError(f"{path}: the manifest does not exist. Write one with `python -m spidr.data.write_manifest`.")
+        raise InputError(
+            f"{path}: the manifest does not exist. Write one with `python -m spidr.data.write_manifest`.", guide=GUIDE
+        )
     check_file(path)
     try:
         if not _head(path).strip():
@@ -82,7 +87,8 @@ def read_manifest(path: str | Path | Sequence[str | Path], *, needs_audio: bool 
         raise InputError(f"{path}: not a UTF-8 text file ({error}).") from None
     except (csv.Error, pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
         raise InputError(f"{path}: the manifest cannot be read: {first_line(error)}.") from None
-    manifest = manifest.filter(~pl.all_horizontal(pl.all().is_null()))  # blank lines
+    blank = cs.string().str.strip_chars().fill_null("") == ""
+    manifest = manifest.filter(~pl.all_horizontal(blank, (~cs.string()).is_null()))
     if manifest.is_empty():
         raise InputError(f"{path}: the manifest has no row.")
     return _located(_named(_typed(path, manifest, needs_audio=needs_audio)), path.parent)
@@ -148,17 +154,17 @@ def _head(path: Path) -> str:
 
 
 def _reader(path: Path) -> Callable[[Path], pl.DataFrame]:
-    first = next((line for line in _head(path).split("\n") if line.strip()), "").strip("\r")
-    if path.suffix.lower() == ".scp":
+    suffix, lines = path.suffix.lower(), [line for line in _head(path).splitlines() if line.strip()]
+    if suffix == ".scp":
         return _read_scp
     if path.name == "segments":
         return _read_segments
-    if first.lstrip()[:1] == "{" or path.suffix.lower() in (".jsonl", ".ndjson"):
+    if lines[0].lstrip()[0] in "{[" or suffix in (".jsonl", ".ndjson"):
         return _read_jsonl
-    cells = {cell.strip(' "') for cell in re.split("[,;\t]", first)}
-    if cells & REQUIRED.keys() or path.suffix.lower() == ".csv":
+    cells = {cell.strip(' "') for cell in re.split("[,;\t]", lines[0])}
+    if cells & REQUIRED.keys() or suffix == ".csv":
         return _read_csv
-    return _read_fairseq if path.suffix.lower() == ".tsv" else _read_list
+    return _read_fairseq if suffix == ".tsv" or re.fullmatch(r".+\t\d+\s*", "".join(lines[1:2])) else _read_list
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -166,24 +172,33 @@ def _reader(path: Path) -> Callable[[Path], pl.DataFrame]:
 
 
 def _read_csv(path: Path) -> pl.DataFrame:
-    header = next((line for line in _head(path).split("\n") if line.strip()), "")
+    header = next(line for line in _head(path).splitlines() if line.strip())
     separator = max("\t;,", key=header.count)
-    options: dict[str, Any] = {"separator": separator, "schema_overrides": dict.fromkeys(SCHEMA, pl.String)}
-    try:
-        try:
-            return pl.read_csv(escape(str(path)), infer_schema_length=1000, **options)
-        except pl.exceptions.ComputeError:  # a column that is not what its first thousand values are
-            return pl.read_csv(escape(str(path)), infer_schema=False, **options)
-    except pl.exceptions.ComputeError:
-        with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
-            rows = filter(None, csv.reader(file, delimiter=separator))
-            columns = len(next(rows))
-            for number, row in enumerate(rows, start=1):
-                if len(row) > columns:
-                    raise InputError(
-                        f"{path}: row {number} has more values than there are columns: {_cut(row[columns:])}."
-                    ) from None
-        raise
+    names = next(csv.reader([header], delimiter=separator))
+    strings = {name: pl.String for name in names if name.strip() in SCHEMA}
+    table = None
+    for inferred in ({"infer_schema_length": 1000}, {"infer_schema": False}):  # or values differ from the first ones
+        with suppress(pl.exceptions.ComputeError):
+            table = pl.read_csv(escape(str(path)), separator=separator, schema_overrides=strings, **inferred)
+            break
+    if table is None:
+        table = _read_odd_csv(path, separator)
+    if any(name != name.strip() for name in table.columns):  # written as "a, b"
+        table = table.with_columns(pl.col(pl.String).str.strip_chars()).rename(str.strip)
+    return table
+
+
+def _read_odd_csv(path: Path, separator: str) -> pl.DataFrame:
+    """What polars refuses: quotes within values, separators at the end of lines."""
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        rows = filter(None, csv.reader(file, delimiter=separator))
+        columns, table = next(rows), []
+        for number, row in enumerate(rows, start=1):
+            if any(row[len(columns) :]):
+                rest = _cut(row[len(columns) :])
+                raise InputError(f"{path}: row {number} has more values than there are columns: {rest}.")
+            table.append([value or None for value in row[: len(columns)]] + [None] * (len(columns) - len(row)))
+    return pl.DataFrame(table, schema=dict.fromkeys(columns, pl.String), orient="row")
 
 
 def _read_jsonl(path: Path) -> pl.DataFrame:
@@ -191,17 +206,17 @@ def _read_jsonl(path: Path) -> pl.DataFrame:
     with path.open("rb") as file:
         if file.read(3) == codecs.BOM_UTF8:
             source = file.read()
-    first = next((_json_row(path, 1, line) for _, line in read_lines(path)), {})
-    strings = {column: pl.String for column in first if column in REQUIRED}
-    try:
-        try:
-            return pl.read_ndjson(source, infer_schema_length=1000, schema_overrides=strings)
-        except (pl.exceptions.ComputeError, pl.exceptions.SchemaError):  # look at all rows to decide on the types
-            return pl.read_ndjson(source, infer_schema_length=None, schema_overrides=strings)
-    except (pl.exceptions.PolarsError, pl.exceptions.PanicException):
-        for number, (_, line) in enumerate(read_lines(path), start=1):
-            _json_row(path, number, line)
-        raise
+    for first in (1000, None):  # all rows decide on the types if the first ones are not enough
+        with suppress(pl.exceptions.PolarsError, pl.exceptions.PanicException):
+            schema = pl.read_ndjson(source, n_rows=first, infer_schema_length=first).schema
+            # A column of ours may first occur later.
+            table = pl.read_ndjson(source, schema=schema | dict.fromkeys(SCHEMA, pl.String))
+            absent = (name for name in SCHEMA if name not in schema and table[name].null_count() == table.height)
+            return table.drop(absent)
+    rows = [_json_row(path, number, line) for number, (_, line) in enumerate(read_lines(path), start=1)]
+    for row in rows:
+        row |= {name: str(row[name]) for name in SCHEMA if row.get(name) is not None}
+    return pl.DataFrame(rows, infer_schema_length=None, strict=False)
 
 
 def _json_row(path: Path, number: int, line: str) -> dict[str, Any]:
@@ -242,8 +257,8 @@ def _read_segments(path: Path) -> pl.DataFrame:
     check_file(recordings)
     places = _read_scp(recordings).rename({"fileid": "recording"}).unique("recording", keep="first")
     table = table.join(places, on="recording", how="left", maintain_order="left")
-    if (missing := table.filter(pl.col("path").is_null())["recording"].unique(maintain_order=True)).len():
-        raise InputError(f"{path}: {recordings} lacks {missing.len()} recordings: {', '.join(missing.head(3))}, ….")
+    if missing := table.filter(pl.col("path").is_null())["recording"].unique(maintain_order=True).to_list():
+        raise InputError(f"{path}: {recordings} lacks {len(missing):,} recordings: {some(missing, 3)}.")
     ends = table["end"].cast(pl.Float64, strict=False)
     return table.drop("recording").with_columns(end=pl.when(ends < 0).then(None).otherwise(ends))  # -1: to the end
 
@@ -283,7 +298,8 @@ def _typed(path: Path, manifest: pl.DataFrame, *, needs_audio: bool) -> pl.DataF
     is_named = "fileid" in columns and not {"path", "archive"} & set(columns)
     needed = ["num_samples"] if is_named and not needs_audio else ["path"]
     if missing := [column for column in [*needed, *(ARCHIVE if "archive" in columns else ())] if column not in columns]:
-        raise InputError(f"{path}: column {missing[0]!r} is missing. Columns found: {', '.join(columns) or 'none'}.")
+        found = ", ".join(columns) or "none"
+        raise InputError(f"{path}: column {missing[0]!r} is missing. Columns found: {found}.", guide=GUIDE)
     known = [column for column in SCHEMA if column in columns]
     in_file = (
         manifest["archive"].is_null() if "archive" in columns else pl.repeat(value=True, n=manifest.height, eager=True)

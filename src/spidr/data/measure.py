@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections import deque
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import TYPE_CHECKING, TypeVar
 
@@ -13,7 +12,7 @@ from tqdm import tqdm
 
 from spidr.data.audio import num_samples
 from spidr.data.manifest import iter_recordings
-from spidr.tools.errors import InputError
+from spidr.tools.errors import InputError, some
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -21,8 +20,8 @@ if TYPE_CHECKING:
 R = TypeVar("R")
 T = TypeVar("T")
 
-CHUNK = 256
-"""Recordings per task of a thread."""
+AT_ONCE = 4096
+"""Recordings that wait for a thread at a time."""
 
 LISTED = 20
 """Problems that a message lists at most."""
@@ -32,18 +31,18 @@ def measure(
     function: Callable[[R], T],
     recordings: Iterable[R],
     *,
-    total: int | None = None,
+    total: int,
     progress: bool = True,
     description: str = "Manifest",
 ) -> Iterator[T | InputError]:
     """Yield ``function(recording)`` for each recording in order, or the :class:`InputError` that it raised.
 
     Args:
-        function: Such as :func:`spidr.data.num_samples`.
-        recordings: The recordings or what describes them, read as they are needed.
-        total: How many there are, if known.
+        function: Such as :func:`spidr.data.num_samples`; called in several threads.
+        recordings: The recordings or what describes them, taken as they are needed.
+        total: How many there are.
         progress: Show a progress bar on a terminal.
-        description: What it says.
+        description: What the bar says.
     """
 
     def of(recording: R) -> T | InputError:
@@ -52,34 +51,22 @@ def measure(
         except InputError as error:
             return error
 
-    threads = min(32, (os.cpu_count() or 1) + 4)
-    iterator = iter(recordings)
-    pending: deque[Future[list[T | InputError]]] = deque()
-    pool = ThreadPoolExecutor(threads)
-    with tqdm(total=total, desc=description, unit="file", disable=None if progress else True) as bar:
-        try:
-            while True:
-                chunk = list(islice(iterator, CHUNK))
-                if chunk:
-                    pending.append(pool.submit(lambda chunk: list(map(of, chunk)), chunk))
-                # Never far ahead of the results: after an error, little remains to be waited for.
-                while pending and (not chunk or len(pending) > 2 * threads):
-                    results = pending.popleft().result()
-                    bar.update(len(results))
-                    yield from results
-                if not chunk:
-                    return
-        finally:
-            pool.shutdown(cancel_futures=True)
+    remaining = iter(recordings)
+    pool = ThreadPoolExecutor(min(32, (os.cpu_count() or 1) + 4))
+    try:
+        with tqdm(total=total, desc=description, unit="file", disable=None if progress else True) as bar:
+            while some := list(islice(remaining, AT_ONCE)):
+                for result in pool.map(of, some):
+                    bar.update()
+                    yield result
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def problems_of(errors: list[InputError], total: int, remedy: str) -> InputError:
     """One error for the problems of many recordings, with what can be done about them at the end."""
-    lines = [str(error) for error in errors[:LISTED]]
-    if len(errors) > LISTED:
-        lines.append(f"… and {len(errors) - LISTED:,} more")
-    end = f"{len(errors):,} of {total:,} recordings cannot be read{remedy and '; '}{remedy}."
-    return InputError("\n  ".join(lines) + f"\n{end}")
+    shown = some(errors, LISTED, "\n  ")
+    return InputError(f"{shown}\n{len(errors):,} of {total:,} recordings cannot be read{remedy and '; '}{remedy}.")
 
 
 def with_lengths(manifest: pl.DataFrame, name: str) -> pl.DataFrame:

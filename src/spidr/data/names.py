@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import PurePosixPath
 
-from spidr.tools.errors import InputError
+from spidr.tools.errors import InputError, some
 
 _AUDIO = "aac aif aifc aiff amr au caf flac gsm m4a mka mov mp2 mp3 mp4 nist oga ogg opus raw snd sph w64 wav webm wma"
 _OTHERS = "wv json lab npy npz phn pt textgrid txt"
@@ -57,7 +57,7 @@ def _find(want: str, names: Collection[str], by_tail: dict[Parts, list[str]]) ->
     without = [name for i in range(1, len(parts)) for name in by_tail.get(parts[i:], []) if _parts(name) == parts[i:]]
     found = same or [*with_folders, *without]
     if len(found) > 1:
-        raise InputError(f"{want}: several recordings could be meant: {', '.join(sorted(found)[:3])}.")
+        raise InputError(f"{want}: several recordings could be meant: {some(sorted(found), 3)}.")
     return found[0] if found else None
 
 

@@ -46,42 +46,24 @@ Source = str | Path | bytes | Recording
 """A path, the bytes of an audio file, or a recording of a manifest."""
 
 
-def name_of(source: Source) -> str:
-    """What messages call a source."""
-    return f"<{len(source)} bytes of audio>" if isinstance(source, bytes) else str(source)
-
-
-def file_of(source: Source) -> str | None:
-    """The path of the file to decode; None for bytes and members of archives.
-
-    Raises:
-        InputError: The file is missing, empty, or no regular file.
-    """
-    if isinstance(source, bytes) or (isinstance(source, Recording) and source.archive is not None):
-        return None
-    path = source.path if isinstance(source, Recording) else os.fspath(source)
-    check_exists(path)
-    return path
+def as_recording(source: Source) -> Recording | bytes:
+    """A source as a recording, unless it is bytes."""
+    return source if isinstance(source, (Recording, bytes)) else Recording(os.fspath(source))
 
 
 def check_exists(path: str) -> None:
-    """See that a recording's file is there and a regular file, of which reading does not wait."""
+    """Check that a recording's file is there and a regular file: reading anything else could wait for ever.
+
+    Raises:
+        InputError: It is not.
+    """
     if not os.path.lexists(path):
         raise InputError(f"{path}: the file does not exist. Was it moved since it was listed?")
     check_file(path)
 
 
-def member_of(source: Source) -> Member | io.BytesIO:
-    """The bytes of a source that is no file of its own, as a file."""
-    if isinstance(source, bytes):
-        return io.BytesIO(source)
-    assert isinstance(source, Recording)
-    assert source.archive is not None
-    return Member(source.archive, source.path, source.byte_offset, source.byte_size)
-
-
 class Member(io.RawIOBase):
-    """``size`` bytes of an archive from ``offset`` on, as a file.
+    """A member of an archive, as a file.
 
     Every archive is opened once per process. Each read says where it starts, so nothing depends on a position that
     processes and threads would have to share.
@@ -90,16 +72,17 @@ class Member(io.RawIOBase):
         InputError: The archive cannot be opened or is too short.
     """
 
-    def __init__(self, archive: str, name: str, offset: int, size: int) -> None:
+    def __init__(self, recording: Recording) -> None:
+        archive = recording.archive or ""
         check_exists(archive)
         try:
             status = os.stat(archive)  # noqa: PTH116
             self._archive = _open(archive, status.st_ino, status.st_mtime_ns)
         except OSError as error:
             raise InputError(f"{archive}: the archive cannot be opened ({error.strerror}).") from None
-        if offset + size > status.st_size:
-            raise InputError(f"{archive}:{name}: lies past the end of the archive; write the manifest again.")
-        self._offset, self._size, self._position = offset, size, 0
+        self._offset, self._size, self._position = recording.byte_offset, recording.byte_size, 0
+        if self._offset + self._size > status.st_size:
+            raise InputError(f"{recording}: lies past the end of the archive; write the manifest again.")
 
     def readable(self) -> bool:
         """Whether it can be read."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import logging
 import os
 import re
 import sys
@@ -24,13 +25,15 @@ from spidr.tools.lazy import command_needs
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+logger = logging.getLogger(__name__)
+
 OnError = Literal["raise", "skip"]
 
 
 def _arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(
         "python -m spidr.data.write_manifest",
-        usage="%(prog)s [-h] [--ext EXT ...] [--fairseq] [--stats] [--on-error {raise,skip}] dataset [...] output",
+        usage="%(prog)s [options] dataset [...] output",
         description="Write the manifest of folders of recordings, uncompressed tar archives (or folders of them), and "
         "lists (of paths, Kaldi's wav.scp and segments, manifests).",
         example="python -m spidr.data.write_manifest recordings train.csv --ext .wav .flac",
@@ -84,7 +87,7 @@ with command_needs("train", __name__):
     from spidr.config import SAMPLE_RATE, DataConfig
     from spidr.data.audio import num_samples, statistics
     from spidr.data.decoders import AUDIO
-    from spidr.data.manifest import SCHEMA, is_table, iter_recordings, read_manifest, stem
+    from spidr.data.manifest import SCHEMA, SPAN, is_table, iter_recordings, read_manifest, stem
     from spidr.data.measure import measure, problems_of
     from spidr.data.summary import duration, summarise
 
@@ -98,7 +101,7 @@ Sources = str | Path | list[str] | list[Path]
 
 
 class Written(NamedTuple):
-    """What came of writing a manifest: its rows, and why recordings were left out."""
+    """A manifest as it was written, and why recordings were left out of it."""
 
     manifest: pl.DataFrame
     left_out: list[InputError]
@@ -109,19 +112,22 @@ def write_manifest(
     output: str | Path,
     file_extension: str | Sequence[str] = ".wav",
     *,
+    fairseq: bool = False,
     stats: bool = False,
     on_error: OnError = "raise",
-) -> None:
+) -> Written:
     """Write the manifest of all recordings in folders, archives and lists.
 
-    Linked folders are followed. A recording is named as its file; where several files have the same name, by the path
-    below the dataset. Rows are sorted by path within each dataset. The file appears when it is complete, or not at all.
+    Linked folders are followed. A recording is named after its file; where several files have the same name, after
+    their paths below the dataset. Rows are sorted by path within each dataset. The manifest appears complete or not at
+    all.
 
     Args:
         dataset: A folder, an uncompressed tar archive, a folder of archives, or a list that
             :func:`spidr.data.read_manifest` reads; or several of them.
-        output: The manifest: ``.csv`` or ``.jsonl``.
-        file_extension: How the names of recordings end, one suffix or several; upper and lower case are the same.
+        output: The manifest: ``.csv`` or ``.jsonl``; ``.tsv`` for fairseq's.
+        file_extension: How the names of recordings end, one suffix or several, in upper or lower case.
+        fairseq: Write fairseq's manifest of one folder: the folder, then ``relative/path<TAB>num_samples``.
         stats: Decode everything and add ``mean`` and ``std`` of the samples: with them, training standardises a part
             of a recording like the whole without decoding the whole.
         on_error: "skip" leaves out recordings that cannot be read.
@@ -129,7 +135,35 @@ def write_manifest(
     Raises:
         InputError: No file matches, or recordings are empty, unreadable or not 16 kHz mono: all of them are named.
     """
-    _write(dataset, output, file_extension, stats=stats, on_error=on_error)
+    output, endings = expand(output), (".tsv",) if fairseq else (".csv", ".jsonl")
+    if output.suffix.lower() not in endings:
+        raise InputError(f"{output}: the manifest's name must end in {' or '.join(endings)}.")
+    if os.path.isdir(output):  # noqa: PTH112
+        raise InputError(f"{output}: is a folder.")
+    extensions = [file_extension] if isinstance(file_extension, str) else file_extension
+    suffixes = tuple(name.lower() if "." in name else f".{name.lower()}" for name in extensions)
+    sources = [os.path.abspath(expand(source)) for source in (dataset if isinstance(dataset, list) else [dataset])]  # noqa: PTH100
+    bad: list[InputError] = []
+    found = pl.concat([_find(source, suffixes, bad) for source in sources], how="diagonal_relaxed")
+    written = _describe(_named(found, suffixes), bad, stats=stats, on_error=on_error)
+    table = written.manifest
+    nested = [name for name, kind in table.schema.items() if kind.is_nested()]
+    if nested and output.suffix.lower() == ".csv":
+        raise InputError(f"{output}: column {nested[0]!r} holds lists; write a .jsonl.")
+    lines = _fairseq(sources[0], table) if fairseq else []
+    make_folder(output.parent)
+    with atomic_write(output) as file:
+        if fairseq:
+            file.writelines(lines)
+        elif output.suffix.lower() == ".csv":
+            table.write_csv(file)
+        else:
+            table.write_ndjson(file)
+    return written
+
+
+write_manifest_tar = write_manifest
+"""The published package has a function of its own for archives."""
 
 
 def write_manifest_fairseq(
@@ -139,57 +173,8 @@ def write_manifest_fairseq(
     *,
     on_error: OnError = "raise",
 ) -> None:
-    """Write fairseq's manifest of a folder: the root folder, then ``relative/path<TAB>num_samples``.
-
-    Arguments and errors are those of :func:`write_manifest`; names with tabs or line breaks cannot be written.
-    """
-    _write(dataset, output, file_extension, fairseq=True, on_error=on_error)
-
-
-def write_manifest_tar(
-    dataset: str | Path,
-    output: str | Path,
-    file_extension: str | Sequence[str] = ".wav",
-    *,
-    stats: bool = False,
-    on_error: OnError = "raise",
-) -> None:
-    """Write the manifest of an uncompressed tar archive: as :func:`write_manifest`."""
-    _write(dataset, output, file_extension, stats=stats, on_error=on_error)
-
-
-def _write(
-    dataset: Sources,
-    output: str | Path,
-    file_extension: str | Sequence[str],
-    *,
-    stats: bool = False,
-    fairseq: bool = False,
-    on_error: OnError = "raise",
-) -> Written:
-    output, endings = expand(output), (".tsv",) if fairseq else (".csv", ".jsonl")
-    if output.suffix.lower() not in endings:
-        raise InputError(f"{output}: the manifest's name must end in {' or '.join(endings)}.")
-    if os.path.isdir(output):  # noqa: PTH112
-        raise InputError(f"{output}: is a folder.")
-    suffixes = _suffixes(file_extension)
-    sources = [os.path.abspath(expand(source)) for source in (dataset if isinstance(dataset, list) else [dataset])]  # noqa: PTH100
-    found = pl.concat([_find(source, suffixes) for source in sources], how="diagonal_relaxed")
-    written = _describe(_named(found, suffixes), stats=stats, on_error=on_error)
-    make_folder(output.parent)
-    table = written.manifest
-    if fairseq:
-        content = _fairseq(sources[0], table)
-    with atomic_write(output) as file:
-        if fairseq:
-            file.writelines(content)
-        elif output.suffix.lower() == ".csv":
-            if nested := [name for name, kind in table.schema.items() if kind.is_nested()]:
-                raise InputError(f"{output}: column {nested[0]!r} holds lists; write a .jsonl.")
-            table.write_csv(file)
-        else:
-            table.write_ndjson(file)
-    return written
+    """Write fairseq's manifest of a folder; see :func:`write_manifest`."""
+    write_manifest(dataset, output, file_extension, fairseq=True, on_error=on_error)
 
 
 def _fairseq(root: str, table: pl.DataFrame) -> list[bytes]:
@@ -200,55 +185,53 @@ def _fairseq(root: str, table: pl.DataFrame) -> list[bytes]:
     return [f"{root}\n".encode(), *(f"{os.path.relpath(path, root)}\t{count}\n".encode() for path, count in rows)]
 
 
-def _suffixes(file_extension: str | Sequence[str]) -> tuple[str, ...]:
-    extensions = [file_extension] if isinstance(file_extension, str) else file_extension
-    return tuple(name.lower() if "." in name else f".{name.lower()}" for name in extensions)
-
-
 # --------------------------------------------------------------------------------------------------------------------
 # Where recordings are: columns of a manifest, and "relative", the path below the source
 
 
-def _find(source: str, suffixes: tuple[str, ...]) -> pl.DataFrame:
+def _find(source: str, suffixes: tuple[str, ...], bad: list[InputError]) -> pl.DataFrame:
+    """The recordings of a source; those that no row can name are added to ``bad``."""
     if not os.path.exists(source):  # noqa: PTH110
         raise InputError(f"{source}: does not exist; expected a folder, a .tar or a list.")
     name = source.lower()
     if os.path.isdir(source):  # noqa: PTH112
-        return _in_folder(source, suffixes)
+        return _in_folder(source, suffixes, bad)
     check_file(source)
     if ".tar" in os.path.basename(name) or name.endswith((".tgz", ".tbz2")):  # noqa: PTH119
-        return _in_archives([source], suffixes)
+        return _in_archives([source], suffixes, bad)
     if is_table(source) and not name.endswith(AUDIO):
         table = read_manifest(source, needs_audio=True)
         return table.drop("num_samples", "mean", "std", strict=False).with_columns(relative="path")
-    return _table([source], os.path.dirname(source))  # noqa: PTH120
+    return _in_files([source], os.path.dirname(source), bad)  # noqa: PTH120
 
 
-def _in_folder(root: str, suffixes: tuple[str, ...]) -> pl.DataFrame:
-    if found := find_files(root, lambda name: name.lower().endswith(suffixes)):
-        return _table(found, root)
+def _in_folder(root: str, suffixes: tuple[str, ...], bad: list[InputError]) -> pl.DataFrame:
+    audio = find_files(root, lambda name: name.lower().endswith((*suffixes, *AUDIO)))
+    found = [path for path in audio if path.lower().endswith(suffixes)]
+    endings = Counter(os.path.splitext(path)[1].lower() for path in audio)  # noqa: PTH122
+    counts = {ending: f"{count:,} {ending}" for ending, count in endings.most_common()}
+    if found:
+        # Those of the same kind are left out on purpose, as _mic2.flac beside _mic1.flac.
+        if others := [text for ending, text in counts.items() if not any(name.endswith(ending) for name in suffixes)]:
+            logger.warning("%s: also holds %s, left out; name their extension with --ext", root, ", ".join(others))
+        return _in_files(found, root, bad)
     if archives := find_files(root, lambda name: name.lower().endswith(".tar")):
-        return _in_archives(archives, suffixes)
-    others = Counter(os.path.splitext(path)[1].lower() for path in find_files(root, lambda _: True))  # noqa: PTH122
-    there = ", ".join(f"{count:,} {ending}" for ending, count in others.most_common() if ending in AUDIO)
+        return _in_archives(archives, suffixes, bad)
     raise InputError(
         f"{root}: no file's name ends in {' or '.join(suffixes)}. Choose another extension with --ext"
-        + (f" (there are {there})." if there else ".")
+        + (f" (there are {', '.join(counts.values())})." if counts else ".")
     )
 
 
-def _table(paths: list[str], root: str) -> pl.DataFrame:
-    for path in paths:
-        try:
-            path.encode()
-        except UnicodeEncodeError:
-            raise InputError(f"{path!r}: the name is not valid UTF-8; rename the file.") from None
-    return pl.DataFrame({"path": paths, "relative": [path[len(root) :].lstrip("/") for path in paths]})
+def _in_files(paths: list[str], root: str, bad: list[InputError]) -> pl.DataFrame:
+    named = [path for path in paths if _has_a_name(path, path, bad)]
+    relative = [path[len(root) :].lstrip("/") for path in named]
+    return pl.DataFrame({"path": named, "relative": relative}, schema={"path": pl.String, "relative": pl.String})
 
 
-def _in_archives(archives: list[str], suffixes: tuple[str, ...]) -> pl.DataFrame:
-    rows = [row for archive in archives for row in _members(archive, suffixes)]
-    if not rows:
+def _in_archives(archives: list[str], suffixes: tuple[str, ...], bad: list[InputError]) -> pl.DataFrame:
+    rows = [row for archive in archives for row in _members(archive, suffixes, bad)]
+    if not rows and not bad:
         raise InputError(
             f"{archives[0]}: no file in it has a name that ends in {' or '.join(suffixes)}. Choose another extension "
             "with --ext; if they are links, pack the archive with --dereference --hard-dereference."
@@ -256,6 +239,14 @@ def _in_archives(archives: list[str], suffixes: tuple[str, ...]) -> pl.DataFrame
     columns = ["path", "archive", "byte_offset", "byte_size"]
     table = pl.DataFrame(rows, schema={name: SCHEMA[name] for name in columns}, orient="row")
     return table.with_columns(relative="path").sort("archive", "path", "byte_offset")
+
+
+def _has_a_name(name: str, place: str, bad: list[InputError]) -> bool:
+    """Whether a table can hold a file's name."""
+    valid = "\0" not in name and not any("\ud800" <= character <= "\udfff" for character in name)
+    if not valid:
+        bad.append(InputError(f"{place!r}: the name is not valid UTF-8; rename the file."))
+    return valid
 
 
 def _named(found: pl.DataFrame, suffixes: tuple[str, ...]) -> pl.DataFrame:
@@ -312,7 +303,7 @@ class _Archive(io.FileIO):
         return super().seek(position, whence)
 
 
-def _members(archive: str, suffixes: tuple[str, ...]) -> Iterator[tuple[str, str, int, int]]:
+def _members(archive: str, suffixes: tuple[str, ...], bad: list[InputError]) -> Iterator[tuple[str, str, int, int]]:
     """Name, archive, first byte and size of each recording of an archive, in its order.
 
     Archives that were joined with ``cat`` are read one after the other.
@@ -324,14 +315,12 @@ def _members(archive: str, suffixes: tuple[str, ...]) -> Iterator[tuple[str, str
                 file.rewind(begin)
                 with tarfile.open(fileobj=file, mode="r:") as tar:
                     for member in tar:
-                        name = member.name.lower()
-                        if member.isreg() and name.endswith(suffixes) and not name.rpartition("/")[2].startswith("."):
-                            if member.issparse():
-                                raise InputError(
-                                    f"{archive}:{member.name}: a sparse member; pack the archive without --sparse."
-                                )
-                            if "\0" in member.name or any("\ud800" <= c <= "\udfff" for c in member.name):
-                                raise InputError(f"{archive}:{member.name!r}: the name is not valid UTF-8.")
+                        name, place = member.name.lower(), f"{archive}:{member.name}"
+                        if not member.isreg() or not name.endswith(suffixes) or name.rpartition("/")[2].startswith("."):
+                            continue
+                        if member.issparse():
+                            bad.append(InputError(f"{place}: a sparse member; pack the archive without --sparse."))
+                        elif _has_a_name(member.name, place, bad):
                             yield member.name, archive, member.offset_data, member.size
                         tar.members = []  # type: ignore[attr-defined]  # Else the whole table of contents is kept.
                     begin = file.after_zeros(tar.offset)
@@ -359,34 +348,30 @@ def _is_compressed(path: str) -> bool:
 # What is in them
 
 
-def _describe(found: pl.DataFrame, *, stats: bool, on_error: OnError) -> Written:
-    """The manifest of what was found; recordings that cannot be read are left out or named in one error."""
+def _describe(found: pl.DataFrame, bad: list[InputError], *, stats: bool, on_error: OnError) -> Written:
+    """The manifest of what was found; recordings that cannot be read are left out, or named in one error."""
 
     def describe(recording: Recording) -> tuple[int, float, float]:
         return num_samples(recording), *(statistics(recording) if stats else (0.0, 0.0))
 
-    lengths, moments, errors = array("q"), (array("d"), array("d")), []
+    total = found.height + len(bad)
+    columns: tuple[array[Any], ...] = (array("q"), array("d"), array("d"))
     for result in measure(describe, iter_recordings(found), total=found.height):
         if isinstance(result, InputError):
-            errors.append(result)
+            bad.append(result)
             result = -1, 0.0, 0.0
-        lengths.append(result[0])
-        for column, value in zip(moments, result[1:], strict=True):
+        for column, value in zip(columns, result, strict=True):
             column.append(value)
-    if len(errors) == found.height or (errors and on_error == "raise"):
-        raise problems_of(errors, found.height, "" if on_error == "skip" else "--on-error skip leaves them out")
-    columns: dict[str, Any] = {
-        "num_samples": lengths,
-        **(dict(zip(("mean", "std"), moments, strict=True)) if stats else {}),
-    }
-    described = found.with_columns(**{name: pl.Series(values, dtype=SCHEMA[name]) for name, values in columns.items()})
-    if "start" in described.columns or "end" in described.columns:
+    if len(bad) == total or (bad and on_error == "raise"):
+        raise problems_of(bad, total, "" if on_error == "skip" else "--on-error skip leaves them out")
+    names = ("num_samples", "mean", "std") if stats else ("num_samples",)
+    described = found.with_columns(*(pl.Series(n, c, dtype=SCHEMA[n]) for n, c in zip(names, columns, strict=False)))
+    if not SPAN.keys().isdisjoint(described.columns):
         # Or readers could not tell whether a length is the span's or the whole's.
         start = pl.col("start").fill_null(0.0) if "start" in described.columns else pl.lit(0.0)
         described = described.with_columns(start=start, end=start + pl.col("num_samples") / SAMPLE_RATE)
     order = [column for column in SCHEMA if column in described.columns]
-    others = [column for column in described.columns if column not in SCHEMA]
-    return Written(described.select(*order, *others).filter(pl.col("num_samples") >= 0), errors)
+    return Written(described.select(*order, pl.exclude(order)).filter(pl.col("num_samples") >= 0), bad)
 
 
 @command
@@ -394,10 +379,10 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command line."""
     args = _arguments(argv)
     options = {"fairseq": args.fairseq, "stats": args.stats, "on_error": args.on_error}
-    manifest, left_out = _write(args.dataset, args.output, args.ext, **options)
+    manifest, left_out = write_manifest(args.dataset, args.output, args.ext, **options)
     lengths = manifest["num_samples"].to_numpy() / SAMPLE_RATE
     say = sys.stderr.write
-    say(f"{args.output}: {len(lengths):,} recordings, {duration(lengths.sum() / 3600)} ")
+    say(f"{args.output}: {len(lengths):,} recording{'s' * (len(lengths) > 1)}, {duration(lengths.sum() / 3600)} ")
     say(f"(each {np.min(lengths):,.2f} s to {np.max(lengths):,.2f} s)\n")
     cfg = DataConfig(str(args.output))
     for warning in summarise(manifest["num_samples"].to_numpy(), cfg, cfg.min_sample_size, None).warnings(cfg):

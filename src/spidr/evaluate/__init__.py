@@ -8,33 +8,28 @@ from typing import TYPE_CHECKING
 from spidr.tools.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from spidr.evaluate.__main__ import main
-    from spidr.evaluate.abx import FeatureFolder, Scorer, evaluate_abx, read_items
-    from spidr.evaluate.model import evaluate_model
-    from spidr.evaluate.robustness import evaluate_robustness
-    from spidr.evaluate.units import evaluate_units
-else:
-    __getattr__ = lazy_names(
-        __name__,
-        {
-            "FeatureFolder": "abx",
-            "Scorer": "abx",
-            "evaluate_abx": "abx",
-            "evaluate_model": "model",
-            "evaluate_robustness": "robustness",
-            "evaluate_units": "units",
-            "main": "__main__",
-            "read_items": "abx",
-        },
+    from spidr.evaluate.__main__ import main as main
+    from spidr.evaluate.abx import (
+        FeatureFolder as FeatureFolder,
     )
-
-__all__ = [
-    "FeatureFolder",
-    "Scorer",
-    "evaluate_abx",
-    "evaluate_model",
-    "evaluate_robustness",
-    "evaluate_units",
-    "main",
-    "read_items",
-]
+    from spidr.evaluate.abx import (
+        Scorer as Scorer,
+    )
+    from spidr.evaluate.abx import (
+        evaluate_abx as evaluate_abx,
+    )
+    from spidr.evaluate.abx import (
+        read_items as read_items,
+    )
+    from spidr.evaluate.model import evaluate_model as evaluate_model
+    from spidr.evaluate.robustness import evaluate_robustness as evaluate_robustness
+    from spidr.evaluate.units import evaluate_units as evaluate_units
+else:
+    __getattr__, __all__ = lazy_names(
+        __name__,
+        __main__="main",
+        abx="FeatureFolder Scorer evaluate_abx read_items",
+        model="evaluate_model",
+        robustness="evaluate_robustness",
+        units="evaluate_units",
+    )

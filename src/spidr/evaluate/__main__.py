@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
 
-from spidr.tools.command import Parser, add_device, command, write_result
+from spidr.tools.command import DEVICE, Parser, command, write_result
 
 Row = dict[str, Any]
 
@@ -57,85 +57,63 @@ def format_table(rows: Sequence[Row], first: str) -> str:
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
-    args = _parser().parse_args(argv)
-    rows: list[Row] = args.run(args)
-    if args.json:
+    options = vars(_parser().parse_args(argv))
+    run, as_json = options.pop("run"), options.pop("json")
+    rows: list[Row] = run(**options)
+    if as_json:
         write_result("".join(json.dumps(row) + "\n" for row in rows))
     else:
         write_result(format_table(rows, next(iter(rows[0]))))
 
 
-def _silence(args: argparse.Namespace) -> dict[str, Any]:
-    return {"tier": args.tier} | ({} if args.silence is None else {"silence": args.silence.split(",")})
+# Each subcommand's function takes the arguments by the names that they have in the parser.
 
 
-def _units(args: argparse.Namespace) -> list[Row]:
+def _units(units: list[str], alignments: str, *, on_error: str, **options: Any) -> list[Row]:
     from spidr.evaluate.units import evaluate_all
 
-    return evaluate_all(
-        args.units,
-        args.alignments,
-        discophon=args.discophon,
-        manifest=args.manifest,
-        num_units=args.num_units,
-        frame_step=args.frame_step,
-        tolerance=args.tolerance,
-        skip=args.on_error == "skip",
-        **_silence(args),
-    )
+    return evaluate_all(units, alignments, skip=on_error == "skip", **options)
 
 
-def _abx(args: argparse.Namespace) -> list[Row]:
+def _abx(features: list[str], item: str, *, distance: Any, **options: Any) -> list[Row]:
     from spidr.evaluate.abx import Scorer, evaluate_abx, read_items
 
-    scorer = Scorer(
-        read_items(args.item),
-        frame_rate=args.frame_rate,
-        max_size_group=args.max_size_group or None,
-        max_x_across=args.max_x_across or None,
-        context=args.context,
-    )
-    return [{"features": path, **evaluate_abx(path, scorer, args.distance)._asdict()} for path in args.features]
+    scorer = Scorer(read_items(item), **options)
+    return [{"features": path, **evaluate_abx(path, scorer, distance)._asdict()} for path in features]
 
 
-def _model(args: argparse.Namespace) -> list[Row]:
+def _model(model: str, *, model_type: Any, item: str | None, **options: Any) -> list[Row]:
     from spidr.evaluate.abx import read_items
     from spidr.evaluate.model import evaluate_model
     from spidr.models.hub import load_encoder
 
-    return evaluate_model(
-        load_encoder(args.model, args.model_type),
-        args.manifest,
-        args.alignments,
-        items=read_items(args.item) if args.item else None,
-        layers=args.layers,
-        device=args.device,
-        max_batch_length=args.max_batch_length,
-        progress=sys.stderr.isatty(),
-        **_silence(args),
-    )
+    items = read_items(item) if item else None
+    return evaluate_model(load_encoder(model, model_type), items=items, progress=sys.stderr.isatty(), **options)
 
 
-def _robustness(args: argparse.Namespace) -> list[Row]:
+def _robustness(model: str, *, model_type: Any, **options: Any) -> list[Row]:
     from spidr.evaluate.robustness import evaluate_robustness
     from spidr.models.hub import load_encoder
 
-    return evaluate_robustness(
-        load_encoder(args.model, args.model_type),
-        args.manifest,
-        layers=args.layers,
-        max_minutes=args.max_minutes,
-        seed=args.seed,
-        device=args.device,
-        progress=sys.stderr.isatty(),
-    )
+    return evaluate_robustness(load_encoder(model, model_type), progress=sys.stderr.isatty(), **options)
 
 
-def _layers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
+def labels(text: str) -> list[str]:
+    """Such as sil,sp."""
+    return text.split(",")
 
 
-def _frame_rate(text: str) -> Fraction:
+def layers(text: str) -> list[int]:
+    """Such as 5,6,7."""
+    return list(map(int, labels(text)))
+
+
+def number(text: str) -> int | None:
+    """A limit; 0 is none."""
+    return int(text) or None
+
+
+def frame_rate(text: str) -> Fraction:
     """Such as 50, 49.5 or 100/3."""
     if not re.fullmatch(r"\d{1,6}(\.\d{1,6}|/[1-9]\d{0,5})?", text, re.ASCII) or not Fraction(text):
         raise ValueError
@@ -150,90 +128,63 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="units|abx|model|robustness")
 
-    def add(name: str, run: Any, text: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=text, description=text)
+    def add(name: str, run: Any, text: str, example: str) -> Any:
+        example = f"python -m spidr.evaluate {name} {example}"
+        sub = commands.add_parser(name, help=text, description=text, example=example)
         sub.set_defaults(run=run)
         sub.add_argument("--json", action="store_true", help="JSON lines instead of a table")
-        return sub
+        return sub.add_argument
 
-    units = add("units", _units, "Units against phone alignments: PNMI, purities, perplexity, bitrate.")
-    units.add_argument(
-        "units",
-        nargs="+",
-        help="JSON lines, Parquet, NAME|UNITS, .km, or folders of .npy or units-*-*.jsonl",
-    )
-    units.add_argument("--num-units", type=int, metavar="N", help="size of the codebook (default: as recorded, or 256)")
-    units.add_argument("--frame-step", type=int, metavar="MS", help="length of a unit (default: as recorded, or 20)")
-    units.add_argument("--manifest", help="whose units they are where lines have no names (default: NAME.tsv)")
-    units.add_argument(
-        "--tolerance",
-        type=int,
-        default=100,
-        metavar="MS",
-        help="by how much alignments may be too short or long: then filled with silence, or cut (default: 100)",
-    )
-    units.add_argument(
-        "--on-error",
-        choices=("raise", "skip"),
-        default="raise",
-        help="what to do with recordings that are not aligned or do not fit (default: raise)",
-    )
-    units.add_argument(
-        "--discophon", action="store_true", help="DiscoPhon's metrics too: phone error rates, boundaries (default: no)"
-    )
-    abx = add("abx", _abx, "ABX error rates, within and across speakers, of one or several representations.")
-    abx.add_argument("features", nargs="+", help="folders of .npy or .pt files (T, D), or units in any form")
-    abx.add_argument("item", help="ABX item file")
-    abx.add_argument(
-        "--frame-rate", type=_frame_rate, default=Fraction(50), metavar="HZ", help="frames per second (default: 50)"
-    )
-    abx.add_argument(
+    text = "Units against phone alignments: PNMI, purities, perplexity, bitrate."
+    units = add("units", _units, text, "dev-units.jsonl dev-alignments.jsonl")
+    units("units", nargs="+", help="JSON lines, Parquet, NAME|UNITS, .km, or folders of .npy or units-*-*.jsonl")
+    units("--num-units", type=int, metavar="N", help="size of the codebook (default: as recorded, or 256)")
+    units("--frame-step", type=int, metavar="MS", help="length of a unit (default: as recorded, or 20)")
+    units("--manifest", help="whose units they are where lines have no names (default: NAME.tsv)")
+    text = "by how much alignments may be too short or long: then filled with silence, or cut (default: 100)"
+    units("--tolerance", type=int, default=100, metavar="MS", help=text)
+    text = "what to do with recordings that are not aligned or do not fit (default: raise)"
+    units("--on-error", choices=("raise", "skip"), default="raise", help=text)
+    units("--discophon", action="store_true", help="DiscoPhon's phone error rates and boundaries too (default: no)")
+
+    text = "ABX error rates, within and across speakers, of one or several representations."
+    abx = add("abx", _abx, text, "dev-features dev-units.jsonl phoneme.item")
+    abx("features", nargs="+", help="folders of .npy or .pt files (T, D), or units in any form")
+    abx("item", help="ABX item file")
+    abx("--frame-rate", type=frame_rate, default=Fraction(50), metavar="HZ", help="frames per second (default: 50)")
+    abx(
         "--distance",
         choices=("angular", "euclidean", "kl_symmetric", "identical"),
         help="between two frames (default: angular for features, identical for units)",
     )
-    abx.add_argument(
-        "--context",
-        choices=("within", "any"),
-        default="within",
-        help="neighbours of A, B and X: the same, or any (default: within)",
-    )
-    abx.add_argument(
-        "--max-size-group",
-        type=int,
-        default=10,
-        metavar="N",
-        help="most A, B and X in a cell; 0: all (default: 10)",
-    )
-    abx.add_argument("--max-x-across", type=int, default=5, metavar="N", help="most speakers of X; 0: all (default: 5)")
-    model = add("model", _model, "Every layer and codebook of a model, in one pass over the audio.")
-    robustness = add(
-        "robustness", _robustness, "How much of the units changes when the sound does: louder, noisier, faster, …"
-    )
-    for sub in (model, robustness):
-        sub.add_argument("model", metavar="MODEL", help="a published model, or a checkpoint")
-        sub.add_argument("manifest", help="the recordings")
-        sub.add_argument("--layers", type=_layers, metavar="N,…", help="counted from 1, such as 5,6,7 (default: all)")
-        sub.add_argument(
-            "--model-type", choices=("spidr", "dinosr"), help="of a checkpoint that does not tell (default: it tells)"
-        )
-        add_device(sub)
-    model.add_argument("--item", help="ABX item file: ABX of every layer's features and units too (default: no ABX)")
-    model.add_argument(
-        "--max-batch-length",
-        type=int,
-        default=3_800_000,
-        metavar="SAMPLES",
-        help="samples of a batch with its padding, 16,000 a second (default: 3,800,000)",
-    )
-    robustness.add_argument(
-        "--max-minutes", type=float, default=10.0, metavar="MINUTES", help="audio to take at most (default: 10)"
-    )
-    robustness.add_argument("--seed", type=int, default=0, help="of noise and reverberation (default: 0)")
-    for sub in (units, model):
-        sub.add_argument("alignments", help="JSON lines, a TextGrid, or a folder of TextGrids")
-        sub.add_argument("--tier", help="tier of the phones in TextGrids (default: phones)")
-        sub.add_argument("--silence", metavar="LABEL,…", help="labels that are silence (default: sil, sp, spn, pau, …)")
+    text = "neighbours of A, B and X: the same, or any (default: within)"
+    abx("--context", choices=("within", "any"), default="within", help=text)
+    text = "most A, B and X in a cell; 0: all (default: 10)"
+    abx("--max-size-group", type=number, default=10, metavar="N", help=text)
+    abx("--max-x-across", type=number, default=5, metavar="N", help="most speakers of X; 0: all (default: 5)")
+
+    text = "Every layer and codebook of a model, in one pass over the audio."
+    model = add("model", _model, text, "spidr_base dev.csv dev-alignments.jsonl")
+    text = "How much of the units changes when the sound does: louder, noisier, faster, …"
+    robustness = add("robustness", _robustness, text, "spidr_base dev.csv --layers 5,6,7")
+    for of_model in (model, robustness):
+        of_model("model", metavar="MODEL", help="a published model, or a checkpoint")
+        of_model("manifest", help="the recordings")
+        of_model("--layers", type=layers, metavar="N,…", help="counted from 1, such as 5,6,7 (default: all)")
+        text = "of a checkpoint that does not tell (default: it tells)"
+        of_model("--model-type", choices=("spidr", "dinosr"), help=text)
+        of_model("--device", **DEVICE)
+    model("--item", help="ABX item file: ABX of every layer's features and units too (default: no ABX)")
+    text = "samples of a batch with its padding, 16,000 a second (default: 3,800,000)"
+    model("--max-batch-length", type=int, default=3_800_000, metavar="SAMPLES", help=text)
+    robustness("--max-minutes", type=float, default=10.0, metavar="MIN", help="audio to take at most (default: 10)")
+    robustness("--seed", type=int, default=0, help="of noise and reverberation (default: 0)")
+
+    for aligned in (units, model):
+        aligned("alignments", help="JSON lines, a TextGrid, or a folder of TextGrids")
+        aligned("--tier", help="tier of the phones in TextGrids (default: phones)")
+        text = "labels that are silence (default: sil, sp, spn, pau, …)"
+        aligned("--silence", type=labels, default=argparse.SUPPRESS, metavar="LABEL,…", help=text)
     return parser
 
 

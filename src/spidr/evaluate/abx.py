@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from spidr.data.json_lines import read_lines, split_row
 from spidr.data.names import match_names
 from spidr.data.units import read_record, read_units
-from spidr.tools.errors import InputError, first_line
+from spidr.tools.errors import InputError, first_line, some
 from spidr.tools.files import check_file, expand, find_files
 from spidr.tools.lazy import needs_extra
 from spidr.tools.tensors import check_plain, read_tensors
@@ -180,8 +180,9 @@ class Scorer:
         """The frames of each item that has any, and which those are."""
         names = match_names(features, set(self.items.files))
         if missing := sorted(set(self.items.files) - names.keys()):
-            some = ", ".join(missing[:3])
-            raise InputError(f"{self.items.path}: no features of {len(missing)} recordings, such as {some}.")
+            raise InputError(
+                f"{self.items.path}: no features of {len(missing)} recordings, such as {some(missing, 3)}."
+            )
         rows_of: dict[str, list[int]] = {}
         for row, file in enumerate(self.items.files):
             rows_of.setdefault(file, []).append(row)

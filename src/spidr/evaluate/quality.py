@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from spidr.data.alignments import FRAME_STEP
+from spidr.models.metrics import Aligned
 from spidr.tools.errors import InputError, first_line
 from spidr.tools.lazy import needs_extra
-
-if TYPE_CHECKING:
-    from spidr.evaluate.units import Paired
 
 
 class Discovery(NamedTuple):
@@ -25,26 +23,31 @@ class Discovery(NamedTuple):
     """R-value of the same boundaries (Räsänen et al., 2009), which over-segmentation does not improve."""
 
 
-def discovery(paired: Paired) -> Discovery:
-    """DiscoPhon's metrics of units.
+def discovery(data: Aligned, num_units: int, frame_step: int) -> Discovery:
+    """Compute DiscoPhon's metrics.
+
+    Args:
+        data: Name → phones, one per 10 ms, and units.
+        num_units: Size of the codebook.
+        frame_step: Milliseconds per unit.
 
     Raises:
         InputError: discophon is not installed, or a recording has no units or phones.
     """
     with needs_extra("discophon", " (Python 3.12 or newer)"):
         from discophon.evaluate import cooccurrence_matrix, phone_assignments, phone_error_rate, phone_segmentation
-    phones = {name: list(labels) for name, (labels, _) in paired.data.items()}
-    units = {name: [int(unit) for unit in sequence] for name, (_, sequence) in paired.data.items()}
-    steps = {"step_units": paired.frame_step, "step_phones": FRAME_STEP}
+    phones = {name: list(labels) for name, (labels, _) in data.items()}
+    units = {name: [int(unit) for unit in sequence] for name, (_, sequence) in data.items()}
+    steps = {"step_units": frame_step, "step_phones": FRAME_STEP}
     num_phones = len(set().union(*phones.values()))
 
-    def assigned(kind: str, num_units: int, num_phones: int) -> Any:
-        matrix = cooccurrence_matrix(units, phones, n_units=num_units, n_phonemes=num_phones - 1, **steps)
+    def assigned(kind: str, of_units: int, of_phones: int) -> Any:
+        matrix = cooccurrence_matrix(units, phones, n_units=of_units, n_phonemes=of_phones - 1, **steps)
         return phone_assignments(units, matrix, kind=kind)
 
     try:
-        many = assigned("many-to-one", paired.num_units, max(num_phones, 2))
-        square = max(num_phones, paired.num_units, 2)  # filled up with phones or units that do not occur
+        many = assigned("many-to-one", num_units, max(num_phones, 2))
+        square = max(num_phones, num_units, 2)  # filled up with phones or units that do not occur
         one = assigned("one-to-one", square, square)
         boundaries = phone_segmentation(many, phones, **steps)
         return Discovery(

@@ -12,12 +12,14 @@ from spidr.data.alignments import FRAME_STEP, SILENT_LABELS, TOLERANCE, Alignmen
 from spidr.data.names import match_names
 from spidr.data.units import Units, read_record, read_units
 from spidr.models.metrics import Aligned, UnitsQuality, units_quality
-from spidr.tools.errors import InputError
+from spidr.tools.errors import InputError, some
 from spidr.tools.files import expand
 from spidr.tools.lazy import needs_extra
 from spidr.tools.untrusted import check_memory
 
 logger = logging.getLogger(__name__)
+
+GUIDE = "evaluate.md#units-against-phones"
 
 NUM_UNITS, FRAME_MS = 256, 20
 """Size of the codebook and milliseconds of a unit, where nothing tells."""
@@ -108,21 +110,17 @@ def pair(
     sequences = read_units(units, names=names)
     aligned = read_alignments(alignments, tier, silence=silence, skipped=skipped if skip else None)
     data = _pair(sequences, aligned, frame_step, tolerance, skipped)
-    if skip:
-        for place, reason in list(skipped.items())[:5]:
-            logger.warning("left out: %s: %s", place, reason)
-        if len(skipped) > 5:
-            logger.warning("left out: %d in all", len(skipped))
-    elif gone := [name for name in sequences if skipped.get(name) == "not aligned"]:
-        some = ", ".join(sorted(gone)[:3])
-        raise InputError(
-            f"{alignments}: {len(gone)} of the {len(sequences)} recordings of {units} are not aligned, such as {some}"
-        )
+    reasons = some([f"{name}: {reason}" for name, reason in skipped.items()], separator="\n")
+    if skip and skipped:
+        logger.warning("left out: %s", reasons)
+    elif gone := sorted(name for name in sequences if skipped.get(name) == "not aligned"):
+        of = f"{len(gone)} of the {len(sequences)} recordings of {units}"
+        raise InputError(f"{alignments}: {of} are not aligned, such as {some(gone, 3)}", guide=GUIDE)
     elif skipped:
-        shown = "\n".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:5])
-        raise InputError(f"{alignments}: {len(skipped)} recordings do not fit (--tolerance, --on-error skip):\n{shown}")
+        count = f"{len(skipped)} recordings do not fit (--tolerance, --on-error skip)"
+        raise InputError(f"{alignments}: {count}:\n{reasons}", guide=GUIDE)
     if not data:
-        raise InputError(f"{alignments}: fits no recording of {units}")
+        raise InputError(f"{alignments}: fits no recording of {units}", guide=GUIDE)
     top = max(max(sequence.tolist(), default=0) for sequence in sequences.values())
     if not given and top < num_units / 2:
         logger.warning("%s: a codebook of %d is assumed, but no unit is above %d: --num-units?", units, num_units, top)
@@ -169,7 +167,7 @@ def evaluate_all(
         if discophon:
             from spidr.evaluate.quality import discovery
 
-            row |= discovery(paired)._asdict()
+            row |= discovery(paired.data, paired.num_units, paired.frame_step)._asdict()
         table.append(row)
     return table
 

@@ -8,17 +8,13 @@ from typing import TYPE_CHECKING
 from spidr.tools.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from spidr.export.onnx_file import export_onnx
-    from spidr.export.safetensors_file import export_safetensors
-    from spidr.export.transformers_folder import export_transformers
+    from spidr.export.onnx_file import export_onnx as export_onnx
+    from spidr.export.safetensors_file import export_safetensors as export_safetensors
+    from spidr.export.transformers_folder import export_transformers as export_transformers
 else:
-    __getattr__ = lazy_names(
+    __getattr__, __all__ = lazy_names(
         __name__,
-        {
-            "export_onnx": "onnx_file",
-            "export_safetensors": "safetensors_file",
-            "export_transformers": "transformers_folder",
-        },
+        onnx_file="export_onnx",
+        safetensors_file="export_safetensors",
+        transformers_folder="export_transformers",
     )
-
-__all__ = ["export_onnx", "export_safetensors", "export_transformers"]

@@ -29,7 +29,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         "transformers": "a folder for AutoModel.from_pretrained(OUTPUT, trust_remote_code=True)",
     }
     for name, text in texts.items():
-        form = formats.add_parser(name, help=text, description=f"Write {text}.")
+        output = "encoder" if name == "transformers" else f"encoder.{name}"
+        example = f"python -m spidr.export {name} spidr_base {output}"
+        form = formats.add_parser(name, help=text, description=f"Write {text}.", example=example)
         form.add_argument("model", metavar="MODEL", help="spidr_base or another published model, or a checkpoint")
         form.add_argument("output", metavar="OUTPUT", type=Path, help="what to write; it must not exist")
         form.add_argument(

@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
-from spidr.tools.command import Parser, add_device, command
+from spidr.tools.command import DEVICE, Parser, command
 from spidr.tools.lazy import needs_extra
 
 
@@ -49,7 +49,7 @@ def _build_parser() -> argparse.ArgumentParser:
         "--model-type", choices=["spidr", "dinosr"], help="of a checkpoint without config.json (default: told)"
     )
     common.add_argument("--layer", type=int, metavar="N", help="counted from 1 (default: the model's best)")
-    add_device(common)
+    common.add_argument("--device", **DEVICE)
     common.add_argument(
         "--dtype",
         choices=["float32", "bfloat16", "auto"],
@@ -72,7 +72,11 @@ def _build_parser() -> argparse.ArgumentParser:
     )
     common.add_argument("--quiet", action="store_true", help="no progress bar")
 
-    features = commands.add_parser("features", parents=[common], help="one array (frames, channels) a recording")
+    def add(name: str, text: str, example: str) -> argparse.ArgumentParser:
+        example = f"python -m spidr.extract {name} {example}"
+        return commands.add_parser(name, parents=[common], help=text, description=f"Write {text}.", example=example)
+
+    features = add("features", "one array (frames, channels) per recording", "recordings features --model spidr_base")
     features.add_argument("output", help="a folder")
     features.add_argument(
         "--format", choices=["npy", "pt"], default="npy", dest="file_format", help="(default: %(default)s)"
@@ -85,7 +89,7 @@ def _build_parser() -> argparse.ArgumentParser:
         help="precision in the files (default: %(default)s)",
     )
 
-    units = commands.add_parser("units", parents=[common], help="one row of units a recording")
+    units = add("units", "one row of units per recording", "recordings units.jsonl --model spidr_base --dedup")
     units.add_argument("output", help="a .jsonl or .parquet file")
     units.add_argument(
         "--format",
@@ -106,7 +110,7 @@ def _build_parser() -> argparse.ArgumentParser:
         help="of each change of unit: fewer, longer units (default: 0)",
     )
 
-    kmeans = commands.add_parser("kmeans", parents=[common], help="centroids for `units --kmeans`")
+    kmeans = add("kmeans", "centroids for `units --kmeans`", "train.csv kmeans.npz --model spidr_base --layer 6")
     kmeans.add_argument("output", help="a .npz file")
     kmeans.add_argument("--units", type=int, default=256, metavar="N", help="clusters (default: %(default)s)")
     kmeans.add_argument(

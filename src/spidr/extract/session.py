@@ -40,7 +40,7 @@ from spidr.models.hub import load_encoder
 from spidr.models.long import window_frames
 from spidr.tools.errors import InputError
 from spidr.tools.frames import conv_length, receptive_field
-from spidr.tools.progress import progress
+from spidr.tools.progress import Progress
 from spidr.tools.waveforms import Standardised, standardise
 
 logger = logging.getLogger(__name__)
@@ -393,7 +393,7 @@ class Session:
         total = sum(item.num_samples for batch in batches for item in batch)
         unit, seconds = ("h of audio", 3600) if total >= 3600 * SAMPLE_RATE else ("min of audio", 60)
         try:
-            with progress(description, total, unit, 1 / seconds / SAMPLE_RATE, shown=shown) as advance:
+            with Progress(description, total, unit, 1 / seconds / SAMPLE_RATE, shown=shown) as advance:
                 for group in groups:
                     workers = 1 if group is not groups[-1] else min(at_once, len(group))
                     with closing(self._run_group(group, workers, at_once // max(1, workers))) as results:

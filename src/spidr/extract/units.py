@@ -87,8 +87,8 @@ def extract_units(
     path = output_file(expand(output), file_format, language, split)
     if not 0 <= smooth <= MAX_PENALTY:
         raise InputError(f"smooth: found {smooth}, expected a number of 0 or more")
-    if dedup and file_format == "discophon":
-        raise InputError("dedup: DiscoPhon counts one unit for each frame; leave it out")
+    if dedup and file_format in ("discophon", "unit-hifigan"):
+        raise InputError(f"dedup: {file_format} needs one unit for each frame; leave it out")
     check_name(model)
     clusters = None if kmeans is None else KMeans.load(expand(kmeans))
     made = {"kind": "units", "dedup": dedup, "kmeans": None if clusters is None else clusters.fingerprint}

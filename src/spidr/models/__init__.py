@@ -11,29 +11,23 @@ from spidr.tools.frames import conv_length
 from spidr.tools.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from spidr.models.dinosr import DinoSR
-    from spidr.models.encoder import Encoder
-    from spidr.models.hub import build_model, load_encoder
-    from spidr.models.spidr import SpidR
-    from spidr.tools.waveforms import standardise
+    from spidr.models.dinosr import DinoSR as DinoSR
+    from spidr.models.encoder import Encoder as Encoder
+    from spidr.models.hub import build_model as build_model
+    from spidr.models.hub import load_encoder as load_encoder
+    from spidr.models.spidr import SpidR as SpidR
+    from spidr.tools.waveforms import standardise as standardise
 else:
-    __getattr__ = lazy_names(
+    __getattr__, __all__ = lazy_names(
         __name__,
-        {
-            "DinoSR": "dinosr",
-            "Encoder": "encoder",
-            "SpidR": "spidr",
-            "build_model": "hub",
-            "load_encoder": "hub",
-            "standardise": "encoder",
-            **dict.fromkeys(PUBLISHED, "hub"),
-        },
+        here="num_frames",
+        dinosr="DinoSR",
+        encoder="Encoder standardise",
+        hub=f"build_model load_encoder {' '.join(PUBLISHED)}",
+        spidr="SpidR",
     )
 
 
 def num_frames(num_samples: int) -> int:
     """Number of frames that the base models make of ``num_samples`` samples; frame ``t`` begins at ``t * 20`` ms."""
     return conv_length(DEFAULT_CONV_LAYER_CONFIG, num_samples)
-
-
-__all__ = ["DinoSR", "Encoder", "SpidR", "build_model", "load_encoder", "num_frames", "standardise", *PUBLISHED]

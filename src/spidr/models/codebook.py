@@ -175,15 +175,15 @@ class StepStatistics(nn.Module):
         return {name: part.view(shape) for (name, shape), part in zip(self.shapes.items(), parts, strict=True)}
 
     @torch.no_grad()
-    def add(self, targets: Tensor, labels: Tensor, probabilities: Tensor, loss: Tensor) -> None:
-        """Count the masked frames of a micro-batch."""
-        num_codebooks, num_frames, dim = targets.shape
-        size = self.shapes["assigned"][1]
+    def add(self, targets: Tensor | None, labels: Tensor, probabilities: Tensor, loss: Tensor) -> None:
+        """Count the masked frames of a micro-batch. Without targets, codebooks cannot move."""
+        num_codebooks, size, dim = self.shapes["sums"]
         views = self.view()
         offsets = size * torch.arange(num_codebooks, device=labels.device).unsqueeze(1)
         index = (labels + offsets).flatten()
-        views["sums"].view(-1, dim).index_add_(0, index, targets.reshape(-1, dim))
+        if targets is not None:
+            views["sums"].view(-1, dim).index_add_(0, index, targets.reshape(-1, dim))
         views["assigned"].view(-1).index_add_(0, index, torch.ones_like(index, dtype=self.flat.dtype))
         views["predicted"].add_(probabilities)
         views["loss"].add_(loss.sum())
-        views["frames"].add_(num_frames)
+        views["frames"].add_(labels.shape[1])

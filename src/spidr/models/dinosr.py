@@ -125,6 +125,8 @@ class DinoSR(Encoder):
         attention_mask: Tensor | None = None,
         lengths: Lengths | None = None,
         channel_mask: Tensor | None = None,
+        frames: Tensor | None = None,
+        labels: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Predict the codewords of the masked frames. In training mode, then move the codebooks.
 
@@ -136,6 +138,8 @@ class DinoSR(Encoder):
             attention_mask: Boolean, True where to attend, broadcastable to (B, 1, T, T).
             lengths: See :meth:`project`.
             channel_mask: Boolean (B, D), True where a channel of the student's input is zeroed over all frames.
+            frames: See :meth:`project`.
+            labels: What :meth:`labels` gives for the features, if it is known already; codebooks must not move then.
 
         Returns:
             The loss of each masked frame, (N,), row by row: the mean over codebooks of the cross-entropy with the
@@ -147,8 +151,8 @@ class DinoSR(Encoder):
             InputError: If the model has no teacher, or ``mask`` and ``mask_indices`` are both given.
         """
         mask = _one_mask(mask, mask_indices)
-        features, attention_mask = self.project(waveforms, attention_mask, lengths)
-        batch, num_frames, dim = features.shape
+        features, attention_mask = self.project(waveforms, attention_mask, lengths, frames)
+        batch, num_frames, _ = features.shape
         student_input, index = self.projection_dropout(features), None
         if mask is not None:
             if mask.dtype == torch.bool:
@@ -163,11 +167,15 @@ class DinoSR(Encoder):
             student_input = student_input.masked_fill(channel_mask.unsqueeze(1), 0)
 
         def select(x: Tensor) -> Tensor:
-            x = x.reshape(-1, dim)
+            x = x.flatten(0, 1)
             return x if index is None else x.index_select(0, index)
 
-        targets = self._targets(features, attention_mask, select)
-        labels, one_hot = self._assign(targets)
+        targets, one_hot = None, None
+        if labels is None:
+            targets = self._targets(features, attention_mask, select)
+            labels, one_hot = self._assign(targets)
+        else:
+            labels = torch.stack([select(found) for found in labels])
         hidden = self._hidden(student_input, attention_mask, self.num_codebooks)
         found = self._log_probs([select(h) for h in hidden], self.num_codebooks)
         log_probs = found if isinstance(found, Tensor) else torch.stack(found)
@@ -178,6 +186,12 @@ class DinoSR(Encoder):
                 loss = -(one_hot * log_probs).sum(-1).mean(0)
             with torch.no_grad():
                 return loss, self._measure(targets, labels, log_probs.exp().sum(1), loss)
+
+    @torch.no_grad()
+    def labels(self, features: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """The codewords that the teacher's layers are assigned to, (K, B, T), from projected features (B, T, D)."""
+        labels, _ = self._assign(self._targets(features, attention_mask, lambda x: x.flatten(0, 1)))
+        return labels.unflatten(1, features.shape[:2])
 
     @torch.no_grad()
     def _targets(self, features: Tensor, attention_mask: Tensor | None, select: Callable[[Tensor], Tensor]) -> Tensor:
@@ -201,7 +215,7 @@ class DinoSR(Encoder):
             one_hot = torch.stack([codebook(x).float() for codebook, x in zip(self.codebooks, targets, strict=True)])
         return one_hot.argmax(-1), one_hot
 
-    def _measure(self, targets: Tensor, labels: Tensor, predicted: Tensor, loss: Tensor) -> dict[str, Tensor]:
+    def _measure(self, targets: Tensor | None, labels: Tensor, predicted: Tensor, loss: Tensor) -> dict[str, Tensor]:
         """How the masked frames use the codebooks; in training mode, gather it and move the codebooks."""
         if self.training:
             self.statistics.add(targets, labels, predicted, loss)

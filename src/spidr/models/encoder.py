@@ -93,7 +93,11 @@ class Encoder(nn.Module):
     # ------------------------------------------------------------------------------------------------- parts
 
     def project(
-        self, waveforms: Tensor, attention_mask: Tensor | None = None, lengths: Lengths | None = None
+        self,
+        waveforms: Tensor,
+        attention_mask: Tensor | None = None,
+        lengths: Lengths | None = None,
+        frames: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Projected features of a batch, and the attention mask to use with them.
 
@@ -103,6 +107,7 @@ class Encoder(nn.Module):
             lengths: Samples that count in each row, (B,). Spares the caller the mask; in group-norm mode it also keeps
                 the padding out of the first layer's statistics, which ``attention_mask`` alone does not. With both, the
                 lengths are not checked (a check would wait for the device).
+            frames: The extractor's output, (B, T, C), if it is known already.
 
         Returns:
             (B, T, D) and the mask, or None if every frame exists.
@@ -117,10 +122,12 @@ class Encoder(nn.Module):
                 _check_lengths(counted, samples, shapes)
             counted = counted.to(waveforms.device)
             if attention_mask is None:
-                frames = torch.arange(conv_length(shapes, samples), device=waveforms.device)
-                attention_mask = (frames < conv_length(shapes, counted).unsqueeze(1))[:, None, None]
+                places = torch.arange(conv_length(shapes, samples), device=waveforms.device)
+                attention_mask = (places < conv_length(shapes, counted).unsqueeze(1))[:, None, None]
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.extractor_frozen):
-            return self.feature_projection(extract_features(self.feature_extractor, waveforms, counted)), attention_mask
+            if frames is None:
+                frames = extract_features(self.feature_extractor, waveforms, counted)
+            return self.feature_projection(frames), attention_mask
 
     def _hidden(self, x: Tensor, attention_mask: Tensor | None, num_heads: int, skip: int = 0) -> list[Tensor]:
         """What the first ``num_heads`` heads but ``skip`` read: one (B, T, D) for all of them, or one for each."""

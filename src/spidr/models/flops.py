@@ -68,7 +68,15 @@ def transformer_flops(cfg: DinoSRConfig, num_frames: int, num_layers: int | None
     return num_frames * (positional + layers * (linear + attention))
 
 
-def step_flops(cfg: DinoSRConfig, num_samples: int, num_masked: int, *, frozen: bool = False) -> float:
+def step_flops(
+    cfg: DinoSRConfig,
+    num_samples: int,
+    num_masked: int,
+    *,
+    frozen: bool = False,
+    has_frames: bool = False,
+    has_labels: bool = False,
+) -> float:
     """Of one utterance in a training step: 56 GFLOP a second in the base model.
 
     Forward and backward (twice the forward) of what is trained, the teacher's forward, the heads and the distances of
@@ -79,13 +87,15 @@ def step_flops(cfg: DinoSRConfig, num_samples: int, num_masked: int, *, frozen: 
         num_samples: Samples of the waveform, padding included.
         num_masked: Its masked frames.
         frozen: Whether the extractor and the projection are.
+        has_frames: Whether the extractor's output is at hand (``data.cache``).
+        has_labels: Whether the teacher's labels are.
     """
     frames = conv_length(cfg.extractor_conv_layer_config, num_samples)
-    first, *others = extractor_flops(cfg, num_samples)
+    first, *others = [0.0] if has_frames else extractor_flops(cfg, num_samples)
     projection = 2.0 * cfg.extractor_conv_layer_config[-1][0] * cfg.encoder_embed_dim * frames
     inputs = first + sum(others) + projection
     # The waveform needs no gradient.
     inputs = inputs if frozen else 3 * inputs - first
     head = 2.0 * num_masked * cfg.encoder_embed_dim * cfg.codebook_size * cfg.num_codebooks
     student = transformer_flops(cfg, frames)
-    return inputs + 3 * student + student + 3 * head + head
+    return inputs + 3 * (student + head) + (0 if has_labels else student + head)

@@ -158,7 +158,9 @@ def find_file(model: str | Path) -> Path:
     if not path.suffix and not os.path.exists(path):  # noqa: PTH110
         nearest = difflib.get_close_matches(str(model), PUBLISHED, n=1)
         advice = f"did you mean {nearest[0]}?" if nearest else "python -m spidr.models lists those"
-        raise InputError(f"{model}: neither a file nor a published model; {advice}")
+        raise InputError(
+            f"{model}: neither a file nor a published model; {advice}", guide="units.md#which-model-which-layer"
+        )
     check_file(path)
     return path
 

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from spidr.tools.command import Parser, add_device, command, write_result
+from spidr.tools.command import DEVICE, Parser, command, write_result
 from spidr.tools.lazy import needs_extra
 
 
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         metavar="MINUTES",
         help="audio to encode at most, in minutes (default: 30)",
     )
-    add_device(parser)
+    parser.add_argument("--device", **DEVICE)
     args = parser.parse_args(argv)
     options = {"group": args.group, "layer": args.layer, "max_minutes": args.max_minutes, "device": args.device}
     with needs_extra("train,plot"):

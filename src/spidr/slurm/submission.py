@@ -129,7 +129,9 @@ def sbatch(submission: Submission) -> str:
     try:
         done = run_program(submission.command, environment=clean_environment(), text=submission.script, limit=LIMIT)
     except OSError as error:
-        raise InputError(f"sbatch cannot be run: {error.strerror}. Is this a machine of a SLURM cluster?") from None
+        raise InputError(
+            f"sbatch cannot be run: {error.strerror}. Is this a machine of a SLURM cluster?", guide="slurm.md"
+        ) from None
     except subprocess.TimeoutExpired:
         raise NoAnswerError(
             f"sbatch has not answered for {LIMIT:.0f} s and was ended. The job may have been submitted all the same: "
@@ -139,7 +141,7 @@ def sbatch(submission: Submission) -> str:
     if done.returncode:
         lines = done.stderr.decode(errors="replace").splitlines()
         said = "; ".join(line.strip() for line in lines if line.strip())
-        raise InputError(f"sbatch refused the job: {said or f'exit status {done.returncode}'}")
+        raise InputError(f"sbatch refused the job: {said or f'exit status {done.returncode}'}", guide="slurm.md")
     return done.stdout.decode().strip().split(";")[0]
 
 

@@ -63,7 +63,7 @@ def command(main: Callable[P, int | None]) -> Callable[P, int]:
             try:
                 return main(*args, **kwargs) or 0
             except InputError as error:
-                return _say(f"error: {error}", 2)
+                return _say(f"error: {error.with_guide()}", 2)
             except SystemExit as end:
                 says_why = isinstance(end.code, int) and str(end) != str(end.code)
                 if says_why and len(_results) == 1 and os.environ.get("RANK", "0") == "0":
@@ -144,6 +144,12 @@ class _Formatter(argparse.HelpFormatter):
     def __init__(self, prog: str, **options: Any) -> None:
         super().__init__(prog, max_help_position=32, **options)
 
+    def add_usage(self, usage: str | None, actions: Any, groups: Any, prefix: str | None = None) -> None:  # noqa: ARG002
+        """Name the arguments only: the options are listed below."""
+        arguments = [action for action in actions if not action.option_strings]
+        options = [argparse.Action(["options"], "options", nargs=0)] if len(arguments) < len(actions) else []
+        super().add_usage(usage, [*options, *arguments], [], prefix)
+
 
 class Parser(argparse.ArgumentParser):
     """A parser whose help fits on a screen and ends with an example.
@@ -167,11 +173,9 @@ class Parser(argparse.ArgumentParser):
         return super().format_help() + (f"\nexample:\n{example}" if example else "")
 
 
-def add_device(parser: argparse.ArgumentParser) -> None:
-    """Add the option ``--device``."""
-    parser.add_argument(
-        "--device",
-        choices=("auto", "cuda", "mps", "cpu"),
-        default="auto",
-        help="where to compute (default: auto: CUDA, else MPS, else the CPU)",
-    )
+DEVICE: dict[str, Any] = {
+    "choices": ("auto", "cuda", "mps", "cpu"),
+    "default": "auto",
+    "help": "where to compute (default: auto: CUDA, else MPS, else the CPU)",
+}
+"""How :meth:`argparse.ArgumentParser.add_argument` adds ``--device``."""

@@ -14,29 +14,36 @@ from typing import Any
 from spidr.tools.errors import InputError
 
 
-def lazy_names(package: str, modules: dict[str, str]) -> Callable[[str], Any]:
-    """A module-level ``__getattr__`` for a package; ``dir`` of it lists its ``__all__``.
+def lazy_names(package: str, here: str = "", **modules: str) -> tuple[Callable[[str], Any], list[str]]:
+    """Offer the names of a package's modules in the package itself, imported when they are first used.
+
+    Modules themselves are found without being listed.
 
     Args:
         package: Its ``__name__``.
-        modules: Name → the module of the package that has it. Modules themselves are found without being listed.
+        here: Names that the package defines itself, separated by blanks.
+        modules: Module → its public names, separated by blanks.
+
+    Returns:
+        The package's ``__getattr__`` and its ``__all__``, which ``dir`` then lists.
     """
+    module_of = {name: module for module, names in modules.items() for name in names.split()}
 
     def get(name: str) -> Any:
-        module = f"{package}.{modules.get(name, name)}"
+        module = f"{package}.{module_of.get(name, name)}"
         try:
             found = _import(module)
         except ModuleNotFoundError as error:
             if error.name != module:
                 raise
             raise AttributeError(f"module {package!r} has no attribute {name!r}") from None
-        value = getattr(found, name) if name in modules else found
+        value = getattr(found, name) if name in module_of else found
         setattr(sys.modules[package], name, value)  # the next time it is there at once
         return value
 
-    this = sys.modules[package]
-    this.__dir__ = lambda: sorted(this.__all__)  # type: ignore[method-assign]
-    return get
+    names = sorted([*here.split(), *module_of])
+    sys.modules[package].__dir__ = lambda: names  # type: ignore[method-assign]
+    return get, names
 
 
 def names_from(package: str, module: str) -> Callable[[str], Any]:

@@ -154,7 +154,7 @@ class Lock:
         """
         if self._successor is not None:
             raise InputError(
-                f"{self.target}: this process gave no sign of life for {SILENCE:g} s; {self._successor} goes on instead"
+                f"{self.target}: this process gave no sign of life for {SILENCE:g} s; {self._successor} has taken over"
             )
 
     # ------------------------------------------------------------------------------------------------- internals
@@ -186,7 +186,8 @@ class Lock:
                     return
             elif alive and now - first > (PATIENCE if owner.job and owner.job == self._owner.job else self.patience):
                 raise InputError(
-                    f"{self.target}: another process {self.doing} ({owner}). Wait for it, or end it first."
+                    f"{self.target}: another process {self.doing} ({owner}). Wait for it, or end it first.",
+                    guide="questions.md#it-says-that-another-process-is-at-work-in-this-folder",
                 )
             elif now - first < 0.5:
                 logger.info("%s: waiting to see whether %s is alive", self.target, owner)

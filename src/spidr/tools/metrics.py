@@ -59,7 +59,7 @@ class MetricsFile:
 
     Args:
         path: The file.
-        step: The step that the run goes on from. What a killed run wrote of later training steps is removed: it will be
+        step: The step that the run resumes from. What a killed run wrote of later training steps is removed: it will be
             written again.
         again: Step and group of another line that will be.
     """

@@ -31,7 +31,7 @@ SILENCE = 30.0
 """Seconds without a sign of life after which a process counts as dead; ``5 * BEAT`` once something has gone wrong."""
 
 GRACE = 10.0
-"""Seconds that a process has to end by itself once it is known that the run cannot go on."""
+"""Seconds that a process has to end by itself once it is known that the run cannot continue."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def connect(rank: int, timeout: timedelta, *, serve: bool = False) -> Any:
 
 
 class Peers:
-    """Exchanges signs of life, and the cause if the run cannot go on, through the store where the processes meet.
+    """Exchanges signs of life, and the cause if the run cannot continue, through the store where the processes meet.
 
     Rank 0 watches all others and they watch rank 0, so the store answers a few questions a second from each. They are
     asked by one thread; another one, which never asks anything, notices when the answers stay out, and ends the process
@@ -196,11 +196,11 @@ class Peers:
             host = value.decode().partition(" ")[2]
             if beats > patience and host != "left":
                 text = f"rank {rank} on {host} gives no sign of life any more: it was killed, hangs or lost its machine"
-                self._tell(rank, 1, f"{text}. The same command goes on from the last checkpoint.")
+                self._tell(rank, 1, f"{text}. The same command resumes from the last checkpoint.")
                 return
 
     def _guard(self) -> None:
-        """End this process if it is stuck although the run cannot go on."""
+        """End this process if it is stuck although the run cannot continue."""
         beats, waited = self._beats, 0
         while self._cause is None:
             if self._closed.wait(BEAT):
@@ -209,7 +209,7 @@ class Peers:
             if waited * BEAT > SILENCE:
                 place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
                 text = f"rank 0 or the launcher, at {place}, does not answer any more: it hangs or lost its machine"
-                self._cause = Cause(self.rank, 0, 1, f"{text}. The same command goes on from the last checkpoint.")
+                self._cause = Cause(self.rank, 0, 1, f"{text}. The same command resumes from the last checkpoint.")
         self._news.set()
         if self._closed.wait(GRACE):
             return

@@ -6,8 +6,6 @@ import logging
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 
 from tqdm import tqdm
 
@@ -16,52 +14,65 @@ logger = logging.getLogger(__name__)
 LINE_EVERY = 60.0
 """Seconds between two lines where standard error is no terminal."""
 
-_BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.2f}/{total:.2f} {unit}, {elapsed} passed, {remaining} left"
+_BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.2f}/{total:.2f} {unit}, {elapsed} passed, {remaining} left{postfix}"
 
 
-@contextmanager
-def progress(
-    description: str, total: float, unit: str, scale: float = 1.0, *, shown: bool = True
-) -> Iterator[Callable[[float], None]]:
-    """Show how far some work has come.
+class Progress:
+    """Shows how far some work has come; called with what has been done since the last call.
 
     Args:
         description: What is made, such as "Units".
         total: All there is to do; 0 shows nothing.
         unit: What it is counted in, such as "h of audio".
         scale: Units in one of what is counted.
+        initial: What was done before.
         shown: Show anything at all.
-
-    Yields:
-        A function that takes what has been done since its last call.
     """
-    if not shown or total <= 0:
-        yield lambda _: None
-    elif sys.stderr is not None and sys.stderr.isatty():
-        columns = shutil.get_terminal_size().columns
-        with tqdm(total=total * scale, desc=description, unit=unit, bar_format=_BAR, ncols=columns, nrows=20) as bar:
-            yield lambda done: bar.update(done * scale)
-    else:
-        yield _Lines(description, total * scale, unit, scale)
 
-
-class _Lines:
-    def __init__(self, description: str, total: float, unit: str, scale: float) -> None:
-        self.description, self.total, self.unit, self.scale = description, total, unit, scale
-        self.done = 0.0
-        self.start = self.last = time.monotonic()
-
-    def __call__(self, done: float) -> None:
-        self.done += done * self.scale
-        now = time.monotonic()
-        if now - self.last >= LINE_EVERY and self.done:
-            self.last = now
-            left = (now - self.start) * (self.total - self.done) / self.done
-            logger.info(
-                "%s: %.0f%% of %.2f %s, %s left",
-                self.description,
-                100 * self.done / self.total,
-                self.total,
-                self.unit,
-                tqdm.format_interval(max(0.0, left)),
+    def __init__(
+        self, description: str, total: float, unit: str, scale: float = 1, *, initial: float = 0, shown: bool = True
+    ) -> None:
+        self._description, self._unit, self._scale = description, unit, scale
+        self._digits = 0 if scale == 1 else 2
+        self._total, self._done = total * scale, initial * scale
+        self._start, self._initial = time.monotonic(), self._done
+        self._last = self._start
+        self._note = ""
+        self._shown = shown and total > 0
+        self._bar = None
+        if self._shown and sys.stderr is not None and sys.stderr.isatty():
+            self._bar = tqdm(
+                total=self._total,
+                initial=self._done,
+                desc=description,
+                unit=unit,
+                bar_format=_BAR.replace(".2f", f".{self._digits}f"),
+                ncols=shutil.get_terminal_size().columns,  # some terminals say that they have none
+                nrows=20,
             )
+
+    def __call__(self, done: float, note: str = "") -> None:
+        """Take note of what has been done, in what is counted, and show the latest ``note`` beside it."""
+        self._done += done * self._scale
+        self._note = note or self._note
+        if self._bar is not None:
+            if note:
+                self._bar.set_postfix_str(note, refresh=False)
+            self._bar.update(done * self._scale)
+        elif self._shown and (now := time.monotonic()) - self._last >= LINE_EVERY and self._done > self._initial:
+            self._last = now
+            left = (now - self._start) * (self._total - self._done) / (self._done - self._initial)
+            share, total = 100 * self._done / self._total, f"{self._total:.{self._digits}f} {self._unit}"
+            what = ", ".join(filter(None, (f"{tqdm.format_interval(max(0.0, left))} left", self._note)))
+            logger.info("%s: %.0f%% of %s, %s", self._description, share, total, what)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Leave the bar as it is."""
+        if self._bar is not None:
+            self._bar.close()

@@ -84,6 +84,15 @@ class Settings:
         if problems:
             raise ProblemsError(problems, type(self).__name__)
 
+    def __repr__(self) -> str:
+        """The settings that differ from their defaults."""
+        parts = []
+        for field in dataclasses.fields(self):
+            factory, value = field.default_factory, getattr(self, field.name)
+            default = field.default if factory is dataclasses.MISSING else factory()
+            parts += [f"{field.name}={value!r}"] if value != default else []
+        return f"{type(self).__name__}({', '.join(parts)})"
+
 
 S = TypeVar("S", bound=Settings)
 

@@ -24,7 +24,7 @@ def set_up_threads() -> None:
     """
     if not any(name in os.environ for name in CHOICES):
         os.environ.update(PATIENCE)
-    allowed = _quota()
+    allowed = quota()
     if "OMP_NUM_THREADS" not in os.environ and allowed is not None and allowed < (os.cpu_count() or 1):
         os.environ["OMP_NUM_THREADS"] = str(allowed)
 
@@ -36,7 +36,7 @@ def runs_a_command() -> bool:
     return sys.argv[:1] == ["-m"] and bool(module) and module[0].split(".")[0] == "spidr"
 
 
-def _quota(cgroup: Path = Path("/sys/fs/cgroup")) -> int | None:
+def quota(cgroup: Path = Path("/sys/fs/cgroup")) -> int | None:
     """Processors that the control group (version 2) grants, rounded up; None: no limit."""
     try:
         quota, period = cgroup.joinpath("cpu.max").read_text("utf-8").split()

@@ -10,7 +10,7 @@ import torch
 from spidr.config import DinoSRConfig, model_config
 from spidr.models import DinoSR, build_model
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 @dataclass

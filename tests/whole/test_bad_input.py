@@ -19,10 +19,10 @@ import pytest
 import soundfile
 import torch
 
-from processes import CONTEXT, free_port
+from helpers.processes import CONTEXT, free_port
+from helpers.tiny_run import write_config, write_recordings
 from spidr.data import read_manifest
 from spidr.data.write_manifest import write_manifest_tar
-from tiny_run import write_config, write_recordings
 
 Break = Callable[[Path, Path], dict[str, Any] | None]
 """Given the folder and the manifest, breaks something; may return sections for the configuration."""

@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 
+from helpers.tiny_run import MEASURED
 from spidr.config import read_config
 from spidr.tools.command import command
 from spidr.tools.metrics import read_metrics
-from tiny_run import MEASURED
 
 torch.set_num_threads(1)  # more of them only slow such small models down
 CONTEXT = multiprocessing.get_context("forkserver")

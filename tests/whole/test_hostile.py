@@ -23,7 +23,8 @@ import pytest
 import soundfile
 import torch
 
-from small_models import tiny_model
+from helpers.small_models import tiny_model
+from helpers.tiny_run import write_config, write_recordings
 from spidr.config import read_config
 from spidr.data import read_manifest
 from spidr.data.alignments import read_alignments
@@ -37,7 +38,6 @@ from spidr.models.fairseq import load_fairseq_weights
 from spidr.models.hub import load_weights
 from spidr.tools.errors import InputError
 from spidr.tools.files import atomic_write
-from tiny_run import write_config, write_recordings
 
 
 class Harm:

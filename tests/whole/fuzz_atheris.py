@@ -3,8 +3,8 @@
 Run by hand, in an environment of its own with atheris, the package and its extra "test"; what follows the name of the
 target goes to libFuzzer:
 
-    python tests/fuzz_atheris.py manifest -max_total_time=600
-    python tests/fuzz_atheris.py manifest crash-…      # an input that was found, again
+    python tests/whole/fuzz_atheris.py manifest -max_total_time=600
+    python tests/whole/fuzz_atheris.py manifest crash-…      # an input that was found, again
 
 Only an InputError may leave a reader, and what it reads must be in order: the checks are those of ``test_fuzz.py``.
 """
@@ -23,12 +23,13 @@ from pathlib import Path
 import atheris
 
 os.environ["TMPDIR"] = tempfile.tempdir = "/dev/shm" if Path("/dev/shm").is_dir() else tempfile.gettempdir()
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the tests' helpers
 
 with atheris.instrument_imports(include=["spidr", "tomllib", "tarfile", "zipfile"]):
     import json
 
     import test_fuzz as checks
+
     from spidr.data.write_manifest import write_manifest_tar  # noqa: F401 (so that it is instrumented)
 
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from processes import Fault, Ranks, assert_same_run, complete, outcome
+from helpers.processes import Fault, Ranks, assert_same_run, complete, outcome
+from helpers.tiny_run import write_config, write_recordings
 from spidr.tools.metrics import read_metrics
-from tiny_run import write_config, write_recordings
 
 PREEMPTED = 75
 SETTINGS: dict[str, Any] = {

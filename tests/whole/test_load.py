@@ -11,11 +11,11 @@ import numpy as np
 import polars as pl
 import pytest
 
-from processes import Ranks, assert_same_run, complete
+from helpers.processes import Ranks, assert_same_run, complete
+from helpers.tiny_run import write_config, write_recordings
 from spidr.config import DataConfig, read_config
 from spidr.data import build_dataloader
 from spidr.train import Hooks, State
-from tiny_run import write_config, write_recordings
 
 EPOCHS, WARM, EVERY = 1000, 200, 25
 

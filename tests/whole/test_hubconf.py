@@ -7,7 +7,7 @@ from pathlib import Path
 
 from spidr.models.published import PUBLISHED
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 CODE = """
 import importlib.util, sys, torch

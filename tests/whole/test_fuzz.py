@@ -32,7 +32,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from small_models import TINY, tiny_config, tiny_model
+from helpers.small_models import TINY, tiny_config, tiny_model
+from helpers.tiny_run import write_config, write_recordings
 from spidr.checkpoint import Checkpointer, read_checkpoint
 from spidr.config import read_config
 from spidr.data import read_manifest
@@ -49,7 +50,6 @@ from spidr.models.fairseq import load_fairseq_weights
 from spidr.models.hub import load_encoder, load_weights, recorded_config
 from spidr.tools.errors import InputError
 from spidr.tools.metrics import read_metrics
-from tiny_run import write_config, write_recordings
 
 TIMES = int(os.environ.get("SPIDR_FUZZ", "1"))
 MEMORY = 2 << 30

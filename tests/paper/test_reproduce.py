@@ -15,12 +15,12 @@ import pytest
 import soundfile
 import torch
 
-from small_models import tiny_model
+from helpers.small_models import tiny_model
 from spidr.data.alignments import read_alignments
 from spidr.data.units import read_units
 from spidr.models.metrics import units_quality
 
-PAPER = Path(__file__).parents[1] / "paper"
+PAPER = Path(__file__).parents[2] / "paper"
 PHONES = ("AA", "S", "T", "M")
 AT_50_HZ: dict[str, Any] = {"extractor_conv_layer_config": [(8, 10, 5), *[(8, 3, 2)] * 4, *[(8, 2, 2)] * 2]}
 

@@ -22,7 +22,7 @@ import spidr.optimizer
 import spidr.slurm
 import spidr.train
 import spidr.validate
-from small_models import tiny_config, tiny_model
+from helpers.small_models import tiny_config, tiny_model
 from spidr.config import OptimizerConfig, SlurmConfig, read_config, to_dict
 
 # Of each parameter: its name, "=" if it has a default, after "*" the keyword-only ones. More of them may follow.

@@ -12,10 +12,10 @@ import pytest
 import soundfile
 import torch
 
-from small_models import tiny_model
+from helpers.small_models import tiny_model
 from spidr.data.write_manifest import write_manifest
 
-PAPER = Path(__file__).parents[1] / "paper"
+PAPER = Path(__file__).parents[2] / "paper"
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ from spidr.config import DataConfig, MaskingConfig, OptimizerConfig, read_config
 from spidr.data.loader import build_dataloader
 from spidr.tools.errors import InputError
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PAPER = ROOT / "paper"
 
 
@@ -136,7 +136,7 @@ def test_correlations_are_the_papers(paper: Callable[[str], ModuleType]) -> None
 
 def test_masks_of_figure_6(paper: Callable[[str], ModuleType]) -> None:
     package = paper("from_package")
-    assert package._runs(np.array([0, 1, 1, 0, 1, 0, 0, 1, 1, 1], dtype=bool)).tolist() == [2, 1, 3]
+    assert package.lengths_of_runs(np.array([0, 1, 1, 0, 1, 0, 0, 1, 1, 1], dtype=bool)).tolist() == [2, 1, 3]
     _, bottom = package.masks().axes
     shares = np.array([bar.get_height() for bar in bottom.patches])
     assert shares.sum() == pytest.approx(100, abs=1)
@@ -192,8 +192,8 @@ def test_names_of_phones_do_not_overlap(paper: Callable[[str], ModuleType], colu
     figure, (ax, *_) = style.new_figure(4.0 / columns, 1, columns)
     phones = [f"{a}{b}" for a in "ABDGMW" for b in "CHWOY" for _ in range(3)]
     points = np.random.default_rng(0).uniform(size=(len(phones) // 3, 2)).repeat(3, axis=0)
-    corpus._scatter(ax, points, phones, {})
-    corpus._name_phones(ax, points, phones, corpus.width_of_points(columns))
+    corpus.scatter(ax, points, phones, {})
+    corpus.name_phones(ax, points, phones, corpus.width_of_points(columns))
     figure.draw_without_rendering()
     boxes = [text.get_window_extent() for text in ax.texts]
     assert len(boxes) > 10 / columns
@@ -298,7 +298,7 @@ def test_recipes_train_the_same_on_4_8_and_16_gpus(tmp_path: Path) -> None:
         loaders = [build_dataloader(config, None, rank=rank, world_size=gpus) for rank in range(gpus)]
         assert {loader.accumulation for loader in loaders} == {16 // gpus}
         # What each process asks for: rows, and what masks and crops are drawn from.
-        batches = [[(r.key, *r.rows.tolist()) for r in loader._requests(0, 0)] for loader in loaders]
+        batches = [[(r.key, *r.rows.tolist()) for r in loader.requests(0, 0)] for loader in loaders]
         per_step = 16 // gpus
         steps[gpus] = [
             sorted(batch for own in batches for batch in own[first : first + per_step])

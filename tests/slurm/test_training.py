@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
-from slurm_cluster import Cluster, logs, wait_for
+from helpers.slurm_cluster import Cluster, logs, wait_for
+from helpers.tiny_run import assert_same_outcome, write_config, write_recordings
 from spidr.tools.metrics import read_metrics
 from spidr.tools.metrics_queue import main as collect
 from spidr.validation_jobs import ValidationJobs
-from tiny_run import assert_same_outcome, write_config, write_recordings
 
 HOSTILE = "a 'b\n$(touch pwned)\n\"; touch pwned #{} 5% é"
 
@@ -172,7 +172,7 @@ def test_preemption_by_a_higher_partition(cluster: Cluster, tmp_path: Path, mani
     assert cluster.wait(urgent, seconds=100)["JobState"] == "COMPLETED"
     job = cluster.wait(job_id, seconds=300)
     assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), logs(folder)
-    assert (run_dir / "log_0.txt").read_text().count("going on") == 1
+    assert (run_dir / "log_0.txt").read_text().count("resuming from") == 1
     torchrun(2, write_config(tmp_path, manifest, "here", optimizer=long))
     assert_same_outcome(run_dir, tmp_path / "p/here")
 
@@ -190,6 +190,6 @@ def test_time_limit(cluster: Cluster, tmp_path: Path, manifest: Path) -> None:
     job = cluster.wait(job_id, seconds=1500)
     assert job["JobState"] == "COMPLETED", logs(folder)
     # On a busy machine, the signal may come before training has begun again.
-    assert 1 <= (run_dir / "log_0.txt").read_text().count("going on") <= int(job["Restarts"])
+    assert 1 <= (run_dir / "log_0.txt").read_text().count("resuming from") <= int(job["Restarts"])
     torchrun(1, write_config(tmp_path, manifest, "here", **settings))
     assert_same_outcome(run_dir, tmp_path / "p/here")

@@ -41,8 +41,7 @@ def test_a_broken_module_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     (tmp_path / "lazily").mkdir()
     lines = [
         "from spidr.tools.lazy import lazy_names",
-        "__all__ = ['run']",
-        "__getattr__ = lazy_names(__name__, {'run': 'posix'})",
+        "__getattr__, __all__ = lazy_names(__name__, posix='run')",
     ]
     (tmp_path / "lazily/__init__.py").write_text("\n".join(lines))
     (tmp_path / "lazily/posix.py").write_text("import signal\nsignal.SIGNOTHING\ndef run(): ...\n")

@@ -10,7 +10,7 @@ import numpy as np
 import soundfile
 import torch
 
-from small_models import TINY
+from helpers.small_models import TINY
 from spidr.data.write_manifest import write_manifest
 from spidr.tools.metrics import read_metrics
 

@@ -14,11 +14,11 @@ import pytest
 import soundfile
 import torch
 
-from small_models import TINY
+from helpers.small_models import TINY
 from spidr.config import DEFAULT_CONV_LAYER_CONFIG, read_config
 from spidr.models import SpidR
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCKS = [
     (page.stem, language, text)
@@ -69,6 +69,17 @@ def test_links_lead_somewhere() -> None:
         for target in re.findall(r"\]\(([^)#\s]+)\)", page.read_text("utf-8")):
             is_generated = target.startswith("reference/")
             assert is_generated or "://" in target or (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_guides_that_errors_name_exist() -> None:
+    source = "".join(path.read_text("utf-8") for path in (ROOT / "src").rglob("*.py"))
+    named = set(re.findall(r'(?:guide=|GUIDE = )"([^"]+)"', source))
+    assert len(named) >= 8
+    for guide in named:
+        page, _, section = guide.partition("#")
+        headings = re.findall(r"^#+ (.+)$", (ROOT / "docs" / page).read_text("utf-8"), flags=re.MULTILINE)
+        anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+        assert not section or section in anchors, guide
 
 
 @pytest.fixture(scope="module")
