@@ -283,9 +283,9 @@ for source in sys.argv[3:]:
 
 
 def test_memory_does_not_grow_with_a_recording_in_windows(checkpoint: Path, tmp_path: Path) -> None:
-    """By 30 minutes more, it used to grow by 500 MB."""
-    files = [noise(tmp_path / f"{minutes}.wav", minutes * 960_000) for minutes in (5, 35)]
+    """At most 0.2 GB an hour: the samples alone would be 0.23 GB in float32."""
+    files = [noise(tmp_path / f"{minutes}.wav", minutes * 960_000) for minutes in (6, 14, 22)]
     command = [sys.executable, "-c", MEASURE, checkpoint, tmp_path / "f", *files]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True)
-    before, after = map(int, done.stdout.split())
-    assert after - before < 100  # MB: 0.2 GB an hour
+    peaks = [int(peak) for peak in done.stdout.split()]
+    assert peaks[2] - peaks[0] < 53, peaks
