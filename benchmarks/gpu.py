@@ -1,13 +1,16 @@
 """Whether the package is right and fast on a GPU, in one command of at most eight minutes.
 
-    python benchmarks/gpu.py [--output FOLDER] [--sections NUMBER ...] [--tiny] [--count]
+    python benchmarks/gpu.py [--output FOLDER] [--sections NUMBER ...] [--published FOLDER] [--tiny] [--count]
 
 Every check ends with PASS, FAIL or SKIP and why; measurements stand beside what was predicted for an H200. FOLDER gets
-``gpu.json`` and a trace of two steps. Only torch and this package are needed: what asks for polars, soundfile or a
-published package (0.1.2) is skipped where they are missing. On a CPU, or with ``--tiny``, shapes are tiny and the
-script only shows that it runs. ``--count`` prints how many kernels a training step starts and how many bytes they
-read and write, by fake tensors, and needs no GPU.
+``gpu.json`` and a trace of two steps. Training is the package's own: state, step, loader, run. Recordings are noise, so
+packages that read audio and tables (polars, soundfile) may be missing. ``--published`` names a folder filled by
+``pip install --no-deps --target FOLDER spidr==0.1.2``, whose step is timed on the same batch. On a CPU, or with
+``--tiny``, shapes are tiny and the script only shows that it runs. ``--count`` prints how many kernels a training step
+starts and how many bytes they read and write, by tensors without values, and needs no GPU.
 """
+
+# ruff: noqa: E402
 
 from __future__ import annotations
 
@@ -16,30 +19,66 @@ import copy
 import importlib
 import json
 import os
+import shutil
+import signal
 import statistics
+import subprocess
 import sys
 import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock, patch
 
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for deterministic runs; read when cuBLAS starts
+
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from spidr.compiled import compile_forward
-from spidr.config import OptimizerConfig, SpidRConfig, model_config
-from spidr.models import DinoSR, SpidR, build_model, kernels
+for missing in ("polars", "polars.selectors", "soundfile"):  # nothing here reads a recording or a table
+    try:
+        importlib.import_module(missing)
+    except ImportError:
+        sys.modules[missing] = MagicMock()
+
+from spidr.config import (
+    Config,
+    DataConfig,
+    MaskingConfig,
+    OptimizerConfig,
+    RunConfig,
+    SpidRConfig,
+    model_config,
+    read_config,
+    to_dict,
+)
+from spidr.data.batch import Batch, Collator, Loaded
+from spidr.data.loader import Processes, SpeechLoader
+from spidr.data.sampler import BatchSampler
+from spidr.environment import Environment, StopFlag, environment
+from spidr.models import SpidR, build_model, kernels
 from spidr.models.flops import peak_tflops, step_flops
 from spidr.optimizer import build_optimizer
+from spidr.state import Hooks, Replica, State, build_state, wrap
 from spidr.tools.errors import first_line
+from spidr.tools.frames import conv_length
+from spidr.train import train, train_step
+from spidr.validate import validate
+from spidr.warm_start import warm_start
+
+LIMIT = 480
+"""Seconds after which no check is begun."""
 
 GOLDEN = Path(__file__).parents[1] / "tests" / "golden"
 TINY: dict[str, Any] = {
@@ -65,7 +104,7 @@ PREDICTED = {
     "compiled, ms a step": "47 to 57",
     "compiled, audio seconds a second": "4,200 to 5,000",
     "compiled, MFU": "23 to 28 %",
-    "memory, GB": "10 to 12",
+    "compiled, memory, GB": "10 to 12",
     "large product, TFLOP/s": "790",
 }
 
@@ -88,16 +127,23 @@ class Result:
 class Bench:
     """The device, the sizes, and what has been found."""
 
-    device: torch.device
+    env: Environment
     tiny: bool
     output: Path
+    published: Path | None = None
     results: list[Result] = field(default_factory=list)
     section: str = ""
+    product: float | None = None  # TFLOP/s of a large one
+    begin: float = field(default_factory=time.monotonic)
 
-    def check(self, what: str, function: Callable[[], object]) -> None:
-        """Run a check. What it returns is the detail; an exception is a failure."""
+    def check(self, what: str, function: Callable[[], object], *, gpu: bool = False) -> None:
+        """Run a check. What it returns is the detail; an exception is a failure. ``gpu``: skip it without one."""
         start = time.perf_counter()
         try:
+            if gpu and not self.on_gpu:
+                raise SkipError("needs a GPU")
+            if self.on_gpu and time.monotonic() - self.begin > LIMIT:
+                raise SkipError(f"{LIMIT} s are over")
             status, detail = "PASS", function()
         except SkipError as reason:
             status, detail = "SKIP", str(reason)
@@ -109,14 +155,14 @@ class Bench:
         print(f"{status}  {self.section}: {what}  {detail}  [{time.perf_counter() - start:.1f} s]", flush=True)
 
     @property
+    def device(self) -> torch.device:
+        """Where to compute."""
+        return self.env.device
+
+    @property
     def on_gpu(self) -> bool:
         """Whether there is a GPU to measure."""
         return self.device.type == "cuda"
-
-    def need_gpu(self) -> None:
-        """Skip a check on a CPU."""
-        if not self.on_gpu:
-            raise SkipError("needs a GPU")
 
     def time_of(self, function: Callable[[], object], repeat: int = 20) -> list[float]:
         """Milliseconds of each of several calls, after two to warm up."""
@@ -142,72 +188,116 @@ class Bench:
         """Median of a call, for the table."""
         return f"{statistics.median(self.time_of(function)):.3f} ms"
 
-    def config(self, **changes: Any) -> SpidRConfig:
+    def model_config(self, **changes: Any) -> SpidRConfig:
         """The base model's or a tiny one's."""
         return SpidRConfig(**((TINY if self.tiny else {}) | changes))
 
-    def batch(self, seed: int = 0, rows: int = 0, samples: int = 0) -> tuple[Tensor, Tensor]:
-        """Waveforms and the indices of masked frames; by default 16 of 14.84 s."""
+    def config(self, *, dtype: str = "bfloat16", run: dict[str, Any] | None = None, **model: Any) -> Config:
+        """A run of such a model on noise."""
+        size = 4000 if self.tiny else 237_440
+        data = DataConfig(
+            manifest="noise",
+            max_sample_size=size * 4 // 3,
+            max_batch_length=(2 if self.tiny else 16) * size * 4 // 3,
+            num_workers=0 if self.tiny else min(10, os.cpu_count() or 1),
+        )
+        folder = {"workdir": str(self.output), "wandb_project": "runs", "wandb_name": "noise"}
+        others = {"wandb_mode": "disabled", "model_type": "spidr", "compile": False}
+        chosen = RunConfig(**(folder | others | (run or {})))
+        return Config(chosen, data, self.model_config(**model), OptimizerConfig(dtype=dtype, warmup_steps=10))
+
+    def state(self, **options: Any) -> State:
+        """What a training step reads and changes; see :meth:`config`."""
+        cfg = self.config(**options)
+        state = build_state(cfg, self.env, StopFlag(), Hooks(loader=noise_loader), new=True)
+        state.network = wrap(state.model, cfg, self.env)
+        return state
+
+    def batch(self, seed: int = 0, rows: int = 0, samples: int = 0, *, padded: bool = False) -> Batch:
+        """A batch on the device, with half of its frames masked; by default 16 waveforms of 14.84 s."""
         rows, samples = rows or (2 if self.tiny else 16), samples or (4000 if self.tiny else 237_440)
         generator = torch.Generator().manual_seed(seed)
-        frames = build_shapes(self.config(), samples)
+        shapes = self.model_config().extractor_conv_layer_config
+        frames = conv_length(shapes, samples)
         order = torch.stack([torch.randperm(frames, generator=generator) for _ in range(rows)])
-        mask = order[:, : frames // 2].sort().values
-        return torch.randn(rows, samples, generator=generator).to(self.device), mask.to(self.device)
+        lengths = torch.linspace(samples, samples * 3 // 4, rows).long() if padded else None
+        return Batch(
+            torch.randn(rows, samples, generator=generator),
+            rows=torch.arange(rows),
+            starts=torch.zeros(rows, dtype=torch.int64),
+            num_samples=rows * samples,
+            num_frames=rows * frames,
+            max_frames=frames,
+            lengths=lengths,
+            frame_lengths=None if lengths is None else conv_length(shapes, lengths),
+            mask_indices=order[:, : frames // 2].sort().values,
+        ).to(self.device)
 
 
-def build_shapes(cfg: SpidRConfig, samples: int) -> int:
-    """Frames of a waveform."""
-    for _, kernel, stride in cfg.extractor_conv_layer_config:
-        samples = (samples - kernel) // stride + 1
-    return samples
+class Noise(Collator):
+    """Makes batches of noise instead of recordings; all else is as ever. Attribute: ``pageable``, not to be pinned."""
+
+    pageable = False
+
+    def load(self, recording: Any, length: int) -> Loaded:
+        """Noise of that length."""
+        samples = np.random.default_rng(length).standard_normal(length, dtype=np.float32)
+        return Loaded(recording, length, samples, None)
+
+    def __call__(self, request: Any) -> Batch:
+        """Make a batch."""
+        batch = super().__call__(request)
+        return Pageable(**{f.name: getattr(batch, f.name) for f in fields(batch)}) if self.pageable else batch
 
 
-class Trainer:
-    """A model with its optimizer, as the training loop drives it."""
+class Pageable(Batch):
+    """A batch that stays where it is."""
 
-    def __init__(
-        self, model: DinoSR, device: torch.device, dtype: str = "bfloat16", *, compiled: bool = False, **options: Any
-    ) -> None:
-        self.model, self.device = model.to(device).train(), device
-        self.dtype = getattr(torch, dtype)
-        self.optimizer, self.scaler, self.scheduler = build_optimizer(model, OptimizerConfig(dtype=dtype))
-        self.call: Callable[..., Any] = compile_forward(model, **options) if compiled else model
-        self.steps = 0
-
-    def backward(self, waveforms: Tensor, mask: Tensor, **options: Any) -> Tensor:
-        """Forward and backward; the mean loss."""
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            loss = self.call(waveforms, mask=mask, **options)[0].mean()
-        self.scaler.scale(loss).backward()
-        return loss.detach()
-
-    def update(self) -> None:
-        """Clipping, AdamW, schedule, teacher."""
-        self.scaler.unscale_(self.optimizer)
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        nn.utils.clip_grad_norm_(parameters, 10.0)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad()
-        self.scheduler.step()
-        self.steps += 1
-        self.model.update_ema(self.steps)
-
-    def step(self, waveforms: Tensor, mask: Tensor, **options: Any) -> Tensor:
-        """A whole step."""
-        loss = self.backward(waveforms, mask, **options)
-        self.update()
-        return loss
+    def pin_memory(self) -> Pageable:
+        """Not done."""
+        return self
 
 
-def needs(*modules: str) -> None:
-    """Skip a check where a package is missing."""
-    for module in modules:
-        try:
-            importlib.import_module(module)
-        except ImportError:
-            raise SkipError(f"{module} is not installed") from None
+class NoManifest:
+    """As many recordings as there are lengths."""
+
+    def __init__(self, lengths: np.ndarray) -> None:
+        self.lengths = lengths
+
+    def recordings(self, rows: np.ndarray) -> list[Any]:
+        """Their names."""
+        return [f"noise {row}" for row in rows]
+
+
+def noise_loader(
+    cfg: DataConfig,
+    masking: MaskingConfig | None,
+    *,
+    conv_layer_config: Any,
+    channels: int | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+) -> SpeechLoader:
+    """As :func:`spidr.data.build_dataloader`, of noise that is 3/8 to 1 of ``max_sample_size`` long."""
+    longest = cfg.max_sample_size
+    lengths = np.random.default_rng(0).integers(longest * 3 // 8, longest, size=20 * cfg.max_batch_length // longest)
+    sampler = BatchSampler(lengths, cfg, world_size=world_size)
+    collator = Noise(cfg, masking, conv_layer_config, channels)
+    return SpeechLoader(NoManifest(lengths), collator, sampler.epoch, Processes(rank, world_size))  # type: ignore[arg-type]
+
+
+def backward(model: Any, batch: Batch, dtype: str = "float32") -> Tensor:
+    """Forward and backward; the mean loss."""
+    batch = batch.to(next(model.parameters()).device)
+    with torch.autocast(batch.waveforms.device.type, getattr(torch, dtype), enabled=dtype != "float32"):
+        loss: Tensor = model(batch.waveforms, **batch.options)[0].mean()
+    loss.backward()
+    return loss.detach()
+
+
+def gradient(model: nn.Module) -> Tensor:
+    """All gradients, one after the other."""
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
 def close(a: Tensor, b: Tensor, tolerance: float) -> str:
@@ -234,14 +324,13 @@ def machine(bench: Bench) -> None:
     bench.check("versions", versions)
     size = 256 if bench.tiny else 8192
     a, b = (torch.randn(size, size, device=bench.device, dtype=torch.bfloat16) for _ in range(2))
-    bench.check(
-        "large product, TFLOP/s",
-        lambda: f"{2 * size**3 / 1e9 / statistics.median(bench.time_of(lambda: a @ b)):.1f}",
-    )
-    bench.check(
-        "copy, TB/s",
-        lambda: f"{2 * a.nbytes / 1e9 / statistics.median(bench.time_of(a.clone)):.2f}",
-    )
+
+    def product() -> str:
+        bench.product = 2 * size**3 / 1e9 / statistics.median(bench.time_of(lambda: a @ b))
+        return f"{bench.product:.1f}"
+
+    bench.check("large product, TFLOP/s", product)
+    bench.check("copy, TB/s", lambda: f"{2 * a.nbytes / 1e9 / statistics.median(bench.time_of(a.clone)):.2f}")
 
 
 # ------------------------------------------------------------------------------------------------------ 1 correctness
@@ -259,39 +348,29 @@ def correct(bench: Bench) -> None:
         model.load_state_dict(torch.load(folder / "checkpoint.pt")["model"])
         trajectory = json.loads((folder / "trajectory.json").read_text("utf-8"))
         tensors = torch.load(folder / "tensors.pt")
-        trainer = Trainer(model, bench.device, "float32")
-        inputs = (tensors[name][0].to(bench.device) for name in ("train_waveforms", "masks"))
-        exists = tensors["attention_mask_keys"][:, None, None].to(bench.device)
-        loss = trainer.backward(*inputs, attention_mask=exists)
-        return close(loss, torch.tensor(trajectory["steps"][0]["loss"]), 1e-4)
+        waveforms, mask, exists = (
+            tensors[key].to(bench.device) for key in ("train_waveforms", "masks", "attention_mask_keys")
+        )
+        found = model.to(bench.device).train()(waveforms[0], mask=mask[0], attention_mask=exists[:, None, None])[0]
+        return close(found.mean(), torch.tensor(trajectory["steps"][0]["loss"]), 1e-4)
 
     for name in ("spidr-tiny", "dinosr-tiny"):
-        bench.check(f"golden loss, {name}", lambda name=name: golden(name))  # type: ignore[misc]
+        bench.check(f"golden loss, {name}", partial(golden, name))
 
     torch.manual_seed(0)
-    here = SpidR(bench.config(**NO_DROPOUT))
-    there = copy.deepcopy(here)
-    waveforms, mask = bench.batch(rows=2, samples=4000 if bench.tiny else 64_000)
-    losses: dict[str, Tensor] = {}
+    here = SpidR(bench.model_config(**NO_DROPOUT)).train()
+    there, again = copy.deepcopy(here).to(bench.device), copy.deepcopy(here).to(bench.device)
+    batch = bench.batch(rows=2, samples=4000 if bench.tiny else 64_000)
+    losses: list[Tensor] = []
 
     def gradients() -> str:
-        for name, model, device in (("cpu", here, torch.device("cpu")), ("device", there, bench.device)):
-            losses[name] = Trainer(model, device, "float32").backward(waveforms.to(device), mask.to(device))
-        pairs = zip(here.parameters(), there.parameters(), strict=True)
-        flat = [
-            torch.cat([x.flatten().cpu() for x in found])
-            for found in zip(*((a.grad, b.grad) for a, b in pairs if a.grad is not None), strict=True)  # type: ignore[misc]
-        ]
-        return f"{close(losses['device'], losses['cpu'], 1e-4)}, gradients {close(flat[1], flat[0], 1e-4)}"
+        losses.extend(backward(model, batch) for model in (here, there))
+        return f"{close(losses[1], losses[0], 1e-4)}, gradients {close(gradient(there), gradient(here), 1e-4)}"
 
     bench.check("loss and gradients, float32", gradients)
-
-    def bfloat16() -> str:
-        model = copy.deepcopy(here)
-        return close(Trainer(model, bench.device).backward(waveforms, mask), losses["cpu"], 0.01)
-
-    bench.check("loss, bfloat16", bfloat16)
-    encoder, reference, last = there.eval(), here.cpu().eval(), here.cfg.encoder_num_layers
+    bench.check("loss, bfloat16", lambda: close(backward(again, batch, "bfloat16"), losses[0], 0.01))
+    encoder, reference, last = there.eval(), here.eval(), here.cfg.encoder_num_layers
+    waveforms = batch.waveforms
 
     def units() -> str:
         a, b = (m.units(x, layer=last)[0].cpu() for m, x in ((encoder, waveforms), (reference, waveforms.cpu())))
@@ -312,16 +391,26 @@ def correct(bench: Bench) -> None:
     bench.check("padded as alone", padded)
 
     def tf32() -> str:
-        bench.need_gpu()
         expected = encoder.encode(waveforms, layer=last)[0]
-        before = torch.backends.cudnn.allow_tf32
-        try:
-            torch.backends.cudnn.allow_tf32 = not before
+        with patch_tf32():
             return close(encoder.encode(waveforms, layer=last)[0], expected, 1e-5)
-        finally:
-            torch.backends.cudnn.allow_tf32 = before
 
-    bench.check("features whatever cuDNN's TF32 setting is", tf32)
+    bench.check("features whatever cuDNN's TF32 setting is", tf32, gpu=True)
+
+
+@contextmanager
+def patch_tf32() -> Iterator[None]:
+    """TF32 in convolutions, as is PyTorch's default."""
+    conv: Any = torch.backends.cudnn
+    name, value = "allow_tf32", True
+    if hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # from torch 2.9 on
+        conv, name, value = torch.backends.cudnn.conv, "fp32_precision", "tf32"  # type: ignore[attr-defined]
+    before = getattr(conv, name)
+    setattr(conv, name, value)
+    try:
+        yield
+    finally:
+        setattr(conv, name, before)
 
 
 # ------------------------------------------------------------------------------------------------------------- 2 runs
@@ -329,93 +418,77 @@ def correct(bench: Bench) -> None:
 
 def runs(bench: Bench) -> None:
     """Every kind of run, with a tiny model."""
-    device = bench.device
-    tiny = Bench(device, True, bench.output)
-    waveforms, mask = tiny.batch()
+    tiny = replace(bench, tiny=True)
+    plain, padded = tiny.batch(), tiny.batch(padded=True)
+    channels = torch.zeros(2, TINY["encoder_embed_dim"], dtype=torch.bool, device=bench.device)
+    channels[:, :4] = True
 
-    def trainer(dtype: str = "bfloat16", *, compiled: bool = False, **changes: Any) -> Trainer:
-        torch.manual_seed(0)
-        return Trainer(build_model(cfg=SpidRConfig(**(TINY | changes))), device, dtype, compiled=compiled)
-
-    def finite(subject: Trainer, **options: Any) -> str:
-        losses = [float(subject.step(waveforms, mask, **options)) for _ in range(3)]
-        assert all(map(torch.isfinite, map(torch.tensor, losses))), losses
+    def trained(*batches: Batch, **options: Any) -> str:
+        state = tiny.state(**options)
+        losses = []
+        for _ in range(3):
+            measured = train_step(state, list(batches or (plain,)))
+            assert measured is not None
+            losses.append(float(measured.loss))
+        assert np.isfinite(losses).all(), losses
         return f"loss {losses[0]:.3f} to {losses[-1]:.3f}"
 
-    bench.check("eager", lambda: finite(trainer()))
-
-    def compiled() -> str:
-        bench.need_gpu()
-        return finite(trainer(compiled=True))
-
-    bench.check("compiled", compiled)
-
-    def accumulation() -> str:
-        subject = trainer()
-        for _ in range(2):
-            subject.backward(waveforms, mask)
-        subject.update()
-        return finite(subject)
-
-    bench.check("accumulation", accumulation)
-    bench.check("padding", lambda: finite(trainer(), lengths=torch.tensor([4000, 3000])))
-    channels = torch.zeros(2, 32, dtype=torch.bool, device=device)
-    channels[:, :4] = True
-    bench.check("channel mask", lambda: finite(trainer(), channel_mask=channels))
-    bench.check("group norm", lambda: finite(trainer(extractor_mode="group_norm")))
-    bench.check("pre-norm", lambda: finite(trainer(encoder_layer_norm_first=True)))
-    bench.check("freeze", lambda: finite(trainer(freeze_step=2)))
+    bench.check("eager", trained)
+    bench.check("compiled", lambda: trained(run={"compile": True}), gpu=True)
+    bench.check("compiled, both kinds of batch", lambda: trained(plain, padded, run={"compile": True}), gpu=True)
+    bench.check("accumulation", lambda: trained(plain, plain))
+    bench.check("padding", lambda: trained(padded))
+    bench.check("channel mask", lambda: trained(replace(plain, channel_mask=channels)))
+    bench.check("group norm", lambda: trained(padded, extractor_mode="group_norm"))
+    bench.check("pre-norm", lambda: trained(encoder_layer_norm_first=True))
+    bench.check("freeze", lambda: trained(freeze_step=2))
+    bench.check("codewords revived", lambda: trained(codebook_revive_after=1))
+    bench.check("float32", lambda: trained(dtype="float32"))
 
     def overflow() -> str:
-        bench.need_gpu()
-        subject = trainer("float16")
-        subject.scaler = torch.amp.GradScaler(device.type, init_scale=2.0**40)
-        before = [p.clone() for p in subject.model.student.parameters()]
-        subject.backward(waveforms, mask)
-        subject.update()
-        assert all(torch.equal(a, b) for a, b in zip(before, subject.model.student.parameters(), strict=True))
-        return f"scale {subject.scaler.get_scale():.0f} after it"
+        state = tiny.state(dtype="float16")
+        state.scaler = torch.amp.GradScaler(bench.device.type, init_scale=2.0**40)
+        before = [p.clone() for p in state.model.student.parameters()]
+        assert train_step(state, [plain]) is None
+        assert all(torch.equal(a, b) for a, b in zip(before, state.model.student.parameters(), strict=True))
+        return f"scale {state.scaler.get_scale():.0f} after it"
 
-    bench.check("float16, forced overflow", overflow)
+    bench.check("float16, forced overflow", overflow, gpu=True)
 
-    def resumed() -> str:
+    def killed() -> str:
+        shutil.rmtree(bench.output / "runs", ignore_errors=True)
         found = []
-        for stops in (False, True):
-            subject = trainer("float32", **NO_DROPOUT)
-            for step in range(4):
-                if stops and step == 2:
-                    saved = copy.deepcopy((subject.model.state_dict(), subject.optimizer.state_dict()))
-                    subject = trainer("float32", **NO_DROPOUT)
-                    subject.model.load_state_dict(saved[0])
-                    subject.optimizer.load_state_dict(saved[1])
-                    subject.steps = 2
-                    for _ in range(2):
-                        subject.scheduler.step()
-                subject.step(waveforms, mask)
-            found.append(torch.cat([p.flatten() for p in subject.model.parameters()]))
-        different = int((found[0] != found[1]).sum())
-        assert not different, f"{different} of {len(found[0])} weights differ"
-        return "every bit equal"
+        for name in ("undisturbed", "killed"):
+            cfg = tiny.config(
+                run={"wandb_name": name, "save_interval": 2, "log_interval": 2, "use_deterministic": True}
+            )
+            cfg = replace(cfg, optimizer=replace(cfg.optimizer, max_steps=6))
+            if name == "killed":
+                path = bench.output / "killed.json"
+                path.write_text(json.dumps(to_dict(cfg)), encoding="utf-8")
+                status = subprocess.run([sys.executable, __file__, "--kill", str(path)], check=False).returncode
+                assert status == -signal.SIGKILL, f"ended with {status} before it was killed"
+                assert (cfg.run.dir / "step_4.pt").exists()
+            train(cfg, Hooks(loader=noise_loader))
+            found.append(torch.load(cfg.run.dir / "final.pt")["model"])
+        different = [name for name, value in found[0].items() if not torch.equal(value, found[1][name])]
+        assert not different, f"{len(different)} tensors differ, {different[0]} first"
+        return "every bit equal, with deterministic algorithms"
 
-    bench.check("stopped and resumed", resumed)
+    bench.check("killed and resumed", killed)
+    bench.check("validation", lambda: f"loss {validate(tiny.state().model, [plain, padded], bench.device)['loss']:.3f}")
+    encoder = tiny.state().model.eval()
+    bench.check("features", lambda: str(tuple(encoder.encode(plain.waveforms, layer=2)[0].shape)))
+    bench.check("units", lambda: str(tuple(encoder.units(plain.waveforms, layer=3)[0].shape)))
 
-    def validation() -> str:
-        needs("polars", "soundfile")
-        from spidr.validate import validate
+    def warm() -> str:
+        output = bench.output / "warm" / "warm.pt"
+        shutil.rmtree(output.parent, ignore_errors=True)
+        with patch("spidr.data.build_dataloader", noise_loader):
+            left = warm_start(tiny.config(codebook_init="data"), output, steps=3, device=bench.device.type)
+        return f"{left:.2f} of the variance is left; {trained(run={'init_ckpt': str(output)})}"
 
-        return f"loss {validate(trainer().model, [(waveforms, None, mask)], device)['loss']:.3f}"  # type: ignore[arg-type]
-
-    bench.check("validation", validation)
-    encoder = trainer().model.eval()
-    bench.check("features", lambda: str(tuple(encoder.encode(waveforms, layer=2)[0].shape)))
-    bench.check("units", lambda: str(tuple(encoder.units(waveforms, layer=3)[0].shape)))
-
-    def warm_start() -> str:
-        subject = trainer()
-        subject.model.init_codebooks(waveforms)
-        return finite(subject)
-
-    bench.check("codebooks from data", warm_start)
+    bench.check("warm start", warm)
 
 
 # ---------------------------------------------------------------------------------------------- 3 waiting, 4 processes
@@ -425,24 +498,22 @@ def waiting(bench: Bench) -> None:
     """Nothing in a step waits for the device."""
 
     def quiet() -> str:
-        bench.need_gpu()
-        torch.manual_seed(0)
-        subject = Trainer(SpidR(bench.config()), bench.device)
-        waveforms, mask = bench.batch()
-        subject.step(waveforms, mask)
+        state = bench.state()
+        batch = bench.batch(padded=True).to("cpu").pin_memory()
+        train_step(state, [batch])
         torch.cuda.set_sync_debug_mode("warn")
         try:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
                 for _ in range(3):
-                    subject.step(waveforms, mask)
+                    train_step(state, [batch])
         finally:
             torch.cuda.set_sync_debug_mode("default")
         found = Counter(f"{Path(w.filename).name}:{w.lineno}" for w in caught if "synchroniz" in str(w.message))
         assert not found, f"waits at {dict(found)}"
         return "three steps without waiting"
 
-    bench.check("no synchronisation", quiet)
+    bench.check("no synchronisation", quiet, gpu=True)
 
 
 def processes(bench: Bench) -> None:
@@ -462,40 +533,30 @@ def processes(bench: Bench) -> None:
     def replicated(splits: bool) -> str:
         if not dist.is_initialized():
             raise SkipError("no process group")
-        waveforms, mask = bench.batch(rows=2)
-        gradients, seconds = [], []
+        batch, gradients, seconds = bench.batch(rows=2), [], 0.0
         for wraps in (False, True):
             torch._dynamo.reset()
-            torch.manual_seed(0)
-            subject = Trainer(SpidR(bench.config(**NO_DROPOUT)), bench.device, compiled=bench.on_gpu)
-            if bench.on_gpu:
-                torch._dynamo.config.optimize_ddp = splits
+            state = bench.state(run={"compile": bench.on_gpu}, **NO_DROPOUT)
+            torch._dynamo.config.optimize_ddp = splits
+            call: Any = state.network
             if wraps:
-                subject.call = nn.parallel.DistributedDataParallel(_Caller(subject.model, subject.call))
+                call = nn.parallel.DistributedDataParallel(Replica(state.model, state.network))
             start = time.perf_counter()
-            subject.backward(waveforms, mask)
-            seconds.append(time.perf_counter() - start)
-            gradients.append(torch.cat([p.grad.flatten() for p in subject.model.parameters() if p.grad is not None]))
+            with torch.autocast(bench.device.type, torch.bfloat16):
+                loss = call(batch.waveforms, **batch.options)[0].mean()
+            loss.backward()
+            seconds = time.perf_counter() - start
+            gradients.append(gradient(state.model))
         graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-        return f"{close(gradients[1], gradients[0], 1e-2)}, first step {seconds[1]:.0f} s, {graphs} graphs"
+        return f"{close(gradients[1], gradients[0], 1e-2)}, first step {seconds:.0f} s, {graphs} graphs"
 
     bench.check("collectives", collectives)
+    splits = torch._dynamo.config.optimize_ddp
     bench.check("DDP, whole graph", lambda: replicated(False))
-    bench.check("DDP, split graph", lambda: replicated(True))
+    bench.check("DDP, split graph", lambda: replicated(True), gpu=True)
+    torch._dynamo.config.optimize_ddp = splits
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-class _Caller(nn.Module):
-    """A model whose forward is another function of it."""
-
-    def __init__(self, model: nn.Module, call: Callable[..., Any]) -> None:
-        super().__init__()
-        self.model, self.call = model, lambda *args, **options: call(*args, **options)
-
-    def forward(self, *args: Any, **options: Any) -> Any:
-        """Call it."""
-        return self.call(*args, **options)
 
 
 # ----------------------------------------------------------------------------------------------------------- 5 pieces
@@ -506,30 +567,29 @@ def pieces(bench: Bench) -> None:
     device, dtype = bench.device, torch.bfloat16
     rows, frames, dim, groups = (2, 99, 32, 4) if bench.tiny else (16, 741, 768, 16)
 
-    def random(*shape: int) -> Tensor:
-        return torch.randn(*shape, device=device, dtype=dtype, requires_grad=True)
+    def random(*shape: int, grad: bool = False) -> Tensor:
+        return torch.randn(*shape, device=device, dtype=dtype, requires_grad=grad)
 
     def both(function: Callable[..., Tensor], *inputs: Tensor) -> Callable[[], object]:
         return lambda: torch.autograd.grad(function(*inputs).square().sum(), inputs)
 
-    x, kernel = random(rows, dim, frames), random(dim, dim // groups, 19)
+    conv = nn.Conv1d(dim, dim, 19, padding=9, groups=groups, device=device, dtype=dtype)
+    x = random(rows, dim, frames, grad=True)
+    weights = (x, *conv.parameters())
     bench.check(
         "positional convolution, forward and backward",
-        lambda: bench.milliseconds(both(lambda x, w: F.conv1d(x, w, padding=9, groups=groups), x, kernel)),
+        lambda: bench.milliseconds(both(lambda x, *_: conv(x), *weights)),
     )
+
+    def by_products(chunk: int) -> str:
+        taken = bench.milliseconds(both(lambda x, *_: kernels.convolve_by_products(x, conv, chunk), *weights))
+        return f"{taken}, {close(kernels.convolve_by_products(x, conv, chunk), conv(x), 0.02)}"
+
     for chunk in (8, 16, 32):
-        bench.check(
-            f"the same as a batched product of {chunk} frames",
-            lambda chunk=chunk: (  # type: ignore[misc]
-                bench.milliseconds(both(lambda x, w: toeplitz_conv(x, w, groups, chunk), x, kernel))
-                + ", "
-                + close(toeplitz_conv(x, kernel, groups, chunk), F.conv1d(x, kernel, padding=9, groups=groups), 0.02)  # type: ignore[misc]
-            ),
-        )
+        bench.check(f"the same as a batched product of {chunk} frames", partial(by_products, chunk))
     width, long = (16, 3200) if bench.tiny else (512, rows * 47_487)
-    grad, taps = random(long, width).detach(), random(long, 10).detach()
+    grad, taps, split = random(long, width), random(long, 10), 8
     padded = F.pad(taps, (0, 6))
-    split = 8
     bench.check("first layer's weight gradient", lambda: bench.milliseconds(lambda: taps.T @ grad))
     bench.check("the same, kernel padded to 16", lambda: bench.milliseconds(lambda: padded.T @ grad))
     bench.check(
@@ -538,82 +598,60 @@ def pieces(bench: Bench) -> None:
     )
     for layer, (kernel_size, length) in enumerate(((3, long), (3, long // 2), (2, long // 16)), start=2):
         length -= length % 4
-        signal, weight = random(1, width, length).detach(), random(width, width, kernel_size).detach()
-        last = signal.transpose(1, 2).contiguous()
+        signal_, weight = random(1, width, length), random(width, width, kernel_size)
+        last = signal_.transpose(1, 2).contiguous()
         pairs, parts = last.view(-1, 2 * width), weight.permute(2, 1, 0).flatten(0, 1).split(2 * width)
 
-        def products(pairs: Tensor = pairs, parts: Any = parts, width: int = width) -> Tensor:
+        def products(pairs: Tensor = pairs, parts: Any = parts) -> Tensor:
             out = pairs @ parts[0]
             if len(parts) > 1:
-                out[:-1].addmm_(pairs[1:, :width], parts[1])
+                out[:-1].addmm_(pairs[1:, : pairs.shape[1] // 2], parts[1])
             return out
 
         ways: dict[str, Callable[[], object]] = {
             "products": products,
-            "channels last": lambda last=last, weight=weight: F.conv1d(last.transpose(1, 2), weight, stride=2),
-            "channels first": lambda signal=signal, weight=weight: F.conv1d(signal, weight, stride=2),
+            "channels last": partial(F.conv1d, last.transpose(1, 2), weight, stride=2),
+            "channels first": partial(F.conv1d, signal_, weight, stride=2),
         }
         for name, function in ways.items():
-            bench.check(f"extractor layer {layer}, {name}", lambda f=function: bench.milliseconds(f))  # type: ignore[misc]
+            bench.check(f"extractor layer {layer}, {name}", partial(bench.milliseconds, function))
+
+    def attention(length: int, backend: str) -> str:
+        heads, size = (4, 8) if bench.tiny else (12, 64)
+        q = random(3, rows, heads, length, size)
+        with sdpa_kernel(getattr(SDPBackend, backend)):
+            try:
+                return bench.milliseconds(lambda: F.scaled_dot_product_attention(*q, dropout_p=0.1))
+            except RuntimeError as error:
+                raise SkipError(first_line(error)) from None
+
     for length in (frames, -(-frames // 8) * 8):
-        q = torch.randn(3, rows, dim // 8 if bench.tiny else 12, length, 8 if bench.tiny else 64, device=device).to(
-            dtype
-        )
         for backend in ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION", "MATH"):
+            bench.check(f"attention, T = {length}, {backend.lower()}", partial(attention, length, backend))
 
-            def attention(q: Tensor = q, backend: str = backend) -> str:
-                from torch.nn.attention import SDPBackend, sdpa_kernel
+    def product(n: int, k: int) -> str:
+        a, b = random(rows * frames, k), random(k, n)
+        return f"{2 * rows * frames * k * n / 1e9 / statistics.median(bench.time_of(lambda: a @ b)):.0f} TFLOP/s"
 
-                with sdpa_kernel(getattr(SDPBackend, backend)):
-                    try:
-                        return bench.milliseconds(lambda: F.scaled_dot_product_attention(*q, dropout_p=0.1))
-                    except RuntimeError as error:
-                        raise SkipError(first_line(error)) from None
-
-            bench.check(f"attention, T = {length}, {backend.lower()}", attention)
     hidden = 64 if bench.tiny else 3072
     for n, k in ((3 * dim, dim), (dim, dim), (hidden, dim), (dim, hidden)):
-        a, b = random(rows * frames, k).detach(), random(k, n).detach()
-        flop = 2 * rows * frames * k * n
-        bench.check(
-            f"product {rows * frames} x {k} x {n}",
-            lambda a=a, b=b, flop=flop: (  # type: ignore[misc]
-                f"{flop / 1e9 / statistics.median(bench.time_of(lambda: a @ b)):.0f} TFLOP/s"
-            ),
-        )
-    torch.manual_seed(0)
-    subject = Trainer(SpidR(bench.config()), device)
-    subject.backward(*bench.batch(rows=2))
-    parameters = [p for p in subject.model.parameters() if p.grad is not None]
-    bench.check("AdamW", lambda: bench.milliseconds(subject.optimizer.step))
-    bench.check("teacher and codebooks", lambda: bench.milliseconds(lambda: subject.model.update_ema(1)))
-    bench.check("clipping", lambda: bench.milliseconds(lambda: nn.utils.clip_grad_norm_(parameters, 10.0)))
-
-
-def toeplitz_conv(x: Tensor, weight: Tensor, groups: int, chunk: int) -> Tensor:
-    """A grouped convolution of stride 1 and odd kernel as one batched product over the groups.
-
-    ``chunk`` frames at a time meet the kernel expanded to a band matrix of (chunk + kernel - 1) rows of frames.
-
-    Args:
-        x: (B, C, T).
-        weight: (C, C / groups, kernel).
-        groups: Of channels.
-        chunk: More frames make fewer copies and more products with zeros.
-    """
-    batch, channels, frames = x.shape
-    width, kernel = channels // groups, weight.shape[2]
-    chunks, window = -(-frames // chunk), chunk + kernel - 1
-    padded = F.pad(x, (kernel // 2, chunks * chunk - frames + kernel // 2))
-    windows = padded.view(batch, groups, width, -1).unfold(3, window, chunk)  # (B, G, C', chunks, window)
-    rows = windows.permute(1, 0, 3, 4, 2).reshape(groups, batch * chunks, window * width)
-    taps = weight.view(groups, width, width, kernel).permute(0, 3, 2, 1)  # (G, kernel, in, out)
-    # Row block j of column block i is tap j - i: pad each column with zeros, so that the next begins one row lower.
-    band = F.pad(taps, (0, 0, 0, 0, 0, chunk)).unsqueeze(1).expand(-1, chunk, -1, -1, -1)
-    band = band.reshape(groups, chunk * (kernel + chunk), width, width)[:, : chunk * window]
-    band = band.view(groups, chunk, window, width, width).permute(0, 2, 3, 1, 4).reshape(groups, window * width, -1)
-    out = torch.bmm(rows, band).view(groups, batch, chunks * chunk, width)
-    return out.permute(1, 0, 3, 2).reshape(batch, channels, -1)[..., :frames]
+        bench.check(f"product {rows * frames} x {k} x {n}", partial(product, n, k))
+    state = bench.state()
+    model, batch = state.model, bench.batch(rows=2)
+    backward(model, batch, "bfloat16")
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    masked = batch.mask_indices.numel()  # type: ignore[union-attr]
+    targets = torch.randn(model.num_codebooks, masked, model.cfg.encoder_embed_dim, device=device)
+    labels = torch.randint(model.cfg.codebook_size, targets.shape[:2], device=device)
+    predicted = torch.rand(model.num_codebooks, model.cfg.codebook_size, device=device)
+    loss = torch.rand(masked, device=device)
+    for what, function in {
+        "AdamW": state.optimizer.step,
+        "teacher and codebooks": partial(model.update_ema, 1),
+        "clipping": partial(nn.utils.clip_grad_norm_, parameters, 10.0),
+        "statistics": partial(model.statistics.add, targets, labels, predicted, loss),
+    }.items():
+        bench.check(what, partial(bench.milliseconds, function))
 
 
 # ------------------------------------------------------------------------------------------------------ 6 whole steps
@@ -621,80 +659,137 @@ def toeplitz_conv(x: Tensor, weight: Tensor, groups: int, chunk: int) -> Tensor:
 
 def whole_step(bench: Bench) -> None:
     """Time, memory and use of the device of a training step."""
-    waveforms, mask = bench.batch()
-    seconds, cfg = waveforms.numel() / 16_000, bench.config()
-    tflop = len(waveforms) * step_flops(cfg, waveforms.shape[1], mask.shape[1]) / 1e12
-    name = torch.cuda.get_device_name() if bench.on_gpu else "none"
-    peak = peak_tflops(name, "bfloat16")
+    batch = bench.batch()
+    mask = batch.mask_indices
+    assert mask is not None
+    tflop = len(mask) * step_flops(bench.model_config(), batch.waveforms.shape[1], mask.shape[1]) / 1e12
+    peak = peak_tflops(torch.cuda.get_device_name(), "bfloat16") if bench.on_gpu else None
 
-    def measured(subject: Trainer, prefix: str, *batches: tuple[Tensor, Tensor]) -> None:
+    def measured(state: State, prefix: str, *batches: Batch) -> None:
         if bench.on_gpu:
             torch.cuda.reset_peak_memory_stats()
         order = iter(batches * 40)
         times: list[float] = []
 
         def milliseconds() -> str:
-            times.extend(bench.time_of(lambda: subject.step(*next(order)), 30 if len(batches) > 1 else 10))
+            times.extend(bench.time_of(lambda: train_step(state, [next(order)]), 30 if len(batches) > 1 else 10))
             return f"{statistics.median(times):.1f}, p90 {sorted(times)[int(0.9 * (len(times) - 1))]:.1f}"
 
         bench.check(f"{prefix}, ms a step", milliseconds)
         if not times or len(batches) > 1:
             return
         step = statistics.median(times) / 1000
-        bench.check(f"{prefix}, audio seconds a second", lambda: f"{seconds / step:,.0f}")
-        bench.check(
-            f"{prefix}, MFU",
-            lambda: f"{tflop / step:.0f} TFLOP/s" + (f", {100 * tflop / step / peak:.1f} %" if peak else ""),
-        )
-        if bench.on_gpu:
-            bench.check("memory, GB", lambda: f"{torch.cuda.max_memory_allocated() / 1e9:.1f}")
+        shares = [
+            f"{100 * tflop / step / most:.1f} % of {what}"
+            for what, most in (("the data sheet", peak), ("the measured product", bench.product))
+            if most
+        ]
+        bench.check(f"{prefix}, audio seconds a second", lambda: f"{batch.num_samples / 16_000 / step:,.0f}")
+        bench.check(f"{prefix}, MFU", lambda: ", ".join([f"{tflop / step:.3g} TFLOP/s", *shares]))
+        bench.check(f"{prefix}, memory, GB", lambda: f"{torch.cuda.max_memory_allocated() / 1e9:.1f}", gpu=True)
 
-    torch.manual_seed(0)
-    measured(Trainer(SpidR(cfg), bench.device), "eager", (waveforms, mask))
-    frozen = Trainer(SpidR(cfg), bench.device)
+    measured(bench.state(), "eager", batch)
+    frozen = bench.state()
     frozen.model.freeze_extractor()
-    measured(frozen, "eager, frozen extractor", (waveforms, mask))
+    measured(frozen, "eager, frozen extractor", batch)
+
+    states: list[State] = []
 
     def compiled() -> str:
-        bench.need_gpu()
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
-        torch.manual_seed(0)
-        subject = Trainer(SpidR(cfg), bench.device, compiled=True)
+        stats = torch._dynamo.utils.counters["stats"]
+        state = bench.state(run={"compile": True})
+        states.append(state)
         start = time.perf_counter()
-        subject.step(waveforms, mask)
+        train_step(state, [batch])
         torch.cuda.synchronize()
         taken = time.perf_counter() - start
-        measured(subject, "compiled", (waveforms, mask))
-        generator = torch.Generator().manual_seed(1)
-        lengths = torch.randint(160_000, 320_000, (30,), generator=generator).tolist()
+        measured(state, "compiled", batch)
+        lengths = np.random.default_rng(1).integers(160_000, 320_000, size=30).tolist()
         batches = [bench.batch(i, 237_440 * 16 // length, length) for i, length in enumerate(lengths)]
-        before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-        measured(subject, "compiled, 30 lengths", *batches)
-        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        before = stats["unique_graphs"]
+        measured(state, "compiled, 30 lengths", *batches)
+        graphs = stats["unique_graphs"]
         assert graphs == before, f"{graphs - before} recompilations over 30 lengths"
         return f"{taken:.0f} s to compile, {graphs} graphs, none more over 30 lengths"
 
-    bench.check("compilation", compiled)
+    bench.check("compilation", compiled, gpu=True)
 
-    def loader(pinned: bool) -> str:
-        bench.need_gpu()
-        host = [tuple(x.cpu().pin_memory() if pinned else x.cpu() for x in bench.batch(i)) for i in range(4)]
-        subject, number = Trainer(SpidR(cfg), bench.device), iter(range(1000))
+    def loaded(*, pinned: bool) -> str:
+        state, times = states[-1] if states else bench.state(), []
+        shapes, width = state.model.cfg.extractor_conv_layer_config, state.model.cfg.encoder_embed_dim
+        with patch.object(Noise, "pageable", not pinned):
+            state.loader = noise_loader(state.cfg.data, state.cfg.masking, conv_layer_config=shapes, channels=width)
+            rounds = state.rounds()
+            try:
+                for _ in range(23 if bench.on_gpu else 3):
+                    start = time.perf_counter()
+                    measured = train_step(state, next(rounds))
+                    assert measured is not None
+                    float(measured.loss)
+                    times.append(1000 * (time.perf_counter() - start))
+            finally:
+                state.loader.close()
+        return f"{statistics.median(times[2:]):.1f} ms a step with its batch and the read-back of the loss"
 
-        def step() -> None:
-            batch = host[next(number) % 4]
-            subject.step(*(x.to(bench.device, non_blocking=True) for x in batch))
-
-        return f"{statistics.median(bench.time_of(step, 10)):.1f} ms a step"
-
-    bench.check("batches copied from pinned memory", lambda: loader(True))
-    bench.check("batches copied from pageable memory", lambda: loader(False))
+    bench.check("from the loader, pinned", partial(loaded, pinned=True))
+    bench.check("from the loader, pageable", partial(loaded, pinned=False))
 
     def published() -> str:
-        raise SkipError("install spidr==0.1.2 in an environment of its own and run benchmarks/speed.py --published")
+        if bench.published is None:
+            raise SkipError("--published FOLDER names no spidr 0.1.2")
+        inputs = bench.output / "batch.pt"
+        settings = asdict(bench.model_config()) if bench.tiny else {}
+        torch.save([batch.waveforms.cpu(), mask.cpu(), settings], inputs)
+        command = [sys.executable, "-c", PUBLISHED, str(bench.published), str(inputs), bench.device.type]
+        environ = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        done = subprocess.run(command, check=False, capture_output=True, text=True, env=environ)
+        assert done.returncode == 0, done.stderr[-300:]
+        return done.stdout.strip()
 
     bench.check("the published package on the same batch", published)
+
+
+PUBLISHED = """
+import inspect, statistics, sys, time
+folder, inputs, device = sys.argv[1:]
+sys.path.insert(0, folder)
+import torch
+from importlib.metadata import version
+from spidr.config import SpidRConfig
+from spidr.models import SpidR
+waveforms, mask, settings = torch.load(inputs)
+known = inspect.signature(SpidRConfig).parameters
+model = SpidR(SpidRConfig(**{k: v for k, v in settings.items() if k in known})).to(device).train()
+waveforms, mask = waveforms.to(device), mask.to(device)
+optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-4, fused=True)
+times, gpu = [], device == "cuda"
+call = torch.compile(model, dynamic=True) if gpu else model
+options = {"mask_indices": mask}
+if "mask" in inspect.signature(model.forward).parameters:
+    probe = torch.zeros(1, waveforms.shape[1], device=device)
+    with torch.no_grad():
+        frames = model.feature_extractor(probe)
+    frames = (frames[0] if isinstance(frames, tuple) else frames).shape[1]
+    options = {"mask": torch.zeros(len(mask), frames, dtype=torch.bool, device=device).scatter_(1, mask, True)}
+for step in range(12 if gpu else 3):
+    start = time.perf_counter()
+    with torch.autocast(device, torch.bfloat16):
+        loss = call(waveforms, **options)[0].mean()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 10.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    model.update_ema(step + 1)
+    loss.item()
+    if gpu:
+        torch.cuda.synchronize()
+    times.append(1000 * (time.perf_counter() - start))
+memory = f", {torch.cuda.max_memory_allocated() / 1e9:.1f} GB" if gpu else ""
+print(f"spidr {version('spidr')}: {statistics.median(times[2:]):.1f} ms a step{memory}, loss {loss.item():.3f}")
+"""
+"""A step of the published package as its users write it, compiled on a GPU."""
 
 
 # ---------------------------------------------------------------------------------------------------------- 7 profile
@@ -704,11 +799,9 @@ def profile(bench: Bench) -> None:
     """Two steps under the profiler."""
 
     def two_steps() -> str:
-        torch.manual_seed(0)
-        subject = Trainer(SpidR(bench.config()), bench.device, compiled=bench.on_gpu)
-        waveforms, mask = bench.batch()
+        state, batch = bench.state(run={"compile": bench.on_gpu}), bench.batch()
         for _ in range(2):
-            subject.step(waveforms, mask)
+            train_step(state, [batch])
         activities = [torch.profiler.ProfilerActivity.CPU]
         if bench.on_gpu:
             activities.append(torch.profiler.ProfilerActivity.CUDA)
@@ -716,11 +809,11 @@ def profile(bench: Bench) -> None:
         start = time.perf_counter()
         with torch.profiler.profile(activities=activities) as found:
             for _ in range(2):
-                subject.step(waveforms, mask)
+                train_step(state, [batch])
             if bench.on_gpu:
                 torch.cuda.synchronize()
         elapsed = time.perf_counter() - start
-        found.export_chrome_trace(str(bench.output / "trace.json"))
+        found.export_chrome_trace(str(bench.output / "trace.json.gz"))
         time_of = "self_device_time_total" if bench.on_gpu else "self_cpu_time_total"
         events = sorted(found.key_averages(), key=lambda event: -getattr(event, time_of))
         busy = sum(getattr(event, time_of) for event in events) / 1e6
@@ -777,34 +870,44 @@ class Traffic(TorchDispatchMode):
 def count(bench: Bench) -> str:
     """Kernels and bytes of a training step in eager mode, with attention in one operation.
 
-    The tensors are fake, on the CPU (without a GPU there is no backward pass on CUDA), the code is what a GPU runs.
+    The tensors have no values and are on the CPU (without a GPU there is no backward pass on CUDA); the code is what a
+    GPU runs. An operation on a list of tensors counts as one kernel.
     """
-    bench.device, lines = torch.device("cpu"), []
-    with FakeTensorMode(), as_on_a_gpu():
-        model = SpidR(bench.config(encoder_attention_dropout=0.0)).train()
-        waveforms, mask = bench.batch()
-        with Traffic() as forward, torch.autocast("cpu", torch.bfloat16):
-            loss = model(waveforms, mask=mask)[0].mean()
-        with Traffic() as backward:
+    parts = {name: Traffic() for name in ("forward", "backward", "clipping and AdamW", "teacher and codebooks")}
+    with FakeTensorMode(), patch.object(kernels, "is_lean", lambda _: False):
+        model, batch = SpidR(bench.model_config(encoder_attention_dropout=0.0)).train(), bench.batch()
+        model.defer_codebook_updates = True
+        optimizer, _, _ = build_optimizer(model, OptimizerConfig())
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        with parts["forward"], torch.autocast("cpu", torch.bfloat16):
+            loss = model(batch.waveforms, **batch.options)[0].mean()
+        with parts["backward"]:
             loss.backward()
-    for part, traffic in (("forward", forward), ("backward", backward)):
-        lines.append(f"{part}: {sum(traffic.kernels.values()):,} kernels, {traffic.bytes / 1e9:.1f} GB")
-        lines.append("    " + ", ".join(f"{key} {number}" for key, number in traffic.kernels.most_common(12)))
-    return "\n".join(lines)
-
-
-@contextmanager
-def as_on_a_gpu() -> Iterator[None]:
-    """Inside, nothing that serves CPUs only is used."""
-    before = kernels.is_lean
-    kernels.is_lean = lambda _: False
-    try:
-        yield
-    finally:
-        kernels.is_lean = before
+        optimizer.step()  # the first one makes its state
+        with parts["clipping and AdamW"]:
+            nn.utils.clip_grad_norm_(parameters, 10.0, foreach=True)  # as it is on a GPU
+            optimizer.step()
+        with parts["teacher and codebooks"]:
+            model.update_ema(1)
+    lines = []
+    for name, part in parts.items():
+        lines.append(f"{name}: {part.kernels.total():,} kernels, {part.bytes / 1e9:.1f} GB")
+        lines.append("    " + ", ".join(f"{key} {number}" for key, number in part.kernels.most_common(12)))
+    total, size = sum(part.kernels.total() for part in parts.values()), sum(part.bytes for part in parts.values())
+    return "\n".join([*lines, f"step: {total:,} kernels, {size / 1e9:.1f} GB"])
 
 
 SECTIONS = (machine, correct, runs, waiting, processes, pieces, whole_step, profile)
+
+
+def be_killed(path: str) -> None:
+    """Train until the fifth step, and no further."""
+
+    def after_step(state: State) -> None:
+        if state.step == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    train(read_config(path), Hooks(loader=noise_loader, after_step=after_step))
 
 
 def main() -> None:
@@ -812,33 +915,43 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("gpu-check"), help="folder for gpu.json and the trace")
     parser.add_argument("--sections", type=int, nargs="+", choices=range(len(SECTIONS)), default=range(len(SECTIONS)))
+    parser.add_argument("--published", type=Path, help="folder with spidr 0.1.2")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes")
     parser.add_argument("--count", action="store_true", help="print kernels and bytes of a step; needs no GPU")
+    parser.add_argument("--kill", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    bench = Bench(device, args.tiny or (device.type == "cpu" and not args.count), args.output)
+    if args.kill:
+        be_killed(args.kill)
     if args.count:
-        print(count(bench))
+        print(count(Bench(Environment.alone("cpu"), args.tiny, args.output)))
         return
     args.output.mkdir(parents=True, exist_ok=True)
-    for number in args.sections:
-        section = SECTIONS[number]
-        bench.section = f"{number} {section.__name__}"
-        try:
-            section(bench)
-        except Exception as error:
-            bench.check("the section", lambda error=error: (_ for _ in ()).throw(error))  # type: ignore[misc]
-        if bench.on_gpu:
-            torch.cuda.empty_cache()
-        (args.output / "gpu.json").write_text(
-            json.dumps([asdict(result) for result in bench.results], indent=1), encoding="utf-8"
-        )
+    with environment(RunConfig("runs", "gpu", "check")) as env:
+        bench = Bench(env, args.tiny or env.device.type != "cuda", args.output, args.published)
+        for number in args.sections:
+            run_section(bench, number)
     print("\n| section | check | | |\n| --- | --- | --- | --- |")
     for result in bench.results:
         print(f"| {result.section} | {result.what} | {result.status} | {result.detail} |")
     failed = sum(result.status == "FAIL" for result in bench.results)
-    print(f"\n{len(bench.results)} checks, {failed} failed")
+    print(f"\n{len(bench.results)} checks, {failed} failed, {time.monotonic() - bench.begin:.0f} s")
     sys.exit(min(1, failed))
+
+
+def run_section(bench: Bench, number: int) -> None:
+    """Run a section and save what is known so far."""
+    section = SECTIONS[number]
+    bench.section = f"{number} {section.__name__}"
+    try:
+        section(bench)
+    except Exception as caught:
+        reason = f"{type(caught).__name__}: {first_line(caught)}"
+        bench.results.append(Result(bench.section, "the section", "FAIL", reason))
+        print(f"FAIL  {bench.section}: {reason}", flush=True)
+    if bench.on_gpu:
+        torch.cuda.empty_cache()
+    found = json.dumps([asdict(result) for result in bench.results], indent=1)
+    (bench.output / "gpu.json").write_text(found, encoding="utf-8")
 
 
 if __name__ == "__main__":

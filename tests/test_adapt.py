@@ -15,10 +15,11 @@ import torch
 from helpers.processes import Fault, Ranks, assert_same_run, complete, outcome
 from helpers.tiny_run import write_config, write_recordings
 from spidr.adapt import reset_codebooks
-from spidr.config import read_config, to_dict
+from spidr.config import SpidRConfig, read_config, to_dict
 from spidr.data import build_dataloader
 from spidr.environment import Environment
 from spidr.models import build_model
+from spidr.optimizer import lr_factor
 from spidr.state import model_settings
 from spidr.tools.errors import InputError
 from spidr.tools.metrics import read_metrics
@@ -77,6 +78,25 @@ def test_student_and_codebooks_move_and_nothing_else(tmp_path: Path, manifest: P
     moved = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
     assert still - moved == {"feature_extractor", "feature_projection", "teacher"}
     assert moved == {"mask_embedding", "student", "heads", "codebooks", "current_step"}
+
+
+@pytest.mark.parametrize("name", ["adapt", "adapt-fast"])
+def test_shipped_recipes(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    """As DiscoPhon and SpidR-Adapt publish them."""
+    cfg = read_config(Path(__file__).parents[1] / "configs" / f"{name}.toml")
+    assert not caplog.records
+    optimizer, data = cfg.optimizer, cfg.data
+    expected = SpidRConfig(ema_start_decay=1.0, freeze_step=0)
+    assert cfg.run.init_ckpt == "spidr_vp20"
+    if name == "adapt":
+        steps = (optimizer.warmup_steps, optimizer.hold_steps, optimizer.decay_steps, optimizer.max_steps)
+        assert (optimizer.scheduler, optimizer.lr, steps) == ("tristage", 5e-5, (600, 9400, 10_000, 20_000))
+    else:
+        expected = replace(expected, codebook_decay=0.8, reset="codebooks")
+        assert [lr_factor(step, optimizer) for step in (0, 7999)] == [1, 1]
+        assert (optimizer.lr, optimizer.max_steps) == (5e-6, 8000)
+    assert model_settings(cfg) == expected
+    assert (data.min_sample_size, data.num_buckets, data.bucket_method) == (0, 5, "percentile")
 
 
 # ---------------------------------------------------------------------------------------------------- the cache

@@ -185,14 +185,14 @@ def test_everything_is_checked_first(config: Path, tmp_path: Path, capsys: pytes
 
 
 def test_weights_to_begin_with_must_fit(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Such as those of an encoder without a teacher; whole ones are right."""
+    """All of them, or all but the teacher's."""
     cfg = read_config(config)
     weights = build_model(cfg=cfg.model, model_type=cfg.run.model_type).state_dict()
-    for name, kept in (("whole.pt", ""), ("encoder.pt", "student")):
-        torch.save({key: value for key, value in weights.items() if key.startswith(kept)}, tmp_path / name)
-    assert main([str(config), f"run.init_ckpt={tmp_path}/whole.pt", "--dry-run"]) == 0
-    assert main([str(config), f"run.init_ckpt={tmp_path}/encoder.pt", "--dry-run"]) == 2
-    assert re.search(r"encoder\.pt: not the weights of this \w+: missing: ", capsys.readouterr().err)
+    for name, left_out, status in (("whole.pt", "none", 0), ("export.pt", "teacher", 0), ("part.pt", "student", 2)):
+        kept = {key: value for key, value in weights.items() if not key.startswith(left_out)}
+        torch.save(kept, tmp_path / name)
+        assert main([str(config), f"run.init_ckpt={tmp_path}/{name}", "--dry-run"]) == status
+    assert re.search(r"part\.pt: not the weights of this \w+: missing: student", capsys.readouterr().err)
 
 
 def test_lengths_of_some_recordings_are_compared(

@@ -6,11 +6,13 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from helpers.forks import Forks
 from helpers.tiny_run import write_config, write_recordings
 from spidr.config import read_config, to_dict
 from spidr.models import build_model
@@ -61,16 +63,16 @@ def test_models_need_torch_and_numpy_only_and_touch_nothing(tmp_path: Path) -> N
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
 
 
-def run_without(missing: set[str], folder: Path, module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """``python -m module`` where some packages are not installed."""
-    code = f"""{REFUSE}
+def without(missing: set[str], module: str, *arguments: str) -> str:
+    """Code that is ``python -m module`` where some packages are not installed."""
+    return f"""{REFUSE}
 import runpy
 sys.meta_path.insert(0, Refuse({sorted(missing)!r}))
+for name in [name for name in sys.modules if name.partition(".")[0] in {sorted(missing)!r}]:
+    del sys.modules[name]
 sys.argv[1:] = {list(arguments)!r}
 runpy.run_module({module!r}, run_name="__main__", alter_sys=True)
 """
-    command = [sys.executable, "-c", code]
-    return subprocess.run(command, capture_output=True, text=True, cwd=folder, check=False)
 
 
 @pytest.mark.parametrize(
@@ -89,7 +91,8 @@ runpy.run_module({module!r}, run_name="__main__", alter_sys=True)
     ],
 )
 def test_help_needs_no_extra_and_does_not_wait_for_torch(module: str, tmp_path: Path) -> None:
-    result = run_without(OPTIONAL | {"torch"}, tmp_path, module, "--help")
+    command = [sys.executable, "-c", without(OPTIONAL | {"torch"}, module, "--help")]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert (result.returncode, result.stderr) == (0, "")
     assert result.stdout.startswith(f"usage: python -m {module} ")
     assert not list(tmp_path.iterdir())
@@ -145,6 +148,12 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    with Forks(tmp_path_factory.mktemp("forks")) as forks:
+        yield forks
+
+
 SUBMIT = ("run.json", "-A", "a", "-N", "1", "-G", "1", "--dump", "dump")
 
 
@@ -179,9 +188,11 @@ SUBMIT = ("run.json", "-A", "a", "-N", "1", "-G", "1", "--dump", "dump")
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else value,
 )
-def test_commands_say_which_extra_is_missing(missing: str, extra: str, command: tuple[str, ...], inputs: Path) -> None:
+def test_commands_say_which_extra_is_missing(
+    missing: str, extra: str, command: tuple[str, ...], inputs: Path, forks: Forks
+) -> None:
     before = sorted(inputs.rglob("*"))
-    result = run_without({missing}, inputs, *command)
+    result = forks.run(without({missing}, *command), inputs)
     note = " (Python 3.12 or newer)" if extra == "abx" else ""
     *before_it, error = result.stderr.splitlines()
     assert error == f"error: `{missing}` is missing: install it with `pip install 'spidr[{extra}]'`{note}"

@@ -61,9 +61,10 @@ def test_folder_of_a_run(tmp_path: Path, manifest: Path, caplog: pytest.LogCaptu
     train(cfg)
     assert before == (list(root.handlers), root.level, list(logging.getLogger("spidr").handlers), Path.cwd())
     assert sorted(path.name for path in cfg.run.dir.iterdir()) == [
-        "config.json", "final.pt", "log_0.txt", "metrics.jsonl", "step_4.pt"
+        "config.json", "data.json", "final.pt", "log_0.txt", "metrics.jsonl", "step_4.pt"
     ]  # fmt: skip
     assert read_config(cfg.run.dir / "config.json") == cfg
+    assert json.loads((cfg.run.dir / "data.json").read_text())["recordings"] == 12
     log = (cfg.run.dir / "log_0.txt").read_text()
     assert "training spidr: new in" in log
     assert "finished 7 steps" in log

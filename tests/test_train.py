@@ -17,13 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from helpers.processes import Fault, Ranks, assert_same_run, complete, outcome
-from helpers.small_models import GoldenCase
+from helpers.small_models import GoldenCase, tiny_model
 from helpers.tiny_run import write_config, write_recordings
 from spidr.adapt import FrozenOutputs
 from spidr.config import Config, DataConfig, MaskingConfig, OptimizerConfig, RunConfig, read_config, to_dict
 from spidr.data import Batch, build_dataloader
 from spidr.data.loader import SpeechLoader
 from spidr.environment import Environment, Preempted, StopFlag
+from spidr.export import export_safetensors
 from spidr.models import DinoSR
 from spidr.models.hub import build_model
 from spidr.optimizer import build_optimizer
@@ -416,6 +417,20 @@ def test_weights_of_init_ckpt(tmp_path: Path, manifest: Path) -> None:
     (cfg.run.dir / "final.pt").unlink()
     train(cfg)
     assert (cfg.run.dir / "final.pt").exists()
+
+
+def test_an_export_as_init_ckpt(tmp_path: Path, manifest: Path) -> None:
+    """It has no teacher: a copy of its student is one."""
+    model = tiny_model(seed=5)
+    export_safetensors(model, tmp_path / "encoder.safetensors")
+    run = {"init_ckpt": str(tmp_path / "encoder.safetensors")}
+    cfg = without_model_table(write_config(tmp_path, manifest, run=run, optimizer={"max_steps": 1}))
+    train(cfg)
+    assert "encoder.safetensors has no teacher" in (cfg.run.dir / "log_0.txt").read_text()
+    start = torch.load(cfg.run.dir / "step_0.pt", weights_only=True)["model"]
+    given = model.state_dict()
+    assert start.keys() == given.keys()
+    assert all(torch.equal(value, given[name.replace("teacher.", "student.")]) for name, value in start.items())
 
 
 def test_model_table_beside_init_ckpt(tmp_path: Path, manifest: Path) -> None:

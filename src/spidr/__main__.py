@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import re
 import runpy
@@ -14,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from spidr import __version__
-from spidr.config import Config, SlurmConfig, read_config
+from spidr.config import Config, SlurmConfig, read_config, schedule_remark
 from spidr.tools.command import PROGRAMS, Parser, command, write_result
 from spidr.tools.errors import InputError
 from spidr.tools.lazy import needs_extra
 from spidr.tools.threads import set_up_threads
+
+logger = logging.getLogger(__name__)
 
 DESCRIPTION = """\
 Train SpidR or DinoSR: with -N and -G as SLURM jobs, else here, one after the other, on all GPUs or the CPU. Started
@@ -67,6 +70,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     _check_folders(configs)
     if args.dry_run or on_slurm:
         _check_inputs(list(configs.values()))
+        for path, config in configs.items():
+            if (remark := schedule_remark(config.optimizer)) is not None:
+                logger.warning("%s: %s", path, remark)
     if on_slurm:
         return _on_slurm(list(configs.values()), options, args.dump, dry_run=args.dry_run)
     if args.dry_run:

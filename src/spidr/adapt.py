@@ -48,13 +48,19 @@ def truncated(model: DinoSRConfig) -> DinoSRConfig:
 def first_weights(cfg: Config) -> dict[str, Tensor]:
     """The weights of ``run.init_ckpt``, without the layers that ``model.train_layers`` cuts off.
 
+    An export has no teacher: a copy of its student becomes the teacher.
+
     Args:
         cfg: The configuration, its model as :func:`spidr.state.model_settings` gives it.
 
     Raises:
         InputError: See :func:`spidr.models.hub.load_weights`.
     """
-    model, weights = cfg.model, load_weights(cast("str", cfg.run.init_ckpt))
+    source = cast("str", cfg.run.init_ckpt)
+    model, weights = cfg.model, load_weights(source)
+    if not any(name.startswith("teacher.") for name in weights):
+        logger.warning("%s has no teacher, as exports have none: the teacher begins as a copy of the student", source)
+        weights |= {n.replace("student.", "teacher.", 1): w for n, w in weights.items() if n.startswith("student.")}
     if getattr(model, "train_layers", None) is None:
         return weights
     layers, codebooks = model.encoder_num_layers, model.num_codebooks
@@ -122,7 +128,7 @@ class FrozenOutputs:
             return
         if model.freeze_step >= cfg.optimizer.max_steps:
             raise InputError("data.cache: the extractor never stops learning; set model.freeze_step = 0")
-        shapes, samples = model.conv_shapes, loader.dataset.manifest["num_samples"].to_numpy()
+        shapes, samples = model.conv_shapes, loader.dataset.lengths
         frames = int(conv_length(shapes, samples.clip(max=cfg.data.max_sample_size)).clip(0).sum())
         size = 2 * frames * shapes[-1][0] * cfg.data.num_distinct // env.world_size
         check_memory(size, "data.cache")

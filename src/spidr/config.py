@@ -7,7 +7,6 @@ Configurations are TOML (or JSON) files read by :func:`read_config` into frozen 
 from __future__ import annotations
 
 import dataclasses
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,8 +28,6 @@ from spidr.tools.schema import (
     show,
 )
 from spidr.tools.untrusted import parse_toml_value, read_table
-
-logger = logging.getLogger(__name__)
 
 SAMPLE_RATE = 16_000
 """Sampling rate of all audio, in Hz."""
@@ -382,13 +379,12 @@ _MODEL_CONFIGS: dict[str, type[DinoSRConfig]] = {"spidr": SpidRConfig, "dinosr":
 # Reading and writing
 
 
-def read_config(path: str | Path, overrides: Sequence[str] = (), *, warn: bool = True) -> Config:
+def read_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read and check a configuration file.
 
     Args:
         path: A JSON file if its name ends in ``.json``, else a TOML file. A run's ``config.json`` is one.
         overrides: Settings that replace those of the file, as ``"optimizer.lr=1e-3"``.
-        warn: Whether to warn of what is odd.
 
     Returns:
         The settings, with the defaults where the file is silent.
@@ -416,8 +412,6 @@ def read_config(path: str | Path, overrides: Sequence[str] = (), *, warn: bool =
         problems += error.problems
     if problems:
         raise ProblemsError(problems, str(path), guide="pretrain.md#3-write-a-configuration")
-    if warn and (warning := _schedule_warning(config.optimizer)) is not None:
-        logger.warning("%s: %s", path, warning)
     object.__setattr__(config.model, "_given", None if model_table is None else frozenset(model_table))
     return config
 
@@ -438,8 +432,8 @@ def _override(document: dict[str, Any], text: str) -> None:
     table[key] = parse_toml_value(value.strip())
 
 
-def _schedule_warning(cfg: OptimizerConfig) -> str | None:
-    """What is odd about the steps of a schedule."""
+def schedule_remark(cfg: OptimizerConfig) -> str | None:
+    """What is odd about the steps of a schedule; None if nothing is."""
     steps, begin = cfg.max_steps, cfg.warmup_steps + cfg.hold_steps
     if steps < cfg.warmup_steps:
         return f"optimizer.max_steps = {steps} ends during the warm-up (optimizer.warmup_steps = {cfg.warmup_steps})"

@@ -358,7 +358,7 @@ def _leave_group() -> None:
 @contextmanager
 def _settings(device: torch.device, *, use_deterministic: bool) -> Iterator[None]:
     """Set torch's global settings and random generator for a run, and restore the caller's at the end."""
-    dtype, default_device = torch.get_default_dtype(), torch.get_default_device()
+    dtype, default_device = torch.get_default_dtype(), torch.empty(0).device
     deterministic = torch.are_deterministic_algorithms_enabled()
     warn_only, threads = torch.is_deterministic_algorithms_warn_only_enabled(), torch.get_num_threads()
     with exact_products(device), torch.random.fork_rng([device] if device.type == "cuda" else []):

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from spidr.checkpoint import Checkpointer, read_checkpoint
-from spidr.config import Config, read_config, to_dict
+from spidr.config import Config, read_config, schedule_remark, to_dict
 from spidr.data import Batch
 from spidr.data.loader import SpeechLoader
 from spidr.environment import Environment, Preempted, RunEndedError, StopFlag, environment, ranks
@@ -29,6 +29,7 @@ from spidr.tools.collapse import CollapseWatch
 from spidr.tools.command import write_result
 from spidr.tools.errors import InputError, first_line
 from spidr.tools.files import atomic_write, make_folder, remove_unfinished
+from spidr.tools.healthy import is_base, unlike_published
 from spidr.tools.lock import Lock
 from spidr.tools.logging import FILE_ONLY, run_log
 from spidr.tools.meters import Interval, Readback
@@ -159,13 +160,11 @@ class Run:
         self.state.network = wrap(self.state.model, cfg, env)
         self.stop.immediate = False  # from here on somebody looks at it
         if not finished:
-            self._on_main(self._write_config)
+            self._on_main(lambda: self._write_json("config.json", to_dict(cfg)))
         self._open_log(self.folder / f"log_{env.rank}.txt")
         if env.is_main:
             self._open_metrics(latest)
-            self._warn_of_size()
-            if isinstance(self.state.loader, SpeechLoader):  # a fork's own may know nothing of the sort
-                self.state.loader.summary().log(logger, cfg.data)
+            self._remark()
         self.progress = self._stack.enter_context(
             Progress(cfg.run.wandb_name, cfg.optimizer.max_steps, "steps", initial=self.state.step, shown=env.is_main)
         )
@@ -187,7 +186,7 @@ class Run:
         if not path.exists():
             return False
         try:
-            recorded = read_config(path, warn=False)
+            recorded = read_config(path)
         except InputError as error:
             logger.warning("the settings that the run began with are not known: %s", error)
             return False
@@ -231,9 +230,9 @@ class Run:
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             raise InputError(f"{path}: 'means' or 'idle' is not what a run has saved ({error})") from error
 
-    def _write_config(self) -> None:
-        with atomic_write(self.folder / "config.json") as file:
-            file.write(json.dumps(to_dict(self.cfg), indent=2).encode())
+    def _write_json(self, name: str, document: dict[str, Any]) -> None:
+        with atomic_write(self.folder / name) as file:
+            file.write(json.dumps(document, indent=2).encode())
 
     def _open_metrics(self, latest: Path | None) -> None:
         cfg, step = self.cfg, self.state.step
@@ -252,9 +251,15 @@ class Run:
             self._collect_validation()
             self.jobs.submit_again(cfg)
 
-    def _warn_of_size(self) -> None:
-        """Say what the run will take: disk for its checkpoints and, on a CPU, time."""
+    def _remark(self) -> None:
+        """Say what the run hears and takes: data, disk for its checkpoints and, on a CPU, time."""
         cfg, state = self.cfg, self.state
+        if (remark := schedule_remark(cfg.optimizer)) is not None:
+            logger.warning("%s", remark)
+        if isinstance(state.loader, SpeechLoader):  # a fork's own may know nothing of the sort
+            summary = state.loader.summary()
+            summary.log(logger, cfg.data)
+            self._write_json("data.json", asdict(summary))
         steps, interval, keep = cfg.optimizer.max_steps - state.step, cfg.run.save_interval, cfg.run.keep_latest
         trained = sum(p.numel() for group in state.optimizer.param_groups for p in group["params"])
         if interval > 0:
@@ -346,6 +351,14 @@ class Run:
             self._lock.check()
             if self.metrics.write(line):
                 self.wandb.push(line)
+                self._compare_with_published(line)
+
+    def _compare_with_published(self, line: dict[str, Any]) -> None:
+        """Warn if a base model validates unlike the published ones."""
+        if line["group"] in self.cfg.validation and is_base(self.cfg.model):
+            active = [value for name, value in line.items() if name.startswith("active_codewords_")]
+            if said := unlike_published(line["step"], line["loss"], active):
+                logger.warning("step %d, %s: %s", line["step"], line["group"], said)
 
     def save(self) -> None:
         """Save a checkpoint if it is due or the run must stop. Waits for the device, to be sure that all went well.

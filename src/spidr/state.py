@@ -220,7 +220,7 @@ def check_batch_length(cfg: Config) -> None:
         )
 
 
-class _Replica(nn.Module):
+class Replica(nn.Module):
     """The model as DistributedDataParallel sees it."""
 
     def __init__(self, model: DinoSR, call: Callable[..., Any]) -> None:
@@ -243,7 +243,7 @@ def wrap(model: DinoSR, cfg: Config, env: Environment) -> Callable[..., Any]:
     # Buffers change in the same way everywhere: no broadcast. The option was renamed in torch 2.15.
     known = inspect.signature(DistributedDataParallel).parameters
     option = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-    network = DistributedDataParallel(_Replica(model, call), gradient_as_bucket_view=True, **{option: False})  # type: ignore[arg-type]
+    network = DistributedDataParallel(Replica(model, call), gradient_as_bucket_view=True, **{option: False})  # type: ignore[arg-type]
     # After its first backward pass it lays out its buckets anew, and where a gradient lies in a bucket decides about
     # the last bit of its sum over processes. So that comes here, or the first step after a restart would differ.
     network().backward()

@@ -259,7 +259,7 @@ def encode_rows(
         layers: Of which the outputs are wanted, counted from 1; they take a second forward pass.
     """
     shapes = model.cfg.extractor_conv_layer_config
-    lengths = dataset.manifest["num_samples"].to_numpy()
+    lengths = dataset.lengths
     rows = sorted((row for row in rows if conv_length(shapes, int(lengths[row])) > 0), key=lengths.__getitem__)
     with _inference(model, env.device):
         for batch in _pack(rows, lengths, max_batch_length)[env.rank :: env.world_size]:

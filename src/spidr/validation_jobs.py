@@ -1,4 +1,4 @@
-"""Validation in SLURM jobs of its own: submitting them, results that come late, and pushing them to wandb."""
+"""Validation in separate SLURM jobs: submit them, collect results that come late, and push them to wandb."""
 
 from __future__ import annotations
 
@@ -27,21 +27,20 @@ from spidr.tools.wandb import WandbSink, find_wandb_run, import_wandb, wandb_mod
 logger = logging.getLogger(__name__)
 
 MAX_RESTARTS = 5
-"""How often a validation job is queued again after its time limit or a preemption: it begins anew each time."""
+"""How often a validation job is requeued after a time limit or preemption; it starts over each time."""
 
 
 def validates_in_jobs(cfg: Config) -> bool:
-    """Whether validation runs in jobs of its own: if training is a SLURM job, or ``run.slurm_validation`` says so."""
+    """Whether validation runs in separate jobs: in a SLURM job, or if ``run.slurm_validation`` is set."""
     return cfg.run.slurm_validation is not None or "SLURM_STEP_ID" in os.environ
 
 
 class ValidationJobs:
-    """The validations of a run that are done in jobs of their own, as files of the folder ``RUN/validation``.
+    """The validation jobs of a run, as files in ``RUN/validation``.
 
-    ``step_N.pending`` stands for a job and names its checkpoint, id and folder; ``step_N.failed`` says why it gave no
-    results; ``step_N.jsonl`` holds results that have not been collected. So a restarted run, or ``spidr metrics`` after
-    its end, knows as much as the process that submitted. One process at a time may use a run's. Submitting happens in
-    threads.
+    ``step_N.pending`` names a job's checkpoint, id and log; ``step_N.failed`` says why it gave no results;
+    ``step_N.jsonl`` holds results to be collected. So a restarted run, or ``spidr metrics`` after its end, knows as
+    much as the process that submitted. Only one process at a time may use them. Jobs are submitted in threads.
 
     Args:
         run_dir: The run folder.
@@ -55,18 +54,18 @@ class ValidationJobs:
     # ------------------------------------------------------------------------------------------------- submitting
 
     def submit(self, cfg: Config, step: int, checkpoint: Path) -> None:
-        """Submit the validation of a checkpoint on every validation set, without making the caller wait.
+        """Submit the validation of a checkpoint on every validation set, in the background.
 
         Args:
-            cfg: The run's configuration, with the model's settings as they are trained.
+            cfg: The run's configuration, with the settings of the model in training.
             step: The checkpoint's step.
-            checkpoint: Its file, which must stay while the step is :meth:`needed`.
+            checkpoint: Its file, to be kept while the step is :meth:`needed`.
         """
         make_folder(self.folder)
         self._write(step, ".pending", checkpoint=str(checkpoint), job="")
         self._path(step, ".failed").unlink(missing_ok=True)
         self._told.discard(step)
-        # Read now: the environment may be another one when the thread gets to it.
+        # Read the environment now; the thread might find another one.
         slurm = cfg.run.slurm_validation or validation_job_config()
         resume = ResumeConfig(step, str(checkpoint), str(self._path(step, ".jsonl")))
         thread = threading.Thread(target=self._submit, args=(cfg, resume, slurm), name=f"validation of step {step}")
@@ -74,7 +73,7 @@ class ValidationJobs:
         thread.start()
 
     def submit_again(self, cfg: Config) -> None:
-        """Submit what has failed once more, if its checkpoint is still there."""
+        """Resubmit what failed, if its checkpoint is still there."""
         self.find_lost()
         for step in sorted(self.failures()):
             checkpoint = self._read(step, ".pending").get("checkpoint")
@@ -88,7 +87,7 @@ class ValidationJobs:
             failed = str(self._path(resume.step, ".failed"))
             calls = [(_validate, (cfg, resume, failed))]
             job_id, folder = submit(name, calls, self.folder, slurm, max_restarts=MAX_RESTARTS)
-            if self._path(resume.step, ".pending").exists():  # not if the job is done already
+            if self._path(resume.step, ".pending").exists():  # unless the job is already done
                 self._write(
                     resume.step, ".pending", checkpoint=resume.checkpoint, job=job_id, log=_log_of(folder, job_id)
                 )
@@ -96,7 +95,7 @@ class ValidationJobs:
             self._fail(resume.step, str(error) if isinstance(error, InputError) else repr(error))
 
     def close(self) -> None:
-        """Wait until everything has been submitted, or refused."""
+        """Wait until everything is submitted or refused."""
         for thread in self._threads.values():
             thread.join()
         self.report()
@@ -104,30 +103,30 @@ class ValidationJobs:
     # ------------------------------------------------------------------------------------------------- results
 
     def pending(self) -> set[int]:
-        """Steps whose job has been submitted and has neither given results nor failed."""
+        """Steps whose job has neither given results nor failed."""
         return self._steps(".pending") - self._steps(".jsonl") - self._steps(".failed")
 
     def needed(self) -> set[int]:
-        """Steps whose checkpoints must stay: their job has not given results."""
+        """Steps whose checkpoints must be kept: those without results."""
         return self._steps(".pending") - self._steps(".jsonl")
 
     def failures(self) -> dict[int, str]:
-        """Why the jobs of some steps gave no results, and where their logs are."""
+        """Step → why its job gave no results, and where its log is."""
         failed = sorted(self._steps(".failed") - self._steps(".jsonl"))
         return {step: self._read(step, ".failed").get("reason", "unknown reason") for step in failed}
 
     def report(self) -> None:
-        """Log the failures that have not been logged."""
+        """Log new failures."""
         for step, reason in self.failures().items():
             if step not in self._told:
                 logger.error("step %d is not validated: %s", step, reason)
                 self._told.add(step)
 
     def collect(self) -> Iterator[Line]:
-        """The lines for ``metrics.jsonl`` that have come in, in the order of their steps.
+        """Yield new lines for ``metrics.jsonl`` in the order of steps.
 
-        Results of a later step wait until the earlier ones are there or their jobs are known to have failed. A results
-        file is removed when the caller comes back for more after its last line, so that none is lost in between.
+        Results of a later step wait for those of earlier ones, unless their jobs have failed. A results file is removed
+        only when the caller asks for more after its last line, so that none is lost.
         """
         waiting = min(self.pending(), default=sys.maxsize)
         for step in sorted(self._steps(".jsonl")):
@@ -138,7 +137,7 @@ class ValidationJobs:
                 self._path(step, suffix).unlink(missing_ok=True)
 
     def find_lost(self) -> None:
-        """Note which jobs have ended without a word: cancelled, out of memory, on a machine that died."""
+        """Mark jobs that ended silently as failed: cancelled, out of memory, on a machine that died."""
         for step in self.pending():
             job = self._read(step, ".pending")
             if not job.get("job"):
@@ -150,7 +149,7 @@ class ValidationJobs:
     # ------------------------------------------------------------------------------------------------- files
 
     def _fail(self, step: int, reason: str) -> None:
-        if not self._path(step, ".failed").exists():  # else the job itself has said why
+        if not self._path(step, ".failed").exists():  # else the job has said why
             self._write(step, ".failed", reason=reason)
 
     def _path(self, step: int, suffix: str) -> Path:
@@ -168,8 +167,7 @@ class ValidationJobs:
             values = parse_json(self._path(step, suffix).read_text("utf-8"))
         except (OSError, ValueError):
             return {}
-        # Earlier versions wrote the job's id alone.
-        return values if isinstance(values, dict) else {"job": str(values)}
+        return values if isinstance(values, dict) else {}
 
 
 def _write_json(path: Path, values: dict[str, str]) -> None:
@@ -199,11 +197,11 @@ def _validate(cfg: Config, resume: ResumeConfig, failed: str) -> None:
 
 
 class Collected(NamedTuple):
-    """What has become of a run's validation jobs.
+    """The state of a run's validation jobs.
 
     Attributes:
-        lines: How many lines ``metrics.jsonl`` has got.
-        failures: Why some steps are not validated.
+        lines: Number of lines added to ``metrics.jsonl``.
+        failures: Step → why it is not validated.
         pending: Steps whose job waits or runs.
     """
 
@@ -213,13 +211,13 @@ class Collected(NamedTuple):
 
 
 def collect_metrics(folder: Path) -> Collected:
-    """Collect the results of validation that have come in, then remove the checkpoints that only they needed.
+    """Collect new results of validation, then remove the checkpoints that only they needed.
 
     Args:
         folder: The folder of a run that is not training.
 
     Raises:
-        InputError: If the folder is not a run's, or the run is training.
+        InputError: The folder is not a run's, or the run is training.
     """
     if not os.path.isfile(folder / "config.json"):  # noqa: PTH113 (False for all that cannot be a file)
         raise InputError(f"{folder}: not a run folder, it has no config.json")
@@ -244,19 +242,16 @@ def _remove_checkpoints(folder: Path, jobs: ValidationJobs) -> None:
 
 
 def push_metrics(folder: Path, entity: str, run_id: str | None = None) -> int:
-    """Push to wandb what it does not have, whatever ``run.wandb_mode`` was.
+    """Push to wandb the lines that it does not have, whatever ``run.wandb_mode`` was, and count them.
 
     Args:
         folder: The folder of a run that is not training.
         entity: The wandb user or team.
-        run_id: wandb's id of the run. None: the one that the folder knows, else the one finished run that has the
+        run_id: wandb's id of the run. None: as recorded in the folder, else the one finished run with the
             configuration's project and name.
 
-    Returns:
-        How many lines were pushed.
-
     Raises:
-        InputError: If the run cannot be told, or wandb does not take the lines.
+        InputError: There is no one such run, or wandb does not take the lines.
     """
     import_wandb()
     mode = wandb_mode("online")

@@ -117,7 +117,8 @@ def test_mistakes_end_with_one_message(tmp_path: Path, capsys: pytest.CaptureFix
     units = write_lines(tmp_path / "units.jsonl", {"name": "r", "units": [0, 300]}, {"name": "s", "units": [0]})
     assert main(["units", str(units), str(phones)]) == 2
     out, err = capsys.readouterr()
-    assert (out, err) == ("", f"error: {phones}: 1 of the 2 recordings of {units} are not aligned, such as s\n")
+    said = f"{phones}: 1 of the 2 recordings of {units} are not aligned, such as s"
+    assert (out, err) == ("", f"error: {said} (see docs/evaluate.md#units-against-phones)\n")
     write_lines(units, {"name": "r", "units": [0, 300]})
     assert main(["units", str(units), str(phones)]) == 2
     assert capsys.readouterr().err == "error: r: units from 0 to 300, expected from 0 to 255\n"

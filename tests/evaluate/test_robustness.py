@@ -6,7 +6,9 @@ import math
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 import pytest
+import soundfile
 import torch
 from torch import Tensor
 
@@ -112,5 +114,15 @@ def test_table(tmp_path: Path) -> None:
     assert rows[1:2] == evaluate_robustness(model, manifest, layers=[3], device="cpu")
     with pytest.raises(InputError, match="layer 1 has no codebook; layers 2 to 4 have one"):
         evaluate_robustness(model, manifest, layers=[1])
-    with pytest.raises(InputError, match="no recording is as short as --max-minutes 0"):
+    with pytest.raises(InputError, match="no recording is long enough, and as short as --max-minutes 0"):
         evaluate_robustness(model, manifest, max_minutes=0)
+
+
+def test_lengths_that_the_manifest_lacks_and_recordings_of_a_single_frame(tmp_path: Path) -> None:
+    manifest = pl.read_csv(write_recordings(tmp_path, count=3), infer_schema=False)
+    soundfile.write(tmp_path / "short.wav", np.full(410, 0.1), 16_000)  # too short at another tempo
+    short = pl.DataFrame({"fileid": ["short"], "path": [str(tmp_path / "short.wav")]})
+    pl.concat([manifest.select("fileid", "path"), short]).write_csv(tmp_path / "paths.csv")
+    model = tiny_model(**AT_50_HZ)
+    expected = evaluate_robustness(model, tmp_path / "manifest.csv", device="cpu")
+    assert evaluate_robustness(model, tmp_path / "paths.csv", device="cpu") == expected

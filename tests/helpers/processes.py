@@ -25,7 +25,7 @@ from spidr.tools.metrics import read_metrics
 torch.set_num_threads(1)  # more of them only slow such small models down
 CONTEXT = multiprocessing.get_context("forkserver")
 # torch imports its last two only when they are needed, which takes seconds.
-CONTEXT.set_forkserver_preload(["spidr.train", "processes", "torch._dynamo", "torch.distributed.fsdp"])
+CONTEXT.set_forkserver_preload(["spidr.train", "helpers.processes", "torch._dynamo", "torch.distributed.fsdp"])
 
 
 PLACES = {

@@ -108,6 +108,8 @@ def test_home_and_variables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     assert expand("~/a") == Path("/home/me/a")
     assert expand("${SCRATCH}/$SCRATCH.wav") == Path("/scratch//scratch.wav")
     assert expand("a/~b") == Path("a/~b")
+    with pytest.raises(InputError, match="a path is empty"):
+        expand("")
     with pytest.raises(InputError, match=r"variable \$NOT_SET is not set"):
         expand("$NOT_SET/a")
     with pytest.raises(InputError, match="no such user"):

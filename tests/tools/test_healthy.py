@@ -2,7 +2,8 @@
 
 import pytest
 
-from spidr.tools.healthy import expected_loss, unlike_published
+from spidr.config import DinoSRConfig, SpidRConfig
+from spidr.tools.healthy import expected_loss, is_base, unlike_published
 
 
 def test_expected_loss() -> None:
@@ -17,3 +18,9 @@ def test_unlike_published() -> None:
     assert unlike_published(100, 9.0, [3]) == ""  # too early to tell
     assert unlike_published(10_000, 2.9) == "the validation loss is 2.90, in published runs at most 2.19 by then"
     assert unlike_published(2_500, None, [200, 40]) == "a codebook uses 40 codewords, in published runs at least 191"
+
+
+def test_base_model() -> None:
+    assert is_base(SpidRConfig(freeze_step=3))
+    assert not is_base(SpidRConfig(encoder_num_layers=11))
+    assert not is_base(DinoSRConfig())

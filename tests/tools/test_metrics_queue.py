@@ -109,7 +109,7 @@ def test_collects_without_wandb(
 def test_says_what_is_still_to_come(
     run_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (run_dir / "validation/step_7.pending").write_text("12")
+    (run_dir / "validation/step_7.pending").write_text('{"checkpoint": "step_7.pt", "job": "12"}')
     monkeypatch.setenv("PATH", "")  # no SLURM here to ask
     assert main([str(run_dir), "--entity", "team", "--runid", "abc"]) == 0
     captured = capsys.readouterr()

@@ -100,6 +100,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     cache = folder / "hub" / "hub" / "checkpoints"
     cache.mkdir(parents=True)
     torch.save({"model": SpidR().state_dict()}, cache / "spidr_base.pt")  # as if downloaded before
+    (cache / "spidr_vp20.pt").hardlink_to(cache / "spidr_base.pt")
     (folder / "dev-features").mkdir()
     for i in range(2):
         np.save(folder / "dev-features" / f"{i}.npy", rng.standard_normal((49, 4)))

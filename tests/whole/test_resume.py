@@ -101,15 +101,3 @@ def test_goes_on_with_another_number_of_processes(tmp_path: Path, manifest: Path
     assert [line["batch_size"] for line in lines if line["group"] == "train"] == [
         line["batch_size"] for line in expected_lines if line["group"] == "train"
     ]
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(3600)
-def test_compiled(tmp_path: Path, manifest: Path) -> None:
-    sections: dict[str, Any] = {"run": {"compile": True, "save_interval": 3}, "optimizer": {"max_steps": 6}}
-    sections["model"] = {"encoder_num_layers": 1, "num_codebooks": 1}
-    undisturbed = complete(write_config(tmp_path, manifest, "undisturbed", **sections), timeout=1200)
-    config = write_config(tmp_path, manifest, "killed", **sections)
-    ranks = Ranks(config, fault=Fault("step", 5))
-    assert ranks.wait(1200) == [-9], ranks.log.read_text()
-    assert_same_run(complete(config, timeout=1200), undisturbed)

@@ -1,4 +1,4 @@
-"""Phone alignments, from JSON lines and Praat's TextGrids: which phone is spoken when."""
+"""Read phone alignments: JSON lines, tables and Praat's TextGrids."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ FRAME_STEP = 10
 """Milliseconds per frame of an alignment."""
 
 MAX_SECONDS = 86_400.0
-"""No recording is longer than a day: an alignment that is would take any amount of memory."""
+"""Longest alignment, a day: a short file could ask for any amount of memory."""
 
 TOLERANCE = 100
-"""Milliseconds by which an alignment may be shorter or longer than the units."""
+"""Milliseconds by which an alignment and the units may differ in length."""
 
 ROUNDING = 1e-3
-"""Seconds by which times may contradict each other: other programs round them."""
+"""Seconds by which rounded times may contradict each other."""
 
 SILENCE = "SIL"
 _NAMES = "sil sp spn pau silence <sil> <sp> <spn> <pau> <eps> <p:> h# #h"
 SILENT_LABELS = frozenset(["", *_NAMES.split()])
-"""How alignments name silence, in lower case."""
+"""Labels of silence, in lower case."""
 
 Alignments = dict[str, list[str]]
 """Name of a recording → its phones, one per frame of 10 ms."""
@@ -96,7 +96,7 @@ def read_alignments(
 
 
 Entry = tuple[str, Callable[[], tuple[str, list[str]]]]
-"""Where an alignment is, for messages, and what reads it: its name and phones."""
+"""The place of an alignment, for messages, and a function that reads its name and phones."""
 
 
 def _entries(path: Path, tier: str | None, phones: _Phones) -> Iterator[Entry]:
@@ -134,7 +134,7 @@ def _entries(path: Path, tier: str | None, phones: _Phones) -> Iterator[Entry]:
 
 
 class _Phones(dict[str, str]):
-    """A label → its phone: one string for all its frames, and one for all names of silence."""
+    """Label → phone: one object for all its frames, and one for all labels of silence."""
 
     def __init__(self, silence: Collection[str]) -> None:
         super().__init__()
@@ -180,7 +180,7 @@ def _read_grid(
         content = path.read_bytes()
         utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
         text = content.decode("utf-16" if utf16 else "utf-8-sig").replace("\r\n", "\n")
-        # praatio knows no exponents.
+        # praatio reads no exponents.
         text = _EXPONENT.sub(lambda match: f"{match[1]}{float(match[2]):.12f}{match[3]}", text)
         grid = parse(text, True)
         tiers = [(t["name"], t["entries"]) for t in grid["tiers"] if t["class"] == "IntervalTier"]
@@ -188,7 +188,7 @@ def _read_grid(
         raise
     except OSError as error:
         raise InputError(f"the alignments cannot be read ({error.strerror or error}).") from None
-    except Exception as error:  # a parser without an error of its own
+    except Exception as error:  # the parser raises whatever happens
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise InputError(f"not a TextGrid that praatio can read ({reason}).") from None
     names = [name for name, _ in tiers]
@@ -207,13 +207,13 @@ def _read_grid(
 
 
 def fit(phones: list[str], frames: int, tolerance: int = TOLERANCE) -> list[str] | None:
-    """The phones of so many frames of 10 ms: filled up with silence or cut; None if that would be too much.
+    """Fill up phones with silence, or cut them, to a number of frames; None if they differ by too much.
 
     Args:
         phones: One per frame.
-        frames: As many as there should be.
-        tolerance: Milliseconds that may be filled up or cut. A difference of two frames is left as it is: as in the
-            paper, the end of the longer one does not count.
+        frames: Frames of 10 ms that there should be.
+        tolerance: Milliseconds to fill up or cut at most. A difference of two frames is left alone: as in the paper,
+            the end of the longer one does not count.
     """
     short = frames - len(phones)
     if abs(short) <= 2:
@@ -224,19 +224,19 @@ def fit(phones: list[str], frames: int, tolerance: int = TOLERANCE) -> list[str]
 
 
 def match_alignments(alignments: Alignments, fileids: Iterable[str]) -> Alignments:
-    """The alignment of each recording that has one, see :func:`spidr.data.names.match_names`."""
+    """Find the alignments of recordings; see :func:`spidr.data.names.match_names`."""
     return {fileid: alignments[name] for fileid, name in match_names(alignments, fileids).items()}
 
 
 def _frames(intervals: list[Interval], duration: float) -> list[str]:
-    """Phone at the middle of each frame.
+    """Take the phone at the middle of each frame.
 
     Raises:
         InputError: The intervals overlap, or last longer than a day.
     """
     if not 0 <= duration <= MAX_SECONDS:
         raise InputError(f"a duration of {duration:g} s, not from 0 to {MAX_SECONDS:g}.")
-    # Rounded a little first, or 0.29 s would be 28.999… frames.
+    # Rounded first, or 0.29 s would be 28.999… frames.
     frames = [SILENCE] * int(round(duration * 1000 / FRAME_STEP, 6))
     before = 0.0
     for number, (phone, start, end) in enumerate(intervals, start=1):

@@ -1,4 +1,4 @@
-"""Recordings as samples: exact lengths, ranges, streams and statistics, at 16 kHz and with one channel."""
+"""Read recordings, 16 kHz mono: lengths, samples, streams and statistics."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ if TYPE_CHECKING:
     Samples = NDArray[np.float32]
 
 BLOCK = 1 << 16
-"""Samples per block when statistics are gathered: it stays in the cache, and sums over it are exact enough."""
+"""Samples per block of statistics: small enough for the cache and for exact sums."""
 
 EPS = 1e-5
 """Added to the variance when an utterance is standardised."""
 
 
 class FormatError(InputError):
-    """A recording is not 16 kHz mono. :func:`read_resampled` reads it all the same."""
+    """A recording is not 16 kHz mono; :func:`read_resampled` converts it."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message, guide="questions.md#my-recordings-have-another-sample-rate")
 
 
 def num_samples(source: Source, *, verify: bool = False) -> int:
-    """Exact number of samples of a recording.
+    """Count the samples of a recording, exactly.
 
     Args:
         source: A path, the bytes of an audio file, or a recording of a manifest.
-        verify: Decode everything, so that damage is found. Otherwise only the header is read, except where it does not
-            say how long the recording is (MP3, files that were written to a pipe).
+        verify: Decode everything to find damage. Otherwise read the header only, unless it does not give the length
+            (MP3, files written to a pipe).
 
     Raises:
         InputError: The recording is missing, damaged or empty, or not 16 kHz mono.
@@ -53,11 +53,7 @@ def num_samples(source: Source, *, verify: bool = False) -> int:
 
 
 def seekable_length(source: Source) -> int | None:
-    """Exact number of samples of a recording of which parts can be read; None if all must be decoded for that.
-
-    Raises:
-        InputError: See :func:`num_samples`.
-    """
+    """Count the samples of a recording; None if reading a part of it takes decoding what comes before."""
     with decoder(source) as file:
         _check_format(file)
         begin, end = _span(file)
@@ -84,7 +80,7 @@ def read_audio(source: Source, start: int = 0, stop: int | None = None) -> Sampl
 
 
 def read_resampled(source: Source) -> Samples:
-    """Read a whole recording, mixed down to one channel and resampled to 16 kHz if need be.
+    """Read a whole recording, converted to 16 kHz mono if need be.
 
     Raises:
         InputError: The recording is missing, damaged or empty.
@@ -94,18 +90,18 @@ def read_resampled(source: Source) -> Samples:
 
 
 def resampled_length(source: Source) -> int:
-    """About as many samples as :func:`read_resampled` gives, by the header if it says."""
+    """Number of samples that :func:`read_resampled` gives, within a few."""
     with decoder(source) as file:
         begin, end = _span(file)
         return round((end - begin) * SAMPLE_RATE / file.sample_rate)
 
 
 def stream(source: Source, *, resample: bool = False, size: int = BLOCK) -> Iterator[Samples]:
-    """Yield the samples of a recording in blocks: the same as reading it at once, in little memory.
+    """Yield the samples of a recording in blocks, in little memory.
 
     Args:
         source: A path, the bytes of an audio file, or a recording of a manifest.
-        resample: Take recordings of any rate and number of channels; the blocks then differ in length.
+        resample: Convert recordings that are not 16 kHz mono; the blocks then differ in length.
         size: Samples to read at once.
 
     Raises:
@@ -129,12 +125,12 @@ def stream(source: Source, *, resample: bool = False, size: int = BLOCK) -> Iter
 
 
 def statistics(source: Source) -> tuple[float, float]:
-    """Mean and (population) standard deviation of a recording, decoded block by block, in little memory."""
+    """Mean and population standard deviation of a recording, in little memory."""
     return _moments(stream(source))
 
 
 def statistics_of(samples: Samples) -> tuple[float, float]:
-    """Mean and (population) standard deviation of samples: bit for bit those of :func:`statistics`."""
+    """Mean and population standard deviation of samples, bit for bit those of :func:`statistics`."""
     return _moments(samples[i : i + BLOCK] for i in range(0, len(samples), BLOCK))
 
 
@@ -167,7 +163,7 @@ def _samples(file: Decoder | Decoded, start: int, stop: int | None) -> Samples:
 
 
 def _range(file: Decoder | Decoded, start: int, stop: int | None) -> tuple[int, int | None]:
-    """A range of a recording as one of its file."""
+    """Translate a range of a recording into one of its file."""
     if isinstance(file.source, bytes) or file.source.start is file.source.end is None:
         return start, stop
     begin, end = _span(file)
@@ -206,7 +202,7 @@ def _check_format(file: Decoder | Decoded) -> None:
 
 
 def _check_finite(name: str, samples: Samples) -> None:
-    # One sum finds NaN and infinity, which survive it, and what is so large that its variance would be infinite.
+    # The sum of squares is finite unless a sample is NaN, infinite, or too large to be standardised.
     if not np.isfinite(np.vdot(samples, samples)):
         raise InputError(f"{name}: the recording holds samples that are not finite numbers or much too large.")
 

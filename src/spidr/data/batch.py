@@ -183,7 +183,7 @@ def _warn_of_wrong_lengths(manifest: str) -> None:
 _remembered_statistics = lru_cache(maxsize=1 << 16)(statistics)
 
 
-class _Loaded(NamedTuple):
+class Loaded(NamedTuple):
     """A recording of which the length is known and, unless it is long, the samples."""
 
     recording: Recording
@@ -248,10 +248,10 @@ class Collator:
         """
         rows = request.rows.astype(np.int64)
         skipped: dict[str, str] = {}
-        loaded: list[_Loaded | None] = [None] * len(rows)
+        loaded: list[Loaded | None] = [None] * len(rows)
         for i, (recording, length) in enumerate(zip(request.recordings, request.lengths, strict=True)):
             with self._skipping(recording, skipped):
-                loaded[i] = self._load(recording, int(length))
+                loaded[i] = self.load(recording, int(length))
 
         rngs = request.generators(request.key)
         known = [item.length for item in loaded if item is not None]
@@ -341,7 +341,12 @@ class Collator:
         mask = torch.zeros(len(frames), batch.max_frames, dtype=torch.bool).scatter_(1, indices, value=True)
         return replace(batch, mask=mask, mask_indices=indices, channel_mask=channel_mask)
 
-    def _load(self, recording: Recording, length: int) -> _Loaded:
+    def load(self, recording: Recording, length: int) -> Loaded:
+        """A recording, of which the manifest gives the length.
+
+        Raises:
+            InputError: It cannot be read or is too short.
+        """
         cfg = self.cfg
         moments = None if recording.mean is None or recording.std is None else (recording.mean, recording.std)
         if length > cfg.max_sample_size and (seekable := seekable_length(recording)) is not None:
@@ -356,4 +361,4 @@ class Collator:
                 f"{recording}: {length} samples, fewer than min_sample_size ({cfg.min_sample_size}) and than the "
                 "manifest says; write the manifest again."
             )
-        return _Loaded(recording, length, samples, moments)
+        return Loaded(recording, length, samples, moments)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from torch.utils.data import Dataset
 
 from spidr.data.audio import read_audio, standardize, statistics_of
 from spidr.data.manifest import read_manifest, recordings_of
+from spidr.data.measure import with_lengths
 from spidr.data.recording import Recording
 from spidr.tools.frames import conv_length
 from spidr.tools.lazy import names_from
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-__getattr__ = names_from(__name__, "spidr.compat.dataset")  # what published packages also have here
+__getattr__ = names_from(__name__, "spidr.compat.dataset")  # names of the published package
 
 __all__ = ["SpeechDataset", "conv_length", "speech_dataset"]
 
@@ -44,6 +46,11 @@ class SpeechDataset(Dataset[Tensor]):
         self.manifest = given if isinstance(given, pl.DataFrame) else read_manifest(given, needs_audio=True)
         self.normalize = normalize
 
+    @cached_property
+    def lengths(self) -> NDArray[np.int64]:
+        """Samples of each row; read from the recordings if the manifest has no ``num_samples``."""
+        return with_lengths(self.manifest, "MANIFEST")["num_samples"].to_numpy()
+
     def __len__(self) -> int:
         return self.manifest.height
 
@@ -55,7 +62,7 @@ class SpeechDataset(Dataset[Tensor]):
         """
         if not -len(self) <= row < len(self):
             raise IndexError(f"row {row} of a manifest of {len(self)} rows")
-        # One value at a time: in a forked worker, what polars does in threads would wait for ever.
+        # One value at a time: in a forked worker, polars' threads would wait for ever.
         fields = [name for name in Recording._fields if name in self.manifest.columns]
         samples = read_audio(Recording(**{name: self.manifest[name][row % len(self)] for name in fields}))
         if self.normalize:
@@ -63,12 +70,12 @@ class SpeechDataset(Dataset[Tensor]):
         return torch.from_numpy(samples)
 
     def recordings(self, rows: NDArray[np.integer[Any]]) -> list[Recording]:
-        """Where the recordings of some rows are."""
+        """Take the recordings out of some rows."""
         return recordings_of(self.manifest, rows)
 
 
 def speech_dataset(path: str | Path | Sequence[str | Path], *, normalize: bool) -> SpeechDataset:
-    """Recordings of the manifest at ``path``; ``[i]`` is row i's waveform, float32 (S,) at 16 kHz.
+    """Open a manifest's recordings: ``[i]`` is row i's waveform, float32 (S,) at 16 kHz.
 
     Args:
         path: A manifest, or several (see :func:`spidr.data.read_manifest`).

@@ -1,4 +1,4 @@
-"""Samples out of audio files: libsndfile for all it reads, TorchCodec for the rest, soxr to resample."""
+"""Decode audio files with libsndfile, or TorchCodec where it cannot, and resample with soxr."""
 
 from __future__ import annotations
 
@@ -33,26 +33,26 @@ AUDIO = (
     *(".wav", ".wave", ".flac", ".mp3", ".ogg", ".oga", ".opus", ".aif", ".aiff", ".aifc", ".au", ".snd", ".caf"),
     *(".w64", ".rf64", ".sph", ".nist", ".gsm", ".m4a", ".aac", ".wma", ".webm", ".mp4", ".mka", ".amr", ".3gp"),
 )
-"""Endings of file names that are recordings'. What is in a file decides how it is decoded."""
+"""Suffixes of recordings. How a file is decoded depends on its content only."""
 
 PIECE = 1 << 22
-"""Values to read at once: a header may promise more than there are, or than there is memory."""
+"""Values to read at once: a header may promise more than the file, or the memory, holds."""
 
 READ_AT_ONCE = 1 << 22
-"""Members of archives up to this many bytes are read whole, also for a part of them."""
+"""Archive members up to this many bytes are read whole, even for a part of them."""
 
 UNKNOWN_LENGTH = 1 << 40
-"""No recording is that long (two years): libsndfile gives such numbers where a header leaves the length open."""
+"""Two years of samples: libsndfile reports such lengths where a header leaves the length open."""
 
 PLACEHOLDER = 0x7FF00000
-"""Sizes from here on stand for "unknown" in the headers that FFmpeg and SoX write to pipes."""
+"""Sizes from here on mean "unknown" in headers that FFmpeg and SoX write to pipes."""
 
 OVERSHOOT = 0.5
-"""Seconds by which a span may end after its recording; as in Kaldi's extract-segments."""
+"""Seconds by which a span may overshoot its recording, as in Kaldi's extract-segments."""
 
 
 _SIZES = re.compile(r"^ *(?:data|Data Size|SSND|riff|Riff size) *: (\d+) \(should be (\d+)\)", re.MULTILINE)
-"""What libsndfile notes of a file that is shorter, or longer, than its header says."""
+"""libsndfile's log of a file that is shorter, or longer, than its header says."""
 
 
 class Decoder:
@@ -63,7 +63,7 @@ class Decoder:
         source: What was opened.
         sample_rate: In Hz.
         channels: How many.
-        frames: Samples per channel by the header; None if only decoding tells.
+        frames: Samples per channel by the header; None if only decoding can tell.
         seekable: Whether a part can be read without decoding what comes before.
     """
 
@@ -72,9 +72,9 @@ class Decoder:
         self._file = _open(source)
         self.sample_rate, self.channels = int(self._file.samplerate), int(self._file.channels)
         self._header, self._position = int(self._file.frames), 0
-        # The header of an MP3 leaves it open, or gives a number that nothing keeps true.
+        # The header of an MP3 says nothing, or nothing reliable.
         self.frames = self._header if self._header < UNKNOWN_LENGTH and self._file.format != "MP3" else None
-        # After a seek in MP3, Vorbis and Opus, what libsndfile decodes is not what is there.
+        # After a seek in MP3, Vorbis and Opus, libsndfile decodes wrong samples.
         self.seekable = bool(soundfile.SoundFile.seekable(self._file)) and self._file.format not in ("MP3", "OGG")
         if promised := self._promised():
             _warn(self.name, "truncated: its header promises {} bytes, there are {}".format(*promised))
@@ -84,26 +84,26 @@ class Decoder:
         self._file.close()
 
     def length(self) -> int | None:
-        """Samples per channel, without decoding them; None if only that tells.
+        """Samples per channel without decoding them; None if only decoding can tell.
 
-        Of FLAC, libsndfile believes the header, and the last sample is looked at; of all else, it looks at the file.
+        libsndfile takes FLAC's header at its word, so read the last sample; for other formats it looks at the file.
         """
         if self._file.format == "FLAC" and self.frames is not None and self.frames > 0:
             self._read(self.frames - 1, self.frames, clip=True)
         return self.frames
 
     def read(self, start: int = 0, stop: int | None = None) -> Samples:
-        """Samples ``start`` to ``stop`` (None: to the end), float32 (stop - start, channels).
+        """Read samples ``start`` to ``stop``, float32 (stop - start, channels).
 
-        Up to the end means all there is: that it is less than the header says is a warning.
+        Without ``stop``, read to the end; warn if that comes earlier than the header says.
 
         Raises:
-            InputError: It is damaged, or asked for samples that it does not have.
+            InputError: The file is damaged, or has no such samples.
         """
         return self._read(start, stop, clip=stop is None)
 
     def blocks(self, size: int, start: int = 0, stop: int | None = None) -> Iterator[Samples]:
-        """Samples ``start`` to ``stop`` in blocks of ``size``, without holding them all where that can be avoided."""
+        """Yield samples ``start`` to ``stop`` in blocks of ``size``."""
         while stop is None or start < stop:
             end = start + size if stop is None else min(start + size, stop)
             block = self._read(start, end, clip=stop is None)
@@ -113,14 +113,14 @@ class Decoder:
             start = end
 
     def _read(self, start: int, stop: int | None, *, clip: bool) -> Samples:
-        """As :meth:`read`; with ``clip``, what lies past the end is left out."""
+        """Read as :meth:`read`; with ``clip``, up to the end at most."""
         if stop is not None and not clip and self.frames is not None and stop > self.frames:
             raise InputError(f"{self.name}: has {self.frames} samples; asked for were those up to {stop}.")
         end = stop if self.frames is None or not clip else min(self.frames, stop or self.frames)
         if clip and end is not None and start >= end:
             return np.empty((0, self.channels), np.float32)
         begin = start if self.seekable or start == self._position else 0
-        # libsndfile is several times as fast to int16 as to float; the product gives the same bits as its own.
+        # libsndfile decodes int16 several times as fast as float; scaled here, the bits are the same.
         dtype = "int16" if self._file.subtype == "PCM_16" else "float32"
         try:
             if begin != self._position and self.seekable:
@@ -150,7 +150,7 @@ class Decoder:
         return np.multiply(samples, np.float32(2**-15), dtype=np.float32) if dtype == "int16" else samples
 
     def _pieces(self, count: int | None, dtype: str) -> NDArray[Any]:
-        """So many samples from where the file is (None: all), or as many as there are."""
+        """Read up to ``count`` samples from the file's position (None: all)."""
         pieces: list[NDArray[Any]] = []
         length, piece = 0, max(1, PIECE // self.channels)
         while not pieces or len(pieces[-1]) > 0:
@@ -163,14 +163,14 @@ class Decoder:
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
     def _promised(self) -> tuple[int, int] | None:
-        """Bytes by a header that promises more than there are, and how many there are."""
+        """Bytes that the header promises and bytes that there are, if those are fewer."""
         for promised, there in re.findall(_SIZES, self._file.extra_info):
             if int(there) < int(promised) < PLACEHOLDER:
                 return int(promised), int(there)
         return None
 
     def _readable(self) -> int:
-        """As many samples as can be read from the beginning, found by bisection; all of them if the last one can."""
+        """How many samples can be read from the beginning: all if the last one can, else found by bisection."""
 
         def has(position: int) -> bool:
             file = _open(self.source)
@@ -204,7 +204,7 @@ class Decoded:
         try:
             decoder_class = import_module("torchcodec.decoders").AudioDecoder
             decoder = decoder_class(data)
-            if decoder.metadata.codec == "opus":  # Has no sample rate of its own: FFmpeg always decodes it to 48 kHz.
+            if decoder.metadata.codec == "opus":  # FFmpeg would decode Opus to 48 kHz.
                 decoder = decoder_class(data, sample_rate=SAMPLE_RATE)
             samples = decoder.get_all_samples()
         except (ImportError, OSError, RuntimeError, ValueError) as error:
@@ -239,7 +239,7 @@ class Decoded:
 
 @contextmanager
 def decoder(source: Source) -> Iterator[Decoder | Decoded]:
-    """Open a recording with whatever reads it; errors of the disk become ones that name the recording.
+    """Open a recording with whatever reads it.
 
     Raises:
         InputError: It is missing, empty or damaged, or nothing installed reads it.
@@ -273,7 +273,7 @@ def _raw(source: Recording | bytes) -> IO[bytes] | Member:
 
 
 def resampled(blocks: Iterable[Samples], sample_rate: int) -> Iterator[Samples]:
-    """Blocks of samples (N, channels) mixed down to one channel and resampled to 16 kHz, float32 (M,) each."""
+    """Mix blocks of samples (N, channels) down to one channel and resample them to 16 kHz, float32 (M,) each."""
     with needs_extra("extract"):
         import soxr
 
@@ -286,7 +286,7 @@ def resampled(blocks: Iterable[Samples], sample_rate: int) -> Iterator[Samples]:
 
 
 def _why(source: Recording | bytes, error: soundfile.LibsndfileError) -> str:
-    """What libsndfile says of a file that is not empty."""
+    """Why libsndfile does not read a file. Raises InputError if it is empty."""
     with _raw(source) as file:
         if not file.read(1):
             raise InputError(f"{_name(source)}: the file is empty.")
@@ -295,19 +295,15 @@ def _why(source: Recording | bytes, error: soundfile.LibsndfileError) -> str:
 
 @cache
 def _warn(name: str, problem: str) -> None:
-    """Once for each recording."""
+    """Warn once per recording."""
     logger.warning("%s: %s.", name, problem)
 
 
 class _File(soundfile.SoundFile):  # type: ignore[misc]
-    """A file that is only read.
-
-    For the sake of files that are written, too, soundfile seeks after each read to where the file is already. With FLAC
-    that is a good part of what comes on top of decoding.
-    """
+    """A file opened for reading, without soundfile's seek to the current position after each read: slow with FLAC."""
 
     def seekable(self) -> bool:
-        """Say no, and be spared that. :meth:`seek` works all the same."""
+        """Say no, which spares the seek; :meth:`seek` works all the same."""
         return False
 
 
@@ -327,7 +323,7 @@ def _open(source: Recording | bytes) -> _File:
 
 
 def _with_open_end(data: bytes) -> bytes | None:
-    """A WAV whose header says that it is empty, as programs leave it that write to pipes, made to go to its end."""
+    """Make the data chunk of a WAV written to a pipe, whose header says 0 bytes, extend to the end of the file."""
     position = data.find(b"data\0\0\0\0", 0, 4096)
     if position < 0 or len(data) <= position + 8:
         return None
@@ -335,20 +331,20 @@ def _with_open_end(data: bytes) -> bytes | None:
 
 
 def _for_libsndfile(file: Any) -> Any:
-    # libsndfile asks a file of Python's for a few kilobytes at a time, which bytes in memory answer fastest.
+    # libsndfile asks for a few kilobytes at a time: fastest from memory.
     small = isinstance(file, io.BytesIO) or file.seek(0, os.SEEK_END) <= READ_AT_ONCE
     file.seek(0)
     return _Bytes(file.read()) if small else _Buffered(file)
 
 
 class _Unfailing:
-    """Seeks as libsndfile wants it, which a damaged header may lead to before the beginning or far past any end.
+    """Seeks that never fail: a damaged header may lead before the beginning or far past the end.
 
-    An error could not come out of its call but as a traceback on standard error; it sees where it is.
+    An exception could not leave libsndfile's callback; it would be printed. libsndfile checks the position anyway.
     """
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """Go to a position, if it is one. Returns where it is."""
+        """Go to a position if it is valid, and return the current one."""
         file: Any = super()
         try:
             if abs(offset) < UNKNOWN_LENGTH:

@@ -1,4 +1,4 @@
-"""Lines of tables, plain or gzipped, from files that may be anything."""
+"""Read tables line by line, plain or gzipped."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 MAX_LINE = 1 << 26
-"""Bytes of a line at most: a day of speech takes less, and a gzipped file of a few kilobytes could hold a gigabyte."""
+"""Longest line in bytes: a day of units is shorter, but a small gzipped file may hold a line of gigabytes."""
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Number and text of each line that is not blank, one at a time.
+    """Yield number and text of each line that is not blank.
 
     Raises:
-        InputError: It cannot be read, is damaged or no text, or has a line that is too long.
+        InputError: The file cannot be read, is damaged or not text, or a line is too long.
     """
     check_file(path)
     number = 0
@@ -44,9 +44,9 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def split_row(header: Sequence[str], line: str) -> dict[str, str]:
-    """The values of a line by the names of their columns; none if they are not as many.
+    """Split a line into its columns, by tabs, else by blanks; empty if there are too few.
 
-    Separated by tabs, or else by blanks, of which those before the last columns are part of the first one: a name.
+    The first column, a name, may hold blanks.
     """
     values = line.rsplit("\t" if "\t" in line else None, len(header) - 1)
     if len(values) != len(header):

@@ -75,13 +75,13 @@ def build_dataloader(
     Raises:
         InputError: A manifest cannot be read or gives no batch, or ``global_batch_length`` cannot be had.
     """
-    processes = _Processes.of(rank, world_size)
+    processes = Processes.of(rank, world_size)
     if accumulation is None:
         accumulation = _accumulation(data_cfg, processes.world_size)
     processes = processes._replace(accumulation=accumulation)
     dataset, sources, collator = _parts(data_cfg, mask_cfg, conv_layer_config, channels)
     sampler = BatchSampler(
-        dataset.manifest["num_samples"].to_numpy(),
+        dataset.lengths,
         data_cfg,
         shortest=collator.cfg.min_sample_size,
         world_size=processes.world_size,
@@ -107,8 +107,8 @@ def build_validation_dataloader(
     get one batch less than another. Arguments and errors are those of :func:`build_dataloader`.
     """
     dataset, _, collator = _parts(data_cfg, mask_cfg, conv_layer_config, channels)
-    batches = sorted_batches(dataset.manifest["num_samples"].to_numpy(), collator.cfg)
-    processes = _Processes.of(rank, world_size)
+    batches = sorted_batches(dataset.lengths, collator.cfg)
+    processes = Processes.of(rank, world_size)
     return SpeechLoader(dataset, collator, lambda _: batches, processes, seed_by_row=True, start_method=start_method)
 
 
@@ -148,7 +148,7 @@ def _accumulation(cfg: DataConfig, world_size: int) -> int:
     return accumulation
 
 
-class _Processes(NamedTuple):
+class Processes(NamedTuple):
     """How batches are dealt: a round has ``accumulation`` batches for each of ``world_size`` processes."""
 
     rank: int
@@ -156,7 +156,7 @@ class _Processes(NamedTuple):
     accumulation: int = 1
 
     @classmethod
-    def of(cls, rank: int | None, world_size: int | None) -> _Processes:
+    def of(cls, rank: int | None, world_size: int | None) -> Processes:
         """What is not given is what the process group says."""
         is_group = dist.is_available() and dist.is_initialized()
         return cls(
@@ -182,7 +182,7 @@ class SpeechLoader:
         dataset: SpeechDataset,
         collator: Collator,
         batches: Callable[[int], BatchList],
-        processes: _Processes,
+        processes: Processes,
         *,
         seed_by_row: bool = False,
         start_method: str | None = None,
@@ -191,7 +191,7 @@ class SpeechLoader:
         self.accumulation = processes.accumulation
         self.skipped: Counter[str] = Counter()
         self._processes = processes
-        self._lengths = dataset.manifest["num_samples"].to_numpy()
+        self._lengths = dataset.lengths
         self.generator = torch.Generator().manual_seed(collator.cfg.random_seed)
         self._collator, self._seed_by_row = collator, seed_by_row
         # An epoch's list is needed several times in a row, and large.

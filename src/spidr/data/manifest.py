@@ -1,4 +1,4 @@
-"""Reading manifests and lists: tables that say where each recording is, what it is called and how long it is."""
+"""Read manifests and lists of recordings: where each is, what it is called and how long it is."""
 
 from __future__ import annotations
 
@@ -36,30 +36,30 @@ SCHEMA: dict[str, Any] = REQUIRED | ARCHIVE | SPAN | STATISTICS
 
 GUIDE = "pretrain.md#2-list-the-recordings"
 TABLES = {".csv", ".tsv", ".jsonl", ".ndjson", ".txt", ".lst", ".list", ".scp"}
-"""Endings of the names of manifests and lists; ``segments`` is one too."""
+"""Suffixes of manifests and lists. Kaldi's ``segments`` has none."""
 
 HEAD = 1 << 16
-"""Bytes at the beginning of a file by which its form is told."""
+"""Bytes at the beginning of a file that tell its form."""
 
 
 def read_manifest(path: str | Path | Sequence[str | Path], *, needs_audio: bool = False) -> pl.DataFrame:
     """Read a manifest or a list of recordings.
 
-    The forms are told apart by the first line, not by the file's name, except Kaldi's, which are told by theirs:
+    The first lines tell the form, except Kaldi's, which go by the file's name:
 
     - a table with a header line (CSV, or with tabs or semicolons), or JSON lines, with the columns ``path`` and
-      ``num_samples`` and, if the file's name is not to be its name, ``fileid``. Recordings inside uncompressed tar
-      archives also have ``archive``, ``byte_offset`` and ``byte_size``, and ``path`` is the member's name. ``start``
-      and ``end`` in seconds name a span of a longer recording; the row's length then follows from them. ``mean`` and
-      ``std`` of the samples are optional.
+      ``num_samples`` and, optionally, ``fileid`` (default: the file's name without its extension). Recordings inside
+      uncompressed tar archives also have ``archive``, ``byte_offset`` and ``byte_size``, and ``path`` is the member's
+      name. ``start`` and ``end`` in seconds name a span of a longer recording; the row's length then follows from them.
+      ``mean`` and ``std`` of the samples are optional.
     - fairseq's ``.tsv``: the root folder on the first line, then ``relative/path<TAB>num_samples``.
     - Kaldi's ``.scp`` (``name path``) and ``segments`` (``name recording start end``, with a ``wav.scp`` beside it).
     - a list of paths, one a line.
 
-    Relative paths are looked for in the current folder, then beside the file. ``~`` and ``$VARIABLES`` are replaced.
+    Relative paths are tried in the current folder, then beside the file. ``~`` and ``$VARIABLES`` are expanded.
 
     Args:
-        path: The file, or several that are joined.
+        path: The file, or several, whose rows are joined.
         needs_audio: Whether a table of names and lengths without ``path`` is an error.
 
     Returns:
@@ -95,11 +95,7 @@ def read_manifest(path: str | Path | Sequence[str | Path], *, needs_audio: bool 
 
 
 def read_manifests(paths: Sequence[str | Path], *, needs_audio: bool = False) -> tuple[pl.DataFrame, pl.Series]:
-    """Read several manifests as one, see :func:`read_manifest`.
-
-    Returns:
-        The rows, and the number of the manifest that each is from.
-    """
+    """Read several manifests as one, with the number of the manifest that each row comes from."""
     tables = [read_manifest(path, needs_audio=needs_audio) for path in paths]
     if len({"num_samples" in table.columns for table in tables}) > 1:
         raise InputError(
@@ -110,7 +106,7 @@ def read_manifests(paths: Sequence[str | Path], *, needs_audio: bool = False) ->
 
 
 def recordings_of(manifest: pl.DataFrame, rows: NDArray[np.integer[Any]] | None = None) -> list[Recording]:
-    """Where the recordings of some rows are (None: of all)."""
+    """Take the recordings out of some rows (None: all)."""
     fields = [name for name in Recording._fields if name in manifest.columns]
     if "path" not in fields:
         raise InputError("The manifest has no column 'path'.")
@@ -123,13 +119,13 @@ def recordings_of(manifest: pl.DataFrame, rows: NDArray[np.integer[Any]] | None 
 
 
 def iter_recordings(manifest: pl.DataFrame) -> Iterator[Recording]:
-    """Where all recordings are, a few thousand at a time in memory."""
+    """Yield all recordings, with a few thousand in memory at a time."""
     for rows in manifest.iter_slices(4096):
         yield from recordings_of(rows)
 
 
 def is_table(path: str | Path) -> bool:
-    """Whether a file is a manifest or list, by its name, or else because it is text."""
+    """Whether a file is a manifest or list: by its suffix, or because it is text."""
     path = Path(path)
     if path.suffix.lower() in TABLES or path.name == "segments":
         return True
@@ -141,11 +137,7 @@ def is_table(path: str | Path) -> bool:
 
 
 def _head(path: Path) -> str:
-    """The beginning of a text file.
-
-    Raises:
-        UnicodeDecodeError: It is no text.
-    """
+    """Read the beginning of a text file. Raises UnicodeDecodeError if it is not text."""
     with path.open("rb") as file:
         raw = file.read(HEAD)
     if b"\0" in raw:
@@ -168,7 +160,7 @@ def _reader(path: Path) -> Callable[[Path], pl.DataFrame]:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Forms: each gives the file's columns, of any type
+# One reader per form: the file's columns, of any type
 
 
 def _read_csv(path: Path) -> pl.DataFrame:
@@ -177,19 +169,19 @@ def _read_csv(path: Path) -> pl.DataFrame:
     names = next(csv.reader([header], delimiter=separator))
     strings = {name: pl.String for name in names if name.strip() in SCHEMA}
     table = None
-    for inferred in ({"infer_schema_length": 1000}, {"infer_schema": False}):  # or values differ from the first ones
+    for inferred in ({"infer_schema_length": 1000}, {"infer_schema": False}):  # where later values are unlike the first
         with suppress(pl.exceptions.ComputeError):
             table = pl.read_csv(escape(str(path)), separator=separator, schema_overrides=strings, **inferred)
             break
     if table is None:
         table = _read_odd_csv(path, separator)
-    if any(name != name.strip() for name in table.columns):  # written as "a, b"
+    if any(name != name.strip() for name in table.columns):  # a header like "path, num_samples"
         table = table.with_columns(pl.col(pl.String).str.strip_chars()).rename(str.strip)
     return table
 
 
 def _read_odd_csv(path: Path, separator: str) -> pl.DataFrame:
-    """What polars refuses: quotes within values, separators at the end of lines."""
+    """Read what polars refuses: quotes within values, separators at the ends of lines."""
     with path.open(encoding="utf-8-sig", newline="") as file:
         rows = filter(None, csv.reader(file, delimiter=separator))
         columns, table = next(rows), []
@@ -206,10 +198,10 @@ def _read_jsonl(path: Path) -> pl.DataFrame:
     with path.open("rb") as file:
         if file.read(3) == codecs.BOM_UTF8:
             source = file.read()
-    for first in (1000, None):  # all rows decide on the types if the first ones are not enough
+    for first in (1000, None):  # all rows where later values are unlike the first
         with suppress(pl.exceptions.PolarsError, pl.exceptions.PanicException):
             schema = pl.read_ndjson(source, n_rows=first, infer_schema_length=first).schema
-            # A column of ours may first occur later.
+            # A column we know may first occur in a later row.
             table = pl.read_ndjson(source, schema=schema | dict.fromkeys(SCHEMA, pl.String))
             absent = (name for name in SCHEMA if name not in schema and table[name].null_count() == table.height)
             return table.drop(absent)
@@ -230,8 +222,8 @@ def _json_row(path: Path, number: int, line: str) -> dict[str, Any]:
 
 
 def _lines(path: Path, skip: int = 0) -> pl.Series:
-    """Lines that are not blank, without white space around them."""
-    # Cut by us: names may hold quotes, and a bad line can be named.
+    """Read the lines that are not blank, stripped of white space at their ends."""
+    # Names may hold quotes, so no CSV.
     options: dict[str, Any] = {"separator": "\n", "has_header": False, "quote_char": None, "raise_if_empty": False}
     table = pl.read_csv(escape(str(path)), skip_rows=skip, schema={"line": pl.String}, **options)
     lines = table["line"].str.strip_chars_end().str.strip_prefix("\ufeff")
@@ -275,7 +267,7 @@ def _read_fairseq(path: Path) -> pl.DataFrame:
 
 
 def _split(path: Path, pattern: str, form: str, skip: int = 0) -> pl.DataFrame:
-    """The named groups of a pattern as columns."""
+    """Turn the named groups of a pattern into columns."""
     lines = _lines(path, skip)
     table = lines.str.extract_groups(pattern).struct.unnest()
     if (bad := table.to_series(0).is_null()).any():
@@ -285,40 +277,32 @@ def _split(path: Path, pattern: str, form: str, skip: int = 0) -> pl.DataFrame:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# What all forms have in common
+# All forms
 
 
 def _typed(path: Path, manifest: pl.DataFrame, *, needs_audio: bool) -> pl.DataFrame:
-    """The columns that we know with their types, then the others.
-
-    Raises:
-        InputError: A column is missing or a value is not of its type.
-    """
+    """Check and convert the columns that we know; put the others after them."""
     columns = manifest.columns
     is_named = "fileid" in columns and not {"path", "archive"} & set(columns)
     needed = ["num_samples"] if is_named and not needs_audio else ["path"]
     if missing := [column for column in [*needed, *(ARCHIVE if "archive" in columns else ())] if column not in columns]:
         found = ", ".join(columns) or "none"
         raise InputError(f"{path}: column {missing[0]!r} is missing. Columns found: {found}.", guide=GUIDE)
-    known = [column for column in SCHEMA if column in columns]
-    in_file = (
-        manifest["archive"].is_null() if "archive" in columns else pl.repeat(value=True, n=manifest.height, eager=True)
-    )
+    in_archive = manifest["archive"].is_not_null() if "archive" in columns else False
+    optional = {*SPAN, *STATISTICS} | ({"num_samples"} if not SPAN.keys().isdisjoint(columns) else set())
     typed = {}
-    for column in known:
-        given, kind = manifest[column], SCHEMA[column]
+    for column, kind in SCHEMA.items():
+        if column not in columns:
+            continue
+        given = manifest[column]
         if given.dtype.is_nested():
             raise InputError(f"{path}: column {column!r}: found {_cut(given[0])}, expected {_expected(column)}.")
-        given = given if given.dtype in (pl.String, pl.Null) else given.cast(pl.String)
-        optional = (
-            column in SPAN or column in STATISTICS or (column == "num_samples" and not SPAN.keys().isdisjoint(columns))
-        )
-        bad = given.is_null() & ((not optional) & (~in_file if column in ARCHIVE else True))
+        values = given.cast(pl.String)
+        bad = values.is_null() & (column not in optional) & (in_archive if column in ARCHIVE else True)
         if kind is pl.String:
-            values = given.cast(pl.String)
             bad |= values.str.contains("\0", literal=True).fill_null(value=False)
         else:
-            values = given.cast(pl.String).str.strip_chars().cast(pl.Float64, strict=False)
+            values = values.str.strip_chars().cast(pl.Float64, strict=False)
             wrong = ~values.is_finite() | (values < (-1e308 if column == "mean" else 0))
             if kind is pl.Int64:
                 wrong |= (values != values.floor()) | (values >= 2**53)
@@ -346,13 +330,13 @@ def _cut(value: Any) -> str:
 
 
 def stem(path: pl.Expr) -> pl.Expr:
-    """File names without folders and extension."""
+    """File names without folders and extensions."""
     name = path.str.split("/").list.last()
     return pl.when(name.str.contains(r"(?s)^.+\.")).then(name.str.replace(r"\.[^.]*$", "")).otherwise(name)
 
 
 def _named(manifest: pl.DataFrame) -> pl.DataFrame:
-    """The manifest with ``fileid`` first, and lengths by spans where those are known."""
+    """Add ``fileid`` if it is missing, and take lengths from spans."""
     if "fileid" not in manifest.columns:
         manifest = manifest.select(stem(pl.col("path")).alias("fileid"), pl.all())
     if not SPAN.keys().isdisjoint(manifest.columns):
@@ -361,14 +345,14 @@ def _named(manifest: pl.DataFrame) -> pl.DataFrame:
         length = ((end * SAMPLE_RATE).round() - (start * SAMPLE_RATE).round()).cast(pl.Int64)
         known = pl.when(end.is_not_null()).then(length).when(start == 0).then("num_samples")
         lengths = manifest.with_columns(absent).select(num_samples=known.cast(pl.Int64))["num_samples"]
-        # Of a span without an end, only the recording tells the length.
+        # Without an end, only the recording tells how long the span is.
         manifest = manifest.drop("num_samples", strict=False)
         manifest = manifest if lengths.null_count() else manifest.with_columns(lengths)
     return manifest
 
 
 def _located(manifest: pl.DataFrame, folder: Path) -> pl.DataFrame:
-    """The manifest with relative paths that are beside it, and not here, as paths from here."""
+    """Resolve relative paths: from the current folder, else from the manifest's."""
 
     @cache
     def roots(parent: str) -> list[str]:

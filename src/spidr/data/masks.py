@@ -1,11 +1,11 @@
-"""Which frames the student does not see, and which channels: random spans, drawn for a whole batch at once."""
+"""Random spans of frames, and of channels, to hide from the student, drawn for a whole batch at once."""
 
 from __future__ import annotations
 
+from bisect import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from heapq import heappop, heappush
-from itertools import chain
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,8 +20,7 @@ if TYPE_CHECKING:
     Integers = NDArray[np.integer[Any]]
 
 Generators = Sequence[np.random.Generator]
-"""One generator for a whole batch, or one for each of its rows: then a row's draws do not depend on the others, only
-how many of the frames drawn are kept does."""
+"""One generator per batch, or one per row: then only how many of a row's frames are kept depends on the other rows."""
 
 
 class MaskGenerator:
@@ -84,7 +83,7 @@ class MaskGenerator:
         return mask.to(padding_mask.device), channel_mask.to(padding_mask.device)
 
     def draw(self, lengths: Integers, rngs: Generators) -> NDArray[np.int64]:
-        """Masked frames of each row, ascending.
+        """Draw the masked frames of each row, ascending.
 
         Args:
             lengths: Number of frames of each row (B,).
@@ -96,7 +95,7 @@ class MaskGenerator:
         return self._frames.draw(lengths, rngs)
 
     def draw_channels(self, rows: int, channels: int, rngs: Generators) -> NDArray[np.bool_]:
-        """Mask of the channels of each row: bool (rows, channels)."""
+        """Draw the masked channels of each row: bool (rows, channels)."""
         mask = np.zeros((rows, channels), dtype=np.bool_)
         for part, rng in zip(np.split(mask, len(rngs)), rngs, strict=True):
             np.put_along_axis(part, self._channels.draw(np.full(len(part), channels), [rng]), values=True, axis=1)
@@ -116,7 +115,7 @@ class Spans:
     min_spans: int
 
     def draw(self, lengths: Integers, rngs: Generators) -> NDArray[np.int64]:
-        """Positions inside spans, ascending (B, M): as many in each row as in the row with the fewest."""
+        """Draw positions inside spans, ascending (B, M), as many in each row as in the row with the fewest."""
         width = int(np.max(lengths))
         masks, keys = [], []
         for part, rng in zip(np.split(lengths, len(rngs)), rngs, strict=True):
@@ -126,12 +125,12 @@ class Spans:
         keep = int(np.min(mask.sum(1)))
         if keep == 0:
             return np.empty((len(lengths), 0), dtype=np.int64)
-        # The masked positions with the smallest of random keys are a random choice among them.
+        # The positions with the smallest random keys are a random choice.
         key = np.where(mask, np.concatenate(keys), np.float32(2))
         return np.sort(np.argpartition(key, keep - 1, axis=1)[:, :keep], axis=1)
 
     def draw_masks(self, lengths: Integers, width: int, rng: np.random.Generator) -> NDArray[np.bool_]:
-        """The union of the spans of each row: bool (B, width), False from the row's length on."""
+        """Draw the spans of each row and unite them: bool (B, width), False from the row's length on."""
         counts = np.floor(self.prob * lengths / self.length + rng.random(len(lengths))).astype(np.int64)
         counts = np.maximum(counts, self.min_spans)
         if np.max(counts) == 0:
@@ -162,10 +161,10 @@ class Spans:
 def _place_anywhere(
     lengths: Integers, counts: Integers, spans: Integers, shortest: Integers, rng: np.random.Generator
 ) -> tuple[Integers, Integers]:
-    """Distinct starts for the spans of each row, from all positions where the shortest would fit."""
+    """Draw distinct starts for the spans of each row, among all positions where the shortest would fit."""
     stop = lengths - shortest
     stop = np.where(stop > counts, stop, np.minimum(counts + 1, lengths))
-    # The positions with the smallest of random keys, in the order of the keys, are a random draw without replacement.
+    # Positions sorted by random keys are a draw without replacement.
     keys = rng.random((len(lengths), int(np.max(stop))))
     keys[np.arange(keys.shape[1]) >= stop[:, None]] = 2
     starts = np.argsort(keys, axis=1)[:, : spans.shape[1]]
@@ -176,70 +175,50 @@ def _place_anywhere(
 def _place_apart(
     lengths: Integers, spans: Integers, min_space: int, rng: np.random.Generator
 ) -> tuple[Integers, Integers]:
-    """Starts such that spans neither overlap nor come closer than ``min_space``, the longest placed first.
+    """Draw starts such that spans are at least ``min_space`` apart, the longest placed first.
 
-    Each span goes into one of the free parts that can hold it, chosen with a probability proportional to its length.
-    From the first span of a row that fits nowhere, the lengths returned are 0.
+    Each span goes into a free part that can hold it, chosen with a probability proportional to the part's length. From
+    the first span that fits nowhere, the row's lengths are 0.
     """
     spans = -np.sort(-spans, axis=1)
-    shares = rng.random(spans.shape)
-    waits = rng.standard_exponential((len(spans), 2 * spans.shape[1] + 1))  # for all parts that there can be
-    rows = zip(*(array.tolist() for array in (lengths, spans, (spans > 0).sum(1), shares, waits)), strict=True)
-    found = [_place_row(length, row[:count], min_space, *draws) for length, row, count, *draws in rows]
-    placed = np.arange(spans.shape[1]) < np.array([len(starts) for starts in found])[:, None]
     starts = np.zeros_like(spans)
-    starts[placed] = list(chain.from_iterable(found))
-    return starts, np.where(placed, spans, 0)
+    draws = rng.random((2, *spans.shape))
+    for row, length in enumerate(lengths.tolist()):
+        found = _place_row(length, spans[row].tolist(), min_space, *draws[:, row].tolist())
+        starts[row, : len(found)], spans[row, len(found) :] = found, 0
+    return starts, spans
 
 
-def _place_row(length: int, spans: list[int], min_space: int, shares: list[float], waits: list[float]) -> list[int]:
-    """Starts of the spans of a row, the longest first, up to the first that fits nowhere.
-
-    The free parts race: each waits for a time that is exponentially distributed with its length as the rate, and the
-    first takes the next span. So the winner is drawn in proportion to the lengths, without adding them up for each span
-    (https://en.wikipedia.org/wiki/Exponential_distribution, distribution of the minimum). For so few numbers at a time,
-    Python's lists are faster than arrays.
+def _place_row(length: int, spans: list[int], min_space: int, parts: list[float], places: list[float]) -> list[int]:
+    """Place the spans of a row, up to the first that fits nowhere, and return their starts.
 
     Args:
         length: Frames of the row.
         spans: Lengths of the spans, the longest first.
         min_space: Frames to leave between spans.
-        shares: For each span, where it lies between the first and the last possible start, in [0, 1).
-        waits: Standard exponential draws, one for each part.
+        parts: For each span a number in [0, 1) that chooses the part.
+        places: For each span a number in [0, 1) that chooses its place within the part.
     """
     starts: list[int] = []
-    now = 0.0
-    racing: list[tuple[float, int, int]] = []  # a heap of the parts that can hold the next span: (time, begin, room)
-    aside = [(-length, 0)]  # a heap of those that can only hold a shorter one: (-room, begin)
-    wait = iter(waits)
-    for span, share in zip(spans, shares, strict=False):
-        while aside and -aside[0][0] >= span:
-            negative_room, begin = heappop(aside)
-            heappush(racing, (now - next(wait) / negative_room, begin, -negative_room))
-        if not racing:
+    free = [(0, length)]  # begin and length of each part
+    for span, part, place in zip(spans, parts, places, strict=True):
+        rooms = list(accumulate(room if room >= span else 0 for _, room in free))
+        if span == 0 or rooms[-1] == 0:
             break
-        now, begin, room = heappop(racing)
-        before = int(share * (room - span + 1))
+        begin, room = free.pop(bisect(rooms, part * rooms[-1]))
+        before = int(place * (room - span + 1))
         starts.append(begin + before)
-        after = room - before - span - min_space
-        before -= min_space
-        if before >= span:
-            heappush(racing, (now + next(wait) / before, begin, before))
-        elif before >= spans[-1]:
-            heappush(aside, (-before, begin))
-        if after >= span:
-            heappush(racing, (now + next(wait) / after, begin + room - after, after))
-        elif after >= spans[-1]:
-            heappush(aside, (-after, begin + room - after))
+        after = before + span + min_space
+        free += [(begin, before - min_space), (begin + after, room - after)]
     return starts
 
 
 def _union(lengths: Integers, starts: Integers, spans: Integers, width: int) -> NDArray[np.bool_]:
-    """Positions that at least one span covers, cut at each row's length: bool (B, width)."""
+    """Mark the positions that a span covers, up to each row's length: bool (B, width)."""
     first = np.arange(len(lengths))[:, None] * (width + 1)
     stops = np.minimum(starts + spans, lengths[:, None])
     size = len(lengths) * (width + 1)
-    # Each span raises a counter where it starts and lowers it where it stops.
+    # A counter goes up where a span starts and down where it stops.
     used = spans > 0
     changes = np.bincount((first + starts)[used], minlength=size) - np.bincount((first + stops)[used], minlength=size)
     covered: NDArray[np.bool_] = np.cumsum(changes.reshape(len(lengths), width + 1), axis=1)[:, :width] > 0

@@ -1,4 +1,4 @@
-"""Something about each of many recordings, several at once."""
+"""Measure many recordings in parallel."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ R = TypeVar("R")
 T = TypeVar("T")
 
 AT_ONCE = 4096
-"""Recordings that wait for a thread at a time."""
+"""Recordings handed to the threads at a time."""
 
 LISTED = 20
-"""Problems that a message lists at most."""
+"""Most problems that a message lists."""
 
 
 def measure(
@@ -64,16 +64,16 @@ def measure(
 
 
 def problems_of(errors: list[InputError], total: int, remedy: str) -> InputError:
-    """One error for the problems of many recordings, with what can be done about them at the end."""
+    """Make one error of the problems of many recordings, ending with the remedy."""
     shown = some(errors, LISTED, "\n  ")
     return InputError(f"{shown}\n{len(errors):,} of {total:,} recordings cannot be read{remedy and '; '}{remedy}.")
 
 
 def with_lengths(manifest: pl.DataFrame, name: str) -> pl.DataFrame:
-    """A manifest with ``num_samples``, from the recordings' headers if it has none.
+    """Add ``num_samples`` to a manifest that lacks it, from the recordings' headers.
 
     Raises:
-        InputError: A recording cannot be read; all of them are named.
+        InputError: Recordings cannot be read; all of them are named.
     """
     if "num_samples" in manifest.columns:
         return manifest

@@ -1,4 +1,4 @@
-"""Which recording is meant: one way to compare names, for alignments, units, features and items."""
+"""Match the names of recordings, of alignments, units, features and items alike."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from spidr.tools.errors import InputError, some
 _AUDIO = "aac aif aifc aiff amr au caf flac gsm m4a mka mov mp2 mp3 mp4 nist oga ogg opus raw snd sph w64 wav webm wma"
 _OTHERS = "wv json lab npy npz phn pt textgrid txt"
 ENDINGS = frozenset(f"{_AUDIO} {_OTHERS}".split())
-"""What may follow the last dot of a name without being a part of it: ``session.1`` and ``session.2`` are two names."""
+"""Suffixes that are not part of a name; ``session.1`` and ``session.2`` are two names."""
 
 Parts = tuple[str, ...]
 
 
 def plain_name(name: str) -> str:
-    """A name without the endings of files: ``spk/a.1.wav`` is ``spk/a.1``."""
+    """Strip known suffixes: ``spk/a.1.wav`` is ``spk/a.1``."""
     stem, dot, ending = name.rpartition(".")
     return plain_name(stem) if dot and stem and stem[-1] != "/" and ending.lower() in ENDINGS else name
 
 
 def match_names(names: Collection[str], wanted: Iterable[str]) -> dict[str, str]:
-    """What each wanted recording is called among ``names``, as far as it is there.
+    """Find the name of each wanted recording among ``names``; those not found are absent from the result.
 
-    That is the same name, endings of files aside, or one that has more folders before it: ``001`` may be ``spk1/001``,
-    but ``spk2/001`` never is.
+    Names are equal without known suffixes, or if one is the other with folders before it: ``001`` matches ``spk1/001``,
+    but ``spk2/001`` does not.
 
     Raises:
-        InputError: Several could be meant, or several wanted ones are the same.
+        InputError: A wanted recording matches several names, or a name several of them.
     """
     by_tail: dict[Parts, list[str]] = {}
     for name in names:
@@ -66,9 +66,9 @@ def _parts(name: str) -> Parts:
 
 
 def match_rows(names: Collection[str], fileids: Sequence[str], paths: Sequence[str]) -> dict[int, str]:
-    """What the recording in each row of a manifest is called among ``names``, as far as it is there.
+    """Find the name of each row's recording among ``names``, by its fileid if fileids are unique, else by its path.
 
-    By its fileid if no other row has the same, else by its path; see :func:`match_names`.
+    See :func:`match_names`.
     """
     by_fileid = match_names(names, fileids) if len(set(fileids)) == len(fileids) else {}
     others = [path for fileid, path in zip(fileids, paths, strict=True) if fileid not in by_fileid]

@@ -13,13 +13,13 @@ from spidr.tools.files import check_file
 
 
 class Recording(NamedTuple):
-    """A file, or ``byte_size`` bytes of an uncompressed archive; of either the whole or a span.
+    """A file or a member of an uncompressed archive, or a span of either.
 
     Attributes:
         path: The file, or the member's name in the archive.
-        archive: The archive; None for a file of its own.
-        byte_offset: Where the member's bytes begin.
-        byte_size: How many there are.
+        archive: The archive; None for a file.
+        byte_offset: Where the member begins in the archive.
+        byte_size: Bytes of the member.
         start: Where the span begins, in seconds; None: at the beginning.
         end: Where it ends; None: at the end.
         mean: Mean of the samples, if known.
@@ -47,16 +47,12 @@ Source = str | Path | bytes | Recording
 
 
 def as_recording(source: Source) -> Recording | bytes:
-    """A source as a recording, unless it is bytes."""
+    """Turn a path into a recording."""
     return source if isinstance(source, (Recording, bytes)) else Recording(os.fspath(source))
 
 
 def check_exists(path: str) -> None:
-    """Check that a recording's file is there and a regular file: reading anything else could wait for ever.
-
-    Raises:
-        InputError: It is not.
-    """
+    """Check that a recording's file is there and a regular file: reading anything else could wait for ever."""
     if not os.path.lexists(path):
         raise InputError(f"{path}: the file does not exist. Was it moved since it was listed?")
     check_file(path)
@@ -65,8 +61,7 @@ def check_exists(path: str) -> None:
 class Member(io.RawIOBase):
     """A member of an archive, as a file.
 
-    Every archive is opened once per process. Each read says where it starts, so nothing depends on a position that
-    processes and threads would have to share.
+    Every archive is opened once per process. Reads are positioned, so that threads and forked processes can share it.
 
     Raises:
         InputError: The archive cannot be opened or is too short.
@@ -99,9 +94,9 @@ class Member(io.RawIOBase):
         return self._position
 
     def readall(self) -> bytes:
-        """The bytes from the current position to the member's end."""
+        """Read from the current position to the member's end."""
         pieces = []
-        while self._position < self._size:  # Linux reads 2 GiB at once at most
+        while self._position < self._size:  # Linux reads at most 2 GiB at once
             count = self._size - self._position
             piece = os.pread(self._archive.descriptor, count, self._offset + self._position)
             if not piece:
@@ -119,7 +114,7 @@ class Member(io.RawIOBase):
 
 
 class _Archive:
-    """An open archive; closed when nothing refers to it any more."""
+    """An open archive, closed with its last reference."""
 
     def __init__(self, path: str) -> None:
         self.descriptor = os.open(path, os.O_RDONLY)
@@ -131,5 +126,5 @@ class _Archive:
 
 @lru_cache(maxsize=64)
 def _open(path: str, inode: int, modified: int) -> _Archive:  # noqa: ARG001
-    """Open an archive, unless it is open already and still the same file."""
+    """Open an archive, unless this very file is open already."""
     return _Archive(path)

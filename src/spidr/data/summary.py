@@ -1,4 +1,4 @@
-"""What becomes of the recordings of a manifest: how much of them training hears, and why not the rest."""
+"""How much of a manifest training hears, and why not the rest."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ if TYPE_CHECKING:
     from spidr.data.sampler import BatchList
 
 MUCH = 0.05
-"""Share of the recordings or hours of which the loss is a warning."""
+"""Share of the recordings or hours whose loss is worth a warning."""
 
 
 def duration(hours: float) -> str:
-    """Hours as hours or, if there are few, as minutes."""
+    """Format hours, or minutes if it is less than an hour."""
     return f"{hours:,.2f} h" if hours >= 1 else f"{60 * hours:.2f} min"
 
 
 @dataclass(frozen=True)
 class DataSummary:
-    """Recordings and hours of a manifest and of the first epoch.
+    """What a manifest holds and what the first epoch hears.
 
     Attributes:
         recordings: Recordings listed.
@@ -37,10 +37,9 @@ class DataSummary:
         hours_used: Hours that an epoch hears.
         too_short: Recordings shorter than ``min_sample_size``, which are left out.
         hours_too_short: Their hours.
-        hours_above_maximum: Hours beyond ``max_sample_size``, of which an epoch hears other parts each time if crops
-            are random.
-        hours_cropped: Hours cut off because all of a batch are as long as its shortest.
-        hours_dropped: Hours of the last batches, left out by ``drop_last``.
+        hours_above_maximum: Hours beyond ``max_sample_size``; with random crops, each epoch hears other parts.
+        hours_cropped: Hours cut off because a batch is as long as its shortest recording.
+        hours_dropped: Hours in the last batches, left out by ``drop_last``.
     """
 
     recordings: int
@@ -67,47 +66,39 @@ class DataSummary:
         )
 
     def warnings(self, cfg: DataConfig) -> list[str]:
-        """What is lost of more than 5 % of the recordings or hours, and the setting to change."""
-        found = []
+        """Say where more than 5 % of the recordings or hours are lost, and which setting to change."""
+        shortest, longest = (f"{n} samples ({n / SAMPLE_RATE:g} s)" for n in (cfg.min_sample_size, cfg.max_sample_size))
+        losses = [
+            (
+                max(self.too_short / self.recordings, self.hours_too_short / self.hours),
+                "recordings are left out",
+                f"shorter than data.min_sample_size = {shortest}, or than a frame of the model",
+            ),
+            (
+                self.hours_above_maximum / self.hours,
+                "hours are not heard in an epoch",
+                f"beyond data.max_sample_size = {longest}; cut long recordings into pieces (`start`, `end` in the "
+                "manifest) or raise it",
+            ),
+            (
+                self.hours_cropped / ((self.hours_used + self.hours_cropped) or 1),
+                "audio in batches is cut off",
+                "all recordings of a batch are cropped to its shortest; set data.enable_padding = true, raise "
+                "data.num_buckets, or leave out short ones with data.min_sample_size",
+            ),
+            (
+                self.hours_dropped / self.hours,
+                "hours are in the last batches, which are dropped",
+                "set data.drop_last = false",
+            ),
+        ]
+        return [f"{100 * share:.0f} % of the {what}: {remedy}" for share, what, remedy in losses if share > MUCH]
 
-        def check(lost: float, total: float, what: str, remedy: str) -> None:
-            if lost > MUCH * total:
-                found.append(f"{100 * lost / total:.0f} % of the {what}: {remedy}")
-
-        check(
-            max(self.too_short / self.recordings, self.hours_too_short / self.hours),
-            1,
-            "recordings are left out",
-            f"shorter than data.min_sample_size = {cfg.min_sample_size} samples ({cfg.min_sample_size / SAMPLE_RATE:g} "
-            "s), or than a frame of the model",
-        )
-        check(
-            self.hours_above_maximum,
-            self.hours,
-            "hours are not heard in an epoch",
-            f"beyond data.max_sample_size = {cfg.max_sample_size} samples ({cfg.max_sample_size / SAMPLE_RATE:g} s); "
-            "cut long recordings into pieces (`start`, `end` in the manifest) or raise it",
-        )
-        check(
-            self.hours_cropped,
-            self.hours_used + self.hours_cropped,
-            "audio in batches is cut off",
-            "all recordings of a batch are cropped to its shortest; set data.enable_padding = true, raise "
-            "data.num_buckets, or leave out short ones with data.min_sample_size",
-        )
-        check(
-            self.hours_dropped,
-            self.hours,
-            "hours are in the last batches, which are dropped",
-            "set data.drop_last = false",
-        )
-        return found
-
-    def log(self, logger: logging.Logger, cfg: DataConfig, name: str = "data") -> None:
-        """Write the summary and its warnings to a log."""
-        logger.info("%s: %s", name, self)
+    def log(self, logger: logging.Logger, cfg: DataConfig) -> None:
+        """Log the summary and its warnings."""
+        logger.info("data: %s", self)
         for warning in self.warnings(cfg):
-            logger.warning("%s: %s", name, warning)
+            logger.warning("data: %s", warning)
 
 
 def summarise(
@@ -118,8 +109,8 @@ def summarise(
     Args:
         lengths: Samples of each row of the manifest.
         cfg: How batches are made.
-        shortest: Fewest samples of a recording that is used.
-        batches: The batches of an epoch; None: there are none.
+        shortest: Samples of the shortest recording to use.
+        batches: The batches of an epoch, if there are any yet.
     """
     hour = 3600 * SAMPLE_RATE
     short = lengths < shortest

@@ -1,4 +1,4 @@
-"""Reading discrete units: one sequence for each recording, in the forms in which programs write them."""
+"""Read discrete units, one sequence per recording, in the formats of several programs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Units = dict[str, NDArray[np.int64]]
 """Name of a recording → its units, one per frame."""
 
 MAX_FRAMES = 86_400 * 100
-"""Frames of a recording at most: a day at 100 a second. A line of 60 bytes could ask for any number."""
+"""Most frames of a recording, a day at 100 a second: durations in a short line could ask for any number."""
 
 NAME_KEYS = ("fileid", "name", "file", "file_name", "audio")
 UNIT_KEYS = ("units", "hubert")
@@ -68,10 +68,10 @@ def read_units(path: str | Path, *, names: Sequence[str] | None = None) -> Units
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """What ``spidr.extract`` wrote beside units or into a folder of features, and nothing if it made neither.
+    """Read the record that ``spidr.extract`` wrote beside units or into a folder of features; empty if there is none.
 
     Raises:
-        InputError: It is there, but cannot be read.
+        InputError: The record cannot be read.
     """
     folder = os.path.isdir(path)  # noqa: PTH112 (False for all that cannot be a folder)
     file = path / "extract.json" if folder else path.with_name(f"{path.name}.json")
@@ -86,7 +86,7 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def _rows(path: Path, names: Sequence[str] | None) -> Iterator[tuple[str, Any]]:
-    """Each recording's place, for messages, and what is there: an object with keys."""
+    """Yield each recording's place in the file, for messages, and its row."""
     if os.path.isdir(path):  # noqa: PTH112 (False for all that cannot be a folder)
         yield from _arrays(path)
     elif path.suffix == ".parquet":
@@ -114,7 +114,7 @@ def _named(
     manifest = path.with_suffix(".tsv")
     if names is None and not manifest.exists():
         raise InputError(f"{path}: lines without names: whose they are, say --manifest or {manifest.name} beside it.")
-    if names is None:  # fairseq's: a folder, then a path and a number of samples in each line
+    if names is None:  # fairseq's: the folder, then a path and a number of samples per line
         names = [plain_name(line.split("\t")[0]) for _, line in list(read_lines(manifest))[1:]]
     if len(names) != len(lines):
         raise InputError(f"{path}: {len(lines)} lines, but {len(names)} recordings in the manifest.")
@@ -132,7 +132,7 @@ def _arrays(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 raise ValueError(f"{array.dtype} of shape {array.shape}, expected a vector of integers")
         except InputError:
             raise
-        except Exception as error:  # a broken file can fail in any way
+        except Exception as error:  # a damaged file can fail in any way
             raise InputError(f"{file}: no units of a recording ({first_line(error)})") from None
         yield name, {"name": name, "units": array}
 
@@ -140,7 +140,7 @@ def _arrays(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
     check_file(path)
     with needs_extra("train"):
-        import polars as pl  # takes longer to import than most files of units to read
+        import polars as pl  # slower to import than most files of units are to read
 
     try:
         rows = pl.read_parquet(escape(str(path))).to_dicts()
@@ -154,7 +154,7 @@ def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
 def _parse(row: dict[str, Any]) -> tuple[str, NDArray[np.int64], NDArray[np.int64] | None]:
     name = next((row[key] for key in NAME_KEYS if row.get(key) is not None), None)
     units = _integers(next((row[key] for key in UNIT_KEYS if key in row), None))
-    # A single number is the length of the recording in seconds, as unit vocoders have it.
+    # A single number is the recording's length in seconds, as unit vocoders have it.
     durations = next((row[key] for key in DURATION_KEYS if isinstance(row.get(key), (list, str, np.ndarray))), None)
     if not isinstance(name, str):
         raise TypeError

@@ -1,4 +1,4 @@
-"""Writing manifests: one row for each recording of folders, tar archives and lists.
+"""Write manifests: one row per recording of folders, tar archives and lists.
 
 ``python -m spidr.data.write_manifest [--ext EXT] [--fairseq] [--stats] [--on-error skip] DATASET [DATASET ...] OUTPUT``
 """
@@ -69,7 +69,7 @@ def _arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def _split_extensions(values: list[str], missing: int) -> tuple[list[str], list[str]]:
-    """What follows --ext as extensions and paths: ``--ext .flac DATASET OUTPUT`` is a common order."""
+    """Tell extensions from paths among the values of --ext, for users who write ``--ext .flac DATASET OUTPUT``."""
     for i, value in enumerate(values[1:], start=1):
         if os.sep in value or os.path.exists(value):  # noqa: PTH110
             return values[:i], values[i:]
@@ -78,7 +78,7 @@ def _split_extensions(values: list[str], missing: int) -> tuple[list[str], list[
 
 
 if __name__ == "__main__":
-    _arguments()  # help needs nothing else
+    _arguments()  # --help works without the imports below
 
 with command_needs("train", __name__):
     import numpy as np
@@ -95,7 +95,7 @@ with command_needs("train", __name__):
         from spidr.data.recording import Recording
 
 MAX_HEADER = 1 << 20
-"""Bytes of a header of an archive at most."""
+"""Largest header in a tar archive, in bytes."""
 
 Sources = str | Path | list[str] | list[Path]
 
@@ -163,7 +163,7 @@ def write_manifest(
 
 
 write_manifest_tar = write_manifest
-"""The published package has a function of its own for archives."""
+"""Kept for code written for the published package."""
 
 
 def write_manifest_fairseq(
@@ -186,11 +186,11 @@ def _fairseq(root: str, table: pl.DataFrame) -> list[bytes]:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Where recordings are: columns of a manifest, and "relative", the path below the source
+# Find recordings: a manifest's columns that say where they are, and "relative", the path below the source
 
 
 def _find(source: str, suffixes: tuple[str, ...], bad: list[InputError]) -> pl.DataFrame:
-    """The recordings of a source; those that no row can name are added to ``bad``."""
+    """List the recordings of a source; add those that no row can name to ``bad``."""
     if not os.path.exists(source):  # noqa: PTH110
         raise InputError(f"{source}: does not exist; expected a folder, a .tar or a list.")
     name = source.lower()
@@ -269,7 +269,7 @@ def _named(found: pl.DataFrame, suffixes: tuple[str, ...]) -> pl.DataFrame:
 
 
 class _Archive(io.FileIO):
-    """An archive as tarfile reads it, which believes every size: neither much at once, nor anything a second time."""
+    """A guard against tarfile, which believes every size in a header: no large reads, no going back."""
 
     def __init__(self, path: str) -> None:
         super().__init__(path)
@@ -282,11 +282,11 @@ class _Archive(io.FileIO):
         return super().read(size)
 
     def rewind(self, position: int) -> None:
-        """Go where the next of several archives begins."""
+        """Go to the beginning of an archive."""
         super().seek(position)
 
     def after_zeros(self, position: int) -> int | None:
-        """Where the next archive begins after the zeros that end one; None at the end of the file."""
+        """Find the next archive after the zeros that end one; None at the end of the file."""
         super().seek(position)
         while block := super().read(1 << 20):
             if rest := block.lstrip(b"\0"):
@@ -304,10 +304,7 @@ class _Archive(io.FileIO):
 
 
 def _members(archive: str, suffixes: tuple[str, ...], bad: list[InputError]) -> Iterator[tuple[str, str, int, int]]:
-    """Name, archive, first byte and size of each recording of an archive, in its order.
-
-    Archives that were joined with ``cat`` are read one after the other.
-    """
+    """Yield name, archive, offset and size of each recording, through all archives joined with ``cat``."""
     try:
         with _Archive(archive) as file:
             begin: int | None = 0
@@ -322,14 +319,14 @@ def _members(archive: str, suffixes: tuple[str, ...], bad: list[InputError]) -> 
                             bad.append(InputError(f"{place}: a sparse member; pack the archive without --sparse."))
                         elif _has_a_name(member.name, place, bad):
                             yield member.name, archive, member.offset_data, member.size
-                        tar.members = []  # type: ignore[attr-defined]  # Else the whole table of contents is kept.
+                        tar.members = []  # type: ignore[attr-defined]  # or it keeps the whole table of contents
                     begin = file.after_zeros(tar.offset)
-                    # A damaged header ends the loop without an error; an archive ends with zeros.
+                    # tarfile stops at a damaged header without an error, but an archive ends with zeros.
                     if begin == tar.offset:
                         raise InputError(f"{archive}: damaged after byte {tar.offset}; pack the archive once more.")
     except InputError:
         raise
-    except (tarfile.TarError, OverflowError, ValueError) as error:  # the latter two: absurd numbers in a PAX header
+    except (tarfile.TarError, OverflowError, ValueError) as error:  # the last two: absurd numbers in a PAX header
         if _is_compressed(archive):
             reason = "a compressed archive; decompress it first, recordings are read from where they lie in it"
         else:
@@ -345,11 +342,11 @@ def _is_compressed(path: str) -> bool:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# What is in them
+# Measure them
 
 
 def _describe(found: pl.DataFrame, bad: list[InputError], *, stats: bool, on_error: OnError) -> Written:
-    """The manifest of what was found; recordings that cannot be read are left out, or named in one error."""
+    """Read the length of every recording; leave out those that cannot be read, or name them all in one error."""
 
     def describe(recording: Recording) -> tuple[int, float, float]:
         return num_samples(recording), *(statistics(recording) if stats else (0.0, 0.0))
@@ -367,7 +364,7 @@ def _describe(found: pl.DataFrame, bad: list[InputError], *, stats: bool, on_err
     names = ("num_samples", "mean", "std") if stats else ("num_samples",)
     described = found.with_columns(*(pl.Series(n, c, dtype=SCHEMA[n]) for n, c in zip(names, columns, strict=False)))
     if not SPAN.keys().isdisjoint(described.columns):
-        # Or readers could not tell whether a length is the span's or the whole's.
+        # Without both, readers could not tell whether a length is the span's or the file's.
         start = pl.col("start").fill_null(0.0) if "start" in described.columns else pl.lit(0.0)
         described = described.with_columns(start=start, end=start + pl.col("num_samples") / SAMPLE_RATE)
     order = [column for column in SCHEMA if column in described.columns]

@@ -1,4 +1,4 @@
-"""How good units, features and models are: ``python -m spidr.evaluate units|abx|model|robustness``.
+"""Evaluate units, features and models: ``python -m spidr.evaluate units|abx|model|robustness``.
 
 Names are imported when they are first used.
 """

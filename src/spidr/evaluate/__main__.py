@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _units(units: list[str], alignments: str, *, on_error: str, **options: Any) -> list[Row]:
     from spidr.evaluate.units import evaluate_all
 
-    return evaluate_all(units, alignments, skip=on_error == "skip", **options)
+    return evaluate_all(units, alignments, skip=on_error == "skip", progress=True, **options)
 
 
 def _abx(features: list[str], item: str, *, distance: Any, **options: Any) -> list[Row]:

@@ -1,8 +1,8 @@
-"""ABX: is a phone nearer to another one of its kind than to a different phone in the same context?
+"""ABX error rates by fastabx: how often a phone is closer to a different phone than to another of its kind.
 
-Through fastabx, imported here only. Error rates, between 0 and 1: lower is better, chance is 0.5. The triplets are
-those of ZeroSpeech 2021 (arXiv 2011.11588): A and X are the same phone, B another one, all with the same phones before
-and after; spoken by one speaker ("within"), or X by another than A and B ("across").
+Between 0 and 1; lower is better, chance is 0.5. The triplets are those of ZeroSpeech 2021 (arXiv 2011.11588): A and X
+are the same phone, B another one, all with the same phones before and after; spoken by one speaker ("within"), or X by
+another than A and B ("across").
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ if TYPE_CHECKING:
 
 COLUMNS = ("#file", "onset", "offset", "#phone", "prev-phone", "next-phone", "speaker")
 EARLIEST = Fraction(-1, 10)
-"""Earliest onset, in seconds: aligners place some a little before the recording begins."""
+"""Earliest onset in seconds: aligners place some a little before the recording begins."""
 LARGEST = 1e15
-"""Features beyond it, or all below its inverse, have squares that float32 does not hold."""
+"""Features beyond it, or all below its inverse, have squares outside float32."""
 MAX_MISSING_FRAMES = 2
-"""How many frames an item's recording may be too short: convolutions without padding make a frame less."""
+"""Frames by which an item may end late: convolutions without padding make one fewer."""
 
 Distance = Literal["angular", "euclidean", "kl_symmetric", "identical"]
 
@@ -57,7 +57,7 @@ class ABX(NamedTuple):
 
 @dataclass(frozen=True)
 class Items:
-    """The phones of an item file: for each its recording, its times in seconds, exact, and its labels."""
+    """The phones of an item file: recordings, exact times in seconds, and labels."""
 
     path: Path
     files: list[str]
@@ -66,9 +66,9 @@ class Items:
 
 
 def read_items(path: str | Path) -> Items:
-    """Read an ABX item file: ``#file onset offset #phone prev-phone next-phone speaker``, then a line for each phone.
+    """Read an ABX item file: ``#file onset offset #phone prev-phone next-phone speaker``, then one line per phone.
 
-    Separated by tabs or by blanks. What lies before 0 s is left out.
+    Columns are separated by tabs or blanks.
 
     Raises:
         InputError: The file is missing, or a line is not of this form.
@@ -97,24 +97,24 @@ def read_items(path: str | Path) -> Items:
 
 
 def _seconds(text: str) -> Fraction:
-    """Exact value of a decimal number. Not any that Fraction knows: 1e999999999 would take hours."""
+    """Exact value of a decimal number; Fraction alone would spend hours on 1e999999999."""
     if not re.fullmatch(r"[+-]?\d{1,18}(\.\d{0,30})?([eE][+-]?\d{1,2})?", text, re.ASCII):
         raise ValueError
     return Fraction(text)
 
 
 class Scorer:
-    """Scores any number of representations on the same items.
+    """Scores representations on the same items.
 
-    Frame i counts as at ``(i + 0.5) / frame_rate`` seconds; those within an item, both ends included, are compared, by
-    dynamic time warping, as fastabx does.
+    Frame i is at ``(i + 0.5) / frame_rate`` seconds. The frames within an item, both ends included, are compared by
+    dynamic time warping.
 
     Args:
         items: See :func:`read_items`.
         frame_rate: Frames per second.
         max_size_group: Most A, B and X in a cell, drawn with a fixed seed (10 in ZeroSpeech); None: all.
         max_x_across: Most speakers of X for given A and B (5 in ZeroSpeech); None: all.
-        context: "within": A, B and X have the same neighbours. "any": whatever neighbours.
+        context: "within": A, B and X have the same neighbours. "any": any neighbours.
 
     Raises:
         InputError: fastabx is not installed.
@@ -137,7 +137,7 @@ class Scorer:
         self._fastabx: Any = fastabx
         self.items, self.frame_rate = items, Fraction(frame_rate)
         half = Fraction(1, 2)
-        # Exact, or an end on the middle of a frame would go either way.
+        # Exact, or rounding would decide about an end in the middle of a frame.
         self._frames = [
             (max(0, math.ceil(onset * frame_rate - half)), max(0, math.floor(offset * frame_rate - half) + 1))
             for onset, offset in items.times
@@ -147,7 +147,7 @@ class Scorer:
         self._cells: dict[tuple[bytes, str], pl.DataFrame | None] = {}
 
     def score(self, features: Mapping[str, NDArray[Any]], distance: Distance = "angular") -> ABX:
-        """Error rates of a representation.
+        """Compute the error rates of a representation.
 
         Args:
             features: Name of a recording → its frames: (T, D), or (T,) units for the distance "identical". Names are
@@ -177,7 +177,7 @@ class Scorer:
         )
 
     def _slices(self, features: Mapping[str, NDArray[Any]]) -> tuple[list[NDArray[Any]], NDArray[np.bool_]]:
-        """The frames of each item that has any, and which those are."""
+        """Cut out the frames of each item, and say which items have any."""
         names = match_names(features, set(self.items.files))
         if missing := sorted(set(self.items.files) - names.keys()):
             raise InputError(
@@ -234,7 +234,7 @@ class Scorer:
 
 
 def _comparable(data: torch.Tensor, distance: Distance) -> torch.Tensor:
-    """Frames between which the distance exists, (T, D), and is exact enough in float32."""
+    """Check that a distance between frames (T, D) exists, and scale them to make it exact enough in float32."""
     if distance == "identical":
         if data.shape[1] != 1:
             raise InputError(f"the distance 'identical' is for units; the features have {data.shape[1]} dimensions")
@@ -261,7 +261,7 @@ def _comparable(data: torch.Tensor, distance: Distance) -> torch.Tensor:
 
 
 class FeatureFolder(Mapping[str, NDArray[Any]]):
-    """The features of a folder: a ``.npy`` or ``.pt`` file for each recording, at any depth, (T, D) or units (T,)."""
+    """The features of a folder: one ``.npy`` or ``.pt`` file per recording, at any depth, (T, D), or units (T,)."""
 
     def __init__(self, folder: Path) -> None:
         files = [Path(file) for file in find_files(folder, lambda name: name.endswith((".npy", ".pt")))]
@@ -280,7 +280,7 @@ class FeatureFolder(Mapping[str, NDArray[Any]]):
             else:
                 features = check_plain(read_tensors(path), "the top").float().numpy()
             kind = features.dtype.kind
-        except Exception as error:  # a broken file can fail in any way
+        except Exception as error:  # a damaged file can fail in any way
             raise InputError(f"{path}: no features of a recording ({first_line(error)})") from None
         if kind not in "fiu":
             raise InputError(f"{path}: features must be real numbers, not {features.dtype}")
@@ -296,7 +296,7 @@ class FeatureFolder(Mapping[str, NDArray[Any]]):
 
 
 def evaluate_abx(source: str | Path, scorer: Scorer, distance: Distance | None = None) -> ABX:
-    """ABX error rates of a folder of features or a file of units.
+    """Compute the ABX error rates of a folder of features or a file of units.
 
     Args:
         source: A folder (see :class:`FeatureFolder`), or units (see :func:`spidr.data.units.read_units`).
@@ -304,7 +304,7 @@ def evaluate_abx(source: str | Path, scorer: Scorer, distance: Distance | None =
         distance: Between frames; None: "angular" for features, "identical" for units.
 
     Raises:
-        InputError: It was extracted with another frame rate; see :meth:`Scorer.score`.
+        InputError: The frame rate is not the one recorded by ``spidr.extract``; or see :meth:`Scorer.score`.
     """
     path = expand(source)
     seconds = read_record(path).get("frame_seconds")

@@ -1,4 +1,4 @@
-"""Every layer and codebook of a model, in one pass over the audio."""
+"""Evaluate every layer and codebook of a model in one pass over the audio."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Row = dict[str, Any]
 
 
 class _Spool:
-    """Features of many recordings and layers, in one file a layer, since a corpus may not fit in memory."""
+    """Features of a corpus, in one file per layer since they may not fit in memory."""
 
     def __init__(self, folder: Path, layers: Sequence[int]) -> None:
         self.layers = layers
@@ -65,14 +65,14 @@ def evaluate_model(
     silence: Collection[str] = SILENT_LABELS,
     progress: bool = False,
 ) -> list[Row]:
-    """Evaluate every layer and every codebook of a model, in one pass over the audio.
+    """Evaluate every layer and codebook of a model in one pass over the audio.
 
     Args:
-        model: Any; it is moved to the device.
+        model: The model; it is moved to the device.
         manifest: The recordings; each is standardised and encoded whole.
-        alignments: Of these recordings or some of them.
-        items: For ABX too, of the layers' outputs (angular distance) and of the units (identical or not). The outputs
-            are kept in a temporary folder: 154 kB per layer and second of audio with the base model.
+        alignments: Phones of these recordings, or of some of them.
+        items: Also compute ABX, of the layers' outputs (angular distance) and of the units. The outputs go into a
+            temporary folder: 154 kB per layer and second of audio with the base model.
         layers: Layers to evaluate, counted from 1; None: all.
         device: As ``run.device``.
         max_batch_length: Samples of a batch with its padding.
@@ -139,11 +139,7 @@ def evaluate_model(
 
 
 def chosen_layers(model: DinoSR, layers: Sequence[int] | None) -> list[int]:
-    """The layers asked for, in order; None: all.
-
-    Raises:
-        InputError: The model has no such layer.
-    """
+    """Sort and check a choice of layers; None: all. Raises InputError if the model has no such layer."""
     total = len(model.student.layers)
     chosen = list(range(1, total + 1)) if layers is None else sorted(set(layers))
     if wrong := [layer for layer in chosen if not 1 <= layer <= total]:

@@ -1,4 +1,4 @@
-"""DiscoPhon's metrics (arXiv 2603.18612), computed by the package ``discophon``."""
+"""DiscoPhon's metrics (arXiv 2603.18612), by the package ``discophon``."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from spidr.tools.lazy import needs_extra
 
 
 class Discovery(NamedTuple):
-    """How well the phones can be read from the units; each unit stands for a phone."""
+    """How well units that each stand for one phone transcribe the phones."""
 
     per_many_to_one: float
     """Phone error rate if each unit stands for its most frequent phone."""
     per_one_to_one: float
-    """Phone error rate if no two units stand for the same phone, those left over for none."""
+    """Phone error rate if no two units stand for the same phone, and the remaining ones for none."""
     boundary_f1: float
     """F1 of the phones' boundaries within 20 ms, with the first of these maps."""
     r_value: float
@@ -47,7 +47,7 @@ def discovery(data: Aligned, num_units: int, frame_step: int) -> Discovery:
 
     try:
         many = assigned("many-to-one", num_units, max(num_phones, 2))
-        square = max(num_phones, num_units, 2)  # filled up with phones or units that do not occur
+        square = max(num_phones, num_units, 2)  # padded with phones or units that do not occur
         one = assigned("one-to-one", square, square)
         boundaries = phone_segmentation(many, phones, **steps)
         return Discovery(

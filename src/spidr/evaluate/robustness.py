@@ -1,7 +1,7 @@
-"""How much of the units changes when the sound does, but not what is said.
+"""How much the units change when the sound changes but the words do not.
 
 The measure is the unit edit distance of Gat et al. (arXiv 2209.15483): the Levenshtein distance between the units of
-the sound and those of the changed sound, repeats merged in both, over the number of the former.
+the original and those of the changed sound, repeats merged in both, divided by the number of the former.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor
 from spidr.config import SAMPLE_RATE
 from spidr.evaluate.model import chosen_layers
 from spidr.tools.errors import InputError
+from spidr.tools.frames import receptive_field
 from spidr.tools.lazy import needs_extra
 from spidr.tools.waveforms import standardise
 
@@ -35,7 +36,7 @@ def gain(waveform: Tensor, decibels: float) -> Tensor:
 
 
 def noise(waveform: Tensor, snr: float, generator: torch.Generator) -> Tensor:
-    """White Gaussian noise added to a waveform (S,), at a signal-to-noise ratio in dB over the whole of it."""
+    """A waveform (S,) with white Gaussian noise, at a signal-to-noise ratio in dB over its whole length."""
     power = waveform.square().mean() / 10 ** (snr / 10)
     return waveform + power.sqrt() * torch.randn(waveform.shape, generator=generator)
 
@@ -55,10 +56,10 @@ def reverberation(waveform: Tensor, rt60: float, generator: torch.Generator, dir
 
 
 def tempo(waveform: Tensor, factor: float, window: int = 480, search: int = 160) -> Tensor:
-    """A waveform (S,) that is ``factor`` times as fast at the same pitch.
+    """A waveform (S,) played ``factor`` times as fast, at the same pitch.
 
-    By WSOLA (Verhelst and Roelands, 1993): windows of 30 ms, half overlapping, are taken from where the tempo wants
-    them, give or take 10 ms: where they are most like what followed the window before.
+    By WSOLA (Verhelst and Roelands, 1993): 30 ms windows that overlap by half are taken where the tempo wants them,
+    give or take 10 ms, to match best what followed the window before.
     """
     hop, length = window // 2, round(len(waveform) / factor)
     padded = F.pad(waveform, (search, 2 * search + 2 * window))
@@ -76,7 +77,7 @@ def tempo(waveform: Tensor, factor: float, window: int = 480, search: int = 160)
 
 
 def pitch(waveform: Tensor, semitones: float) -> Tensor:
-    """A waveform (S,) that is so many semitones higher at the same tempo: played faster, after it was slowed down."""
+    """A waveform (S,) raised by some semitones, at the same tempo: slowed down, then played faster."""
     factor = 2 ** (semitones / 12)
     slow = tempo(waveform, 1 / factor)
     spectrum, length = torch.fft.rfft(slow), len(waveform)  # resampled without a change of its band (Fourier's method)
@@ -98,7 +99,7 @@ CHANGES: dict[str, Change] = {
     "pitch -2": lambda x, _: pitch(x, -2),
     "pitch +2": lambda x, _: pitch(x, 2),
 }
-"""What is done to the sound, by the name of its column."""
+"""Column of the table → what is done to the sound."""
 
 
 def merged(units: Sequence[int] | NDArray[Any]) -> NDArray[Any]:
@@ -129,19 +130,19 @@ def evaluate_robustness(
     device: str = "auto",
     progress: bool = False,
 ) -> list[Row]:
-    """Compare the units of recordings with those of the same recordings, changed in the ways of :data:`CHANGES`.
+    """Compare the units of recordings before and after each of :data:`CHANGES`.
 
     Args:
         model: Any; it is moved to the device.
         manifest: The recordings; each is changed, standardised and encoded whole.
         layers: Those with a codebook, counted from 1; None: all.
-        max_minutes: Audio to take at most: recordings are drawn until it is reached.
-        seed: Of the draw, of noise and of reverberation.
+        max_minutes: Most audio to take; recordings are drawn at random until it is reached.
+        seed: Of that draw, noise and reverberation.
         device: As ``run.device``.
         progress: Show a progress bar.
 
     Returns:
-        For each layer ``layer`` and the unit edit distance for each change: 0 if no unit changed; it may exceed 1.
+        For each layer, ``layer`` and the unit edit distance of each change: 0 if no unit changed; it may exceed 1.
 
     Raises:
         InputError: A file cannot be read, or a layer has no codebook.
@@ -157,9 +158,11 @@ def evaluate_robustness(
     if wrong := [layer for layer in chosen if layer not in codebooks]:
         raise InputError(f"layer {wrong[0]} has no codebook; layers {codebooks[0]} to {codebooks[-1]} have one")
     dataset = speech_dataset(manifest, normalize=False)
-    rows = _draw(dataset.manifest["num_samples"].to_numpy(), max_minutes, seed)
+    lengths = dataset.lengths
+    shortest = 2 * receptive_field(model.conv_shapes)  # so that there is a frame at any tempo
+    rows = _draw(lengths, shortest, max_minutes, seed)
     if not len(rows):
-        raise InputError(f"{manifest}: no recording is as short as --max-minutes {max_minutes:g}")
+        raise InputError(f"{manifest}: no recording is long enough, and as short as --max-minutes {max_minutes:g}")
     target, was_training = torch.device(choose_device(device)), model.training
     model = model.to(target).eval()
 
@@ -183,6 +186,9 @@ def evaluate_robustness(
     ]
 
 
-def _draw(lengths: NDArray[Any], max_minutes: float, seed: int) -> NDArray[Any]:
+def _draw(lengths: NDArray[Any], shortest: int, max_minutes: float, seed: int) -> NDArray[Any]:
+    """Rows of recordings drawn at random, as many as fit into some minutes."""
+    longest = max_minutes * 60 * SAMPLE_RATE
     order = np.random.default_rng(seed).permutation(len(lengths))
-    return np.sort(order[np.cumsum(lengths[order]) <= max_minutes * 60 * SAMPLE_RATE])
+    order = order[(lengths[order] >= shortest) & (lengths[order] <= longest)]
+    return np.sort(order[np.cumsum(lengths[order]) <= longest])

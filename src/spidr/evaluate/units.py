@@ -1,8 +1,9 @@
-"""Units against phone alignments."""
+"""Compare units with phone alignments."""
 
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,12 +23,12 @@ logger = logging.getLogger(__name__)
 GUIDE = "evaluate.md#units-against-phones"
 
 NUM_UNITS, FRAME_MS = 256, 20
-"""Size of the codebook and milliseconds of a unit, where nothing tells."""
+"""Size of the codebook and milliseconds per unit, unless they are given or recorded."""
 
 
 @dataclass(frozen=True)
 class Paired:
-    """Units with the phones of the same recordings.
+    """Units and phones of the same recordings.
 
     Attributes:
         data: Name → phones, one per 10 ms, and units.
@@ -41,11 +42,7 @@ class Paired:
 
     @property
     def quality(self) -> UnitsQuality:
-        """The quality of the units.
-
-        Raises:
-            InputError: There are other units than the codebook has.
-        """
+        """The quality of the units. Raises InputError if a unit is outside the codebook."""
         num_phones = len(set().union(*(phones for phones, _ in self.data.values())))
         check_memory(24 * self.num_units * num_phones, f"counting {self.num_units} units")
         return units_quality(
@@ -58,7 +55,7 @@ class Paired:
 
 
 def evaluate_units(units: str | Path, alignments: str | Path, **options: Any) -> UnitsQuality:
-    """The quality of the units in a file.
+    """Measure the quality of the units in a file.
 
     Args:
         units: See :func:`spidr.data.units.read_units`.
@@ -88,13 +85,13 @@ def pair(
     Args:
         units: See :func:`spidr.data.units.read_units`.
         alignments: See :func:`spidr.data.alignments.read_alignments`.
-        num_units: Size of the codebook, which the bitrate depends on. None: as the file says that ``spidr.extract`` has
-            written beside the units; without it 256.
-        frame_step: Milliseconds per unit. None: as that file says; without it 20.
+        num_units: Size of the codebook, which the bitrate depends on. None: as recorded by ``spidr.extract``
+            beside the units, else 256.
+        frame_step: Milliseconds per unit. None: as recorded, else 20.
         tier: The tier of TextGrids.
         silence: Labels that mean silence.
-        tolerance: Milliseconds by which an alignment may be shorter than the units, and is then filled up with silence,
-            or longer, and is then cut.
+        tolerance: Milliseconds by which an alignment may be too short, and is filled up with silence, or too long, and
+            is cut.
         names: The recordings of units without names.
         skip: Leave out, with a warning, what cannot be read, is not aligned or does not fit its alignment.
 
@@ -133,21 +130,23 @@ def evaluate_all(
     *,
     discophon: bool = False,
     manifest: str | Path | None = None,
+    progress: bool = False,
     **options: Any,
 ) -> list[dict[str, Any]]:
-    """The quality of the units in several files, and in the languages of folders.
+    """Measure the quality of the units in several files or folders.
 
     Args:
-        paths: Files or folders of units. A folder of ``units-LANGUAGE-SPLIT.jsonl``, as DiscoPhon has them, is as many
-            files.
-        alignments: For such a folder one of ``alignment-LANGUAGE-SPLIT`` with any ending, or one that has them in a
-            folder ``alignment``.
+        paths: Files or folders of units. A folder of DiscoPhon's ``units-LANGUAGE-SPLIT.jsonl`` counts as
+            its files.
+        alignments: For such a folder, one of ``alignment-LANGUAGE-SPLIT`` with any suffix, or one with a folder
+            ``alignment`` of them.
         discophon: Add the metrics of :func:`spidr.evaluate.quality.discovery`.
-        manifest: Whose units they are where lines have no names.
+        manifest: The recordings of units without names.
+        progress: Say on standard error which of several files is being read.
         options: See :func:`pair`.
 
     Returns:
-        For each file ``units``, its name, and the metrics.
+        For each file ``units``, its path, and the metrics.
 
     Raises:
         InputError: See :func:`pair`.
@@ -160,8 +159,8 @@ def evaluate_all(
     table = []
     files = [file for path in paths for file in _languages(expand(path), expand(alignments))]
     for number, (path, of_path) in enumerate(files, start=1):
-        if len(files) > 1:
-            logger.info("%d of %d: %s", number, len(files), path)
+        if progress and len(files) > 1:
+            sys.stderr.write(f"{number} of {len(files)}: {path}\n")
         paired = pair(path, of_path, names=names, **options)
         row = {"units": str(path), **paired.quality._asdict()}
         if discophon:
@@ -173,7 +172,7 @@ def evaluate_all(
 
 
 def _languages(units: Path, alignments: Path) -> list[tuple[Path, Path]]:
-    """Files of units with their alignments."""
+    """Pair the files of a folder with their alignments."""
     files = sorted(units.glob("units-*-*.jsonl"))
     if not files:
         return [(units, alignments)]
@@ -214,7 +213,7 @@ def _pair(units: Units, aligned: Alignments, frame_step: int, tolerance: int, sk
 
 
 def _record(units: Path) -> dict[str, Any]:
-    """Size of the codebook and milliseconds of a unit, as recorded."""
+    """Size of the codebook and milliseconds per unit, as recorded."""
     made = read_record(units)
     seconds, step = made.get("frame_seconds"), None
     if isinstance(seconds, float) and 0 < seconds < 1:

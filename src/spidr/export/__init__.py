@@ -1,6 +1,6 @@
-"""A trained encoder for other software: safetensors, ONNX, or a folder that ``transformers`` loads.
+"""Export a trained encoder: to safetensors, ONNX, or a folder that ``transformers`` loads.
 
-Names are imported when they are first used. What the formats need is the extra ``export``.
+Names are imported when they are first used. Needs the extra ``export``.
 """
 
 from typing import TYPE_CHECKING

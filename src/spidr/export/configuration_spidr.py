@@ -1,4 +1,4 @@
-"""Configuration of SpidR and DinoSR for ``transformers``. Copied into exported folders with all it imports."""
+"""Configuration of SpidR and DinoSR for ``transformers``. Copied into exported folders."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from transformers import PretrainedConfig
 
 
 class SpidREncoderConfig(PretrainedConfig):
-    """Which model it is, and its settings.
+    """The kind of model and its settings.
 
     Args:
         spidr_type: "spidr" or "dinosr".
-        settings: The model's settings as spidr's configuration has them.
+        settings: The model's settings, as in spidr's configuration.
         spidr_version: The version of spidr that wrote the folder.
     """
 

@@ -1,4 +1,4 @@
-"""SpidR and DinoSR encoders for ``transformers``. Copied into exported folders with all it imports."""
+"""SpidR and DinoSR encoders for ``transformers``. Copied into exported folders."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from spidr.tools.waveforms import standardise
 
 
 class SpidREncoder(PreTrainedModel):
-    """A SpidR or DinoSR encoder. ``model`` is the model itself, with its own methods."""
+    """A SpidR or DinoSR encoder; ``model`` is the spidr model itself."""
 
     config_class = SpidREncoderConfig
     base_model_prefix = "model"
@@ -33,7 +33,7 @@ class SpidREncoder(PreTrainedModel):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Every weight is in the file; what is not is for training."""
+        """Initialise what only training needs; all weights are in the file."""
         if isinstance(module, StepStatistics):
             module.flat.zero_()
 
@@ -52,7 +52,7 @@ class SpidREncoder(PreTrainedModel):
             input_values: (B, S) float, 16 kHz, shorter rows padded at the end.
             attention_mask: (B, S), 1 for the samples that count, then 0.
             normalize: Standardise each utterance over its own samples, as in training.
-            return_dict: Give a ``BaseModelOutput`` instead of a tuple.
+            return_dict: Return a ``BaseModelOutput`` instead of a tuple.
 
         Returns:
             ``last_hidden_state`` (B, T, D) and ``hidden_states``: the projected features, then the layers from 1 on,

@@ -1,4 +1,4 @@
-"""An encoder as one ONNX file."""
+"""Export an encoder as one ONNX file."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from spidr.tools.lazy import needs_extra
 
 OPSET = 18
 MAX_BYTES = 2**31 - 1
-"""What the format holds in one file."""
+"""Most bytes in one ONNX file."""
 
 
 def export_onnx(model: DinoSR, output: str | Path, *, layers: Sequence[int] | None = None) -> None:
-    """Write a graph from waveforms to features and units.
+    """Write an ONNX graph from waveforms to features and units.
 
     Inputs: ``waveforms (B, S)`` float32, 16 kHz, padded at the end, and ``lengths (B,)`` int64, the samples that count
     in each row, at least as many as one frame takes. Outputs: ``frames (B,)`` int64, the frames of each row, and for
@@ -73,7 +73,7 @@ def export_onnx(model: DinoSR, output: str | Path, *, layers: Sequence[int] | No
 
 def _graph(encoder: _Encoder, metadata: dict[str, str]) -> bytes:
     batch, samples = torch.export.Dim("batch"), torch.export.Dim("samples", min=encoder.min_samples)
-    # Unlike any dimension of a model, so that none is taken for a constant.
+    # Unlike any dimension of the model, or the exporter could take one for a constant.
     example = torch.randn(3, 4 * encoder.min_samples + 17)
     lengths = torch.tensor([example.shape[1], example.shape[1] - 5, 2 * encoder.min_samples])
     with torch.no_grad(), _quiet():
@@ -97,7 +97,7 @@ def _graph(encoder: _Encoder, metadata: dict[str, str]) -> bytes:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what the exporter says about itself."""
+    """Silence the exporter."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -118,14 +118,14 @@ class _Encoder(nn.Module):
         self.model, self.layers = model, list(layers)
         self.with_units = [layer for layer in layers if layer in model.codebook_layers]
         self.output_names = ["frames", *(f"features_{n}" for n in layers), *(f"units_{n}" for n in self.with_units)]
-        # Of two frames, since torch.export takes a dimension of 1 for a constant. The graph itself takes one, too.
+        # For two frames: torch.export takes a dimension of 1 for a constant. The graph accepts a single frame.
         self.min_samples = next(n for n in itertools.count(1) if conv_length(model.feature_extractor.shapes, n) == 2)
 
     def forward(self, waveforms: Tensor, lengths: Tensor) -> tuple[Tensor, ...]:
-        """(B, S) and (B,) to the outputs that :func:`export_onnx` describes."""
+        """Compute the outputs that :func:`export_onnx` describes from (B, S) and (B,)."""
         model = self.model
         frames = conv_length(model.feature_extractor.shapes, lengths)
-        # Lengths beyond the samples would count samples that are not there: nothing but NaN then.
+        # A length beyond the samples would count missing ones: make the row NaN.
         enough = torch.where(lengths > waveforms.shape[1], torch.nan, 1.0).unsqueeze(1)
         extracted = model.feature_extractor(standardise(waveforms * enough, lengths), lengths)
         exists = torch.arange(extracted.shape[1]) < frames.unsqueeze(1)
@@ -140,7 +140,7 @@ class _Encoder(nn.Module):
             log_probs = model._log_probs(
                 outputs[first:top] if per_layer else [model.student.finish(final)], top - first
             )
-            # Where the model is wrong, say of samples that are not numbers, no unit is better than any.
+            # Probabilities that are NaN, from samples that are not finite, give no unit.
             of_layers = [log_probs[n - 1 - first] for n in self.with_units]
             units = [torch.where(exists & (p.sum(-1) <= 0), p.argmax(-1), -1) for p in of_layers]
         return (frames, *(outputs[layer - 1] for layer in self.layers), *units)

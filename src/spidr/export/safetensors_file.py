@@ -1,4 +1,4 @@
-"""An encoder as one safetensors file."""
+"""Export an encoder as one safetensors file."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ def export_safetensors(model: DinoSR, output: str | Path) -> None:
 
     Args:
         model: The model; it is not changed.
-        output: The file, whose name must end in ``.safetensors``, or nothing could tell what it is.
+        output: The file; its name must end in ``.safetensors``.
 
     Raises:
-        InputError: If the name ends in something else, the file cannot be written, or safetensors is not installed.
+        InputError: The name has another suffix, the file cannot be written, or safetensors is not installed.
     """
     output = expand(output)
     if output.suffix != SAFETENSORS:

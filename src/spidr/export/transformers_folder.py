@@ -1,7 +1,7 @@
-"""An encoder as a folder for ``transformers``.
+"""Export an encoder as a folder for ``transformers``.
 
-``AutoModel.from_pretrained(folder, trust_remote_code=True)`` runs the folder's own code: copies of the modules that
-compute the model, with relative imports. Neither spidr nor a network is needed.
+``AutoModel.from_pretrained(folder, trust_remote_code=True)`` needs neither spidr nor a network: the folder holds copies
+of the modules that compute the model, with relative imports.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def export_transformers(model: DinoSR, output: str | Path) -> None:
         output: The folder, which must not exist.
 
     Raises:
-        InputError: If the folder exists or cannot be written, or safetensors is not installed.
+        InputError: The folder exists or cannot be written, or safetensors is not installed.
     """
     is_spidr = isinstance(model.cfg, SpidRConfig)
     config = {
@@ -73,7 +73,7 @@ def export_transformers(model: DinoSR, output: str | Path) -> None:
     }
     preprocessor = {
         "feature_extractor_type": "Wav2Vec2FeatureExtractor",
-        "do_normalize": False,  # the model does
+        "do_normalize": False,  # the model does it
         "feature_size": 1,
         "padding_side": "right",
         "padding_value": 0.0,
@@ -91,7 +91,7 @@ def export_transformers(model: DinoSR, output: str | Path) -> None:
 
 
 def code() -> dict[str, str]:
-    """File name → text of every module that the entry points need, importing each other from the same folder."""
+    """Collect the modules that the entry points need: file name → text, with imports from the same folder."""
     files: dict[str, str] = {}
     waiting = list(ENTRY_POINTS)
     while waiting:

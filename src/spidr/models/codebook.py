@@ -1,4 +1,4 @@
-"""Online clustering of the teacher's layers, and the statistics that one training step gathers for it."""
+"""Online clustering of the teacher's layers, and the statistics that a training step gathers for it."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from spidr.models.kernels import known
 
 NUM_EXTRA = 16
-"""Room for what training counts beside: more than it does today."""
+"""Room for other counts of the training loop."""
 
 SPLIT = 1 / 64
-"""How far, relative to itself, each half of a codeword that is split moves away from the other."""
+"""How far each half of a split codeword moves, relative to the codeword."""
 
 
 @known
@@ -28,7 +28,7 @@ class Codebook(nn.Module):
         codebook_decay: Weight of the past in an update; from 1 on nothing is updated.
 
     Attributes:
-        managed: Whether a model updates the codebook. One that is called on its own updates itself in training mode.
+        managed: Whether a model updates the codebook. Otherwise it updates itself when called in training mode.
     """
 
     codebook: Tensor
@@ -88,7 +88,7 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def revive(self, assigned: Tensor, after: int) -> None:
-        """Give codewords that have got no frame for ``after`` steps one half of the clusters that get most frames.
+        """Give codewords that have got no frame for ``after`` steps half of the busiest clusters.
 
         The j-th of them and the j-th busiest codeword become two codewords on either side of the latter, each with half
         of its weight, as k-means implementations treat empty clusters (faiss, for one). No draw and no frame is needed,
@@ -146,12 +146,12 @@ def count_perplexity(counts: Tensor) -> Tensor:
 
 
 class StepStatistics(nn.Module):
-    """What the micro-batches of one optimiser step add up to, in one flat buffer so that one all-reduce carries it.
+    """Sums over the micro-batches of an optimiser step, in one flat buffer for a single all-reduce.
 
     ``sums (K, V, D)`` and ``assigned (K, V)`` are the frames assigned to each codeword and their number, ``predicted
     (K, V)`` the sum of the predicted distributions, ``loss ()`` and ``frames ()`` the loss summed over the masked
-    frames and their number. ``extra (16,)`` is for whatever the caller wants summed along. None of it is part of a
-    checkpoint: it is zero between steps.
+    frames and their number. ``extra (16,)`` is for whatever else the caller wants summed. Nothing of it is in
+    checkpoints: it is zero between steps.
     """
 
     flat: Tensor

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Self, cast
 
 import torch
@@ -32,8 +32,6 @@ from spidr.tools.errors import InputError
 Reduction = Callable[[Tensor], None]
 """Sums a tensor over all processes, in place."""
 
-_warned_about_indices = False
-
 
 def ema_scheduler(step: int, start_decay: float, final_decay: float, final_step: int, freeze_step: int) -> float:
     """Teacher decay of DinoSR after optimiser step ``step`` (counted from 1).
@@ -46,7 +44,7 @@ def ema_scheduler(step: int, start_decay: float, final_decay: float, final_step:
 
 
 class DinoSR(Encoder):
-    """An encoder with what trains it: teacher, codebooks, loss, averages.
+    """An encoder and what training adds: teacher, codebooks, loss, moving averages.
 
     A training step is ``loss, outputs = model(waveforms, mask=mask)``, backward and optimiser step on the mean of
     ``loss``, then ``model.update_ema(step)`` with ``step`` counted from 1. Standardise the waveforms first.
@@ -56,12 +54,12 @@ class DinoSR(Encoder):
 
     Attributes:
         teacher: None in a model that only encodes.
-        freeze_step: The step from which on the extractor and the projection are frozen.
+        freeze_step: The step at which the extractor and the projection are frozen.
         ema_scheduler: Teacher decay after a step.
         teacher_exclude_layers: Names of the teacher's parameters that are copied, not averaged.
         defer_codebook_updates: Every forward in training mode updates the codebooks before it returns. True: it only
-            gathers statistics, which :meth:`update_ema` applies, one update for all micro-batches of a step; the
-            perplexities that ``forward`` returns are then of this process only.
+            gathers statistics, and :meth:`update_ema` applies them, once for all micro-batches of a step; the
+            perplexities that ``forward`` returns are then those of this process.
         reduction: Sums the statistics of a step over processes, in place. None: over the default process group if there
             is one.
     """
@@ -134,7 +132,7 @@ class DinoSR(Encoder):
             waveforms: (B, S) float, 16 kHz.
             mask: The masked frames: boolean (B, T), True = masked, or their indices, int64 (B, M), which costs no
                 synchronisation with the device. None: nothing is masked and the loss covers every frame.
-            mask_indices: Another name of ``mask``.
+            mask_indices: Another name for ``mask``.
             attention_mask: Boolean, True where to attend, broadcastable to (B, 1, T, T).
             lengths: See :meth:`project`.
             channel_mask: Boolean (B, D), True where a channel of the student's input is zeroed over all frames.
@@ -207,7 +205,7 @@ class DinoSR(Encoder):
     def _assign(self, targets: Tensor) -> tuple[Tensor, Tensor | None]:
         """The codewords that targets (K, N, D) are assigned to, (K, N).
 
-        If somebody touched a codebook, they are called as modules, and what they give, (K, N, V), comes along.
+        Codebooks that somebody has changed are called as modules; their output, (K, N, V), is returned, too.
         """
         with without_autocast(targets):
             if untouched(*self.codebooks):
@@ -216,7 +214,7 @@ class DinoSR(Encoder):
         return one_hot.argmax(-1), one_hot
 
     def _measure(self, targets: Tensor | None, labels: Tensor, predicted: Tensor, loss: Tensor) -> dict[str, Tensor]:
-        """How the masked frames use the codebooks; in training mode, gather it and move the codebooks."""
+        """Measure how the masked frames use the codebooks; in training mode, gather statistics and move them."""
         if self.training:
             self.statistics.add(targets, labels, predicted, loss)
             if not self.defer_codebook_updates:
@@ -235,7 +233,7 @@ class DinoSR(Encoder):
     def reduce_statistics(self) -> dict[str, Tensor]:
         """Sum the step's statistics over all processes, once, and return them by name (see ``StepStatistics``).
 
-        The only collective of a step beside the gradients'. Without a call, :meth:`update_ema` does it.
+        The only collective of a step besides the gradients'. :meth:`update_ema` calls it if nobody has.
         """
         if not self._reduced:
             (self.reduction or reduce_over_default_group)(self.statistics.flat)
@@ -243,7 +241,7 @@ class DinoSR(Encoder):
         return self.statistics.view()
 
     def discard_statistics(self) -> None:
-        """Forget the statistics gathered since the last update, as after a step that was skipped."""
+        """Forget the statistics gathered since the last update, as after a skipped step."""
         self.statistics.flat.zero_()
         self._reduced = False
 
@@ -309,7 +307,7 @@ class DinoSR(Encoder):
         lengths: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
-        """Take the first codewords from frames of the teacher, drawn at random without replacement.
+        """Draw the first codewords from the teacher's frames, at random and without replacement.
 
         Args:
             waveforms: (B, S) float, with at least as many frames as there are codewords.
@@ -337,28 +335,29 @@ class DinoSR(Encoder):
                 codebook.counts.fill_(1.0)
 
     def _codebooks(self) -> list[Codebook | None]:
-        """Our codebook at each place, also where something was put around it; None: another one took its place."""
+        """Our codebook at each place, even inside a wrapper; None where another module has taken its place."""
         inside = [[m for m in module.modules() if isinstance(m, Codebook)] for module in self.codebooks]
         return [found[0] if found else None for found in inside]
 
 
 def _one_mask(mask: Tensor | None, mask_indices: Tensor | None) -> Tensor | None:
     """The mask under whichever name it was given."""
-    global _warned_about_indices
     if mask_indices is None:
         return mask
     if mask is not None:
         raise InputError("mask and mask_indices are two names of one argument: give one of them")
-    if mask_indices.dtype == torch.bool and not _warned_about_indices:
-        _warned_about_indices = True
-        warnings.warn(
-            "mask_indices is a boolean mask: count masked frames with `mask.sum()`, not `numel()`", stacklevel=4
-        )
+    if mask_indices.dtype == torch.bool:
+        _warn_of_boolean_indices()
     return mask_indices
 
 
+@cache
+def _warn_of_boolean_indices() -> None:
+    warnings.warn("mask_indices is a boolean mask: count masked frames with `mask.sum()`, not `numel()`", stacklevel=5)
+
+
 def _perplexities(assigned: Tensor, predicted: Tensor) -> dict[str, Tensor]:
-    """Of each codebook (K, V), and their means."""
+    """Perplexities of each codebook's counts, (K, V), and their means."""
     target_ppls, pred_ppls = count_perplexity(assigned), count_perplexity(predicted)
     return {
         "target_ppl": target_ppls.mean(),

@@ -477,7 +477,7 @@ def _check_size(cfg: DinoSRConfig) -> None:
     Raises:
         InputError: It names the settings of the part that takes the most.
     """
-    if torch.get_default_device().type != "cpu":  # on "meta" they take no memory, and elsewhere not ours
+    if torch.empty(0).device.type != "cpu":  # on "meta" they take no memory, and elsewhere not ours
         return
     dim, shapes = cfg.encoder_embed_dim, cfg.extractor_conv_layer_config
     channels = [1, *(width for width, _, _ in shapes)]

@@ -49,13 +49,13 @@ def build_model(
             weights of a teacher, as after an export, the model has none.
         cfg: The model's configuration, unless one is recorded: in ``config.json`` beside the checkpoint (a run's whole
             configuration or its model table alone) or in the header of a safetensors file. None: the defaults.
-        model_type: "spidr" or "dinosr". None: the type that the configuration tells.
+        model_type: "spidr" or "dinosr". None: the type of the configuration.
 
     Returns:
         The model, on the CPU and in training mode, like every new module.
 
     Raises:
-        InputError: The model type is unknown or contradicts the configuration, or a file does not fit.
+        InputError: The model type is unknown or contradicts the configuration, or a file does not fit the model.
     """
     if checkpoint is None:
         cfg = cfg or model_config(type_needed(model_type, None), {})
@@ -89,7 +89,7 @@ def load_encoder(model: str | Path, model_type: str | None = None) -> DinoSR:
 
     Args:
         model: As ``checkpoint`` of :func:`build_model`.
-        model_type: "spidr" or "dinosr"; needed only if nothing tells.
+        model_type: "spidr" or "dinosr"; needed only if no configuration is recorded.
 
     Raises:
         InputError: There is no such model or file, or it does not fit.
@@ -102,10 +102,10 @@ def recorded_config(model: str | Path, model_type: str | None = None) -> DinoSRC
 
     Args:
         model: As ``checkpoint`` of :func:`build_model`.
-        model_type: What the model must be; needed if what is recorded does not tell.
+        model_type: What the model must be; needed if the record does not say.
 
     Raises:
-        InputError: There is no such model, what is recorded is wrong, or tells another type.
+        InputError: There is no such model, or its record is wrong or names another type.
     """
     if published := PUBLISHED.get(str(model)):
         if model_type not in (None, published.model_type):
@@ -124,7 +124,7 @@ def load_weights(model: str | Path) -> Weights:
         Name → tensor on the CPU, as saved.
 
     Raises:
-        InputError: There is no such model, or its file is truncated, damaged or something else.
+        InputError: There is no such model, or its file is truncated, damaged or no checkpoint.
     """
     if published := PUBLISHED.get(str(model)):
         return _load_published(published)
@@ -134,17 +134,17 @@ def load_weights(model: str | Path) -> Weights:
 
 
 def check_name(model: str | Path | Encoder) -> None:
-    """Check that :func:`load_encoder` has something to load, before anything that takes long.
+    """Check that :func:`load_encoder` could load a model, before anything that takes long.
 
     Raises:
-        InputError: It is nothing that it could load; a model itself is always right.
+        InputError: There is no such file or published model.
     """
     if not isinstance(model, Encoder) and str(model) not in PUBLISHED and not is_remote(str(model)):
         find_file(model)
 
 
 def find_file(model: str | Path) -> Path:
-    """The file of a model that is not one of the published ones; it is downloaded if it is elsewhere.
+    """The file of a model that is not a published one, downloaded if need be.
 
     Raises:
         InputError: There is no such file.
@@ -166,7 +166,7 @@ def find_file(model: str | Path) -> Path:
 
 
 def _local(model: str | Path) -> Path:
-    """The path of a model on this machine: in an exported folder that of its weights."""
+    """The path of a model on this machine; for an exported folder, that of its weights."""
     path = expand(model)
     # os.path.isfile is False for all that cannot be a file, such as a name that is too long.
     return path / "model.safetensors" if os.path.isfile(path / "model.safetensors") else path  # noqa: PTH113
@@ -177,7 +177,7 @@ def _new(cfg: DinoSRConfig) -> DinoSR:
 
 
 class _Undrawn(TorchFunctionMode):
-    """Inside, no first weights are drawn, which would take seconds: they are about to be loaded."""
+    """Skips the drawing of first weights, which takes seconds, where others are about to be loaded."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -187,7 +187,7 @@ class _Undrawn(TorchFunctionMode):
 
 
 def _empty(cfg: DinoSRConfig) -> DinoSR:
-    """A model on the CPU, in float32, whose weights are yet to be loaded. The caller's generator stays as it is."""
+    """A model on the CPU, in float32, with no weights yet. The caller's random generator is left alone."""
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:
@@ -220,14 +220,14 @@ def _entry_point(published: Published) -> Callable[..., DinoSR]:
     Args:
         pretrained: Load the weights, downloaded once to the folder of :func:`torch.hub.get_dir`; else the model is new.
         check_hash: As in :func:`torch.hub.load_state_dict_from_url`: compare a download with the hash in its file name,
-            if there is one. That it is complete and has every weight is checked in any case.
+            if there is one. It must be complete and have every weight in any case.
         progress: Show a progress bar on stderr while downloading.
 
     Returns:
         The model, on the CPU and in eval mode.
 
     Raises:
-        InputError: The download failed, or what came is not this model. The message says where to put it by hand.
+        InputError: The download failed, or is not this model. The message says where to put the file by hand.
     """
     return load
 

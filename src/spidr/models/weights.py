@@ -1,4 +1,4 @@
-"""Checkpoint and safetensors files into a model: whatever others save, and never a model half loaded.
+"""Load checkpoints and safetensors files, whoever wrote them, into a model: all of it or nothing.
 
 No code from a file is ever run (see :mod:`spidr.tools.tensors`).
 """
@@ -14,13 +14,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from spidr.config import DinoSRConfig, SpidRConfig, model_config
-from spidr.tools.errors import InputError, first_line
+from spidr.tools.errors import InputError, first_line, some
 from spidr.tools.files import check_file
 from spidr.tools.lazy import needs_extra
 from spidr.tools.tensors import Inert, check_plain, read_tensors
@@ -28,15 +28,17 @@ from spidr.tools.untrusted import read_table
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 SAFETENSORS = ".safetensors"
 HOLDERS = ("model", "state_dict", "model_state_dict")
-"""Under what the files of others hold their weights, if not at the top."""
+"""Keys under which others' files hold their weights, if not at the top."""
 WRAPPERS = {"module", "_orig_mod", "model", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
-"""What DistributedDataParallel, torch.compile, Lightning, transformers and others put into names."""
+"""Parts of names that DistributedDataParallel, torch.compile, Lightning, transformers and others add."""
 ANCHOR = "mask_embedding"
 """The weight that every model has at its top."""
 LARGEST = 1e10
-"""Weights of more are those of a run that has diverged."""
+"""Larger weights come from a run that has diverged."""
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -48,7 +50,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 
     Args:
         path: A ``torch.save`` file with the weights at its top or under "model" or "state_dict", or ``.safetensors``.
-            What DistributedDataParallel, ``torch.compile``, Lightning and the like put into names is removed.
+            What DistributedDataParallel, ``torch.compile``, Lightning and the like add to names is removed.
 
     Returns:
         Name → tensor on the CPU, as saved and in the order of the file.
@@ -62,7 +64,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 
 
 def _state_dict(document: Any) -> dict[str, Tensor]:
-    """The weights in what a file holds."""
+    """The weights in a file's content."""
     while isinstance(document, dict) and (key := next((k for k in HOLDERS if isinstance(document.get(k), dict)), None)):
         document = document[key]
     if not isinstance(document, dict) or not any(isinstance(value, (Tensor, Inert)) for value in document.values()):
@@ -71,7 +73,7 @@ def _state_dict(document: Any) -> dict[str, Tensor]:
 
 
 def plain_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights under the model's own names, without the names of what it was wrapped in or a part of.
+    """Weights under the model's own names, without those of wrappers and of larger models around it.
 
     Raises:
         ValueError: There are several models.
@@ -84,8 +86,8 @@ def plain_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {ours.removeprefix(prefix): weights[theirs] for ours, theirs in renamed.items()}
 
 
-def guarded(path: str | Path, load: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """What ``load`` returns; a broken file can make it fail in any way, and each becomes an InputError."""
+def guarded(path: str | Path, load: Callable[[], T]) -> T:
+    """Call a function that reads a file. A broken file can make it fail in any way; each becomes an InputError."""
     check_file(path)
     try:
         return load()
@@ -102,7 +104,7 @@ def guarded(path: str | Path, load: Callable[[], dict[str, Tensor]]) -> dict[str
 
 
 def recorded_config(path: str | Path, model_type: str | None = None) -> DinoSRConfig | None:
-    """The model's configuration as a safetensors header or the ``config.json`` beside the file has it.
+    """The model's configuration, from a safetensors header or the ``config.json`` beside the file.
 
     Args:
         path: The checkpoint; its weights are not read.
@@ -112,7 +114,7 @@ def recorded_config(path: str | Path, model_type: str | None = None) -> DinoSRCo
         The configuration; None if nothing is recorded.
 
     Raises:
-        InputError: The file is wrong, tells another model type or none.
+        InputError: The file is wrong, or names another model type or none.
     """
     if Path(path).suffix == SAFETENSORS and (cfg := _config_in_header(path)) is not None:
         return _of_type(cfg, model_type, path)
@@ -142,10 +144,10 @@ def type_of(cfg: DinoSRConfig) -> str:
 
 
 def type_needed(model_type: str | None, source: str | Path | None) -> str:
-    """The model type, if it is given.
+    """Return the model type.
 
     Raises:
-        InputError: It is not.
+        InputError: It is None.
     """
     if model_type is None:
         where = f"{source}: this file does not tell which model it is: " if source else ""
@@ -173,7 +175,7 @@ def load_into(model: nn.Module, weights: Mapping[str, Tensor], source: str | Pat
 
 
 def fitting(model: nn.Module, weights: Mapping[str, Tensor], source: str | Path) -> dict[str, Tensor]:
-    """The weights that a model needs, once it is known that they fit; see :func:`load_into`.
+    """Check weights as :func:`load_into` does, and return those that the model needs.
 
     Args:
         model: The model, perhaps on the meta device.
@@ -218,9 +220,8 @@ def _largest(value: Tensor) -> float:
     return float(torch.maximum(-low, high))
 
 
-def _few(what: str, names: list[str], limit: int = 5) -> list[str]:
-    rest = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return [f"{what}: {', '.join(names[:limit])}{rest}"] if names else []
+def _few(what: str, names: list[str]) -> list[str]:
+    return [f"{what}: {some(names)}"] if names else []
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -230,7 +231,7 @@ CHECKSUM = "sha256"
 
 
 def to_safetensors(weights: Mapping[str, Tensor], cfg: DinoSRConfig, **more: str) -> bytes:
-    """The content of a file that holds weights, their configuration, further strings and a checksum of it all."""
+    """Serialise weights with their configuration, further strings and a checksum of it all."""
     _library()
     from safetensors.torch import save
 
@@ -261,22 +262,17 @@ def _read_safetensors(path: str | Path) -> dict[str, Tensor]:
 
 
 def _config_in_header(path: str | Path) -> DinoSRConfig | None:
-    check_file(path)
-    try:
+    def read() -> DinoSRConfig | None:
         with _library().safe_open(os.fspath(path), framework="pt") as file:
             metadata = file.metadata() or {}
         if not {"model_type", "model"} <= metadata.keys():
             return None
         table = json.loads(metadata["model"])
-    except InputError:
-        raise
-    except OSError as error:
-        raise InputError(f"{path}: cannot read the file: {error.strerror or error}") from None
-    except Exception as error:
-        raise InputError(f"{path}: damaged or no safetensors file ({first_line(error)})") from None
-    if not isinstance(table, dict):
-        raise InputError(f"{path}: the header's 'model' is no table")
-    return model_config(metadata["model_type"], table, source=str(path))
+        if not isinstance(table, dict):
+            raise InputError(f"{path}: the header's 'model' is no table")
+        return model_config(metadata["model_type"], table, source=str(path))
+
+    return guarded(path, read)
 
 
 def _library() -> ModuleType:

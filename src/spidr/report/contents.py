@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from spidr.checkpoint import Checkpointer
-from spidr.config import SAMPLE_RATE, Config, DataConfig, SpidRConfig, read_config, to_dict
+from spidr.config import SAMPLE_RATE, Config, DataConfig, read_config, to_dict
 from spidr.data import speech_dataset
 from spidr.data.alignments import FRAME_STEP, read_alignments
 from spidr.environment import Environment
@@ -160,9 +160,7 @@ class Report:
 
     def _published(self, losses: figures.Curves) -> dict[str, figures.Band]:
         """What published runs of the base model did; a line on the page if this one does something else."""
-        sizes = ("encoder_num_layers", "encoder_embed_dim", "num_codebooks", "codebook_size")
-        model, base = self.cfg.model, SpidRConfig()
-        if not isinstance(model, SpidRConfig) or any(getattr(model, s) != getattr(base, s) for s in sizes):
+        if not healthy.is_base(self.cfg.model):
             return {}
         last = max((x[-1] for x, _ in losses.values() if x), default=0)
         steps = [step for step in healthy.LOSS if step < last] + [last]
@@ -222,7 +220,7 @@ class Report:
         chosen = self._layer(group, layer, numbers)
         dataset = speech_dataset(data.manifest, normalize=data.normalize)
         phones = phones_of_rows(dataset.manifest, read_alignments(data.alignments_path)) if data.alignments_path else {}
-        lengths = dataset.manifest["num_samples"].to_numpy()
+        lengths = dataset.lengths
         rows = np.array(sorted(phones) or range(len(dataset)))
         rows = rows[np.cumsum(lengths[rows]) <= max_minutes * 60 * SAMPLE_RATE]
         if not len(rows):

@@ -1,8 +1,8 @@
-"""Jobs on SLURM: what is submitted, and what runs in them.
+"""SLURM jobs: submitting them, and what runs in them.
 
-sbatch gets every setting as an argument of its own and a script in which everything is quoted, so nothing that a user
-writes is ever read by a shell. In each task, :mod:`spidr.slurm.job` runs one pickled call; when it is told to stop, the
-script queues the job again. Job folders are submitit's: ``submitit.SlurmJob(FOLDER / "%j", JOB_ID).result()`` works.
+sbatch gets every setting as its own argument, and a script in which everything is quoted, so no shell ever interprets
+what a user writes. In each task, :mod:`spidr.slurm.job` runs one pickled call; when it is told to stop, the script
+requeues the job. Job folders are laid out as submitit's: ``submitit.SlurmJob(FOLDER / "%j", JOB_ID).result()`` works.
 """
 
 from spidr.slurm.launch import launch_with_submitit, slurm_config_parse_args

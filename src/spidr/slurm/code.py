@@ -1,4 +1,4 @@
-"""The package's code as a job finds it: a copy of it, and where it comes from."""
+"""The code that a job runs: a copy of the package, and where it comes from."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def is_installed() -> bool:
-    """Whether the package that runs is an installed copy, which stays as it is, rather than someone's working tree."""
+    """Whether this package is installed, rather than a working tree that may change."""
     return not {"site-packages", "dist-packages"}.isdisjoint(PACKAGE.parts)
 
 
 def copy_package(destination: Path) -> None:
-    """Copy the package into a folder: its modules, and what git tracks of its other files. Links are left out."""
+    """Copy the package into a folder: its modules and the other files that git tracks, without links."""
     try:
         tracked = {os.fsdecode(name) for name in _git("ls-files", "-z").split(b"\0")}
     except (OSError, subprocess.SubprocessError):
@@ -32,7 +32,7 @@ def copy_package(destination: Path) -> None:
 
 
 def _own_files() -> Iterator[Path]:
-    """Regular files of the package that are not hidden, as paths in it."""
+    """Yield the package's files, except links and hidden ones, relative to it."""
     for root, folders, files in os.walk(PACKAGE):
         folders[:] = [name for name in folders if not name.startswith(".") and name != "__pycache__"]
         for path in (Path(root, name) for name in files if not name.startswith(".")):
@@ -41,11 +41,9 @@ def _own_files() -> Iterator[Path]:
 
 
 def describe_checkout() -> dict[str, bytes]:
-    """What is needed to find the code again: files for the job folder.
+    """Make ``git-info.txt`` (branch and commit) and ``git-diff.patch`` (the package's changes) for the job folder.
 
-    Returns:
-        ``git-info.txt`` with branch and commit and ``git-diff.patch`` with the package's changes since, if git tracks
-        the package; nothing for an installed one, even if its environment lies inside some checkout.
+    Nothing if git does not track the package, even if it is installed somewhere inside a checkout.
     """
     try:
         _git("ls-files", "--error-unmatch", "__init__.py")

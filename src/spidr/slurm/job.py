@@ -1,8 +1,8 @@
 """What each task of a job runs: ``python spidr/slurm/job.py FOLDER``.
 
-It calls the pickled function of its job and writes down the result, as submitit does. The signals by which SLURM
-announces the end of a job wait until the function can be called, since a task would die of them while its modules are
-imported. A function that does not handle them itself is then interrupted.
+It calls its job's pickled function and writes the result, as submitit does. The signals by which SLURM announces the
+end of a job are blocked until the call, since they would kill a task that still imports its modules; then they
+interrupt a function that does not handle them.
 """
 
 import os
@@ -15,7 +15,7 @@ from typing import NoReturn
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 PREEMPTED = 75
-"""Exit status after which the job is queued again; see :class:`spidr.environment.Preempted`."""
+"""Exit status that requeues the job; see :class:`spidr.environment.Preempted`."""
 
 
 def run_task(folder: Path) -> int:
@@ -25,8 +25,8 @@ def run_task(folder: Path) -> int:
         The exit status: 0, or 2 after wrong input.
 
     Raises:
-        SystemExit: With status 75 if the job is to be queued again. Only the first task ends with it, since srun ends
-            the others after the first status that is not 0.
+        SystemExit: With status 75 to requeue the job. Only the first task ends with it, since srun kills the others
+            after the first status other than 0.
         Exception: What the call raises.
     """
     import cloudpickle

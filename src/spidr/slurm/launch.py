@@ -32,18 +32,17 @@ def launch_with_submitit(
 ) -> bool:
     """Submit calls to SLURM, several as one job array.
 
-    A job that is preempted or reaches its time limit is queued again and calls its function again.
+    A job that is preempted or reaches its time limit is requeued and calls its function again.
 
     Args:
         job_name: Name of the job and of its folder in ``dump``.
-        jobs: (function, arguments) of each job of the array: every task calls ``function(*arguments)``. There is one
-            task per GPU.
+        jobs: (function, arguments) of each job: every task calls ``function(*arguments)``, one task per GPU.
         dump: Folder on a file system that the nodes share.
-        slurm: What to ask for.
-        copy_code: Whether the jobs, requeued ones too, run a copy of the package made now.
+        slurm: The resources to request.
+        copy_code: Whether the jobs, also when requeued, run a copy of the package made now.
 
     Returns:
-        Whether everything was submitted. Otherwise the reason is logged as an error.
+        Whether everything was submitted; if not, the reason is logged as an error.
     """
     try:
         submit(job_name, jobs, dump, slurm, copy_code=copy_code)
@@ -62,16 +61,13 @@ def submit(
     copy_code: bool = False,
     max_restarts: int | None = None,
 ) -> tuple[str, Path]:
-    """Submit as :func:`launch_with_submitit`, whose arguments these are, and say what came of it.
+    """Submit as :func:`launch_with_submitit`, and return the job id and the job folder.
 
-    ``max_restarts`` is how often a job may be queued again; None: as often as it takes.
-
-    Returns:
-        The job id and the job folder.
+    ``max_restarts`` limits how often a job is requeued; None: no limit.
 
     Raises:
-        InputError: If the job folder cannot be written or sbatch refuses. Nothing is left behind then, unless sbatch
-            did not answer: the job may be there.
+        InputError: The job folder cannot be written, or sbatch refuses. Nothing is left behind, unless sbatch did not
+            answer: the job may exist.
     """
     with needs_extra("train"):
         from submitit.helpers import DelayedSubmission
@@ -103,6 +99,6 @@ def submit(
 
 
 def slurm_config_parse_args(args: argparse.Namespace) -> SlurmConfig:
-    """Take the SLURM settings out of a command line: the attributes of their names that are there and not None."""
+    """Take the SLURM settings out of a parsed command line; what is missing or None keeps its default."""
     names = [field.name for field in dataclasses.fields(SlurmConfig)]
     return SlurmConfig(**{name: value for name in names if (value := getattr(args, name, None)) is not None})

@@ -1,4 +1,4 @@
-"""SLURM settings that need not be given: those of known clusters, and those of validation jobs."""
+"""Default SLURM settings, of known clusters and of validation jobs."""
 
 from __future__ import annotations
 
@@ -16,14 +16,13 @@ KEYS = ("time", "cpus_per_task", "mem_per_gpu", "constraint", "partition", "qos"
 def default_train_job_config(cluster_name: str | None) -> dict[str, Any]:
     """Look up the SLURM settings of a cluster.
 
-    They come from ``$SPIDR_CLUSTERS_FILE`` (default ``~/.config/spidr/clusters.toml``) over ``clusters.toml`` of the
-    package.
+    ``$SPIDR_CLUSTERS_FILE`` (default ``~/.config/spidr/clusters.toml``) overrides the package's ``clusters.toml``.
 
     Args:
         cluster_name: A table of these files. None: no settings.
 
     Raises:
-        InputError: If no file has that cluster, or it has a wrong setting.
+        InputError: No file has that cluster, or it has a wrong setting.
     """
     if not cluster_name:
         return {}
@@ -48,7 +47,7 @@ def default_train_job_config(cluster_name: str | None) -> dict[str, Any]:
 
 
 def validation_job_config() -> SlurmConfig:
-    """Ask for an hour of one GPU, with the account and the CPUs of the job that this process is in.
+    """Request an hour of one GPU, with the account and the CPUs of the job that this process runs in.
 
     Raises:
         InputError: Outside a job.

@@ -1,4 +1,4 @@
-"""A submission as SLURM gets it, and the folder of its job."""
+"""The sbatch command, its script, and the job folder."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ Call = tuple[Callable[..., object], Sequence[Any]]
 """A function and its positional arguments."""
 
 LIMIT = 60.0
-"""Seconds that a busy controller has to answer."""
+"""Seconds to wait for a busy controller."""
 
 SCRIPT = """\
 #!/bin/bash
-# The tasks get SLURM's signals, save and end with status 75; then the job is queued again.
+# On SLURM's signals, the tasks save and end with status 75; then the job is requeued.
 trap : TERM USR1 USR2
 mkdir -p {folder}/"{job}"
 {srun}
@@ -47,7 +47,7 @@ exit "$status"
 
 
 class NoAnswerError(InputError):
-    """sbatch has not answered: the job may have been submitted or not."""
+    """sbatch did not answer: the job may or may not have been submitted."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def prepare(
     copy_code: bool = False,
     max_restarts: int | None = None,
 ) -> Submission:
-    """Put together a submission of ``count`` jobs; nothing is run or written."""
+    """Put together a submission of ``count`` jobs, without running or writing anything."""
     job, variable = ("%j", "$SLURM_JOB_ID") if count == 1 else ("%A_%a", "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID")
     name = re.sub(r"[^\w.,:=+@-]+", "_", job_name)[:128]
     options = {
@@ -92,19 +92,19 @@ def prepare(
         "partition": slurm.partition,
         "qos": slurm.qos,
         "array": f"0-{count - 1}" if count > 1 else None,
-        # So long before the time limit; SLURM may be up to a minute early. Enough for a step and a checkpoint.
+        # Seconds before the time limit, enough for a step and a checkpoint; SLURM may be a minute early.
         "signal": f"USR2@{min(120, 15 * slurm.time) if slurm.time else 120}",
     }
     pattern = str(folder).replace("%", "%%")
-    # SLURM's own messages; a job whose log is in a folder that is yet to be made would fail to start.
+    # SLURM's own messages. A job whose log lies in a folder that does not exist yet would fail.
     command = ["sbatch", "--parsable", "--requeue", "--open-mode=append", f"--output={pattern}/{job}_slurm.log"]
     command += [f"--{name}={value}" for name, value in options.items() if value is not None]
     log = f"{pattern}/{job}/{job}_%t_log"
     srun = ["srun", "--unbuffered", "--kill-on-bad-exit=1", "--open-mode=append"]
     srun += [f"--output={log}.out", f"--error={log}.err"]
-    if slurm.cpus_per_task:  # srun has not taken it from sbatch since SLURM 22.05
+    if slurm.cpus_per_task:  # since SLURM 22.05, srun does not take it from sbatch
         srun.append(f"--cpus-per-task={slurm.cpus_per_task}")
-    # The package that runs is the one given here, whatever lies in the current folder (-P) or is installed.
+    # Run this very package, whatever lies in the current folder (-P) or is installed.
     package = folder / "code" / PACKAGE.name if copy_code else PACKAGE
     python = [sys.executable, "-P", "-u", str(package / "slurm" / "job.py"), str(folder)]
     script = SCRIPT.format(
@@ -123,8 +123,8 @@ def sbatch(submission: Submission) -> str:
         The job id.
 
     Raises:
-        InputError: If it is refused.
-        NoAnswerError: If there is no answer.
+        InputError: SLURM refuses it.
+        NoAnswerError: SLURM does not answer.
     """
     try:
         done = run_program(submission.command, environment=clean_environment(), text=submission.script, limit=LIMIT)
@@ -146,9 +146,9 @@ def sbatch(submission: Submission) -> str:
 
 
 def clean_environment() -> dict[str, str]:
-    """This process's environment without what an enclosing job or torchrun has put there about itself.
+    """This process's environment without the variables of an enclosing job or torchrun.
 
-    SLURM would otherwise take the enclosing job's memory, GPUs and tasks for the new one's.
+    SLURM would take the enclosing job's memory, GPUs and tasks for the new one's.
     """
     prefixes = ("SLURM_", "SLURMD_", "SRUN_", "SUBMITIT_", "TORCHELASTIC_")
     ranks = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT"}
@@ -160,7 +160,7 @@ def clean_environment() -> dict[str, str]:
 
 
 def job_state(job_id: str) -> str | None:
-    """A job's state if it waits or runs, "" once it has ended, None if SLURM does not answer."""
+    """State of a job that waits or runs; "" once it has ended, None if SLURM does not answer."""
     try:
         asked = run_program(["squeue", "--noheader", f"--jobs={job_id}", "--format=%T"])
     except (OSError, subprocess.TimeoutExpired):
@@ -171,11 +171,7 @@ def job_state(job_id: str) -> str | None:
 
 
 def job_folders(dump: str | Path, job_name: str, launch_time: datetime) -> Iterator[Path]:
-    """Names for the job folder, the best first. Endless.
-
-    Raises:
-        InputError: If SLURM could not write logs there.
-    """
+    """Yield names for the job folder, without end, the best first. Raises InputError if SLURM cannot log there."""
     dump = Path(dump).expanduser().absolute()
     if found := re.search(r"%[jtAa]|\\", str(dump)):
         raise InputError(f"{dump}: {found[0]} has a meaning of its own in SLURM's paths; choose another folder")
@@ -188,11 +184,7 @@ def job_folders(dump: str | Path, job_name: str, launch_time: datetime) -> Itera
 
 
 def make_job_folder(dump: str | Path, job_name: str, launch_time: datetime) -> Path:
-    """Make a new job folder.
-
-    Raises:
-        InputError: If it cannot be made.
-    """
+    """Make a new job folder. Raises InputError if it cannot be made."""
     for folder in job_folders(dump, job_name, launch_time):
         try:
             folder.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""What all commands share: the parser, where results go, and how they end."""
+"""What all commands share: parsing, writing results, and ending."""
 
 from __future__ import annotations
 
@@ -33,28 +33,27 @@ USER_ERRORS = (
     *("EACCES", "EDQUOT", "EFBIG", "EIO", "EISDIR", "ELOOP", "EMFILE", "ENAMETOOLONG", "ENOENT", "ENOSPC", "ENOTDIR"),
     *("EPERM", "EROFS", "ESTALE", "ETXTBSY"),
 )
-"""Errors of the file system that whoever runs the command can put right."""
+"""Errors of the file system that the user can fix."""
 
 _results: list[TextIO] = []
 
 
 def write_result(text: str) -> None:
-    """Write to the command's standard output, which holds results only: whatever else prints goes to standard error."""
+    """Write to standard output, which holds results only; all other printing goes to standard error."""
     stream = _results[-1] if _results else sys.stdout
     stream.write(text)
     stream.flush()
 
 
 def command(main: Callable[P, int | None]) -> Callable[P, int]:
-    """Decorate the main function of a command: it ends with a status and, if something is wrong, one line.
+    """Decorate the main function of a command, which then ends with a status and at most one line.
 
     Args:
         main: Returns the exit status; None is 0. It writes results with :func:`write_result`.
 
     Returns:
-        The same function, with status 2 after an :class:`InputError` or an error of the file system that the user can
-        put right, 130 after Ctrl-C, and 141 when nobody reads the results any more. A closed standard error ends
-        nothing.
+        The function with status 2 after an :class:`InputError` or an error of the file system that the user can fix,
+        130 after Ctrl-C, and 141 when the reader of the results is gone. A closed standard error ends nothing.
     """
 
     @functools.wraps(main)
@@ -72,7 +71,7 @@ def command(main: Callable[P, int | None]) -> Callable[P, int]:
             except KeyboardInterrupt:
                 return _say("interrupted; run the same command again", 130)
             except BrokenPipeError:
-                with suppress(OSError, ValueError):  # or Python would complain when it flushes at the end
+                with suppress(OSError, ValueError):  # or Python complains when it flushes at exit
                     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno())  # type: ignore[union-attr]
                 return 141
             except OSError as error:
@@ -84,13 +83,13 @@ def command(main: Callable[P, int | None]) -> Callable[P, int]:
 
 
 def _say(text: str, status: int) -> int:
-    line_break = "\n" if "RANK" in os.environ else ""  # another process's progress bar may be on this line
+    line_break = "\n" if "RANK" in os.environ else ""  # there may be another process's progress bar on this line
     sys.stderr.write(f"{line_break}{text}\n")
     return status
 
 
 class _Lasting:
-    """A stream whose reader may go away, or whose disk may be full: what cannot be written is dropped."""
+    """A stream that drops what cannot be written, since its reader is gone or the disk is full."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -109,7 +108,7 @@ class _Lasting:
 
 
 class _Aside(_Lasting):
-    """Standard error in place of standard output. Only the help of a parser is a result."""
+    """Standard error in place of standard output, except for a parser's help."""
 
     def write(self, text: str) -> int:
         if sys._getframe(1).f_globals.get("__name__") == "argparse":
@@ -120,7 +119,7 @@ class _Aside(_Lasting):
 
 @contextmanager
 def _results_only() -> Iterator[None]:
-    """Inside, ``sys.stdout`` is standard error for all but :func:`write_result`."""
+    """Redirect ``sys.stdout`` to standard error for all but :func:`write_result`."""
     with Path(os.devnull).open("w", encoding="utf-8") as nowhere:
         _results.append(_results[-1] if _results else sys.stdout or nowhere)  # None if it was closed
         try:
@@ -132,7 +131,7 @@ def _results_only() -> Iterator[None]:
 
 @contextmanager
 def lasting_stderr() -> Iterator[None]:
-    """Inside, a closed or full standard error ends nothing."""
+    """Survive a closed or full standard error."""
     with (
         Path(os.devnull).open("w", encoding="utf-8") as nowhere,
         redirect_stderr(cast("TextIO", _Lasting(sys.stderr or nowhere))),
@@ -155,7 +154,7 @@ class Parser(argparse.ArgumentParser):
     """A parser whose help fits on a screen and ends with an example.
 
     Args:
-        prog: ``python -m MODULE``; ``spidr NAME`` in its place if it was called that way.
+        prog: ``python -m MODULE``, shown as ``spidr NAME`` if it was called that way.
         example: Command lines.
         options: As of :class:`argparse.ArgumentParser`.
     """
@@ -168,7 +167,7 @@ class Parser(argparse.ArgumentParser):
         self.example = example
 
     def format_help(self) -> str:
-        """Format the help, the example at its end."""
+        """Format the help with the example at its end."""
         example = "".join(f"  {line}\n" for line in self.example.splitlines())
         return super().format_help() + (f"\nexample:\n{example}" if example else "")
 
@@ -178,4 +177,4 @@ DEVICE: dict[str, Any] = {
     "default": "auto",
     "help": "where to compute (default: auto: CUDA, else MPS, else the CPU)",
 }
-"""How :meth:`argparse.ArgumentParser.add_argument` adds ``--device``."""
+"""Options of ``add_argument("--device", …)``."""

@@ -1,4 +1,4 @@
-"""Files elsewhere: downloaded once, resumed after an interruption, checked, and kept."""
+"""Download files once: resumable, checked, cached."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from spidr.tools.errors import InputError, first_line
 
 try:
     import fcntl
-except ImportError:  # on Windows, where two downloads of one file at once are not kept apart
+except ImportError:  # on Windows, two downloads of one file at once are not kept apart
     fcntl = None  # type: ignore[assignment]
 
 logger = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 
 def is_remote(address: str) -> bool:
-    """Whether it is ``https://…``, ``http://…`` or ``hf:OWNER/NAME/FILE``."""
+    """Whether an address is ``https://…``, ``http://…`` or ``hf:OWNER/NAME/FILE``."""
     return address.startswith(("hf:", "https://", "http://"))
 
 
@@ -39,17 +39,17 @@ class Remote:
     """A file on a web server or on the Hugging Face hub.
 
     Attributes:
-        address: ``https://…`` or ``hf:OWNER/NAME/FILE``. The latter are kept in ``huggingface_hub``'s cache if that is
-            installed, all others in torch.hub's folder.
-        saved_as: What the file is called in torch.hub's folder. Empty: it gets a folder of its own there, for many
-            files are called alike, together with the ``config.json`` beside it, if there is one.
+        address: ``https://…`` or ``hf:OWNER/NAME/FILE``. The latter go to ``huggingface_hub``'s cache if that is
+            installed, all others to torch.hub's folder.
+        saved_as: Its name in torch.hub's folder. Empty: it gets a subfolder, since many files have the same name,
+            together with the ``config.json`` beside it, if there is one.
     """
 
     address: str
     saved_as: str = ""
 
     def _hugging_face(self) -> tuple[str, str] | None:
-        """Repository and file, if it is on the hub."""
+        """Repository and file on the Hugging Face hub, if it is there."""
         if not self.address.startswith("hf:"):
             return None
         match = re.fullmatch(r"hf:([\w.-]+/[\w.-]+)/([\w./-]+)", self.address)
@@ -59,7 +59,7 @@ class Remote:
 
     @property
     def url(self) -> str:
-        """Where it is."""
+        """Where to download it."""
         if (repository := self._hugging_face()) is None:
             return self.address
         host = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
@@ -67,7 +67,7 @@ class Remote:
 
     @property
     def path(self) -> Path:
-        """Where it is kept in torch.hub's folder."""
+        """Its place in torch.hub's folder."""
         name = self.saved_as or Path(unquote(urlparse(self.url).path)).name
         if name in ("", ".."):
             raise InputError(f"{self.address}: names no file")
@@ -75,7 +75,7 @@ class Remote:
         return (folder if self.saved_as else folder / hashlib.sha256(self.url.encode()).hexdigest()[:16]) / name
 
     def cached(self) -> Path | None:
-        """The file, if it has been downloaded or put there by hand."""
+        """The file, if it was downloaded or put there by hand."""
         if self.path.exists():
             return self.path
         if (repository := self._hugging_face()) and (hub := _huggingface_hub()):
@@ -84,11 +84,11 @@ class Remote:
         return None
 
     def fetch(self, read: Callable[[Path], T], *, check_hash: bool = False, progress: bool = True) -> T:
-        """Read the file, downloaded unless it is in the cache and can be read; it is kept only if it can.
+        """Read the file, after downloading it unless it is cached and readable; keep only what can be read.
 
         Args:
             read: Reads and checks it.
-            check_hash: Whether to compare a download with the hash in its name, if there is one, as torch.hub does.
+            check_hash: Whether to compare a download with the hash in its name, if any, as torch.hub does.
             progress: Show a progress bar on stderr.
 
         Raises:
@@ -106,7 +106,7 @@ class Remote:
                 self._fetch_config()
             return _download(self.url, self.path, read, check_hash, progress)
         except (OSError, http.client.HTTPException, InputError) as error:
-            reason = first_line(error).replace(f"{_partial(self.path)}: ", "")  # which will not be there any more
+            reason = first_line(error).replace(f"{_partial(self.path)}: ", "")  # which is gone by then
             where = f"cannot download it to {self.path}, where it may be put by hand"
             raise InputError(f"{self.url}: {where}: {reason}") from None
 
@@ -148,7 +148,7 @@ def _partial(path: Path) -> Path:
 
 
 def _download(url: str, path: Path, read: Callable[[Path], T], check_hash: bool, progress: bool) -> T:
-    """Download to ``NAME.partial``, which becomes ``path`` if it can be read, and is resumed if it is interrupted."""
+    """Download to ``NAME.partial``, resuming an earlier attempt, and rename it to ``path`` if it can be read."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = _partial(path)
     with _alone(partial) as (file, waited):
@@ -171,7 +171,7 @@ def _download(url: str, path: Path, read: Callable[[Path], T], check_hash: bool,
                 if not resumed:
                     _drop(partial)
                     raise
-                file.truncate(0)  # perhaps the file has changed meanwhile: once more, from the start
+                file.truncate(0)  # the file may have changed meanwhile: start over
                 continue
             partial.replace(path)
             return _drop(partial, result)
@@ -184,13 +184,13 @@ def _drop(partial: Path, result: Any = None) -> Any:
 
 
 def _validator(partial: Path) -> Path:
-    """Which version of the file a partial one is of, as the server calls it."""
+    """Where the server's version tag of a partial file is kept."""
     return partial.with_name(f"{partial.name}.version")
 
 
 @contextmanager
 def _alone(path: Path) -> Iterator[tuple[IO[bytes], bool]]:
-    """The file, for appending by this process alone, and whether another one had it until now."""
+    """Open a file for appending by this process alone, and say whether another one had it until now."""
     waited = False
     while True:
         with path.open("ab") as file:
@@ -202,7 +202,7 @@ def _alone(path: Path) -> Iterator[tuple[IO[bytes], bool]]:
                         logger.warning("%s: another process is downloading it; waiting", path)
                         waited = True
                         fcntl.flock(file, fcntl.LOCK_EX)
-            # While waiting, the other one may have renamed it.
+            # The other process may have renamed it meanwhile.
             if path.exists() and path.stat().st_ino == os.fstat(file.fileno()).st_ino:
                 file.seek(0, os.SEEK_END)
                 yield file, waited
@@ -210,7 +210,7 @@ def _alone(path: Path) -> Iterator[tuple[IO[bytes], bool]]:
 
 
 def _append(url: str, file: IO[bytes], progress: bool) -> None:
-    """Download the rest of a file, or all of it if the server does not send parts or it has changed."""
+    """Download the rest of a file, or all of it if it has changed or the server sends no parts."""
     offset, version = file.seek(0, os.SEEK_END), _validator(Path(file.name))
     headers = {"User-Agent": "spidr"}
     if offset:
@@ -222,7 +222,7 @@ def _append(url: str, file: IO[bytes], progress: bool) -> None:
     except HTTPError as error:
         if not offset or error.code != http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
             raise
-        file.truncate(0)  # it has at least as much as the server
+        file.truncate(0)  # it is as long as the server's
         _append(url, file, progress)
         return
     with response:
@@ -235,13 +235,13 @@ def _append(url: str, file: IO[bytes], progress: bool) -> None:
         length = response.headers.get("Content-Length")
         total = offset + int(length) if length else None
         received = offset
-        # tqdm if it is installed, else torch.hub's own substitute
+        # tqdm if it is installed, else torch.hub's substitute
         with torch.hub.tqdm(total=total, initial=offset, disable=not progress, unit="B", unit_scale=True) as bar:  # type: ignore[attr-defined]
             while chunk := response.read(1 << 20):
                 file.write(chunk)
                 received += len(chunk)
                 bar.update(len(chunk))
-    # A connection that closes early just ends the stream.
+    # A connection that closes early only ends the stream.
     if total is not None and received != total:
         raise InputError(f"it stopped after {received:,} of {total:,} bytes; try again to resume it")
 

@@ -1,12 +1,10 @@
-"""Errors that a user can put right, and the text of those of other libraries."""
+"""Errors that a user can fix, and texts for messages."""
 
 from collections.abc import Iterable, Sequence
 
 
 class InputError(ValueError):
-    """Something the user gave is wrong. The message names the file, key or row and says what to do.
-
-    Command lines print the message and exit with status 2.
+    """Wrong input. The message names the file, key or row and the remedy; commands print it and exit with status 2.
 
     Args:
         message: One or several lines.
@@ -27,7 +25,7 @@ class InputError(ValueError):
 
 
 class ProblemsError(InputError):
-    """Everything that is wrong with one table, as (dotted key, text) pairs."""
+    """All problems of one table, as (dotted key, text) pairs."""
 
     def __init__(self, problems: Iterable[tuple[str, str]], source: str = "", *, guide: str = "") -> None:
         self.problems = list(problems)
@@ -37,7 +35,7 @@ class ProblemsError(InputError):
         super().__init__((f"{source}: " if source else "") + "\n".join(lines), guide=guide)
 
     def under(self, key: str) -> list[tuple[str, str]]:
-        """The problems with their keys seen from the enclosing table."""
+        """The problems, with keys relative to the enclosing table."""
         return [(f"{key}.{inner}" if inner else key, text) for inner, text in self.problems]
 
 
@@ -47,6 +45,6 @@ def first_line(error: BaseException) -> str:
 
 
 def some(items: Sequence[object], most: int = 5, separator: str = ", ") -> str:
-    """The first items of a list that may be long, and how many more there are."""
+    """The first items of a list, and how many more there are."""
     end = f"{' ' if separator == ', ' else separator}and {len(items) - most:,} more"
     return separator.join(map(str, items[:most])) + (end if len(items) > most else "")

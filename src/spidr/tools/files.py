@@ -128,8 +128,10 @@ def expand(path: str | Path) -> Path:
     """A path as the user wrote it, with ``~`` and ``$VARIABLES`` replaced.
 
     Raises:
-        InputError: It names a variable that is not set, or a user that does not exist.
+        InputError: It is empty, or names a variable that is not set or a user that does not exist.
     """
+    if not str(path):
+        raise InputError("a path is empty: was a variable of the shell not set?")
     expanded = os.path.expanduser(os.path.expandvars(path))  # noqa: PTH111 (pathlib knows no variables)
     if expanded != str(path) or not os.path.lexists(expanded):
         if missing := re.search(r"\$(\w+|\{\w+\})", expanded):

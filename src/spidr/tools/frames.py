@@ -1,4 +1,4 @@
-"""How many frames a stack of convolutions makes of a waveform."""
+"""Numbers of frames and samples of a stack of convolutions."""
 
 from collections.abc import Iterable
 from typing import Any, TypeVar
@@ -7,14 +7,14 @@ Length = TypeVar("Length")
 
 
 def conv_length(shapes: Iterable[tuple[int, int, int]], lengths: Length) -> Length:
-    """Number of frames the convolutions ``shapes`` make of ``lengths`` samples.
+    """Number of frames that convolutions make of a number of samples.
 
     Args:
-        shapes: (out_channels, kernel, stride) of each convolution, all without padding.
-        lengths: A number of samples: an int, or an integer array or tensor of them.
+        shapes: (out_channels, kernel, stride) of each convolution, without padding.
+        lengths: Number of samples: an int, or an integer array or tensor.
 
     Returns:
-        As many numbers of frames, 0 where the samples do not fill one kernel.
+        Number of frames, of the same type; 0 where the samples do not fill one kernel.
     """
     for _, kernel, stride in shapes:
         frames: Any = (lengths - kernel) // stride + 1  # type: ignore[operator]
@@ -23,12 +23,12 @@ def conv_length(shapes: Iterable[tuple[int, int, int]], lengths: Length) -> Leng
 
 
 def samples_of(shapes: Iterable[tuple[int, int, int]], frames: int) -> int:
-    """Fewest samples of which the convolutions ``shapes`` make so many frames, at least one."""
+    """Fewest samples of which the convolutions make a number of frames, at least one."""
     for _, kernel, stride in reversed(list(shapes)):
         frames = (frames - 1) * stride + kernel
     return frames
 
 
 def receptive_field(shapes: Iterable[tuple[int, int, int]]) -> int:
-    """Number of samples that one frame of the convolutions ``shapes`` sees."""
+    """Number of samples that one frame sees."""
     return samples_of(shapes, 1)

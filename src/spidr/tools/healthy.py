@@ -20,11 +20,19 @@ TARGET_PERPLEXITY = (165.0, 203.0)
 ACTIVE_CODEWORDS = (191, 223)
 """Of 256, lowest and highest of the codebooks: decided by step 2,500. The others are dead for the whole training."""
 
+BASE = {"encoder_num_layers": 12, "encoder_embed_dim": 768, "num_codebooks": 8, "codebook_size": 256}
+"""What the published runs' models have in common."""
+
 DECIDED = 2_500
 """The step from which on the codebooks are what they will be."""
 
 MARGIN = 0.15
 """How far beyond the published runs, as a share, is still like them."""
+
+
+def is_base(model: object) -> bool:
+    """Whether a model's settings are those of SpidR's base model, as far as they matter here."""
+    return hasattr(model, "ema_timescale") and all(getattr(model, name) == value for name, value in BASE.items())
 
 
 def expected_loss(step: float) -> tuple[float, float]:

@@ -1,6 +1,6 @@
-"""What is imported late or may not be there: names imported when they are first used, and packages of an extra.
+"""Import names on first use, and say which extra a missing package belongs to.
 
-Importing torch takes seconds, so no command waits for what it does not need.
+Importing torch takes seconds, so nothing should wait for it that does not need it.
 """
 
 import os
@@ -15,9 +15,7 @@ from spidr.tools.errors import InputError
 
 
 def lazy_names(package: str, here: str = "", **modules: str) -> tuple[Callable[[str], Any], list[str]]:
-    """Offer the names of a package's modules in the package itself, imported when they are first used.
-
-    Modules themselves are found without being listed.
+    """Offer names of a package's modules in the package itself, imported on first use; and the modules.
 
     Args:
         package: Its ``__name__``.
@@ -38,7 +36,7 @@ def lazy_names(package: str, here: str = "", **modules: str) -> tuple[Callable[[
                 raise
             raise AttributeError(f"module {package!r} has no attribute {name!r}") from None
         value = getattr(found, name) if name in module_of else found
-        setattr(sys.modules[package], name, value)  # the next time it is there at once
+        setattr(sys.modules[package], name, value)  # from now on without this function
         return value
 
     names = sorted([*here.split(), *module_of])
@@ -47,11 +45,11 @@ def lazy_names(package: str, here: str = "", **modules: str) -> tuple[Callable[[
 
 
 def names_from(package: str, module: str) -> Callable[[str], Any]:
-    """A module-level ``__getattr__`` for names that live in another module.
+    """Make a module-level ``__getattr__`` for names of another module.
 
     Args:
         package: Its ``__name__``.
-        module: The module whose ``__all__`` it also offers, imported for the first of them.
+        module: The module whose ``__all__`` it offers, imported on first use.
     """
 
     def get(name: str) -> Any:
@@ -64,7 +62,7 @@ def names_from(package: str, module: str) -> Callable[[str], Any]:
 
 
 def _import(module: str) -> ModuleType:
-    """Import a module. ``from … import`` would take an AttributeError in it for a name that does not exist."""
+    """Import a module; ``from … import`` would mistake an AttributeError inside it for a missing name."""
     try:
         return import_module(module)
     except AttributeError as error:
@@ -73,11 +71,11 @@ def _import(module: str) -> ModuleType:
 
 @contextmanager
 def needs_extra(extra: str, note: str = "") -> Iterator[None]:
-    """Around imports: a package that is not installed is wrong input, and the message says what installs it.
+    """Turn a failed import of a package into an error that says what to install.
 
     Args:
-        extra: The optional dependencies of this package that it is one of, ``"train"`` or several: ``"train,plot"``.
-        note: What else is to be known.
+        extra: Our extra or extras that install it, such as ``"train"`` or ``"train,plot"``.
+        note: Text after the command.
 
     Raises:
         InputError: A module of another package is missing.
@@ -93,15 +91,15 @@ def needs_extra(extra: str, note: str = "") -> Iterator[None]:
 
 @contextmanager
 def command_needs(extra: str, module_name: str) -> Iterator[None]:
-    """Around imports at the top of a module that is a command too, as which it says what is missing.
+    """Apply :func:`needs_extra` to imports at the top of a module if it runs as a command.
 
     Args:
         extra: See :func:`needs_extra`.
         module_name: Its ``__name__``.
 
     Raises:
-        ModuleNotFoundError: As ever, if it is imported as a module.
-        SystemExit: With status 2, if it is run as a command.
+        ModuleNotFoundError: A package is missing, and the module is imported.
+        SystemExit: A package is missing, and the module is a command (status 2).
     """
     if module_name != "__main__":
         yield
@@ -110,6 +108,6 @@ def command_needs(extra: str, module_name: str) -> Iterator[None]:
         with needs_extra(extra):
             yield
     except InputError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # all processes of a machine find the same
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # once per machine
             sys.stderr.write(f"error: {error}\n")
         sys.exit(2)

@@ -1,4 +1,4 @@
-"""Other programs, run for a limited time."""
+"""Run other programs for a limited time."""
 
 import os
 import signal
@@ -13,10 +13,9 @@ def run_program(
 ) -> subprocess.CompletedProcess[bytes]:
     """Run a program from inside a training run, which forks workers and gets signals meanwhile.
 
-    A worker forked while :mod:`subprocess` waits would inherit its pipes and hold them open for as long as it lives, so
-    the program's streams are files. It has a session of its own and blocks the signals that ask a run to stop: SLURM
-    sends those to all processes of a job. All processes that it has started end with it when it takes too long, or when
-    this one is interrupted.
+    Its streams are files, since a worker forked meanwhile would inherit pipes and hold them open. It runs in its own
+    session and blocks the signals that ask a run to stop, which SLURM sends to all processes of a job. If it takes too
+    long, or this process is interrupted, it is killed with all that it has started.
 
     Args:
         command: The program, found on the path, and its arguments.
@@ -25,8 +24,8 @@ def run_program(
         limit: Seconds it may take.
 
     Raises:
-        OSError: It cannot be run.
-        subprocess.TimeoutExpired: It took longer.
+        OSError: It cannot be started.
+        subprocess.TimeoutExpired: It took too long.
     """
     with TemporaryFile() as stdin, TemporaryFile() as stdout, TemporaryFile() as stderr:
         stdin.write(os.fsencode(text))
@@ -38,7 +37,7 @@ def run_program(
         )
         deadline, ended, status = time.monotonic() + limit, 0, 0
         try:
-            while not ended:  # in small pieces, since signals do not interrupt waitpid once polars has been imported
+            while not ended:  # by polling: signals do not interrupt waitpid once polars is imported
                 if time.monotonic() > deadline:
                     raise subprocess.TimeoutExpired(command, limit)
                 time.sleep(0.02)

@@ -1,4 +1,4 @@
-"""Progress of work that takes a while: a bar in a terminal, a line a minute in a log file."""
+"""Show progress: a bar on a terminal, a line a minute in a log file."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from tqdm import tqdm
 logger = logging.getLogger(__name__)
 
 LINE_EVERY = 60.0
-"""Seconds between two lines where standard error is no terminal."""
+"""Seconds between two log lines."""
 
 _BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.2f}/{total:.2f} {unit}, {elapsed} passed, {remaining} left{postfix}"
 
 
 class Progress:
-    """Shows how far some work has come; called with what has been done since the last call.
+    """Shows the progress of some work; called with the amount done since the last call.
 
     Args:
         description: What is made, such as "Units".
-        total: All there is to do; 0 shows nothing.
-        unit: What it is counted in, such as "h of audio".
-        scale: Units in one of what is counted.
-        initial: What was done before.
-        shown: Show anything at all.
+        total: The amount of work; 0 shows nothing.
+        unit: The unit to show, such as "h of audio".
+        scale: Units per amount of work.
+        initial: The amount done before.
+        shown: Whether to show anything.
     """
 
     def __init__(

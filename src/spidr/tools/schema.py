@@ -1,8 +1,8 @@
-"""Dataclasses that check themselves: a field's annotation is its whole check.
+"""Dataclasses that check themselves.
 
-The annotation gives the type and, through :data:`typing.Annotated`, the accepted values. What several fields must
-satisfy together is listed in ``RULES`` of their class. Tables from files and arguments from Python go through the same
-checks, and all problems of a table are reported at once.
+A field's annotation gives its type and, through :data:`typing.Annotated`, the values it accepts; ``RULES`` of the class
+lists what several fields must satisfy together. Tables from files and arguments from Python go through the same checks,
+and all problems of a table are reported at once.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from spidr.tools.errors import ProblemsError
 
 @dataclass(frozen=True)
 class Accepts:
-    """The values a field accepts among those of its type; ``text`` completes "an integer …" in the error message."""
+    """The values of its type that a field accepts; ``text`` completes "an integer …" in the error message."""
 
     text: str
     test: Callable[[Any], bool]
@@ -31,7 +31,7 @@ class Accepts:
 
 @dataclass(frozen=True)
 class Rule:
-    """What the values of several fields must satisfy together; a problem is reported under the first of them."""
+    """What several fields must satisfy together; a problem is reported under the first of them."""
 
     fields: tuple[str, ...]
     test: Callable[..., bool]
@@ -39,33 +39,33 @@ class Rule:
 
 
 def between(low: int, high: int) -> Accepts:
-    """Sizes: without an upper bound, a slip of the keyboard would end in a lack of memory far from here."""
+    """Accept sizes within bounds; without an upper one, a typo would run out of memory far from here."""
     return Accepts(f"of at least {low} and at most {high:,}", lambda n: low <= n <= high)
 
 
 REQUIRED: Any = object()
-"""The default of a setting that has none: written after settings that have one, and for a key that a file lacks."""
+"""Stands for a missing value of a setting without a default."""
 
 T = TypeVar("T")
 
 
 def ours(default: T) -> T:
-    """The default of a setting that the published package does not have: where it holds, no file names it."""
+    """Default of a setting that the published package does not have; our files name it only where it differs."""
     return dataclasses.field(default=default, metadata={"ours": True})
 
 
 def is_default_of_ours(settings: Settings, field: dataclasses.Field[Any]) -> bool:
-    """Whether a setting is one of :func:`ours` and has its default."""
+    """Whether a setting is one of :func:`ours` at its default."""
     return bool(field.metadata.get("ours")) and getattr(settings, field.name) == field.default
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Checks the fields of a dataclass when it is built: each by its annotation, then together by ``RULES``."""
+    """A dataclass whose fields are checked when it is built: each by its annotation, then together by ``RULES``."""
 
     RULES: ClassVar[tuple[Rule, ...]] = ()
     ELSEWHERE: ClassVar[Mapping[str, str]] = {}
-    """Keys that are settings of another class, and what to say of them."""
+    """Keys that belong to another class, and what to say about them."""
 
     def __post_init__(self) -> None:
         problems: list[tuple[str, str]] = []
@@ -98,7 +98,7 @@ S = TypeVar("S", bound=Settings)
 
 
 def from_table(cls: type[S], table: Any) -> S:
-    """Build a dataclass from a parsed table; the problems of all its keys are raised together."""
+    """Build a dataclass from a parsed table; raise the problems of all its keys together."""
     if not isinstance(table, Mapping):
         raise ProblemsError([("", f"found {show(table)}, accepted: a table")])
     settings = {f.name: f for f in dataclasses.fields(cls) if f.compare}
@@ -121,16 +121,16 @@ def _unknown(cls: type[Settings], key: str, names: list[str]) -> str:
 
 
 def hints_of(cls: type) -> dict[str, Any]:
-    """The annotation of each field that a file may set, as far as there are any."""
+    """Annotations of the fields that a file may set."""
     hints = get_type_hints(cls, include_extras=True)
     return {f.name: hints[f.name] for f in dataclasses.fields(cls) if f.compare}
 
 
 def _convert(value: Any, hint: Any) -> Any:
-    """The value as its annotation wants it: integers as floats, lists as tuples, tables as dataclasses.
+    """Convert a value to its annotation: integers to floats, lists to tuples, tables to dataclasses.
 
     Raises:
-        ProblemsError: It is none of the accepted values.
+        ProblemsError: The annotation does not accept it.
     """
     if value is REQUIRED:
         raise ProblemsError([("", f"missing, required: {describe(hint)}")])
@@ -176,7 +176,7 @@ def _convert_values(table: Mapping[str, Any], key_hint: Any, value_hint: Any) ->
 
 
 def _convert_scalar_or_list(value: Any, hint: Any) -> Any:
-    """As :func:`_convert`, but raises TypeError."""
+    """Convert as :func:`_convert`, but raise TypeError."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Annotated:
         converted = _convert_scalar_or_list(value, arguments[0])
@@ -189,7 +189,7 @@ def _convert_scalar_or_list(value: Any, hint: Any) -> Any:
         return [_convert_scalar_or_list(item, arguments[0]) for item in value]
     elif origin is tuple and isinstance(value, (list, tuple)) and len(value) == len(arguments):
         return tuple(map(_convert_scalar_or_list, value, arguments))
-    elif isinstance(value, bool):  # a bool is an int in Python, but not in a file
+    elif isinstance(value, bool):  # Python's bool is an int, a file's is not
         if hint is bool:
             return value
     elif hint is int and isinstance(value, int) and abs(value) < 2**63:
@@ -207,7 +207,7 @@ _NAMES = {bool: "true or false", int: "an integer", float: "a finite number", st
 
 
 def describe(hint: Any) -> str:
-    """What an annotation accepts, in words."""
+    """Say what an annotation accepts."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Annotated:
         return " ".join([describe(arguments[0]), *(accepts.text for accepts in arguments[1:])])
@@ -225,7 +225,7 @@ def describe(hint: Any) -> str:
 
 class _Short(reprlib.Repr):
     def repr_int(self, x: int, level: int) -> str:
-        # Python does not write more than 4,300 decimal digits, which a file may give as hexadecimal ones.
+        # Python refuses to write more than 4,300 decimal digits; a file may hold them in hexadecimal.
         return super().repr_int(x, level) if x.bit_length() < 10_000 else f"{hex(x)[:40]}..."
 
 
@@ -234,7 +234,7 @@ _short.maxstring = _short.maxother = _short.maxlong = 80
 
 
 def show(value: Any) -> str:
-    """A value as the user wrote it, more or less, cut to a readable length."""
+    """Show a value about as the user wrote it, cut to a readable length."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, dict):
@@ -243,5 +243,5 @@ def show(value: Any) -> str:
 
 
 def show_key(key: str) -> str:
-    """A key as the user wrote it, quoted where it is no plain name."""
+    """Show a key, quoted unless it is a plain name."""
     return key if key.replace("-", "_").isidentifier() and len(key) < 80 else _short.repr(key)

@@ -1,4 +1,4 @@
-"""Reading files of ``torch.save`` that anybody may have written: no code runs, and no size is believed."""
+"""Read files of ``torch.save`` from anybody: run no code, trust no size."""
 
 from __future__ import annotations
 
@@ -22,24 +22,23 @@ logger = logging.getLogger(__name__)
 
 
 def read_tensors(path: str | Path, *, strict: bool = False) -> Any:
-    """Read a ``torch.save`` file: containers, numbers and tensors; any other object is an :class:`Inert` one.
+    """Read a ``torch.save`` file: containers, numbers and tensors; all other objects become :class:`Inert`.
 
-    Checksums, which torch writes but does not verify, are verified; files of the format before torch 1.6 have none,
-    which the log says. torch.load has no such mode: it refuses other classes or imports them, and takes any amount of
-    memory for 200 bytes that ask for it.
+    Verifies the checksums that torch writes; files from before torch 1.6 have none, which is logged. torch.load refuses
+    other classes or imports them, verifies nothing, and takes any amount of memory for 200 bytes that ask for it.
 
     Args:
         path: The file.
         strict: Refuse other objects.
 
     Raises:
-        Exception: Any, if the file is damaged.
+        Exception: Of any type, if the file is damaged.
     """
     if not is_archive(path):
         document = _read_old(Path(path), strict)
         logger.warning("%s: an old file format without a checksum: damage would not be noticed", path)
         return document
-    with open_archive(path) as archive:  # what is read whole has its checksum verified
+    with open_archive(path) as archive:  # zipfile verifies the checksum of what is read whole
         folder = next(name.removesuffix("/data.pkl") for name in archive.namelist() if name.endswith("/data.pkl"))
         order = f"{folder}/byteorder"
         if order in archive.namelist() and archive.read(order).decode() != sys.byteorder:
@@ -52,7 +51,7 @@ def read_tensors(path: str | Path, *, strict: bool = False) -> Any:
 
 
 def _read_old(path: Path, strict: bool) -> Any:
-    """The format before torch 1.6: five pickles, then the data of the storages that they name."""
+    """Read the format before torch 1.6: five pickles, then the data of the storages that they name."""
     storages: dict[str, Tensor] = {}
     left = path.stat().st_size
 
@@ -84,14 +83,10 @@ def _tensor(content: bytes, dtype: torch.dtype) -> Tensor:
 
 
 def check_plain(value: Any, place: str) -> Tensor:
-    """Check that a value is a tensor with as much data as its shape says.
-
-    Raises:
-        ValueError: It is something else.
-    """
+    """Check that a value is a tensor with as much data as its shape says. Raises ValueError if not."""
     if not isinstance(value, (Tensor, Inert)):
         raise ValueError(f"expected only tensors, found a {type(value).__name__} at {place}")
-    # An inert object stands for a sparse, nested or quantised tensor, or for none at all.
+    # An inert object may have been a sparse, nested or quantised tensor, or none.
     if isinstance(value, Inert) or value.layout is not torch.strided or value.is_quantized or value.is_nested:
         raise ValueError(f"expected only plain tensors, found another kind at {place}")
     if value.is_meta or value.nbytes > value.untyped_storage().nbytes():
@@ -100,16 +95,16 @@ def check_plain(value: Any, place: str) -> Tensor:
 
 
 def is_archive(path: str | Path) -> bool:
-    """Whether a file is a zip archive, as ``torch.save`` has written since torch 1.6."""
+    """Whether a file is a zip archive, as ``torch.save`` writes since torch 1.6."""
     check_file(path)
     return zipfile.is_zipfile(path)
 
 
 def open_archive(path: str | Path) -> zipfile.ZipFile:
-    """Open a zip file that cannot be larger unpacked than it is: neither torch nor numpy writes any other by itself.
+    """Open a zip file of torch or numpy, in which nothing is compressed, so that it cannot be larger unpacked.
 
     Raises:
-        Exception: Any, as from ``zipfile``, if it is no such file.
+        Exception: Of any type, if the file is another one.
     """
     check_file(path)
     archive = zipfile.ZipFile(path)
@@ -122,7 +117,7 @@ def open_archive(path: str | Path) -> zipfile.ZipFile:
 
 
 class Inert:
-    """Stands for any object that is not a tensor or container, and takes whatever a pickle does to it."""
+    """Stands for an object that is not a tensor or container; whatever a pickle does to it has no effect."""
 
     def __new__(cls, *_: Any, **__: Any) -> Inert:  # noqa: D102
         return super().__new__(cls)
@@ -154,7 +149,7 @@ _STORAGES = {
 
 
 def _rebuild_tensor(storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> Tensor:
-    return storage.as_strided(size, stride, offset)  # which checks the bounds
+    return storage.as_strided(size, stride, offset)  # checks the bounds
 
 
 def _rebuild_parameter(data: Tensor, *_: Any) -> Tensor:
@@ -171,9 +166,9 @@ _KNOWN: dict[tuple[str, str], Any] = {
 
 
 class _Unpickler(pickle._Unpickler):
-    """Imports nothing, and runs nothing but what is in ``_KNOWN``.
+    """Imports nothing and runs only what is in ``_KNOWN``.
 
-    It is the one in Python: the one in C takes gigabytes for a pickle of ten bytes that numbers an object with 2^32.
+    In Python, since the one in C takes gigabytes for a pickle of ten bytes that numbers an object with 2^32.
     """
 
     def __init__(self, file: IO[bytes], storage: Callable[[torch.dtype, str, int], Tensor], strict: bool) -> None:

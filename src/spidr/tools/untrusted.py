@@ -1,4 +1,4 @@
-"""Reading what anybody may have written: tables of settings, JSON, and the sizes they ask for."""
+"""Read input from anybody: tables of settings, JSON, and the sizes they ask for."""
 
 import json
 import os
@@ -15,14 +15,14 @@ from spidr.tools.schema import show, show_key
 
 
 def check_memory(size: int, place: str) -> None:
-    """Refuse what a few bytes of a file ask for but no machine has.
+    """Refuse a request for more than half of this process's memory: a few bytes of a file may ask for any amount.
 
     Args:
         size: Bytes that would be needed.
-        place: Where that is asked for.
+        place: Where they are asked for.
 
     Raises:
-        InputError: It is more than half of the memory that there is for this process.
+        InputError: There are not enough.
     """
     if size > _memory() // 2:
         raise InputError(f"{place}: would take {size / 2**30:,.1f} GiB, more than half of the memory there is.")
@@ -32,7 +32,7 @@ def check_memory(size: int, place: str) -> None:
 def _memory() -> int:
     try:
         import resource
-    except ImportError:  # on Windows, where memory is not known
+    except ImportError:  # on Windows
         return sys.maxsize
     sizes = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
@@ -48,7 +48,7 @@ _MAX_KEY_PARTS = 100
 
 
 def read_table(path: str | Path) -> dict[str, Any]:
-    """Parse a TOML file, or a JSON file if its name ends in ``.json``, without looking at what is in it.
+    """Parse a TOML file, or a JSON file if its name ends in ``.json``.
 
     Raises:
         InputError: The file is missing, unreadable, not UTF-8, not valid, or names a key twice.
@@ -70,7 +70,7 @@ def read_table(path: str | Path) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         raise InputError(f"{path}: not UTF-8 text (line {line}: byte 0x{raw[error.start]:02x})") from None
-    except ValueError as error:  # also the parsers' own errors, which say the line
+    except ValueError as error:  # including the parsers' own errors, which name the line
         raise InputError(f"{path}: not valid {kind}: {error}") from None
     if not isinstance(document, dict):
         raise InputError(f"{path}: found {show(document)}, accepted: an object of sections")
@@ -78,11 +78,7 @@ def read_table(path: str | Path) -> dict[str, Any]:
 
 
 def parse_json(text: str) -> Any:
-    """Parse JSON that anybody may have written.
-
-    Raises:
-        ValueError: It is not valid, names a key twice, or is nested too deeply.
-    """
+    """Parse JSON. Raises ValueError if it is not valid, names a key twice, or is nested too deeply."""
 
     def table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result: dict[str, Any] = {}
@@ -99,9 +95,9 @@ def parse_json(text: str) -> Any:
 
 
 def _parse_toml(text: str) -> dict[str, Any]:
-    """As :func:`parse_json`."""
+    """Parse TOML as :func:`parse_json` does JSON."""
     for number, line in enumerate(text.split("\n"), start=1):
-        # tomllib's time grows with the square of the parts of a key.
+        # tomllib takes time quadratic in the parts of a key.
         if line.partition("=")[0].count(".") > _MAX_KEY_PARTS and not line.lstrip().startswith("#"):
             raise ValueError(f"nested too deeply (at line {number})")
     try:
@@ -111,7 +107,7 @@ def _parse_toml(text: str) -> dict[str, Any]:
 
 
 def parse_toml_value(text: str) -> Any:
-    """A value as TOML writes it: a number, true, a list; what is none of them is a string."""
+    """Parse a TOML value (a number, true, a list); anything else is a string."""
     try:
         table = _parse_toml(f"value = {text}")
     except ValueError:

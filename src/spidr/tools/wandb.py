@@ -20,16 +20,16 @@ from spidr.tools.untrusted import parse_json
 logger = logging.getLogger(__name__)
 
 TIMEOUT = 30.0
-"""Seconds that training waits for wandb, when it begins and when it ends."""
+"""Seconds that training waits for wandb at its beginning and end."""
 
 WandbMode = Literal["online", "offline", "disabled"]
 
 
 def wandb_mode(configured: WandbMode) -> WandbMode:
-    """What to do: what wandb's own variables say, else what the run's configuration says.
+    """Choose the mode: from wandb's environment variables, else from the configuration.
 
     Raises:
-        InputError: If ``$WANDB_MODE`` is none of wandb's modes.
+        InputError: ``$WANDB_MODE`` is not a mode of wandb.
     """
     if os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1", "yes", "on"):
         return "disabled"
@@ -41,19 +41,18 @@ def wandb_mode(configured: WandbMode) -> WandbMode:
 
 
 class WandbSink:
-    """The run's page on wandb. It keeps one id over all restarts, and gets each line once.
+    """The run's page on wandb, with one id over all restarts, which gets each line once.
 
-    ``wandb.json`` in the run folder holds the id and what has been pushed under it, online and offline apart. Training
-    never stops because of wandb: what fails is logged, and :func:`spidr.validation_jobs.push_metrics` can push the
-    missing lines later.
+    ``wandb.json`` in the run folder holds the id and what was pushed, online and offline apart. wandb never stops
+    training: failures are logged, and :func:`spidr.validation_jobs.push_metrics` can push missing lines later.
 
     Args:
         folder: The run folder.
         project: wandb project.
         name: Name of the run.
-        mode: See :func:`wandb_mode`.
+        mode: From :func:`wandb_mode`.
         config: The configuration to show.
-        run_id: wandb's id of the run. None: the one of ``wandb.json``, else a new one.
+        run_id: wandb's id of the run. None: from ``wandb.json``, else a new one.
     """
 
     def __init__(
@@ -94,7 +93,7 @@ class WandbSink:
             self.run = None
 
     def missing(self, lines: Iterable[Line]) -> list[Line]:
-        """The lines that have not been pushed, in the order of their steps."""
+        """Lines that were not pushed, in the order of steps."""
         return sorted((line for line in lines if not self._has(line)), key=lambda line: line["step"])
 
     def _has(self, line: Line) -> bool:
@@ -104,7 +103,7 @@ class WandbSink:
         return step in self._pushed.get(group, ()) or step <= self._until.get(group, -1)
 
     def push(self, line: Line) -> None:
-        """Log a line as ``GROUP/NAME`` against ``GROUP/step``, unless it has been."""
+        """Log a line as ``GROUP/NAME`` against ``GROUP/step``, unless it was before."""
         if self.run is None or self._has(line):
             return
         group, step = line["group"], line["step"]
@@ -113,20 +112,20 @@ class WandbSink:
             self.run.log({f"{group}/{key}": value for key, value in line.items() if key != "group"})
             if group == "train":
                 self._pushed[group] = step
-            else:  # results of a validation may come late
+            else:  # results of validation may come late
                 self._pushed.setdefault(group, []).append(step)
             self._save()
         except Exception:
             logger.warning("wandb refused the metrics of step %d (%s); it gets no more", step, group, exc_info=True)
             self.close()
-            self.run = None  # a later line would hide that this one is missing
+            self.run = None  # later lines would hide that this one is missing
 
     def _save(self) -> None:
         with atomic_write(self.state_path) as file:
             file.write(json.dumps(self._state).encode())
 
     def close(self) -> None:
-        """End the session, or leave it to itself if wandb cannot be reached."""
+        """End the session, or abandon it if wandb cannot be reached."""
         if self.run is not None:
             finish = threading.Thread(target=self.run.finish, name="wandb", daemon=True)
             finish.start()
@@ -134,7 +133,7 @@ class WandbSink:
 
 
 def _read_state(path: Path) -> dict[str, Any]:
-    """What ``wandb.json`` says; as if there were none, with a warning, if it is damaged."""
+    """Read ``wandb.json``; if it is damaged, warn and start over."""
     new: dict[str, Any] = {"id": None, "pushed": {}}
     try:
         state = parse_json(path.read_text("utf-8"))
@@ -151,7 +150,7 @@ def _read_state(path: Path) -> dict[str, Any]:
 
 
 def _last_steps(run: Any) -> dict[str, int]:
-    """The last step of each group that wandb's own page of a resumed run has."""
+    """The last step of each group on the page of a resumed run."""
     last = {}
     for key, step in dict(getattr(run, "summary", None) or {}).items():
         group, _, name = key.rpartition("/")
@@ -161,11 +160,7 @@ def _last_steps(run: Any) -> dict[str, int]:
 
 
 def import_wandb() -> Any:
-    """Import the package.
-
-    Raises:
-        InputError: It is not installed.
-    """
+    """Import wandb. Raises InputError if it is not installed."""
     with needs_extra("train"):
         import wandb
 
@@ -173,11 +168,7 @@ def import_wandb() -> Any:
 
 
 def find_wandb_run(project: str, name: str) -> str:
-    """Ask wandb for the id of the one finished run of a name.
-
-    Raises:
-        InputError: If there is none, or several, or wandb cannot be asked.
-    """
+    """Ask wandb for the id of the one finished run with a name. Raises InputError unless there is exactly one."""
     try:
         runs = list(import_wandb().Api().runs(project, filters={"display_name": name, "state": "finished"}))
     except InputError:

@@ -1,4 +1,4 @@
-"""Standardisation of waveforms: mean 0 and variance 1 over each utterance."""
+"""Standardise waveforms: mean 0 and variance 1 over each utterance."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ QUIET = 10**-4.5
 """Variance of a recording at -45 dBFS, below which ``EPS`` shrinks it by more than a tenth."""
 
 BLOCK = 1 << 20
-"""Samples that are summed at a time."""
+"""Samples to sum at a time."""
 
 _warned = False
 
@@ -26,7 +26,7 @@ Read = Callable[[int, int], Tensor]
 
 
 def moments(waveforms: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Mean and population variance of each utterance, summed in float64 (MPS: float32, it has no other).
+    """Compute mean and population variance of each utterance in float64 (on MPS, which has none, in float32).
 
     Args:
         waveforms: (B, S) float.
@@ -69,8 +69,8 @@ def standardise(
     Args:
         waveforms: (B, S) float, of any sampling rate.
         lengths: Samples that count in each row, (B,); what follows becomes 0. None: all count.
-        statistics: Mean and variance as :func:`moments` gives them, for a part of an utterance those of the whole.
-            None: of these waveforms.
+        statistics: Mean and variance from :func:`moments`, such as those of the whole utterance for a part of it.
+            None: those of these waveforms.
 
     Returns:
         (B, S) in the type of ``waveforms``.
@@ -81,11 +81,11 @@ def standardise(
 
 
 class Standardised:
-    """A recording with mean 0 and variance 1 that is never in memory as a whole; it is read twice for its moments.
+    """A standardised recording that is never in memory as a whole; it is read twice for its moments.
 
     Args:
-        read: The recording's samples (1, stop - start), which an instance then gives standardised.
-        num_samples: How many there are.
+        read: Reads samples (1, stop - start) of the recording.
+        num_samples: Number of samples.
 
     Attributes:
         std: Its standard deviation.
@@ -99,12 +99,12 @@ class Standardised:
         self.std = math.sqrt(float(self._moments[1]))
 
     def __call__(self, start: int, stop: int) -> Tensor:
-        """Samples ``start`` to ``stop``, standardised."""
+        """Read samples ``start`` to ``stop``, standardised."""
         return standardise(self._read(start, stop), statistics=self._moments)
 
 
 def warn_if_quiet(variance: float) -> None:
-    """Warn once in a process about a recording below -45 dBFS."""
+    """Warn, once per process, about a recording below -45 dBFS."""
     global _warned
     if variance < QUIET and not _warned:
         _warned = True
