@@ -81,11 +81,11 @@ class Output(ABC):
         damaged = self.find(items, session, folders)
         other_jobs = len(self._jobs()) > len(folders)
         if has_record and (self.done or damaged or other_jobs or self.has_values()):
-            self._check()
+            self._check_record()
         else:  # also when a job with other settings has made nothing
             _write_object(self.record, self.settings, indent=2)
         if damaged:
-            logger.warning("%s: the values of %d recordings are damaged and made again", self.path, damaged)
+            logger.warning("%s: %d recordings have damaged values, which are made again", self.path, damaged)
         self._note(items)
 
     def finish(self, items: Sequence[Item], skipped: dict[str, str], folders: Sequence[Path]) -> None:  # noqa: ARG002
@@ -109,7 +109,7 @@ class Output(ABC):
             "Choose another output; if the recordings are the same, remove that file.",
         )
 
-    def _check(self) -> None:
+    def _check_record(self) -> None:
         """Check that what is there was made in the same way."""
         found = _read_object(self.record, "says how the outputs were made", "Choose another output.", strings=False)
         expected = json.loads(json.dumps(self.settings))
