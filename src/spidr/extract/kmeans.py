@@ -67,7 +67,7 @@ class KMeans:
             if centroids.dtype != np.float32 or centroids.ndim != 2 or not np.isfinite(centroids).all():
                 raise ValueError("the centroids are not a matrix of finite numbers in float32")
             if len(centroids) < 2:
-                raise ValueError("there are fewer than two centroids")
+                raise ValueError("there are no two centroids")
             if not isinstance(made["layer"], int) or made["layer"] < 1 or not {"model", "weights"} <= made.keys():
                 raise ValueError("it does not say what it was made of")
         except Exception as error:  # a damaged file can fail in any way
