@@ -20,12 +20,12 @@ This trains a small SpidR on {train} recorded prompts ({minutes:.0f} minutes of 
 {valid} others, in three to ten minutes on two CPU cores. Everything goes to {folder}.
 """
 AFTER = """
-PNMI is the share of what there is to know about the phone that the unit tells: 0 is nothing, 1 everything. It should
-have risen in both layers. The model is {model}. Next:
+PNMI says how much of what there is to know about the phone the unit tells: 0 is nothing, 1 is everything. It should
+have risen in both layers. The model is {model}. Next, in {here}:
 
-  python -m spidr.extract units examples/quickstart/audio runs/units.jsonl --model {model} --layer 2
-  python -m spidr.evaluate units runs/units.jsonl examples/quickstart/alignments.jsonl --num-units 64
-  python -m spidr.report {run}
+  {python} -m spidr.extract units examples/quickstart/audio runs/units.jsonl --model {model} --layer 2
+  {python} -m spidr.evaluate units runs/units.jsonl examples/quickstart/alignments.jsonl
+  {python} -m spidr.report {run}
 
 For your own recordings, copy configs/laptop.toml.
 """
@@ -63,9 +63,11 @@ def main() -> int:
 
     print(write_manifests(), flush=True)
     status = train(["configs/quickstart.toml", *settings])
-    run = read_config("configs/quickstart.toml", settings).run.dir
     if status == 0:
-        print(AFTER.format(run=run, model=run / "final.pt"))
+        run = read_config("configs/quickstart.toml", settings, warn=False).run.dir
+        python = Path(sys.executable)
+        python = python.relative_to(ROOT) if python.is_relative_to(ROOT) else python
+        print(AFTER.format(run=run, model=run / "final.pt", here=ROOT, python=python))
     return status
 
 

@@ -130,9 +130,9 @@ class FrozenOutputs:
             raise InputError("data.cache: the extractor never stops learning; set model.freeze_step = 0")
         shapes, samples = model.conv_shapes, loader.dataset.lengths
         frames = int(conv_length(shapes, samples.clip(max=cfg.data.max_sample_size)).clip(0).sum())
-        size = 2 * frames * shapes[-1][0] * cfg.data.num_distinct // env.world_size
+        size = 2 * frames * shapes[-1][0] * cfg.data.num_distinct
         check_memory(size, "data.cache")
-        logger.info("data.cache: up to %.2g GB of memory a process", size / 1e9)
+        logger.info("data.cache: up to %.2g GB of memory, over all processes", size / 1e9)
 
     @property
     def has_frames(self) -> bool:
@@ -166,12 +166,15 @@ class FrozenOutputs:
         if key not in self._frames:
             there = batch.to(device)
             found = extract_features(model.feature_extractor, there.waveforms, there.lengths)
-            self._frames[key] = found.to("cpu", torch.float16)
-        kept = {"frames": self._frames[key].to(device, torch.float32, non_blocking=True)}
+            self._frames[key] = self._store(found, torch.float16)
+        kept = {"frames": self._frames[key].to(device, non_blocking=True).float()}
         if self.has_labels(step):
             if key not in self._labels:
                 there = batch.to(device)
                 features, attention_mask = model.project(there.waveforms, there.attention_mask, there.lengths, **kept)
-                self._labels[key] = model.labels(features, attention_mask).to("cpu", torch.int32)
-            kept["labels"] = self._labels[key].to(device, torch.int64, non_blocking=True)
+                self._labels[key] = self._store(model.labels(features, attention_mask), torch.int32)
+            kept["labels"] = self._labels[key].to(device, non_blocking=True).long()
         return kept
+
+    def _store(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        return torch.empty(x.shape, dtype=dtype, pin_memory=self._device.type == "cuda").copy_(x)

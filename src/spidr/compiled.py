@@ -15,6 +15,7 @@ logger = logging.getLogger(__name__)
 def compiled(model: nn.Module, device: torch.device) -> Callable[..., Any]:
     """The model, compiled on CUDA. Elsewhere compiled code is slower, so it stays as it is."""
     if device.type == "cuda":
+        logger.info("compiling: the first step takes a minute or more; run.compile = false turns it off")
         return compile_forward(model)
     logger.info("run.compile is ignored: on %s, compiled code is slower", device.type)
     return model

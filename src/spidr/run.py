@@ -172,6 +172,8 @@ class Run:
         if latest is None:
             self.save()
         self._validate()
+        if any(self.env.gather_objects(self.stop.signum)):  # a step of a large model takes long, and none is lost yet
+            raise Preempted(self.stop.signum, agreed=True)
 
     def _compare_settings(self, latest: Path) -> bool:
         """Compare the configuration with the one that the run in the folder has.
@@ -274,7 +276,9 @@ class Run:
             )  # fmt: skip
         if self.env.device.type == "cpu" and trained > BASE_MODEL and steps > 0:
             rows = state.loader.accumulation * cfg.data.max_batch_length / cfg.data.max_sample_size
-            tflop = rows * step_flops(cfg.model, cfg.data.max_sample_size, 0, frozen=False) / 1e12
+            tflop = (
+                rows * step_flops(cfg.model, cfg.data.max_sample_size, 0, frozen=state.model.extractor_frozen) / 1e12
+            )
             days = steps * tflop / (CPU_TFLOPS * torch.get_num_threads()) / 86_400
             text = "a large model on a CPU: %d steps take about %.2g days; configs/laptop.toml is one for CPUs"
             logger.warning(text, steps, days)
@@ -354,8 +358,8 @@ class Run:
                 self._compare_with_published(line)
 
     def _compare_with_published(self, line: dict[str, Any]) -> None:
-        """Warn if a base model validates unlike the published ones."""
-        if line["group"] in self.cfg.validation and is_base(self.cfg.model):
+        """Warn if a base model, trained from nothing, validates unlike the published ones."""
+        if line["group"] in self.cfg.validation and self.cfg.run.init_ckpt is None and is_base(self.cfg.model):
             active = [value for name, value in line.items() if name.startswith("active_codewords_")]
             if said := unlike_published(line["step"], line["loss"], active):
                 logger.warning("step %d, %s: %s", line["step"], line["group"], said)

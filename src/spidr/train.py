@@ -16,6 +16,7 @@ from spidr.tools.command import Parser, command
 from spidr.tools.errors import InputError
 from spidr.tools.frames import conv_length
 from spidr.tools.lazy import command_needs, names_from
+from spidr.tools.threads import keep_memory
 
 
 def _arguments() -> argparse.Namespace:
@@ -197,6 +198,7 @@ def _sync_gradients(network: Any, *, when: bool) -> Any:
 @command
 def main() -> None:
     """Run the command line, as one of the processes that torchrun starts."""
+    keep_memory()
     args = _arguments()
     try:
         cfg = read_config(args.config, args.overrides)

@@ -186,9 +186,8 @@ def _validate(cfg: Config, resume: ResumeConfig, failed: str) -> None:
     try:
         validate_existing_checkpoint(cfg, resume)
     except Exception as error:
-        job, folder = os.environ["SLURM_JOB_ID"], os.environ["SUBMITIT_FOLDER"]
-        log = Path(folder) / f"{job}_0_log.err"
-        _write_json(Path(failed), {"reason": f"job {job} failed: {first_line(error)}; see {log}"})
+        job, folder = os.environ["SLURM_JOB_ID"], Path(os.environ["SUBMITIT_FOLDER"]).parent
+        _write_json(Path(failed), {"reason": f"job {job} failed: {first_line(error)}; see {_log_of(folder, job)}"})
         raise
 
 

@@ -31,6 +31,11 @@ def test_intervals_and_frames(tmp_path: Path) -> None:
     assert read_alignments(file) == {"a": ["SIL", "SIL", "AA", "AA", "B"], "0017": ["SIL", "B"]}
 
 
+def test_no_phone_lies_beyond_the_duration(tmp_path: Path) -> None:
+    file = write(tmp_path, {"fileid": "a", "duration": 0.02, "phones": [["A", 0, 0.02], ["B", 0.02, 0.04]]})
+    assert read_alignments(file) == {"a": ["A", "A", "B", "B"]}
+
+
 def test_against_a_search_frame_by_frame() -> None:
     alignments = read_alignments(QUICKSTART)
     rows = [json.loads(line) for line in QUICKSTART.read_text().splitlines()]

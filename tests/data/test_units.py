@@ -30,7 +30,8 @@ def write_lines(path: Path, *rows: object) -> Path:
         [{"file_name": "x/a", "units": [4, 2], "duration": [3, 1]}, {"file_name": "b", "units": [7], "duration": [1]}],
         [{"audio": "x/a", "units": "4 4 4 2", "speaker": "s"}, {"audio": "b", "units": "7", "speaker": "s"}],
         [{"audio": "x/a", "hubert": "4 4 4 2", "duration": 0.08}, {"audio": "b", "hubert": [7], "duration": 0.02}],
-        ["x/a|4 4 4 2", "b|7"],
+        [{"fileid": "x/a", "units": [4.0, 2.0], "durations": [3.0, 1]}, {"fileid": "b", "units": [7.0]}],
+        ["x/a|4 4 4 2", "b | 7"],
         ["\ufeffx/a|4 4 4 2", "", "b|7", ""],
     ],
 )

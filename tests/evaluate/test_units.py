@@ -51,7 +51,7 @@ def test_alignments_of_another_length(rows: tuple[Path, Path], caplog: pytest.Lo
 def test_what_is_not_aligned(rows: tuple[Path, Path], tmp_path: Path) -> None:
     units, phones = rows
     write_lines(phones, {"fileid": "a", "phones": ["A", "B"] * 10}, {"fileid": "session.2", "phones": ["A"] * 20})
-    with pytest.raises(InputError, match=r"2 of the 3 recordings of .*u\.jsonl are not aligned, such as b, c$"):
+    with pytest.raises(InputError, match=r"(?m)2 of the 3 recordings of .*u\.jsonl are not aligned, such as b, c$"):
         pair(units, phones)
     assert list(pair(units, phones, skip=True).data) == ["a"]
     write_lines(phones, {"fileid": "x", "phones": ["A"]})

@@ -243,9 +243,10 @@ def test_training_standardises_in_the_same_way(length: int) -> None:
 
 def test_tf32_is_off_inside_and_as_before_outside() -> None:
     """The switches, which exist without a GPU."""
-    matmul, conv = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    matmul = torch.backends.cuda.matmul
     if not hasattr(matmul, "fp32_precision"):
         pytest.skip("older switches")
+    conv = torch.backends.cudnn.conv
     before = matmul.fp32_precision, conv.fp32_precision
     assert before[1] != "ieee"
     with exact_products(torch.device("cuda")):

@@ -136,7 +136,7 @@ def test_feed_forward_keeps_one_tensor_and_computes_no_product_twice() -> None:
     dim, hidden, rows = 8, 64, 500
     block, x = FeedForward(dim, hidden, P).train(), torch.randn(1, rows, dim, requires_grad=True)
     parameters = sum(p.numel() for p in block.parameters())
-    assert kept_bytes(block, x) <= 4 * (rows * hidden + rows * dim + parameters)
+    assert kept_bytes(block, x) <= 4 * (rows * hidden + rows * dim + parameters) + rows * hidden  # what dropout keeps
     with Operators() as operators:
         block(x).sum().backward()
     names = [name for name, _ in operators.log]

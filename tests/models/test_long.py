@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from helpers.small_models import tiny_model
-from spidr.models import DinoSR, long
-from spidr.models.kernels import extract
+from spidr.models import DinoSR, kernels, long
 from spidr.tools import waveforms
 from spidr.tools.errors import InputError
 
@@ -25,21 +24,25 @@ def batch() -> torch.Tensor:
 
 @pytest.mark.parametrize("piece", [60, 1000, 10_000, 30_000])
 @pytest.mark.parametrize("mode", ["layer_norm", "group_norm"])
-@torch.no_grad()
-def test_the_extractor_in_pieces(mode: str, piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("grad", [False, True])
+def test_the_extractor_in_pieces(mode: str, piece: int, grad: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pieces of a row and groups of rows; lengths within the first piece and beyond."""
     model = tiny_model(extractor_mode=mode, extractor_conv_bias=True).double()
-    lengths = torch.tensor(LENGTHS)
-    waveforms = batch().double()
-    for given in (None, lengths):
-        whole = model.feature_extractor(waveforms, given)
-        calls: list[int] = []
-        with monkeypatch.context() as patch:
-            patch.setattr(long, "SAMPLES", piece)
-            patch.setattr(long, "extract", lambda *a, c=calls, **k: c.append(1) or extract(*a, **k))
-            pieces = long.extract_features(model.feature_extractor, waveforms, given)
-        assert len(calls) > 1
-        torch.testing.assert_close(pieces, whole, rtol=0, atol=1e-9)
+    parameters, waveforms, counted = [*model.feature_extractor.parameters()], batch().double(), torch.tensor(LENGTHS)
+    calls: list[int] = []
+    at_once = kernels._extract
+    monkeypatch.setattr(kernels, "_extract", lambda *given: calls.append(1) or at_once(*given))
+    for given in (None, counted):
+        outcomes = []
+        for size in (10**9, piece):
+            with monkeypatch.context() as patch, torch.set_grad_enabled(grad):
+                patch.setattr(long, "SAMPLES", size)
+                patch.setattr(kernels, "CPU_SAMPLES", size)
+                out = long.extract_features(model.feature_extractor, waveforms, given)
+            outcomes.append([out, *(torch.autograd.grad(out.square().mean(), parameters) if grad else ())])
+        for one, other in zip(*outcomes, strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-9)
+    assert len(calls) > 4 or (grad and mode == "group_norm")
 
 
 @pytest.mark.parametrize("bias", [False, True])

@@ -49,3 +49,18 @@ def test_quota(text: str, expected: int | None, tmp_path: Path) -> None:
     assert threads.quota(tmp_path) is None
     tmp_path.joinpath("cpu.max").write_text(text)
     assert threads.quota(tmp_path) == expected
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc")
+def test_memory_is_kept() -> None:
+    """Blocks of 40 MB, used and freed again and again: their pages are cleared once, not every time."""
+    code = (
+        "import resource, sys; from spidr.tools import threads; threads.keep_memory()\n"
+        "for _ in range(20): bytearray(40_000_000)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)"
+    )
+    clean = {name: value for name, value in os.environ.items() if name not in threads.MALLOC_CHOICES}
+    for chosen, kept in ({}, True), ({"MALLOC_TRIM_THRESHOLD_": "0"}, False):
+        run = [sys.executable, "-c", code]
+        found = subprocess.run(run, env=clean | chosen, capture_output=True, text=True, check=True)
+        assert (int(found.stdout) < 5 * 40_000_000 // 4096) is kept

@@ -26,7 +26,7 @@ BLOCKS = [
     for language, text in re.findall(r"^```(\w+)\n(.*?)^```$", page.read_text("utf-8"), flags=re.MULTILINE | re.DOTALL)
 ]
 RUN_BY_CI = {
-    'python3 -m venv .venv && .venv/bin/pip install -e ".[train]" && .venv/bin/python examples/quickstart/run.py',
+    'python3 -m venv .venv && .venv/bin/pip install -e ".[train,plot]" && .venv/bin/python examples/quickstart/run.py',
     'python3 -m venv .venv && .venv/bin/pip install -e ".[test]" && .venv/bin/python -m pytest',
 }
 """The two commands for a fresh clone: ``.ci/run`` takes them from the README."""

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from spidr.data.json_lines import read_lines, split_row
+from spidr.data.lines import read_lines, split_row
 from spidr.data.names import match_names
 from spidr.tools.errors import InputError, first_line, some
 from spidr.tools.files import check_file, expand, find_files
@@ -148,7 +148,7 @@ class _Phones(dict[str, str]):
 
 
 def _read_table(name: str, intervals: list[Interval]) -> tuple[str, list[str]]:
-    return name, _frames(intervals, intervals[-1][2])
+    return name, _frames(intervals)
 
 
 def _read_line(line: str, phones: _Phones) -> tuple[str, list[str]]:
@@ -160,7 +160,7 @@ def _read_line(line: str, phones: _Phones) -> tuple[str, list[str]]:
         if all(isinstance(label, str) for label in labels):
             return name, [phones[label] for label in labels]
         intervals = [(phones[label], float(start), float(end)) for label, start, end in labels]
-        duration = float(row.get("duration", intervals[-1][2]))
+        duration = float(row.get("duration", 0))
     except (ValueError, TypeError, KeyError, AttributeError):
         raise InputError(
             "expected a JSON object with `fileid` and `phones`, one per 10 ms or [phone, start, end] in seconds; "
@@ -200,7 +200,7 @@ def _read_grid(
         raise InputError(f"{wanted}; tiers of intervals found: {', '.join(names) or 'none'}.")
     try:
         intervals = [(phones[label], float(start), float(end)) for start, end, label in dict(tiers)[chosen[0]]]
-        return recording, _frames(intervals, max([float(grid["xmax"]), *(end for *_, end in intervals[-1:])]))
+        return recording, _frames(intervals, float(grid["xmax"]))
     except ValueError as error:
         message = error if isinstance(error, InputError) else f"not a number ({first_line(error)})"
         raise InputError(f"tier {chosen[0]!r}: {message}") from None
@@ -228,12 +228,14 @@ def match_alignments(alignments: Alignments, fileids: Iterable[str]) -> Alignmen
     return {fileid: alignments[name] for fileid, name in match_names(alignments, fileids).items()}
 
 
-def _frames(intervals: list[Interval], duration: float) -> list[str]:
-    """Take the phone at the middle of each frame.
+def _frames(intervals: list[Interval], duration: float = 0.0) -> list[str]:
+    """Take the phone at the middle of each frame, at least to the end of the last interval.
 
     Raises:
         InputError: The intervals overlap, or last longer than a day.
     """
+    end = max((end for *_, end in intervals[-1:]), default=0.0)
+    duration = end if end > duration + ROUNDING else duration
     if not 0 <= duration <= MAX_SECONDS:
         raise InputError(f"a duration of {duration:g} s, not from 0 to {MAX_SECONDS:g}.")
     # Rounded first, or 0.29 s would be 28.999… frames.

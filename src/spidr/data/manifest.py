@@ -16,7 +16,7 @@ import polars as pl
 import polars.selectors as cs
 
 from spidr.config import SAMPLE_RATE
-from spidr.data.json_lines import read_lines
+from spidr.data.lines import read_lines
 from spidr.data.recording import Recording
 from spidr.tools.errors import InputError, first_line, some
 from spidr.tools.files import check_file, expand

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from spidr.data.json_lines import read_lines
+from spidr.data.lines import read_lines
 from spidr.data.names import plain_name
 from spidr.tools.errors import InputError, first_line
 from spidr.tools.files import check_file, expand, find_files
@@ -105,7 +105,7 @@ def _lines(path: Path) -> Iterator[tuple[str, Any]]:
                 raise InputError(f"{path}: {place}: not JSON ({error}).") from None
         else:
             name, bar, sequence = line.rpartition("|")
-            yield place, {"name": name, "units": sequence} if bar else {"units": line}
+            yield place, {"name": name.strip(), "units": sequence} if bar else {"units": line}
 
 
 def _named(
@@ -171,6 +171,10 @@ def _integers(values: Any) -> NDArray[np.int64]:
         return values.astype(np.int64)
     if isinstance(values, str):
         return np.array(values.split(), dtype=np.int64)
-    if not isinstance(values, list) or not set(map(type, values)) <= {int}:
+    if not isinstance(values, list) or not set(map(type, values)) <= {int, float}:
         raise TypeError
-    return np.array(values, dtype=np.int64)
+    array = np.array(values or [0])[: len(values)]
+    # Other programs write 27.0.
+    if array.dtype != np.int64 and not ((array == np.floor(array)) & (abs(array) < 2**53)).all():
+        raise ValueError
+    return array.astype(np.int64)

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from spidr.data.json_lines import read_lines, split_row
+from spidr.data.lines import read_lines, split_row
 from spidr.data.names import match_names
 from spidr.data.units import read_record, read_units
 from spidr.tools.errors import InputError, first_line, some

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Iterable, Sequence
 from contextlib import closing
@@ -26,6 +27,8 @@ from spidr.tools.files import atomic_write, expand, make_folder
 from spidr.tools.lazy import needs_extra
 from spidr.tools.tensors import open_archive
 from spidr.tools.untrusted import check_memory, parse_json
+
+logger = logging.getLogger(__name__)
 
 MAX_UNITS = 2**20
 
@@ -201,6 +204,7 @@ def fit_kmeans(
             if len(frames) < units:
                 remedy = f"raise max_frames ({max_frames})" if draw.share < 1 else "give more recordings"
                 raise InputError(f"{len(frames)} frames are too few for {units} units: {remedy}")
+            logger.info("fitting %d clusters to %d frames", units, len(frames))
             clusters = MiniBatchKMeans(
                 units, batch_size=10_000, n_init=5, max_no_improvement=100, reassignment_ratio=0.0, random_state=seed
             ).fit(frames)

@@ -10,7 +10,7 @@ import math
 import os
 import platform
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
@@ -22,16 +22,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules import module as torch_module
-from torch.utils.checkpoint import checkpoint
 
 from spidr.tools.errors import InputError
-from spidr.tools.frames import conv_length
+from spidr.tools.frames import conv_length, receptive_field
 
 ONEDNN_SETTING = "SPIDR_ONEDNN"
 """Environment variable: 1 computes float32 products with oneDNN, 0 with PyTorch's own. Unset: a rule decides."""
 
 SMALLEST = 1 << 22
 """Multiplications below which a product is PyTorch's: calling oneDNN takes 13 µs more than calling MKL."""
+
+SAMPLES = 320_000
+"""Samples that are convolved at a time without gradients: the first layer's output of an hour would fill 24 GB."""
+
+CPU_SAMPLES = 64_000
+"""The same on CPUs, with gradients too. That output then has 26 MB: it may stay in the cache, and malloc keeps it.
+(glibc gives blocks of more than 32 MB back at once, and the kernel takes long to clear as many pages again.)"""
 
 WEIGHTS_AT_A_TIME = 1 << 20
 """Attention weights that are computed together: so many stay in a core's cache."""
@@ -168,12 +174,13 @@ def multiplies_fast(dtype: torch.dtype) -> bool:
 
 def is_plain(*tensors: Tensor) -> bool:
     """Whether operations of ours may take these tensors: on a CPU, and nobody records, transforms or compiles."""
-    return not (
-        torch.compiler.is_compiling()
-        or torch._C._is_tracing()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._are_functorch_transforms_active()
-    ) and all(x.device.type == "cpu" and type(x) in (Tensor, nn.Parameter) for x in tensors)
+    return not (_is_transformed() or torch._C._len_torch_dispatch_stack()) and all(
+        x.device.type == "cpu" and type(x) in (Tensor, nn.Parameter) for x in tensors
+    )
+
+
+def _is_transformed() -> bool:
+    return torch.compiler.is_compiling() or torch._C._is_tracing() or torch._C._are_functorch_transforms_active()
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -186,12 +193,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return _onednn_linear(x, weight, bias)
 
 
-def add_linear_(out: Tensor, x: Tensor, weight: Tensor) -> None:
-    """Add the product of matrices ``x @ weight.T`` to ``out``; without gradients."""
+def add_linear(out: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """``out + x @ weight.T`` of matrices, maybe in place of ``out``; without gradients."""
     if suits_onednn(x, weight):
-        out.add_(_onednn_linear(x, weight, None))
-    else:
-        out.addmm_(x, weight.T)
+        return torch.ops.mkldnn._linear_pointwise.binary(x, out, weight, None, "add")
+    return out.addmm_(x, weight.T)
 
 
 def suits_onednn(x: Tensor, weight: Tensor) -> bool:
@@ -228,12 +234,16 @@ class _Linear(torch.autograd.Function):
         (grad,) = grads
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
-        rows = grad.reshape(-1, grad.shape[-1])
         return (
             linear(grad, weight.T) if needs_x else None,
-            linear(rows.T, x.reshape(-1, x.shape[-1]).T) if needs_weight else None,
-            rows.sum(0) if needs_bias else None,
+            _weight_grad(grad, x) if needs_weight else None,
+            grad.flatten(0, -2).sum(0) if needs_bias else None,
         )
+
+
+def _weight_grad(grad: Tensor, x: Tensor) -> Tensor:
+    """Gradient of a linear layer's weight."""
+    return linear(grad.reshape(-1, grad.shape[-1]).T, x.reshape(-1, x.shape[-1]).T)
 
 
 def through(module: nn.Module, x: Tensor) -> Tensor:
@@ -287,23 +297,7 @@ def convolve_by_products(x: Tensor, conv: nn.Conv1d, chunk: int = 16) -> Tensor:
 
 def is_lean(x: Tensor) -> bool:
     """Whether these operations serve here: in eager mode on a CPU, with a backward pass to come."""
-    return x.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling()
-
-
-def recomputed(
-    function: Callable[..., Tensor], *inputs: Any, calls: Sequence[nn.Module] = (), draws: bool = False
-) -> Tensor:
-    """Checkpoint a function: recompute its intermediates in the backward pass, all but its last step.
-
-    Args:
-        function: Should end with what costs most, as that is not done twice.
-        inputs: Of the function, kept for the backward pass.
-        calls: The modules that it calls. If one is not :func:`untouched`, nothing is called twice.
-        draws: Whether the function draws random numbers.
-    """
-    if not is_lean(inputs[0]) or not untouched(*calls):
-        return function(*inputs)
-    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=draws)
+    return x.device.type == "cpu" and torch.is_grad_enabled() and not _is_transformed()
 
 
 def draw_kept(shape: Sequence[int], p: float) -> tuple[Tensor, float]:
@@ -337,6 +331,66 @@ class Dropout(nn.Dropout):
         return input * scale * kept
 
 
+def feeds_forward(first: nn.Module, dropout: nn.Module, second: nn.Module, x: Tensor) -> bool:
+    """Whether :func:`feed_forward` gives what these modules would."""
+    return (
+        type(first) is nn.Linear
+        and type(dropout) is Dropout
+        and type(second) is nn.Linear
+        and dropout.p < 1
+        and is_lean(x)
+        and untouched(first, dropout, second)
+    )
+
+
+def feed_forward(first: nn.Linear, dropout: nn.Dropout, second: nn.Linear, x: Tensor) -> Tensor:
+    """Linear, GELU, dropout, linear, with a backward pass that computes GELU again instead of keeping its output."""
+    tensors = [t if t is None else _autocast(t) for t in (x, first.weight, first.bias, second.weight, second.bias)]
+    with without_autocast(x):
+        return _FeedForward.apply(*tensors, dropout.p if dropout.training else 0.0)
+
+
+class _FeedForward(torch.autograd.Function):
+    """:func:`feed_forward`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, weight2: Tensor, bias2: Tensor | None, dropout: float
+    ) -> Tensor:
+        hidden = linear(x, weight, bias)
+        kept, ctx.scale = draw_kept(hidden.shape, dropout) if dropout > 0 else (None, 1.0)
+        ctx.save_for_backward(x, hidden, kept, weight, weight2)
+        active = F.gelu(hidden)
+        if kept is not None:
+            active.mul_(ctx.scale).mul_(kept)
+        return linear(active, weight2, bias2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, hidden, kept, weight, weight2 = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias, needs_weight2, needs_bias2, _ = ctx.needs_input_grad
+        grad_bias2 = grad.flatten(0, -2).sum(0) if needs_bias2 else None
+        active = F.gelu(hidden)
+        if kept is not None:
+            active.mul_(kept)
+            grad = grad * ctx.scale
+        grad_weight2 = _weight_grad(grad, active) if needs_weight2 else None
+        del active
+        grad_hidden = linear(grad, weight2.T)
+        if kept is not None:
+            grad_hidden.mul_(kept)
+        torch.ops.aten.gelu_backward.grad_input(grad_hidden, hidden, grad_input=grad_hidden)
+        return (
+            linear(grad_hidden, weight.T) if needs_x else None,
+            _weight_grad(grad_hidden, x) if needs_weight else None,
+            grad_hidden.flatten(0, -2).sum(0) if needs_bias else None,
+            grad_weight2,
+            grad_bias2,
+            None,
+        )
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
     """``scaled_dot_product_attention``.
 
@@ -355,8 +409,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float)
         (B, H, T, D).
     """
     drops, (batch, heads, frames, dim) = 0 < dropout < 1, q.shape
-    by_head = frames * frames * dim >= SMALLEST and multiplies_fast(q.dtype) and is_plain(q, k, v)
-    if not (by_head or (drops and is_lean(q))) or (dropout > 0 and not drops):
+    faster = frames * frames * dim >= SMALLEST and multiplies_fast(q.dtype) and is_plain(q, k, v)
+    if not (faster or (drops and is_lean(q))) or (dropout > 0 and not drops):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
     kept, scale = draw_kept((batch * heads, frames, frames), dropout) if drops else (None, 1.0)
     bias = alive = None
@@ -365,6 +419,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float)
         bias = torch.zeros(mask.shape, dtype=q.dtype).masked_fill_(~mask, torch.finfo(q.dtype).min)
         alive = mask.any(-1, keepdim=True).to(torch.int8)  # the weights of a row without any key are zero
     rows = [x.flatten(0, 1).contiguous() for x in (q * dim**-0.5, k, v * scale if drops else v)]
+    by_head = faster and q.dtype == torch.float32  # batched products are MKL's; those of bfloat16 are oneDNN's
     together = 0 if by_head else max(1, WEIGHTS_AT_A_TIME // frames**2)
     return _Attention.apply(*rows, kept, bias, alive, together).unflatten(0, (batch, heads))
 
@@ -446,9 +501,6 @@ def _times(a: Tensor, b: Tensor) -> Tensor:
 
 ConvShapes = Sequence[tuple[int, int, int]]
 
-_NormWeights = tuple[Tensor, Tensor, float]
-"""Weight, bias and epsilon of a LayerNorm."""
-
 
 def _strided_conv(frames: Tensor, taps: Tensor, stride: int) -> Tensor:
     """Convolve (rows * stride, C) frames with taps (kernel * C, O) to (rows, O).
@@ -459,140 +511,84 @@ def _strided_conv(frames: Tensor, taps: Tensor, stride: int) -> Tensor:
     first, *rest = taps.split(groups.shape[1])
     out = linear(groups[:, : first.shape[0]], first.T)
     for shift, part in enumerate(rest, start=1):
-        add_linear_(out[:-shift], groups[shift:, : part.shape[0]], part.T)
+        out = add_linear(out, _shifted(groups, shift, part.shape[0]), part.T)
     return out
 
 
+def _shifted(groups: Tensor, shift: int, width: int) -> Tensor:
+    """The first columns of the rows that come ``shift`` later; zeros where there are none."""
+    shifted = groups.new_empty(len(groups), width)
+    shifted[:-shift] = groups[shift:, :width]
+    shifted[-shift:] = 0
+    return shifted
+
+
 def _strided_conv_backward(
-    grad: Tensor, frames: Tensor, taps: Tensor, stride: int, needed: Sequence[bool]
-) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients for frames and taps, those of the two that are needed."""
+    grad: Tensor, frames: Tensor, taps: Tensor, stride: int, *, needs_frames: bool
+) -> tuple[Tensor | None, Tensor]:
+    """Gradients for frames, if needed, and taps."""
     groups = frames.view(-1, stride * frames.shape[1])
     first, *rest = taps.split(groups.shape[1])
-    grad_frames = grad_taps = None
-    if needed[0]:
-        if first.shape[0] == groups.shape[1]:
-            grad_groups = linear(grad, first)
-        else:  # the kernel is smaller than the stride: the frames in between have no gradient
-            grad_groups = F.pad(linear(grad, first), (0, groups.shape[1] - first.shape[0]))
-        for shift, part in enumerate(rest, start=1):
-            add_linear_(grad_groups[shift:, : part.shape[0]], grad[:-shift], part)
-        grad_frames = grad_groups.view_as(frames)
-    if needed[1]:
-        products = [linear(groups[:, : first.shape[0]].T, grad.T)]
-        for shift, part in enumerate(rest, start=1):
-            products.append(linear(groups[shift:, : part.shape[0]].T, grad[:-shift].T))
-        grad_taps = torch.cat(products)
-    return grad_frames, grad_taps
+    transposed = grad.T.contiguous()
+    products = [linear(transposed, groups[:, : first.shape[0]].T)]
+    products += [linear(transposed, _shifted(groups, i, len(part)).T) for i, part in enumerate(rest, start=1)]
+    grad_taps = torch.cat(products, dim=1).T
+    if not needs_frames:
+        return None, grad_taps
+    grad_groups = linear(grad, first)
+    if first.shape[0] < groups.shape[1]:  # the kernel is smaller than the stride: frames in between have no gradient
+        grad_groups = F.pad(grad_groups, (0, groups.shape[1] - first.shape[0]))
+    for shift, part in enumerate(rest, start=1):
+        grad_groups[shift:, : part.shape[0]] += linear(grad[:-shift], part)
+    return grad_groups.view_as(frames), grad_taps
 
 
-class _StridedConv(torch.autograd.Function):
-    """:func:`_strided_conv`."""
+class _Conv(torch.autograd.Function):
+    """:func:`_strided_conv` of frames, or of ``gelu(layer_norm(frames))``: that keeps one tensor instead of three.
 
-    @staticmethod
-    def forward(ctx: Any, frames: Tensor, taps: Tensor, stride: int) -> Tensor:
-        ctx.save_for_backward(frames, taps)
-        ctx.stride = stride
-        return _strided_conv(frames, taps, stride)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        (grad,) = grads
-        frames, taps = ctx.saved_tensors
-        return *_strided_conv_backward(grad, frames, taps, ctx.stride, ctx.needs_input_grad), None
-
-
-def _normed_conv(rows: Tensor, norm: _NormWeights, taps: Tensor, stride: int) -> Tensor:
-    """:func:`_strided_conv` of ``gelu(layer_norm(rows))``."""
-    weight, bias, eps = norm
-    return _strided_conv(F.gelu(F.layer_norm(rows, weight.shape, weight, bias, eps)), taps, stride)
-
-
-def _normed_conv_backward(
-    grad: Tensor, rows: Tensor, norm: _NormWeights, taps: Tensor, stride: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients for rows, weight and bias of the norm, and taps. The norm and GELU are computed again."""
-    weight, bias, eps = norm
-    normed, mean, rstd = torch.native_layer_norm(rows, weight.shape, weight, bias, eps)
-    grad_frames, grad_taps = _strided_conv_backward(grad, F.gelu(normed), taps, stride, (True, True))
-    torch.ops.aten.gelu_backward.grad_input(grad_frames, normed, grad_input=grad_frames)
-    del normed  # it is large
-    grad_rows, grad_weight, grad_bias = torch.ops.aten.native_layer_norm_backward(
-        grad_frames, rows, weight.shape, mean, rstd, weight, bias, [True, True, True]
-    )
-    return grad_rows, grad_weight, grad_bias, cast("Tensor", grad_taps)
-
-
-class _NormedConv(torch.autograd.Function):
-    """:func:`_normed_conv`, which keeps one tensor for the backward pass instead of three.
-
-    These are the largest of the whole model.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor, eps: float, taps: Tensor, stride: int) -> Tensor:
-        ctx.save_for_backward(rows, weight, bias, taps)
-        ctx.eps, ctx.stride = eps, stride
-        return _normed_conv(rows, (weight, bias, eps), taps, stride)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = grads
-        rows, weight, bias, taps = ctx.saved_tensors
-        found = _normed_conv_backward(grad, rows, (weight, bias, ctx.eps), taps, ctx.stride)
-        grad_rows, grad_weight, grad_bias, grad_taps = found
-        return grad_rows, grad_weight, grad_bias, None, grad_taps, None
-
-
-class _FirstConvs(torch.autograd.Function):
-    """:func:`_normed_conv` of ``kernels @ first``, the first convolution's output, one utterance at a time.
-
-    That output is cheap to compute and has 6.5 MB for each second of speech, so none of it is kept for the backward
-    pass, and there is never more of it than for one utterance.
+    ``first``: the frames are themselves products, ``source @ first``, cheap to compute and the largest tensor of the
+    model (6.5 MB for each second of speech), so they are not kept either.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
-        kernels: Tensor,
-        first: Tensor,
-        weight: Tensor,
-        bias: Tensor,
+        source: Tensor,
+        first: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
         eps: float,
         taps: Tensor,
         stride: int,
-        batch: int,
     ) -> Tensor:
-        ctx.save_for_backward(kernels, first, weight, bias, taps)
-        ctx.eps, ctx.stride, ctx.batch = eps, stride, batch
-        return torch.cat(
-            [_normed_conv(linear(part, first.T), (weight, bias, eps), taps, stride) for part in kernels.chunk(batch)]
-        )
+        ctx.save_for_backward(source, first, weight, bias, taps)
+        ctx.eps, ctx.stride = eps, stride
+        frames = source if first is None else linear(source, first.T)
+        if weight is not None:
+            frames = F.gelu(F.layer_norm(frames, weight.shape, weight, bias, eps))
+        return _strided_conv(frames, taps, stride)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = grads
-        kernels, first, weight, bias, taps = ctx.saved_tensors
-        totals: tuple[Tensor, ...] = ()
-        grad_kernels = []
-        for part, part_grad in zip(kernels.chunk(ctx.batch), grad.chunk(ctx.batch), strict=True):
-            found = _normed_conv_backward(part_grad, linear(part, first.T), (weight, bias, ctx.eps), taps, ctx.stride)
-            grad_rows, *others = found
-            if ctx.needs_input_grad[0]:
-                grad_kernels.append(linear(grad_rows, first))
-            others.append(linear(part.T, grad_rows.T))
-            totals = tuple(a + b for a, b in zip(totals, others, strict=True)) if totals else tuple(others)
-        grad_weight, grad_bias, grad_taps, grad_first = totals
-        return (
-            torch.cat(grad_kernels) if grad_kernels else None,
-            grad_first,
-            grad_weight,
-            grad_bias,
-            None,
-            grad_taps,
-            None,
-            None,
-        )
+        source, first, weight, bias, taps = ctx.saved_tensors
+        frames = source if first is None else linear(source, first.T)
+        grad: Any
+        grad_weight = grad_bias = grad_first = None
+        if weight is None:
+            needs = ctx.needs_input_grad[0]
+            grad, grad_taps = _strided_conv_backward(grads[0], frames, taps, ctx.stride, needs_frames=needs)
+        else:
+            normed, mean, rstd = torch.native_layer_norm(frames, weight.shape, weight, bias, ctx.eps)
+            grad, grad_taps = _strided_conv_backward(grads[0], F.gelu(normed), taps, ctx.stride, needs_frames=True)
+            torch.ops.aten.gelu_backward.grad_input(grad, normed, grad_input=grad)
+            del normed  # it is large
+            grad, grad_weight, grad_bias = torch.ops.aten.native_layer_norm_backward(
+                grad, frames, weight.shape, mean, rstd, weight, bias, [True, True, True]
+            )
+        if first is not None:
+            grad_first = linear(source.T, grad.T)
+            grad = linear(grad, first) if ctx.needs_input_grad[0] else None
+        return grad, grad_first, grad_weight, grad_bias, None, grad_taps, None
 
 
 @dataclass(frozen=True)
@@ -669,11 +665,42 @@ def extract(
         (B, T, C).
     """
     blocks = [_Block(layer) for layer in layers]
+    if any(isinstance(block.norm, nn.GroupNorm) for block in blocks):
+        return _extract(blocks, waveforms, lengths, moments)
+    parts = [_extract(blocks, piece) for piece in _pieces(waveforms, [block.shape for block in blocks])]
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat([part.flatten(0, 1) for part in parts]).unflatten(0, (len(waveforms), -1))
+
+
+def _pieces(waveforms: Tensor, shapes: ConvShapes) -> Iterator[Tensor]:
+    """Parts of a batch, one utterance after the other, whose frames together are the frames of the batch."""
+    samples = waveforms.shape[1]
+    limit = CPU_SAMPLES if waveforms.device.type == "cpu" else SAMPLES
+    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and limit == SAMPLES):
+        yield waveforms
+        return
+    if samples <= limit:
+        yield from waveforms.split(limit // samples)
+        return
+    hop, field = math.prod(stride for _, _, stride in shapes), receptive_field(shapes)
+    frames = conv_length(shapes, samples)
+    count = -(-frames // max(1, limit // hop))
+    for row in waveforms.split(1):
+        for i in range(count):
+            start, stop = frames * i // count, frames * (i + 1) // count
+            yield row[:, start * hop : (stop - 1) * hop + field]
+
+
+def _extract(
+    blocks: Sequence[_Block], waveforms: Tensor, lengths: Tensor | None = None, moments: Moments | None = None
+) -> Tensor:
+    """:func:`extract` at once."""
     batch, samples = waveforms.shape
     shapes = [block.shape for block in blocks]
     frames = _first_rows(waveforms, shapes)
     if is_lean(frames) and all(isinstance(block.norm, nn.LayerNorm) for block in blocks):
-        frames = _extract_lean(blocks, frames, batch)
+        frames = _extract_lean(blocks, frames)
     else:
         for index, block in enumerate(blocks):
             frames = block.convolve(frames, block.stride if index else 1)
@@ -712,17 +739,18 @@ def _first_rows(waveforms: Tensor, shapes: ConvShapes) -> Tensor:
     return kernels[:, :rows].reshape(batch * rows, kernel)
 
 
-def _extract_lean(blocks: Sequence[_Block], kernels: Tensor, batch: int) -> Tensor:
+def _extract_lean(blocks: Sequence[_Block], kernels: Tensor) -> Tensor:
     """All blocks. Each LayerNorm and GELU but the last belongs to the convolution that follows."""
     first, *others = blocks
-    start = 0
     if others and first.bias is None:
-        frames, start = others[0].convolve_after(first, kernels, batch), 1
+        second, *others = others
+        frames = second.convolve(kernels, second.stride, cast("nn.LayerNorm", first.norm), first)
+        norm = second.norm
     else:
-        frames = first.convolve(kernels, 1)
-    for i in range(start, len(others)):
-        frames = others[i].convolve(frames, others[i].stride, cast("nn.LayerNorm", blocks[i].norm))
-    return F.gelu(_layer_norm(frames, cast("nn.LayerNorm", blocks[-1].norm)))
+        frames, norm = first.convolve(kernels, 1), first.norm
+    for block in others:
+        frames, norm = block.convolve(frames, block.stride, cast("nn.LayerNorm", norm)), block.norm
+    return F.gelu(_layer_norm(frames, cast("nn.LayerNorm", norm)))
 
 
 def _layer_norm(rows: Tensor, norm: nn.LayerNorm) -> Tensor:
@@ -734,47 +762,33 @@ class _Block:
 
     def __init__(self, layer: nn.Module) -> None:
         conv = cast("nn.Conv1d", layer.conv)
-        self.weight, self.bias, self.norm = conv.weight, conv.bias, cast("nn.Module | None", layer.layer_norm)
+        self.bias, self.norm = conv.bias, cast("nn.Module | None", layer.layer_norm)
         (self.shape,) = conv_shapes([conv])
         self.stride = self.shape[2]
-
-    def taps(self, dtype: torch.dtype) -> Tensor:
+        self.taps = _autocast(conv.weight.permute(2, 1, 0).flatten(0, 1))
         """The kernel as the right factor of products, (kernel * C, O)."""
-        return self.weight.permute(2, 1, 0).flatten(0, 1).to(dtype)
 
-    def convolve(self, frames: Tensor, stride: int, norm: nn.LayerNorm | None = None) -> Tensor:
-        """Convolve the rows of all utterances, (B * R * stride, C) to (B * R, O), after ``norm``, if any, and GELU."""
-        frames = _autocast(frames)
-        taps = self.taps(frames.dtype)
-        if norm is None:
-            out = _StridedConv.apply(frames, taps, stride)
-        else:
-            out = _NormedConv.apply(frames, norm.weight, norm.bias, norm.eps, taps, stride)
-        return out if self.bias is None else out + self.bias.to(out.dtype)
-
-    def convolve_after(self, first: _Block, kernels: Tensor, batch: int) -> Tensor:
-        """Convolve the output of the ``first`` block, whose LayerNorm and GELU come in between.
+    def convolve(
+        self, frames: Tensor, stride: int, norm: nn.LayerNorm | None = None, before: _Block | None = None
+    ) -> Tensor:
+        """Convolve the rows of all utterances, (B * R * stride, C) to (B * R, O).
 
         Args:
-            first: Without bias.
-            kernels: What each of its outputs sees, (B * R * stride, kernel).
-            batch: The number of utterances B.
-
-        Returns:
-            (B * R, O).
+            frames: The rows.
+            stride: Of the convolution.
+            norm: A LayerNorm whose output goes through GELU and is convolved.
+            before: A block without bias whose convolution of ``frames`` is what is normalised.
         """
-        kernels, norm = _autocast(kernels), cast("nn.LayerNorm", first.norm)
-        dtype = kernels.dtype
-        out: Tensor = _FirstConvs.apply(
-            kernels, first.taps(dtype), norm.weight, norm.bias, norm.eps, self.taps(dtype), self.stride, batch
-        )
+        taps = None if before is None else before.taps
+        weight, bias, eps = (None, None, 0.0) if norm is None else (norm.weight, norm.bias, norm.eps)
+        out: Tensor = _Conv.apply(_autocast(frames), taps, weight, bias, eps, self.taps, stride)
         return out if self.bias is None else out + self.bias.to(out.dtype)
 
 
 def _autocast(x: Tensor) -> Tensor:
     """In the type that autocast gives to matrix products, as operations of ours are unknown to it."""
     device = x.device.type
-    enabled = device != "meta" and torch.is_autocast_enabled(device)
+    enabled = device != "meta" and torch.is_autocast_enabled(device) and x.dtype != torch.float64
     return x.to(torch.get_autocast_dtype(device)) if enabled else x
 
 

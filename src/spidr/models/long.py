@@ -11,7 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from spidr.models.extractor import FeatureExtractor
-from spidr.models.kernels import Moments, can_extract, extract, first_conv, linear, through, untouched, valid_rows
+from spidr.models.kernels import (
+    SAMPLES,
+    Moments,
+    can_extract,
+    extract,
+    first_conv,
+    linear,
+    through,
+    untouched,
+    valid_rows,
+)
 from spidr.models.transformer import SelfAttention, Transformer, TransformerLayer
 from spidr.tools.errors import InputError
 from spidr.tools.frames import conv_length, receptive_field
@@ -23,15 +33,12 @@ LONG = 16_384
 PIECE = LONG // 8
 """Frames of such a piece: the feed-forward's hidden layer takes 25 MB in the base models."""
 
-SAMPLES = 320_000
-"""Samples that are convolved at a time: the first layer's output of a whole hour would fill 24 GB."""
-
 
 def extract_features(extractor: FeatureExtractor, waveforms: Tensor, lengths: Tensor | None = None) -> Tensor:
-    """Call a feature extractor, in pieces if the batch is large: (B, S) to (B, T, C)."""
-    samples = waveforms.shape[1]
+    """Call a feature extractor, (B, S) to (B, T, C); one with a group norm in pieces if the batch is large."""
     if not isinstance(extractor, FeatureExtractor) or not extractor.has_group_norm:
-        lengths = None  # frames do not depend on padding, so a published extractor's single argument is enough
+        return extractor(waveforms)  # frames do not depend on padding, and a published extractor has one argument
+    samples = waveforms.shape[1]
     if (
         waveforms.numel() <= SAMPLES
         or not _serves(extractor)
@@ -39,13 +46,12 @@ def extract_features(extractor: FeatureExtractor, waveforms: Tensor, lengths: Te
         or not can_extract(list(extractor.conv_layers))
     ):
         return extractor(waveforms) if lengths is None else extractor(waveforms, lengths)
-    layers, rows = list(extractor.conv_layers), max(1, SAMPLES // samples)
-    parts = []
+    parts, rows = [], max(1, SAMPLES // samples)
     for start in range(0, len(waveforms), rows):
         part = waveforms[start : start + rows]
         counted = None if lengths is None else lengths[start : start + rows]
-        if part.numel() <= SAMPLES:
-            parts.append(extract(layers, part, counted))
+        if samples <= SAMPLES:
+            parts.append(extractor(part, counted))
         else:
             pieces = Pieces(extractor, partial(_samples, part), samples, counted)
             parts.append(pieces(0, pieces.num_frames))

@@ -18,8 +18,9 @@ from spidr.models.kernels import (
     Dropout,
     attend,
     convolve_by_products,
+    feed_forward,
+    feeds_forward,
     known,
-    recomputed,
     through,
     through_gelu,
     untouched,
@@ -130,14 +131,10 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, D) to (B, T, D)."""
-        if not torch.is_grad_enabled():
-            return through(self.output_dense, self.intermediate_dropout(through_gelu(self.intermediate_dense, x)))
-        calls = (self.intermediate_dropout, self.output_dense)
-        draws = getattr(self.intermediate_dropout, "p", 0) > 0
-        return recomputed(self._activate_and_reduce, through(self.intermediate_dense, x), calls=calls, draws=draws)
-
-    def _activate_and_reduce(self, x: Tensor) -> Tensor:
-        return through(self.output_dense, self.intermediate_dropout(F.gelu(x)))
+        first, dropout, second = self.intermediate_dense, self.intermediate_dropout, self.output_dense
+        if feeds_forward(first, dropout, second, x):
+            return feed_forward(first, dropout, second, x)
+        return through(second, dropout(through_gelu(first, x)))
 
 
 @known

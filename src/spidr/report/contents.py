@@ -160,7 +160,7 @@ class Report:
 
     def _published(self, losses: figures.Curves) -> dict[str, figures.Band]:
         """What published runs of the base model did; a line on the page if this one does something else."""
-        if not healthy.is_base(self.cfg.model):
+        if self.cfg.run.init_ckpt is not None or not healthy.is_base(self.cfg.model):
             return {}
         last = max((x[-1] for x, _ in losses.values() if x), default=0)
         steps = [step for step in healthy.LOSS if step < last] + [last]
