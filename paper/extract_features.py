@@ -12,41 +12,32 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from spidr.tools.errors import InputError
+from spidr.tools.command import DEVICE, command
 from spidr.tools.lazy import command_needs
 
 with command_needs("paper", __name__):
     from spidr.extract import Options, extract_features
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("manifest", help="from python -m spidr.data.write_manifest, or a folder")
     parser.add_argument("output", help="a folder")
     parser.add_argument("--layer", type=int, help="counted from 1 (default: 6 for SpidR, 5 for DinoSR)")
     parser.add_argument("--checkpoint", default="spidr_base", help="or a published model (default: %(default)s)")
-    parser.add_argument(
-        "--device",
-        choices=["auto", "cuda", "mps", "cpu"],
-        default="auto",
-        help="where to compute (default: %(default)s: CUDA, else MPS, else the CPU)",
-    )
+    parser.add_argument("--device", **DEVICE)
     args = parser.parse_args(argv)
-    try:
-        extract_features(
-            args.manifest,
-            args.output,
-            model=args.checkpoint,
-            layer=args.layer,
-            file_format="pt",
-            flat=True,
-            options=Options(device=args.device),
-        )
-    except InputError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
-    return 0
+    extract_features(
+        args.manifest,
+        args.output,
+        model=args.checkpoint,
+        layer=args.layer,
+        file_format="pt",
+        flat=True,
+        options=Options(device=args.device),
+    )
 
 
 if __name__ == "__main__":

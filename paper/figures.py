@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from spidr.tools.command import command, write_result
 from spidr.tools.errors import InputError
 from spidr.tools.lazy import command_needs
 
@@ -43,8 +44,9 @@ NEEDS = {8: ("features", "alignments"), 9: ("features", "alignments"), 10: ("uni
 NUMBERS = sorted([*ALONE, *NEEDS])
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", type=_numbers, help="numbers of figures, such as 2,7,11 (default: all)")
     parser.add_argument("--output", type=Path, default=Path("runs/paper/figures"), help="folder (default: %(default)s)")
@@ -64,20 +66,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--alignments", type=Path, metavar="FILE", help="8, 9, 10: phones in JSON lines (default: left out)"
     )
     args = parser.parse_args(argv)
-    try:
-        for number in args.only or NUMBERS:
-            missing = [f"--{name}" for name in NEEDS.get(number, ()) if getattr(args, name) is None]
-            if missing and args.only:
-                raise InputError(f"figure {number} needs {' and '.join(missing)} (see --help)")
-            if missing:
-                print(f"figure {number}: left out, it needs {' and '.join(missing)}")
-        for number, figure in _draw(args):
-            for path in save(figure, args.output, f"figure{number}"):
-                print(path)
-    except InputError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
-    return 0
+    for number in args.only or NUMBERS:
+        missing = [f"--{name}" for name in NEEDS.get(number, ()) if getattr(args, name) is None]
+        if missing and args.only:
+            raise InputError(f"figure {number} needs {' and '.join(missing)} (see --help)")
+        if missing:
+            write_result(f"figure {number}: left out, it needs {' and '.join(missing)}\n")
+    for number, figure in _draw(args):
+        for path in save(figure, args.output, f"figure{number}"):
+            write_result(f"{path}\n")
 
 
 def _draw(args: argparse.Namespace) -> Iterator[tuple[int, Figure]]:

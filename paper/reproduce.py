@@ -23,6 +23,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from spidr.tools.command import DEVICE, command, write_result
 from spidr.tools.errors import InputError
 from spidr.tools.files import atomic_write
 from spidr.tools.lazy import command_needs
@@ -52,18 +53,10 @@ PUBLISHED = sorted(SAME_AS.values())
 Row = dict[str, str | int | float | None]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
-    args = _parser().parse_args(argv)
-    try:
-        reproduce(args)
-    except InputError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted; run the same command again to resume\n")
-        return 130
-    return 0
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line."""
+    reproduce(_parser().parse_args(argv))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -86,12 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--output", type=Path, help="folder (default: runs/reproduced/MODEL)")
     parser.add_argument("--compare", choices=PUBLISHED, help="published model to compare with (default: of its type)")
-    parser.add_argument(
-        "--device",
-        choices=["auto", "cuda", "mps", "cpu"],
-        default="auto",
-        help="where to compute (default: %(default)s: CUDA, else MPS, else the CPU)",
-    )
+    parser.add_argument("--device", **DEVICE)
     return parser
 
 
@@ -153,7 +141,7 @@ def reproduce(args: argparse.Namespace) -> pl.DataFrame:
     text += "".join(f"- left out, {reason}\n" for reason in missing)
     with atomic_write(output / "table.md") as file:
         file.write(text.encode())
-    print(text, end="")
+    write_result(text)
     return table
 
 
@@ -203,7 +191,7 @@ class _Measured:
             known = json.loads(path.read_text("utf-8"))
             if known["inputs"] == key:
                 return dict(known["values"])
-        print(f"measuring {label}", flush=True)
+        write_result(f"measuring {label}\n")
         values = dict(measure())
         with atomic_write(path) as file:
             file.write(json.dumps({"inputs": key, "values": values}, indent=2).encode())

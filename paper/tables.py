@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from spidr.tools.command import command, write_result
 from spidr.tools.errors import InputError
 from spidr.tools.files import atomic_write
 from spidr.tools.lazy import command_needs
@@ -265,8 +266,9 @@ def read_reproduced(paths: Sequence[Path]) -> pl.DataFrame:
     return pl.concat([pl.DataFrame(schema=SCHEMA), *tables]).unique(KEYS, keep="last", maintain_order=True)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--only",
@@ -281,19 +283,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--reproduced", type=Path, nargs="+", default=[], help="results.csv of paper/reproduce.py (default: none)"
     )
     args = parser.parse_args(argv)
-    try:
-        reproduced = read_reproduced(args.reproduced)
-        args.output.mkdir(parents=True, exist_ok=True)
-        for name in args.only:
-            table = TABLES[name](reproduced)
-            for suffix, text in ((".md", table.markdown()), (".tex", table.latex()), (".csv", table.csv())):
-                with atomic_write(args.output / f"{name}{suffix}") as file:
-                    file.write(text.encode())
-            print(args.output / f"{name}.md")
-    except InputError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
-    return 0
+    reproduced = read_reproduced(args.reproduced)
+    args.output.mkdir(parents=True, exist_ok=True)
+    for name in args.only:
+        table = TABLES[name](reproduced)
+        for suffix, text in ((".md", table.markdown()), (".tex", table.latex()), (".csv", table.csv())):
+            with atomic_write(args.output / f"{name}{suffix}") as file:
+                file.write(text.encode())
+        write_result(f"{args.output / name}.md\n")
 
 
 if __name__ == "__main__":

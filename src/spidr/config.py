@@ -156,7 +156,7 @@ class DataConfig(Settings):
     on_error: Literal["raise", "skip"] = ours("raise")  # what to do about unreadable recordings
     weights: list[PositiveFloat] | None = ours(None)  # shares of several manifests in the hours of an epoch
     length_multiple: Annotated[int, between(1, 1024)] = ours(1)  # of the frames of a batch
-    distinct_epochs: NonNegative = ours(0)  # whose batches come again with new masks; 0: all, with cache 1
+    distinct_epochs: NonNegative = ours(0)  # epochs that later ones repeat under new masks; 0: none, with cache 1
     cache: bool = ours(False)  # keep in memory what a frozen extractor and teacher give
 
     RULES: ClassVar = (
@@ -256,7 +256,7 @@ class DinoSRConfig(Settings):
     freeze_step: NonNegative = 200_000  # [freeze_teacher_step] extractor and projection stop learning
     codebook_init: Literal["random", "data"] = ours("random")  # first codewords: drawn, or frames of the first batch
     codebook_revive_after: NonNegative = ours(0)  # steps without a frame; 0: never
-    reset: Literal["none", "codebooks"] = ours("none")  # codebooks: from data at the start, with new heads
+    reset: Literal["none", "codebooks"] = ours("none")  # codebooks: begin with codewords from data and new heads
 
     ELSEWHERE: ClassVar = dict.fromkeys(
         ("ema_timescale", "ema_threshold", "train_layers"),

@@ -81,7 +81,6 @@ def setup_training(seed: int, *, use_deterministic: bool = False) -> None:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     setup_pytorch(use_deterministic=use_deterministic)
-    setup_environment()
     set_seed(seed + rank)
 
 

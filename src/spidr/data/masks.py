@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from bisect import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from heapq import heappop, heappush
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -171,35 +171,55 @@ def _place_apart(
     the first span that fits nowhere, the row's lengths are 0.
     """
     spans = -np.sort(-spans, axis=1)
+    shares = rng.random(spans.shape)
+    waits = rng.standard_exponential((len(spans), 2 * spans.shape[1] + 1))  # for all parts that there can be
+    rows = zip(*(array.tolist() for array in (lengths, spans, (spans > 0).sum(1), shares, waits)), strict=True)
+    found = [_place_row(length, row[:count], min_space, *draws) for length, row, count, *draws in rows]
+    placed = np.arange(spans.shape[1]) < np.array([len(starts) for starts in found])[:, None]
     starts = np.zeros_like(spans)
-    draws = rng.random((2, *spans.shape))
-    for row, length in enumerate(lengths.tolist()):
-        found = _place_row(length, spans[row].tolist(), min_space, *draws[:, row].tolist())
-        starts[row, : len(found)], spans[row, len(found) :] = found, 0
-    return starts, spans
+    starts[placed] = list(chain.from_iterable(found))
+    return starts, np.where(placed, spans, 0)
 
 
-def _place_row(length: int, spans: list[int], min_space: int, parts: list[float], places: list[float]) -> list[int]:
-    """Place the spans of a row, up to the first that fits nowhere, and return their starts.
+def _place_row(length: int, spans: list[int], min_space: int, shares: list[float], waits: list[float]) -> list[int]:
+    """Place the spans of a row, the longest first, up to the first that fits nowhere, and return their starts.
+
+    The free parts race: each waits for a time that is exponentially distributed with its length as the rate, and the
+    first takes the next span. That draws in proportion to the lengths without summing them for each span
+    (https://en.wikipedia.org/wiki/Exponential_distribution, distribution of the minimum). For so few numbers at a time,
+    Python's lists are faster than arrays.
 
     Args:
         length: Frames of the row.
         spans: Lengths of the spans, the longest first.
         min_space: Frames to leave between spans.
-        parts: For each span a number in [0, 1) that chooses the part.
-        places: For each span a number in [0, 1) that chooses its place within the part.
+        shares: For each span a number in [0, 1) that chooses its place within the part.
+        waits: Standard exponential draws, one per part.
     """
     starts: list[int] = []
-    free = [(0, length)]  # begin and length of each part
-    for span, part, place in zip(spans, parts, places, strict=True):
-        rooms = list(accumulate(room if room >= span else 0 for _, room in free))
-        if span == 0 or rooms[-1] == 0:
+    now = 0.0
+    racing: list[tuple[float, int, int]] = []  # a heap of the parts that can hold the next span: (time, begin, room)
+    aside = [(-length, 0)]  # a heap of those that can only hold a shorter one: (-room, begin)
+    wait = iter(waits)
+    for span, share in zip(spans, shares, strict=False):
+        while aside and -aside[0][0] >= span:
+            negative_room, begin = heappop(aside)
+            heappush(racing, (now - next(wait) / negative_room, begin, -negative_room))
+        if not racing:
             break
-        begin, room = free.pop(bisect(rooms, part * rooms[-1]))
-        before = int(place * (room - span + 1))
+        now, begin, room = heappop(racing)
+        before = int(share * (room - span + 1))
         starts.append(begin + before)
-        after = before + span + min_space
-        free += [(begin, before - min_space), (begin + after, room - after)]
+        after = room - before - span - min_space
+        before -= min_space
+        if before >= span:
+            heappush(racing, (now + next(wait) / before, begin, before))
+        elif before >= spans[-1]:
+            heappush(aside, (-before, begin))
+        if after >= span:
+            heappush(racing, (now + next(wait) / after, begin + room - after, after))
+        elif after >= spans[-1]:
+            heappush(aside, (-after, begin + room - after))
     return starts
 
 

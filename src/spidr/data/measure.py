@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 R = TypeVar("R")
 T = TypeVar("T")
 
-AT_ONCE = 4096
-"""Recordings handed to the threads at a time."""
+PER_TASK = 64
+"""Recordings per task of a thread."""
 
 LISTED = 20
 """Most problems that a message lists."""
@@ -51,14 +51,17 @@ def measure(
         except InputError as error:
             return error
 
-    remaining = iter(recordings)
-    pool = ThreadPoolExecutor(min(32, (os.cpu_count() or 1) + 4))
+    def of_all(recordings: list[R]) -> list[T | InputError]:
+        return [of(recording) for recording in recordings]
+
+    remaining, threads = iter(recordings), min(32, (os.cpu_count() or 1) + 4)
+    pool = ThreadPoolExecutor(threads)
     try:
         with tqdm(total=total, desc=description, unit="file", disable=None if progress else True) as bar:
-            while some := list(islice(remaining, AT_ONCE)):
-                for result in pool.map(of, some):
-                    bar.update()
-                    yield result
+            while tasks := [task for _ in range(4 * threads) if (task := list(islice(remaining, PER_TASK)))]:
+                for results in pool.map(of_all, tasks):
+                    bar.update(len(results))
+                    yield from results
     finally:
         pool.shutdown(cancel_futures=True)
 
