@@ -1,16 +1,18 @@
 """How fast the models are: this package, published ones (0.1.2, 0.2.0) and HuBERT of ``transformers``, side by side.
 
-    python benchmarks/speed.py [--published PYTHON ...] [--rows NAME ...] [--dtypes NAME ...] [--size SIZE] [--json FILE]
+    python benchmarks/speed.py [--published PYTHON ...] [--rows NAME ...] [--dtypes NAME ...] [--size SIZE]
 
 Every system is a process of its own that stays for the whole run; they take turns, on the same inputs, and the median
 of each counts. ``--published`` names Pythons of environments with published versions: each model gets the weights of
 ours through a checkpoint, and its features and loss are compared. HuBERT-base takes part where ``transformers`` is
-installed, with random weights and a loss of masked prediction. The limit is the speed of a large matrix product,
-measured in between. Memory is that of two steps in a fresh process, over what it had after its imports. ``--compile``
-adds this package under ``torch.compile``. bfloat16 (autocast) is measured where the machine multiplies it natively, or
-when asked for with ``--dtypes``. This package keeps its memory as its training command does. ``--processor-time`` counts
-processor seconds of one thread: for a machine with other work. ``--size`` takes the quick start's shape, or one so small
-that Python's own time shows. One published version at a time needs less than 20 GB.
+installed, with random weights and a loss of masked prediction. The limit is the speed of a large matrix product, by the
+faster of MKL and oneDNN, measured in between. Memory is that of two steps in a fresh process, over what it had after
+its imports. bfloat16 (autocast) is measured where the machine multiplies it natively, or when asked for. This package
+keeps its memory as its training command does.
+
+``--processor-time`` counts processor seconds of one thread: for a machine with other work. ``--size`` takes the quick
+start's shape, or one so small that Python's own time shows. ``--compile`` adds this package under ``torch.compile``. A
+run with HuBERT and one published version needs less than 20 GB.
 """
 
 from __future__ import annotations
