@@ -484,7 +484,7 @@ def runs(bench: Bench) -> None:
     def warm() -> str:
         output = bench.output / "warm" / "warm.pt"
         shutil.rmtree(output.parent, ignore_errors=True)
-        with patch("spidr.data.build_dataloader", noise_loader):
+        with patch("spidr.warm_start.build_dataloader", noise_loader):
             left = warm_start(tiny.config(codebook_init="data"), output, steps=3, device=bench.device.type)
         return f"{left:.2f} of the variance is left; {trained(run={'init_ckpt': str(output)})}"
 

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch._dynamo.utils import counters
+from torch._inductor import config as inductor
 
 from helpers.small_models import tiny_model
 from helpers.tiny_run import write_config
@@ -82,7 +83,7 @@ def test_it_fails_where_the_compiler_would_give_up() -> None:
         waveforms, options = batch(model, 2, 1500, padded=False)
         call(waveforms, **options)
         waveforms, options = batch(model, 2, 1500, padded=True)
-        with pytest.raises(Exception, match="fullgraph"):
+        with pytest.raises(Exception, match=r"recompile_limit|fullgraph"):
             call(waveforms, **options)
 
 
@@ -100,6 +101,21 @@ def test_gradients_equal_those_of_eager_code() -> None:
     assert gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_the_compiler_makes_one_graph_for_all_lengths() -> None:
+    """With Inductor, which gets the gradient of a convolution to compile."""
+    compiled.leave_convolutions_dynamic()
+    conv = nn.Conv1d(4, 4, 5, padding=2, groups=2)
+    with inductor.patch(force_disable_caches=True):  # they know nothing of what was changed
+        call = torch.compile(lambda x: conv(x), dynamic=True, fullgraph=True)
+        for samples in (5000, 7001, 6002):
+            x = torch.randn(3, 4, samples, requires_grad=True)
+            gradients, expected = (
+                torch.autograd.grad(f(x).square().sum(), [x, *conv.parameters()]) for f in (call, conv)
+            )
+            torch.testing.assert_close(gradients, expected)
+    assert counters["stats"]["unique_graphs"] == 1
 
 
 def test_not_compiled_on_a_cpu(caplog: pytest.LogCaptureFixture) -> None:

@@ -1,4 +1,4 @@
-"""Checkpoints that cannot be lost: written aside, flushed and renamed; read back from the newest valid one."""
+"""Checkpoints that survive crashes: written aside, flushed and renamed; the newest valid one is loaded."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 __getattr__ = names_from(__name__, "spidr.compat.training")  # what published packages also have here
 
 CONTENTS = {"model": dict, "optimizer": dict, "scheduler": dict, "scaler": dict, "epoch": int, "step": int}
-"""What every training checkpoint holds."""
+"""Entries of every training checkpoint."""
 
 EXTRA = {"position": int, "means": dict, "idle": list}
 """What those of a run hold too, see :class:`spidr.run.Run`."""
@@ -109,11 +109,11 @@ class Checkpointer:
             make_folder(self.folder)
 
     def init_state(self, model: nn.Module, optimizer: Optimizer, scheduler: LRScheduler, scaler: GradScaler) -> None:
-        """Hand over what :meth:`save` saves and :meth:`load` restores."""
+        """Set what :meth:`save` saves and :meth:`load` restores."""
         self.model, self.optimizer, self.scheduler, self.scaler = model, optimizer, scheduler, scaler
 
     def path(self, step: int) -> Path:
-        """Where the checkpoint of a step is, or would be."""
+        """The path of a step's checkpoint, whether it exists or not."""
         return self.folder / f"step_{step}.pt"
 
     @property
@@ -179,7 +179,7 @@ class Checkpointer:
             writing.set_exception(error)
 
     def wait(self) -> None:
-        """Wait until what :meth:`save` saves in the background is written.
+        """Wait until the checkpoint that is written in the background is on disk.
 
         Raises:
             InputError: It could not be written.
@@ -208,7 +208,7 @@ class Checkpointer:
         return sorted(paths, key=_step_of)
 
     def find_latest(self) -> Path | None:
-        """The newest valid checkpoint of the run; damaged and foreign files are passed over with a warning.
+        """Find the newest valid checkpoint of the run. Damaged and foreign files are skipped with a warning.
 
         Raises:
             InputError: There are checkpoints, but none of them can be used.
@@ -241,14 +241,14 @@ class Checkpointer:
         return step
 
     def load_existing_run(self) -> bool:
-        """Go on from the newest valid checkpoint of the folder. Returns whether there was one."""
+        """Resume from the newest valid checkpoint of the folder. Returns whether there was one."""
         path = self.find_latest()
         if path is not None:
             self.restore(path, read_checkpoint(path))
         return path is not None
 
     def load(self, step: int) -> bool:
-        """Go on from ``step_N.pt``. Returns whether there is one.
+        """Resume from ``step_N.pt``. Returns whether it exists.
 
         Raises:
             InputError: If it is damaged, or does not fit the model.
@@ -260,7 +260,7 @@ class Checkpointer:
         return True
 
     def restore(self, path: Path, checkpoint: dict[str, Any]) -> None:
-        """Put the state of a checkpoint that was read from ``path`` into model, optimizer, scheduler and scaler.
+        """Load a checkpoint that was read from ``path`` into model, optimizer, scheduler and scaler.
 
         Raises:
             InputError: If it does not fit them.
@@ -306,11 +306,11 @@ class Checkpointer:
 
 
 _PREFIXES = re.compile(r"^((module|_orig_mod)\.)+")
-"""What DistributedDataParallel and torch.compile put before the names of weights."""
+"""Prefixes that DistributedDataParallel and torch.compile add to the names of weights."""
 
 
 def copy_to_host(state: Any) -> Any:
-    """Copy the tensors in nested containers, those on a GPU into page-locked memory; returns when all are there."""
+    """Copy the tensors in nested containers to the CPU, from a GPU into page-locked memory. Waits for the copies."""
     devices: set[torch.device] = set()
 
     def copy(value: Any) -> Any:

@@ -32,18 +32,20 @@ def compile_forward(model: nn.Module, **options: Any) -> Callable[..., Any]:
         options: More options of ``torch.compile``.
     """
     torch._dynamo.config.optimize_ddp = False
-    _leave_convolutions_dynamic()
+    leave_convolutions_dynamic()
     return torch.compile(model, dynamic=True, fullgraph=True, **options)
 
 
-def _leave_convolutions_dynamic() -> None:
-    """Have ATen compute the gradient of a convolution, as Inductor decides anyway, but for any length.
+def leave_convolutions_dynamic() -> None:
+    """Have ATen compute the gradient of a convolution, for any length.
 
-    To come to that decision, torch 2.14 fixes the length of the input and compiles anew for every other one.
+    Up to torch 2.8 Inductor does so by itself. Later versions come to the same end, but to find that out they fix the
+    length of the input, and compile anew for every other one.
     """
     try:
-        from torch._inductor.kernel.conv import aten_convolution_backward_fallback
-        from torch._inductor.lowering import lowerings
-    except ImportError:  # other versions
+        from torch._inductor.lowering import fallback_handler, lowerings
+    except ImportError:  # versions to come may compile more often than they should
+        logger.warning("torch %s: the compiler may compile again for each length of a batch", torch.__version__)
         return
-    lowerings[torch.ops.aten.convolution_backward.default] = aten_convolution_backward_fallback
+    operation = torch.ops.aten.convolution_backward.default
+    lowerings[operation] = fallback_handler(operation)

@@ -123,7 +123,7 @@ class Environment:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the process that logs, saves and talks to others."""
+        """Whether this is the process that logs, saves and reports."""
         return self.rank == 0
 
     @classmethod
@@ -142,7 +142,7 @@ class Environment:
             dist.broadcast(x, src=0)
 
     def broadcast_object(self, value: Any) -> Any:
-        """What the main process holds as ``value``."""
+        """The main process's ``value``."""
         if self.world_size == 1:
             return value
         box = [value]
@@ -207,7 +207,7 @@ def use_slurm() -> None:
 
 
 def _needed(name: str) -> str:
-    """What a variable says."""
+    """The value of an environment variable that must be set."""
     value = os.environ.get(name, "")
     if not value.strip():
         what = "empty" if name in os.environ else f"not set, but {_others(name)}"
@@ -216,7 +216,7 @@ def _needed(name: str) -> str:
 
 
 def _number(name: str, low: int, high: int, bound: str | None = None) -> int:
-    """What a variable says, a number between ``low`` and ``high``, which is the one that ``bound`` leaves."""
+    """The value of a variable as a number from ``low`` to ``high``; ``bound`` names the variable behind ``high``."""
     value = _needed(name)
     if not re.fullmatch(r"[0-9]{1,20}", value):
         raise InputError(f"the environment variable {name} is {value[:80]!r}, not a number: {REMEDY}")
@@ -227,7 +227,7 @@ def _number(name: str, low: int, high: int, bound: str | None = None) -> int:
 
 
 def _others(name: str) -> str:
-    """Which variables of the same launcher are set."""
+    """Name the variables of the same launcher that are set."""
     family = SLURM_VARIABLES if name in SLURM_VARIABLES else TORCHRUN_VARIABLES
     there = [other for other in family if other in os.environ and other != name]
     return f"{', '.join(there)} {'are' if len(there) > 1 else 'is'}"
@@ -268,7 +268,7 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
 
 
 def _connect(rank: int) -> Any:
-    """The store at which all processes of the run meet."""
+    """Connect to the store through which all processes of the run meet."""
     try:
         return connect(rank, MEETING_TIMEOUT, serve=True)
     except RuntimeError as error:
@@ -279,7 +279,7 @@ def _connect(rank: int) -> Any:
 
 
 def _join(peers: Peers, store: Any, device: torch.device) -> None:
-    """Wait until all processes have come, and set up what they compute together with."""
+    """Wait for all processes, then set up the process group."""
     peers.meet(MEETING_TIMEOUT)
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
@@ -292,7 +292,7 @@ def _join(peers: Peers, store: Any, device: torch.device) -> None:
 
 
 class RunEndedError(SystemExit):
-    """Another process of the run is the reason why this one ends.
+    """This process ends because of another one of the run.
 
     Attributes:
         cause: What happened.
@@ -345,7 +345,7 @@ def environment(run: RunConfig) -> Iterator[Environment]:
 
 
 def _leave_group() -> None:
-    """Leave the process group, without waiting for the others if something went wrong: they may be dead."""
+    """Leave the process group; after a failure, without waiting for the others, which may be dead."""
     if not dist.is_initialized():
         return
     abort = getattr(dist.distributed_c10d, "_abort_process_group", None)
@@ -381,5 +381,5 @@ def _settings(device: torch.device, *, use_deterministic: bool) -> Iterator[None
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
-    """Seed what a training step draws (dropout, layer drop) from its arguments, so that no state has to be saved."""
+    """Seed the random draws of a training step (dropout, layer drop), so that no generator state has to be saved."""
     torch.manual_seed(int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0]))

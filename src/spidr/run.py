@@ -45,13 +45,13 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 LOADING = ("num_workers", "pin_memory", "prefetch_factor", "persistent_workers", "on_error")
-"""Settings of data that change no batch."""
+"""Data settings that do not change any batch."""
 
 BASE_MODEL = 50_000_000
 """Parameters from which on training on a CPU is worth a warning."""
 
 CPU_TFLOPS = 0.05
-"""A core's, about."""
+"""Of a core, roughly."""
 
 
 class Run:
@@ -254,7 +254,7 @@ class Run:
             self.jobs.submit_again(cfg)
 
     def _remark(self) -> None:
-        """Say what the run hears and takes: data, disk for its checkpoints and, on a CPU, time."""
+        """Log what the run will use: data, disk space for its checkpoints and, on a CPU, time."""
         cfg, state = self.cfg, self.state
         if (remark := schedule_remark(cfg.optimizer)) is not None:
             logger.warning("%s", remark)
@@ -295,7 +295,7 @@ class Run:
             yield micro_batches
 
     def record(self, micro_batches: list[Batch], measured: Measured) -> None:
-        """Take note of a step: its measurements come in when the device has them.
+        """Record a step. Its measurements are read when the device has computed them.
 
         Raises:
             InputError: If a loss or gradient was not finite.
@@ -319,7 +319,7 @@ class Run:
             self._interval.add(values)
 
     def _stop_not_finite(self, step: int, values: dict[str, list[float]], rows: Tensor) -> None:
-        """Say which files the step was about, on the processes whose own loss was not finite, else on all."""
+        """Name the files of the step, of the processes whose own loss was not finite, or else of all."""
         files = [str(recording) for recording in self.state.loader.dataset.recordings(rows.numpy())]
         everywhere = self.env.gather_objects((bool(values["finite_here"][0]), files))
         guilty = [rank for rank, (finite, _) in enumerate(everywhere) if not finite] or range(len(everywhere))
@@ -341,7 +341,7 @@ class Run:
         self._on_main(self._collect_validation)
 
     def _write_interval(self) -> None:
-        """Write a line about the steps since the last one."""
+        """Write a metrics line for the steps since the last one."""
         if not self._interval:
             return
         values = self._interval.pop()
@@ -394,7 +394,7 @@ class Run:
         return self.env.world_size * self.state.loader.accumulation
 
     def finish(self) -> None:
-        """Save and validate the trained model, and say what its units are worth."""
+        """Save and validate the trained model, and print the quality of its units."""
         self._absorb(wait=True)
         self._write_interval()
         self._set_extra()
@@ -442,7 +442,7 @@ class Run:
             self._clock.paused += seconds
 
     def _unvalidated(self) -> list[str]:
-        """The sets to validate here and now; what is to be done in a job is submitted."""
+        """List the sets to validate in this process, after submitting those that are validated in jobs."""
         self._collect_validation()
         step = self.state.step
         groups = [group for group in self.cfg.validation if (step, group) not in self.metrics]
@@ -455,7 +455,7 @@ class Run:
         return []
 
     def _collect_validation(self) -> None:
-        """Take the results of validation jobs that have come in."""
+        """Collect the results of validation jobs that have finished."""
         if self.jobs is None:
             return
         for line in self.jobs.collect():
@@ -482,7 +482,7 @@ class Run:
 
 @contextmanager
 def _reason_in_log() -> Iterator[None]:
-    """Write to the log why the run ended; whoever started it says so on standard error."""
+    """Log why the run ended. The command reports it on standard error."""
     try:
         yield
     except (InputError, Preempted) as error:
@@ -498,14 +498,14 @@ def _reason_in_log() -> Iterator[None]:
 
 
 def _remove_empty(folders: list[Path]) -> None:
-    """Remove folders, the innermost first, as long as they are empty."""
+    """Remove empty folders, innermost first."""
     with suppress(OSError):
         for folder in folders:
             folder.rmdir()
 
 
 def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The values of nested tables by dotted names."""
+    """Flatten nested tables to dotted names."""
     result: dict[str, Any] = {}
     for key, value in table.items():
         result |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
@@ -513,7 +513,7 @@ def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _must_stay(name: str, *, finished: bool) -> bool:
-    """Whether a setting must be as it was: what makes the model's shape, and all that made a finished model."""
+    """Whether a setting must not change: those that shape the model and, once finished, all that made it."""
     section, _, rest = name.partition(".")
     if section == "model" or name == "run.model_type":
         return finished or not may_differ(rest)
@@ -523,7 +523,7 @@ def _must_stay(name: str, *, finished: bool) -> bool:
 
 
 class _Clock:
-    """What an interval of training costs, from now on."""
+    """Measures what an interval of training costs, starting now."""
 
     def __init__(self) -> None:
         self.start = time.perf_counter()
@@ -533,7 +533,7 @@ class _Clock:
         self.paused = 0.0  # for validation
 
     def rates(self, env: Environment, dtype: str) -> dict[str, float]:
-        """Rates and memory of the interval: TFLOP/s of a device, and their share of what it can do."""
+        """Rates and memory of the interval; TFLOP/s are per device, ``mfu`` is their share of its peak."""
         elapsed = time.perf_counter() - self.start - self.paused
         rates = {
             "audio_seconds_per_second": self.audio_seconds / elapsed,
@@ -547,7 +547,7 @@ class _Clock:
 
 
 def _peak_memory(device: torch.device) -> float:
-    """Bytes that this process has used at most: of the GPU's memory, elsewhere of the machine's; NaN if not known."""
+    """Peak memory of this process in bytes: the GPU's, else the machine's; NaN if unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:

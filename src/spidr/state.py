@@ -1,4 +1,4 @@
-"""What a run is made of, and how it is built: model, optimizer, loader, and the model wrapped for training."""
+"""The parts of a run and how they are built: model, optimizer, loader, and the model wrapped for training."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ MAY_DIFFER = (
     "freeze_step",
     "reset",
 )
-"""How the names of model settings begin or end that leave the shape of the model as it is."""
+"""Beginnings and ends of the names of model settings that do not change the model's shape."""
 
 
 def may_differ(name: str) -> bool:
-    """Whether a model setting leaves the shape of the model as it is."""
+    """Whether a model setting leaves the model's shape unchanged."""
     return name.startswith(MAY_DIFFER) or name.endswith(MAY_DIFFER)
 
 
@@ -123,7 +123,7 @@ class State:
             self.epoch, self.position = self.epoch + 1, 0
 
     def freeze_if_due(self) -> None:
-        """Stop training extractor and projection from ``freeze_step`` on."""
+        """Freeze extractor and projection once ``freeze_step`` is reached."""
         if self.step >= self.model.freeze_step:
             self.model.freeze_extractor()
             drop_frozen(self.optimizer, self.scheduler)
@@ -202,7 +202,7 @@ def model_settings(cfg: Config) -> DinoSRConfig:
 
 
 def check_batch_length(cfg: Config) -> None:
-    """See that no tensor of a batch has more elements than a GPU's 32-bit indices can count.
+    """Check that no tensor of a batch has more elements than 32-bit indices can address on a GPU.
 
     Raises:
         InputError: ``data.max_batch_length`` is too large.
@@ -229,7 +229,7 @@ class Replica(nn.Module):
         self._call = partial(call)  # bare, it would be registered as a second module
 
     def forward(self, *inputs: Tensor, **options: Tensor | None) -> Any:
-        """Call the model; without input, give something of which every trained parameter has a gradient."""
+        """Call the model; without input, return a value that depends on every trained parameter."""
         if inputs:
             return self._call(*inputs, **options)
         return sum(parameter.sum() for parameter in self.model.parameters() if parameter.requires_grad)

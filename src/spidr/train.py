@@ -139,7 +139,7 @@ def _forward(state: State, micro_batch: Batch) -> Tensor:
 
 
 def _reduce_statistics(state: State, micro_batches: list[Batch]) -> dict[str, Tensor]:
-    """Sum the step's statistics over processes, with what else is to be known of all of them."""
+    """Sum the step's statistics, and a few counts, over all processes."""
     counts = {
         "batch_size": sum(len(batch.rows) for batch in micro_batches),
         "seconds": sum(batch.num_samples for batch in micro_batches) / SAMPLE_RATE,
@@ -175,7 +175,7 @@ def _tflop(state: State, batch: Batch) -> float:
 
 
 def _skip(state: State) -> None:
-    """Forget a step that overflowed: neither schedule nor teacher nor codebooks advance."""
+    """Discard a step that overflowed: schedule, teacher and codebooks do not advance."""
     state.model.discard_statistics()
     state.skipped_steps += 1
     if state.skipped_steps == MAX_SKIPPED_STEPS:
@@ -191,7 +191,7 @@ def _loss_scale(cfg: Config) -> float:
 
 
 def _sync_gradients(network: Any, *, when: bool) -> Any:
-    """Reduce gradients over processes in the backward pass, or leave it to a later one."""
+    """Reduce gradients over processes in this backward pass, or leave that to a later one."""
     return network.no_sync() if isinstance(network, DistributedDataParallel) and not when else nullcontext()
 
 

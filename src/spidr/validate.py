@@ -98,7 +98,7 @@ def _measure(
 
 
 def _inputs(batch: AnyBatch, device: torch.device | str) -> tuple[Tensor, dict[str, Tensor | None]]:
-    """Waveforms and the other arguments of the model, on its device."""
+    """The model's arguments, waveforms first, on its device."""
     if isinstance(batch, Batch):
         batch = batch.to(device, non_blocking=True)
         return batch.waveforms, batch.options
@@ -167,7 +167,7 @@ def validate_set(
 
 
 def _gather(env: Environment, part: T, stop: StopFlag) -> list[T]:
-    """What each process has measured."""
+    """Gather what each process has measured."""
     signums, parts = zip(*env.gather_objects((stop.signum, part)), strict=True)
     if any(signums):
         raise Preempted(max(signums), agreed=True)
@@ -192,7 +192,7 @@ def _units_metrics(model: DinoSR, data: DataConfig, alignments_path: str, env: E
 
 
 def _named(quality: UnitsQuality) -> dict[str, float]:
-    """By the names of the metrics, of which ``unit_ppl`` tells the perplexity apart from that of the targets."""
+    """Metrics by name; ``unit_ppl`` is not to be confused with the targets' perplexity."""
     values = quality._asdict()
     return {"pnmi": values.pop("pnmi"), "unit_ppl": values.pop("codebook_perplexity"), **values}
 

@@ -10,27 +10,59 @@ docs/decisions.md, "It learns".
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import replace
 from itertools import chain, count, islice
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from spidr.config import SAMPLE_RATE, Config, DinoSRConfig, read_config, to_dict
 from spidr.tools.command import Parser, command, write_result
 from spidr.tools.errors import InputError
+from spidr.tools.files import atomic_write, make_folder
 from spidr.tools.frames import receptive_field
-from spidr.tools.lazy import needs_extra
+from spidr.tools.lazy import command_needs
 
-if TYPE_CHECKING:
-    from torch import Tensor
+STEPS = 1500
+"""With 600, twice as much of the targets' variance is left."""
 
-    from spidr.data import Batch
+LR = 4e-3
+"""Several times what a training takes."""
+
+
+def _arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = Parser(
+        "python -m spidr.warm_start",
+        description="First weights for a small model and little speech: its layers learn to put out cepstra. An "
+        "extra, no part of SpidR or DinoSR as published. Name OUTPUT in run.init_ckpt of CONFIG.",
+    )
+    parser.add_argument("config", metavar="CONFIG", help="the run's configuration: model, data, seed, precision count")
+    parser.add_argument("output", metavar="OUTPUT", type=Path, help="a .pt file; config.json is written beside it")
+    parser.add_argument("--steps", type=int, default=STEPS, help="(default: %(default)s)")
+    parser.add_argument("--lr", type=float, default=LR, help="highest learning rate (default: %(default)s)")
+    parser.add_argument("--device", choices=("auto", "cuda", "mps", "cpu"), help="(default: run.device of CONFIG)")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    _arguments()  # whoever asks for help need not wait for torch
+
+with command_needs("train", __name__):
+    import torch
+    from torch import Tensor, nn
+
+    from spidr.adapt import init_codebooks
+    from spidr.data import Batch, build_dataloader
     from spidr.data.loader import SpeechLoader
+    from spidr.environment import Environment
+    from spidr.models import build_model
+    from spidr.optimizer import build_optimizer
+    from spidr.tools.progress import Progress
 
 CEPSTRA = 13
 MELS = 80
@@ -40,12 +72,6 @@ SLOPE = (-1, -2, 0, 2, 1)
 
 SLOPES_WEIGHT = 0.5
 """Standard deviation of the slopes, as a share of that of the smoothed cepstra."""
-
-LR = 4e-3
-"""Several times what a training takes."""
-
-STEPS = 1500
-"""With 600, twice as much of the targets' variance is left."""
 
 MAX_NAME = 200
 """Bytes of a file's name at most, some fewer than file systems take, for the name that a file has until it is whole."""
@@ -65,8 +91,6 @@ def log_mel(waveforms: Tensor, shapes: Sequence[tuple[int, int, int]]) -> Tensor
     Returns:
         (B, T, 80).
     """
-    import torch
-
     field, hop = receptive_field(shapes), math.prod(stride for _, _, stride in shapes)
     size = 1 << (field - 1).bit_length()
     window = torch.hann_window(field, device=waveforms.device)
@@ -81,8 +105,6 @@ def log_mel(waveforms: Tensor, shapes: Sequence[tuple[int, int, int]]) -> Tensor
 
 def cepstra(waveforms: Tensor, shapes: Sequence[tuple[int, int, int]]) -> Tensor:
     """The first 13 cepstra, (B, T, 13): the DCT of :func:`log_mel`."""
-    import torch
-
     mels = log_mel(waveforms, shapes)
     phases = (torch.arange(MELS).unsqueeze(1) + 0.5) * torch.arange(CEPSTRA) * (math.pi / MELS)
     return mels @ (phases.cos() * math.sqrt(2 / MELS)).to(mels)
@@ -93,8 +115,6 @@ def smooth_and_slope(x: Tensor, num_frames: Tensor) -> Tensor:
 
     Before the first and after the last of a row's ``num_frames`` (B,), that frame counts again.
     """
-    import torch
-
     around, frames = len(SMOOTH) // 2, torch.arange(x.shape[1], device=x.device)
     smooth, slope = torch.zeros_like(x), torch.zeros_like(x)
     for offset in range(-around, around + 1):
@@ -110,8 +130,6 @@ def weights() -> Tensor:
 
     Cepstra 0, 1, 2, ... have 1, 1, 1/sqrt(2), 1/sqrt(3) and so on, since the lower ones tell more about phones.
     """
-    import torch
-
     of_cepstra = torch.arange(CEPSTRA).clamp(min=1).rsqrt()
     return torch.cat([of_cepstra, SLOPES_WEIGHT * of_cepstra])
 
@@ -120,8 +138,6 @@ class Targets:
     """What the layers shall put out: smoothed cepstra and slopes as features whose variance is 1 on average."""
 
     def __init__(self, cfg: DinoSRConfig, loader: SpeechLoader, seed: int) -> None:
-        import torch
-
         self.shapes, dim = cfg.extractor_conv_layer_config, cfg.encoder_embed_dim
         frames = torch.cat([self._describe(batch) for batch in islice(loader.epoch(0), MOMENTS_BATCHES)]).double()
         self.mean, std = frames.mean(0).float(), frames.std(0, correction=0).float().clamp(min=1e-5)
@@ -166,23 +182,11 @@ def warm_start(cfg: Config, output: Path, *, steps: int = STEPS, lr: float = LR,
     Raises:
         InputError: Something the user gave is wrong, or the loss is not finite.
     """
-    import torch
-    from torch import nn
-
-    with needs_extra("train"):
-        from tqdm import tqdm
-
-        from spidr.data import build_dataloader
-    from spidr.environment import choose_device
-    from spidr.models import build_model
-    from spidr.optimizer import build_optimizer
-    from spidr.tools.files import atomic_write
-
     config = json.dumps(to_dict(cfg), indent=2).encode()
     _check_output(output, config)
-    target_device = choose_device(device)
+    env = Environment.alone(device)
     torch.manual_seed(cfg.run.random_seed)
-    model = build_model(cfg=cfg.model, model_type=cfg.run.model_type).to(target_device).eval()  # without dropout
+    model = build_model(cfg=cfg.model, model_type=cfg.run.model_type).to(env.device).eval()  # without dropout
     trained = nn.ModuleList([model.feature_extractor, model.feature_projection, model.student])
     skip = len(model.student.layers) - model.num_codebooks
     loader = build_dataloader(cfg.data, None, conv_layer_config=cfg.model.extractor_conv_layer_config)
@@ -193,21 +197,14 @@ def warm_start(cfg: Config, output: Path, *, steps: int = STEPS, lr: float = LR,
     dtype = getattr(torch, optimizer_cfg.dtype)
     losses: list[Tensor] = []
 
-    def init_codebooks() -> None:
-        if cfg.model.codebook_init == "data":
-            batch = next(loader.epoch(0)).to(target_device)
-            generator = torch.Generator().manual_seed(cfg.run.random_seed)
-            model.init_codebooks(
-                batch.waveforms, attention_mask=batch.attention_mask, lengths=batch.lengths, generator=generator
-            )
-
-    interval = 0.5 if sys.stderr.isatty() else 60
-    try:
-        init_codebooks()  # for what it refuses
+    draws = cfg.model.codebook_init == "data"
+    with closing(loader), Progress("warm start", steps, "steps") as progress:
+        if draws:
+            init_codebooks(model, loader, env, cfg.run.random_seed)  # for what it refuses
         targets = Targets(cfg.model, loader, cfg.run.random_seed)
-        for cpu_batch in tqdm(_batches(loader, steps), "warm start", steps, unit="step", mininterval=interval):
-            batch = cpu_batch.to(target_device, non_blocking=True)
-            with torch.autocast(target_device.type, dtype, enabled=optimizer_cfg.mixed_precision):
+        for cpu_batch in _batches(loader, steps):
+            batch = cpu_batch.to(env.device, non_blocking=True)
+            with torch.autocast(env.device.type, dtype, enabled=optimizer_cfg.mixed_precision):
                 features, mask = model.project(batch.waveforms, batch.attention_mask, batch.lengths)
                 outputs = model.student.get_intermediate_outputs(features, mask, skip=skip)
             found = torch.stack([frames_of(batch, output) for output in outputs])
@@ -220,11 +217,11 @@ def warm_start(cfg: Config, output: Path, *, steps: int = STEPS, lr: float = LR,
             optimizer.zero_grad()
             scheduler.step()
             losses.append(loss.detach())
+            progress(1)
         assert model.teacher is not None
         model.teacher.load_state_dict(model.student.state_dict())
-        init_codebooks()
-    finally:
-        loader.close()
+        if draws:
+            init_codebooks(model, loader, env, cfg.run.random_seed)
     left = torch.stack(losses[-max(1, steps // 10) :]).mean().item()
     if not math.isfinite(left):
         raise InputError(f"after {steps} steps the loss is {left}: lower --lr, which is {lr:g}")
@@ -242,8 +239,6 @@ def _batches(loader: SpeechLoader, steps: int) -> Iterator[Batch]:
 
 def _check_output(output: Path, config: bytes) -> None:
     """Refuse what cannot be written, or what would be taken for another model, before anything is trained."""
-    from spidr.tools.files import make_folder
-
     if output.suffix != ".pt":
         raise InputError(f"{output}: the name must end in .pt")
     if os.path.exists(output):  # noqa: PTH110 (this knows no name that is too long)
@@ -265,18 +260,7 @@ def _check_output(output: Path, config: bytes) -> None:
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
-    parser = Parser(
-        "python -m spidr.warm_start",
-        description="First weights for a small model and little speech: its layers learn to put out cepstra. An "
-        "extra, not part of SpidR or DinoSR as published. Name OUTPUT in run.init_ckpt of CONFIG.",
-        example="python -m spidr.warm_start config.toml warm/warm.pt",
-    )
-    parser.add_argument("config", metavar="CONFIG", help="the run's configuration: model, data, seed, precision count")
-    parser.add_argument("output", metavar="OUTPUT", type=Path, help="a .pt file; config.json is written beside it")
-    parser.add_argument("--steps", type=int, default=STEPS, help="(default: %(default)s)")
-    parser.add_argument("--lr", type=float, default=LR, help="highest learning rate (default: %(default)s)")
-    parser.add_argument("--device", choices=("auto", "cuda", "mps", "cpu"), help="(default: run.device of CONFIG)")
-    args = parser.parse_args(argv)
+    args = _arguments(argv)
     if args.steps < 1:
         raise InputError(f"--steps must be at least 1, not {args.steps}")
     cfg = read_config(args.config)

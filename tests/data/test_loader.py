@@ -13,6 +13,7 @@ import tempfile
 import textwrap
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -463,4 +464,22 @@ def test_a_killed_worker_ends_the_epoch(cfg: DataConfig) -> None:
 
     with pytest.raises(InputError, match="A data worker died: DataLoader worker"):
         use()
+    loader.close()
+
+
+def test_workers_killed_while_they_send_to_a_thread(cfg: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No signal tells a thread, and it would wait for the rest of a batch for ever."""
+    monkeypatch.setattr("spidr.data.loader._has_shared_memory", lambda *_: False)  # so they send more than a pipe holds
+    loader = build_dataloader(replace(cfg, num_workers=2), None)
+
+    def use() -> None:
+        batches = loader.epoch(0)
+        next(batches)
+        time.sleep(0.5)
+        for process in multiprocessing.active_children():
+            process.kill()
+        list(batches)
+
+    with ThreadPoolExecutor(1) as pool, pytest.raises(InputError, match="A data worker died: DataLoader worker"):
+        pool.submit(use).result(100)
     loader.close()

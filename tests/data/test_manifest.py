@@ -208,6 +208,7 @@ def test_every_name_survives(names: list[str]) -> None:
         ("m.jsonl", '{"fileid": "a", "path": "b", "num_samples": 4}\n{"fil', "row 2 is not a line of JSON"),
         ("m.jsonl", "[1]\n", "row 1 is not a JSON object"),
         ("m.jsonl", "{\n", "row 1 is not a line of JSON"),
+        ("m.jsonl", '{"path": "\\ud800", "num_samples": 4}\n{"path": 1, "num_samples": [4]}\n', "not a UTF-8"),
         ("m.tsv", "/a\nb.wav\n", "row 2 must be"),
         ("m.tsv", "/a\nb.wav\t1\nc.wav\tx\n", "row 3 must be"),
         ("m.tsv", "/a\n", "has no row"),

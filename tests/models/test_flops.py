@@ -92,4 +92,8 @@ def test_peaks() -> None:
     assert peak_tflops("Tesla V100-SXM2-32GB", "bfloat16") is None
     assert peak_tflops("NVIDIA GeForce RTX 4090", "bfloat16") == 165.2
     assert peak_tflops("NVIDIA B200", "bfloat16") == 2250
-    assert peak_tflops("NVIDIA T4", "bfloat16") is None
+    assert peak_tflops("NVIDIA H200 NVL", "bfloat16") == 835.5
+    assert peak_tflops("NVIDIA GH200 480GB", "bfloat16") == 989.4
+    assert peak_tflops("AMD Instinct MI300X", "float16") == 1307.4
+    for unknown in ("NVIDIA T4", "NVIDIA RTX A1000", "NVIDIA GeForce RTX 4090 Laptop GPU"):
+        assert peak_tflops(unknown, "bfloat16") is None

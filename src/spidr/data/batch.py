@@ -1,4 +1,4 @@
-"""A batch, and how it is made from recordings."""
+"""Batches, and how they are made from recordings."""
 
 from __future__ import annotations
 
@@ -184,7 +184,7 @@ _remembered_statistics = lru_cache(maxsize=1 << 16)(statistics)
 
 
 class Loaded(NamedTuple):
-    """A recording of which the length is known and, unless it is long, the samples."""
+    """A recording: its length and, unless it is long, its samples."""
 
     recording: Recording
     length: int
@@ -323,7 +323,7 @@ class Collator:
 
     @contextmanager
     def _skipping(self, recording: Recording, skipped: dict[str, str]) -> Iterator[None]:
-        """Note a recording that cannot be read and go on, if that was asked for."""
+        """With ``on_error = "skip"``, note an unreadable recording and go on."""
         try:
             yield
         except InputError as error:

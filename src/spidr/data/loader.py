@@ -1,9 +1,10 @@
-"""Batches of an epoch, made by worker processes: what a training loop iterates over."""
+"""Loaders: the batches of an epoch, made by worker processes."""
 
 from __future__ import annotations
 
 import logging
 import multiprocessing
+import multiprocessing.connection
 import os
 import shutil
 import signal
@@ -12,7 +13,7 @@ import threading
 import weakref
 from collections import Counter
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import torch
@@ -126,7 +127,7 @@ def _parts(
 
 
 def _with_one_frame(cfg: DataConfig, conv_layer_config: Sequence[tuple[int, int, int]]) -> DataConfig:
-    """Leave out recordings of which the model makes no frame."""
+    """Leave out recordings too short for a frame of the model."""
     samples = receptive_field(conv_layer_config)
     if cfg.max_sample_size < samples:
         raise InputError(f"max_sample_size is {cfg.max_sample_size}; one frame of the model needs {samples} samples.")
@@ -157,7 +158,7 @@ class Processes(NamedTuple):
 
     @classmethod
     def of(cls, rank: int | None, world_size: int | None) -> Processes:
-        """What is not given is what the process group says."""
+        """Take what is None from the process group."""
         is_group = dist.is_available() and dist.is_initialized()
         return cls(
             (dist.get_rank() if is_group else 0) if rank is None else rank,
@@ -249,7 +250,7 @@ class SpeechLoader:
         return error
 
     def summary(self) -> DataSummary:
-        """What becomes of the recordings in epoch 0."""
+        """Summarise what epoch 0 hears of the recordings."""
         return summarise(self._lengths, self._collator.cfg, self._collator.cfg.min_sample_size, self._batches(0))
 
     @property
@@ -313,7 +314,7 @@ class _Maker(Dataset[Batch | PackedBatch | InputError]):
 
 
 class _Queue(Sampler[BatchRequest]):
-    """What the workers are to do next. Requests say all there is to know, so workers need no news of the epoch."""
+    """The requests that the workers get next. Each is complete, so workers do not depend on the epoch."""
 
     def __init__(self) -> None:
         self.requests: Iterator[BatchRequest] = iter(())
@@ -323,7 +324,7 @@ class _Queue(Sampler[BatchRequest]):
 
 
 class _Workers:
-    """The processes that make batches, started when they are first needed."""
+    """The processes that make batches, started on first use."""
 
     def __init__(self, collator: Collator, processes: int, start_method: str | None) -> None:
         self._collator, self._processes = collator, processes
@@ -331,9 +332,10 @@ class _Workers:
         self._queue = _Queue()
         self._dataloader: DataLoader[Batch | PackedBatch | InputError] | None = None
         self._running: Generator[Batch | InputError] | None = None
+        self._watched: Callable[[], Any] = lambda: None
 
     def make(self, requests: Iterator[BatchRequest]) -> Iterator[Batch | InputError]:
-        """Make batches; the previous call's come to an end."""
+        """Make batches; this ends the previous call's."""
         if self._running is not None:
             self._running.close()
         self._running = self._make(requests)
@@ -343,8 +345,10 @@ class _Workers:
         if self._dataloader is None:
             self._dataloader = self._build()
         self._queue.requests = requests
+        batches = iter(self._dataloader)
+        self._watch(batches)
         try:
-            for batch in self._dataloader:
+            for batch in batches:
                 yield batch.open() if isinstance(batch, PackedBatch) else batch
         except RuntimeError as error:
             if not str(error).startswith("DataLoader worker"):
@@ -353,6 +357,18 @@ class _Workers:
                 f"A data worker died: {first_line(error).rstrip('.')}. If the machine ran out of memory, lower "
                 "data.num_workers, data.prefetch_factor or data.max_batch_length."
             ) from None
+
+    def _watch(self, batches: Any) -> None:
+        """In a thread, end a wait for the rest of what a worker was sending when it died.
+
+        In the main thread, torch learns of its death from a signal.
+        """
+        if threading.current_thread() is threading.main_thread() or self._watched() is batches:
+            return
+        if workers := getattr(batches, "_workers", None):
+            self._watched = weakref.ref(batches)
+            watcher = partial(_end_with_worker, self._watched, workers, batches._worker_result_queue)
+            threading.Thread(target=watcher, name="data workers", daemon=True).start()
 
     def _build(self) -> DataLoader[Batch | PackedBatch | InputError]:
         cfg = self._collator.cfg
@@ -380,6 +396,21 @@ class _Workers:
             self._running.close()
         # Torch ends the processes when nothing refers to their loader any more.
         self._running = self._dataloader = None
+
+
+def _end_with_worker(batches: Callable[[], Any], workers: list[Any], results: Any) -> None:
+    """When one worker has died, end all: whoever reads finds the end of what they send.
+
+    Args:
+        batches: Torch's iterator, None if it is gone.
+        workers: Its processes.
+        results: The queue into which they put what they have made.
+    """
+    multiprocessing.connection.wait([worker.sentinel for worker in workers])
+    if (iterator := batches()) is not None and not iterator._shutdown:
+        for worker in workers:
+            worker.kill()
+        results._writer.close()
 
 
 def _unchanged(batch: Any) -> Any:

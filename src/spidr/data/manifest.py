@@ -83,7 +83,7 @@ def read_manifest(path: str | Path | Sequence[str | Path], *, needs_audio: bool 
         manifest = _reader(path)(path)
     except OSError as error:
         raise InputError(f"{path}: the manifest cannot be read ({error.strerror or error}).") from None
-    except UnicodeDecodeError as error:
+    except UnicodeError as error:
         raise InputError(f"{path}: not a UTF-8 text file ({error}).") from None
     except (csv.Error, pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
         raise InputError(f"{path}: the manifest cannot be read: {first_line(error)}.") from None

@@ -1,4 +1,4 @@
-"""Features of recordings, one file for each."""
+"""Features of recordings, one file each."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def extract_features(
     flat: bool = False,
     options: Options | None = None,
 ) -> Skipped:
-    """Write the features of recordings, one array (T, D) in a file of its own for each.
+    """Write the features of recordings, one file with an array (T, D) each.
 
     Frame ``t`` is about the 25 ms from ``t * 20`` ms on. Started again, it resumes where it stopped; processes started
     by torchrun or SLURM share the work, and several jobs may add to one output at the same time.
@@ -115,7 +115,7 @@ class _FeatureFolder(Output):
         return damaged
 
     def _shape(self, path: Path) -> tuple[int, int] | None:
-        """Frames and channels of a file; None if it is damaged."""
+        """Shape (frames, channels) of a file; None if it is damaged."""
         try:
             if self.file_format == "npy":
                 array = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -147,7 +147,7 @@ class _FeatureFolder(Output):
 
 
 def _save_npy(file: IO[bytes], pieces: Iterable[NDArray[np.floating]]) -> None:
-    """Write an array piece by piece, the number of rows last."""
+    """Write an array piece by piece, its number of rows last."""
     header: dict[str, Any] = {"fortran_order": False}
     count = size = 0
     for piece in pieces:

@@ -19,7 +19,7 @@ SPLITS = ("dev", "test", "train-10min", "train-1h", "train-10h")
 
 @dataclass(frozen=True)
 class Row:
-    """Units of a recording, one for each frame, and what else a format may want to know of it."""
+    """A recording's units, one for each frame, and what some formats write beside them."""
 
     name: str
     units: list[int]
@@ -27,7 +27,7 @@ class Row:
     speaker: str = ""
 
     def runs(self) -> tuple[list[int], list[int]]:
-        """The units with repeats merged, and how many frames each lasts."""
+        """Units with repeats merged, and the number of frames of each."""
         runs = [(unit, sum(1 for _ in run)) for unit, run in groupby(self.units)]
         return [unit for unit, _ in runs], [count for _, count in runs]
 

@@ -1,4 +1,4 @@
-"""One extraction, from sources to an output: the same steps whether features or units are made."""
+"""One extraction, from sources to an output, of features or units."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def extract(
     make_session: Callable[[Environment], Session],
     description: str,
 ) -> Skipped:
-    """Encode what of some recordings is not in an output yet.
+    """Encode the recordings that an output lacks.
 
     Args:
         sources: See :func:`spidr.extract.sources.find_items`.
         output: Where values go.
         options: How recordings are encoded.
-        make_session: The model, on the device of this process.
-        description: What the progress bar says.
+        make_session: Makes the session of this process.
+        description: Of the progress bar.
 
     Returns:
         The recordings that were skipped, of all processes.
@@ -57,7 +57,7 @@ def extract(
                 for batch in written:
                     for encoded in batch:
                         session.count(encoded)
-        summary = gather(env, session.summary)
+        summary = _gather(env, session.summary)
         if env.is_main:
             for name, why in problems.items():
                 summary.skip(name, why)
@@ -68,8 +68,8 @@ def extract(
         return summary.skipped
 
 
-def gather(env: Environment, summary: Summary) -> Summary:
-    """That of all processes. Waits for the slowest, however long it takes."""
+def _gather(env: Environment, summary: Summary) -> Summary:
+    """Join the summaries of all processes. Waits for the slowest, however long it takes."""
     parts: list[Any] = [summary]
     if env.world_size > 1:
         parts *= env.world_size

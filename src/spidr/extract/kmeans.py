@@ -1,4 +1,4 @@
-"""k-means on the features of a layer: other units than those of the codebooks."""
+"""k-means on a layer's features, for units other than the codebook's."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ logger = logging.getLogger(__name__)
 MAX_UNITS = 2**20
 
 SLACK = 1.25
-"""Frames in memory at most, as a multiple of those that are wanted."""
+"""At most so many times the wanted frames are in memory."""
 
 
 @dataclass(frozen=True)
 class KMeans:
-    """Centroids, and the features they are of.
+    """Centroids of features.
 
     Attributes:
         centroids: float32 (K, D).
-        made: The model, layer and settings of the features.
+        made: Model, layer and settings of the features.
     """
 
     centroids: NDArray[np.float32]
@@ -55,7 +55,7 @@ class KMeans:
 
     @property
     def fingerprint(self) -> str:
-        """The beginning of the SHA-256 of the centroids."""
+        """Start of the SHA-256 of the centroids."""
         return hashlib.sha256(np.ascontiguousarray(self.centroids).data).hexdigest()[:16]
 
     @classmethod
@@ -85,10 +85,10 @@ class KMeans:
             np.savez(file, centroids=self.centroids, made=json.dumps(self.made))
 
     def check(self, session: Session) -> None:
-        """Check that the centroids are of the features that a session gives.
+        """Check that a session gives the features that the centroids were fitted to.
 
         Raises:
-            InputError: They are of others.
+            InputError: It gives others.
         """
         settings, dim = session.settings(), session.model.cfg.encoder_embed_dim
         for key in ("layer", "weights"):
@@ -102,14 +102,14 @@ class KMeans:
 
 
 class _Draw:
-    """Frames drawn at random from recordings that come one by one: of all frames, those that draw the lowest lots.
+    """A random sample of the frames of recordings that come one by one: the frames with the lowest random numbers.
 
-    Lots are seeded by the recording, so that neither order nor batches matter.
+    Those are seeded by the recording's name, so neither order nor batches matter.
 
     Args:
         limit: Frames to draw.
-        share: Of all frames, as far as their number is known.
-        seed: Of the lots.
+        share: About what part of all frames that is.
+        seed: Of the random numbers.
     """
 
     def __init__(self, limit: int, share: float, seed: int) -> None:
@@ -118,7 +118,7 @@ class _Draw:
         self.count = 0
 
     def add(self, name: str, pieces: Iterable[NDArray[np.float32]]) -> None:
-        """Draw from the frames of a recording, (T, D) in pieces."""
+        """Draw from a recording's frames, (T, D) in pieces."""
         digest = hashlib.sha256(name.encode(errors="surrogatepass")).digest()
         random, drawn = np.random.default_rng([self.seed, *digest[:16]]), []
         for frames in pieces:
@@ -128,11 +128,11 @@ class _Draw:
         lots, frames = (np.concatenate(parts) for parts in zip(*drawn, strict=True))
         self.drawn[name] = lots, frames
         self.count += len(lots)
-        if self.count > SLACK * self.limit:  # recordings of unknown length are no part of the share
+        if self.count > SLACK * self.limit:  # the share knows nothing of recordings of unknown length
             self.reduce()
 
     def reduce(self) -> None:
-        """Leave no more than the limit."""
+        """Keep no more than the limit."""
         if self.count > self.limit:
             self.share = float(
                 np.partition(np.concatenate([lots for lots, _ in self.drawn.values()]), self.limit)[self.limit]
@@ -216,7 +216,7 @@ def fit_kmeans(
 
 
 def _draw(session: Session, items: Sequence[Item], max_frames: int, seed: int) -> _Draw:
-    """Frames of the recordings, drawn at random."""
+    """Draw frames of the recordings at random."""
     total = sum(session.num_frames(item.num_samples) for item in items)
     check_memory(4 * min(total, max_frames) * session.model.cfg.encoder_embed_dim, f"{max_frames} frames")
     draw = _Draw(max_frames, min(1.0, max_frames / max(1, total)), seed)

@@ -1,8 +1,8 @@
-"""What both kinds of outputs have in common: how and of which recordings they were made, and who is making them now.
+"""What features and units share: records of how and from which recordings they were made, and claims of running jobs.
 
-Several jobs may add to one output at once, such as those of a SLURM array. Each works in a folder of its own in
-``OUTPUT.unfinished``, locked while it lives, and removes nothing else. A recording is one job's: who asks for it, too,
-is told so, and goes on with what that job has left if it is gone.
+Several jobs may add to one output at once, such as those of a SLURM array. Each works in its own folder in
+``OUTPUT.unfinished``, locked while it runs, and removes nothing else. A recording belongs to one job: another job that
+asks for it is refused, or takes over what the first one left if that is gone.
 """
 
 from __future__ import annotations
@@ -29,28 +29,31 @@ from spidr.tools.untrusted import parse_json
 logger = logging.getLogger(__name__)
 
 INFORMATIVE = ("model", "spidr", "num_units", "skipped", "recordings", "crc32")
-"""What a record says beside the settings: the weights decide, not what they are called or who encoded with them."""
+"""Keys of a record that may change: the weights decide, not their name or the version that encoded with them."""
 
 NAMES = "recordings.json"
 """In a job's folder: the recordings that it encodes."""
 
+JOB = "[0-9]*-[0-9]*"
+"""Names of jobs' folders. Whatever else lies beside them is not ours."""
+
 
 class Output(ABC):
-    """Features or units, how they were made, of which recordings, and what of them is there.
+    """An output on disk.
 
     Args:
         path: A folder or a file.
-        record: The file that says how.
-        recordings: The file that says of which recordings: a JSON object, name to place.
+        record: The file that says how it was made.
+        recordings: The file that says from which recordings: a JSON object, name to place.
         unfinished: The folder of the jobs' folders.
-        settings: What the values depend on beside those of the session.
+        settings: What the values depend on beside the session's settings.
 
     Attributes:
-        done: Names of recordings of which values are there, when the job begins.
+        done: Names of recordings that were done when the job began.
     """
 
     tree: ClassVar[bool] = False
-    """Name recordings by their path below the source."""
+    """Whether to name recordings by their path below the source."""
     writers: ClassVar[int] = 1
     """Threads that write."""
 
@@ -61,48 +64,44 @@ class Output(ABC):
 
     @abstractmethod
     def find(self, items: Sequence[Item], session: Session, folders: Sequence[Path]) -> int:
-        """Look for what is there, and note the names in :attr:`done`.
-
-        Returns:
-            The number of damaged ones.
-        """
+        """Look for finished recordings, add them to :attr:`done`, and return the number of damaged ones."""
 
     @abstractmethod
     def writing(
         self, session: Session, folder: Path
     ) -> AbstractContextManager[Callable[[list[Encoded]], list[Encoded]]]:
-        """A function that writes what a batch gave, and returns it."""
+        """Give a function that writes the results of a batch and returns them."""
 
     def begin(self, items: Sequence[Item], session: Session, folders: Sequence[Path]) -> None:
-        """Check that what is there was made in the same way of the same recordings."""
+        """Check that what is there was made in the same way from the same recordings."""
         self.settings = {"spidr": spidr.__version__, **session.settings(), **self.settings}
         has_record = os.path.exists(self.record)  # noqa: PTH110
         if not has_record:
             self.check_new()
         damaged = self.find(items, session, folders)
-        other_jobs = len(list(self.unfinished.glob("*/"))) > len(folders)
+        other_jobs = len(self._jobs()) > len(folders)
         if has_record and (self.done or damaged or other_jobs or self.has_values()):
-            self.check()
-        else:  # also when what was begun with other settings has made nothing
+            self._check_record()
+        else:  # also when a job with other settings has made nothing
             _write_object(self.record, self.settings, indent=2)
         if damaged:
             logger.warning("%s: %d recordings have damaged values, which are made again", self.path, damaged)
-        self.note(items)
+        self._note(items)
 
     def finish(self, items: Sequence[Item], skipped: dict[str, str], folders: Sequence[Path]) -> None:  # noqa: ARG002
-        """Bring everything to its place, all recordings or those that were not skipped."""
+        """Put everything in its place."""
         _write_object(self.record, self.settings | ({"skipped": skipped} if skipped else {}), indent=2)
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """No other process of any job changes these files inside the block."""
+        """Keep other jobs from changing these files inside the block."""
         make_folder(self.unfinished.parent)
         with Lock(self.record, "is writing it", patience=600):
             yield
 
     def known(self) -> dict[str, str]:
-        """The place of the recording of each name there has been."""
-        if not os.path.exists(self.recordings):  # noqa: PTH110 (of an earlier version: all of it is taken to be right)
+        """Map every name given so far to the place of its recording."""
+        if not os.path.exists(self.recordings):  # noqa: PTH110 (an earlier version wrote none: trust its names)
             return {}
         return _read_object(
             self.recordings,
@@ -110,12 +109,8 @@ class Output(ABC):
             "Choose another output; if the recordings are the same, remove that file.",
         )
 
-    def check(self) -> None:
-        """Check that what is there was made in the same way.
-
-        Raises:
-            InputError: It was not, or the record cannot be read.
-        """
+    def _check_record(self) -> None:
+        """Check that what is there was made in the same way."""
         found = _read_object(self.record, "says how the outputs were made", "Choose another output.", strings=False)
         expected = json.loads(json.dumps(self.settings))
         for key in [*expected, *(key for key in found if key not in expected)]:
@@ -127,20 +122,14 @@ class Output(ABC):
 
     @abstractmethod
     def has_values(self) -> bool:
-        """Whether anything was made, of whatever recordings."""
+        """Whether there are values, of whatever recordings."""
 
     @abstractmethod
     def check_new(self) -> None:
-        """Check that nothing is there of which no record says how it was made."""
+        """Refuse values that come without a record of how they were made."""
 
-    def note(self, items: Sequence[Item]) -> None:
-        """Write down which recording each name is.
-
-        Without that, a name that now is another recording's would silently get the output of the earlier one.
-
-        Raises:
-            InputError: A name that is done was another recording's.
-        """
+    def _note(self, items: Sequence[Item]) -> None:
+        """Record which recording each name stands for, or a later recording of that name would get its output."""
         known = self.known()
         for item in items:
             if item.name in self.done and known.get(item.name, item.place) != item.place:
@@ -165,7 +154,7 @@ class Output(ABC):
         """
 
         def shared() -> list[Path]:
-            return [folder for folder in sorted(self.unfinished.glob("*/")) if _claims(folder, names)]
+            return [folder for folder in self._jobs() if _claims(folder, names)]
 
         while True:
             with ExitStack() as stack:
@@ -190,6 +179,9 @@ class Output(ABC):
                     if not any(own.glob("[0-9]*.jsonl")):  # nothing is lost with it
                         self.release([own])
                 return
+
+    def _jobs(self) -> list[Path]:
+        return sorted(self.unfinished.glob(f"{JOB}/"))
 
     def release(self, folders: Sequence[Path]) -> None:
         """Remove folders whose content is merged."""

@@ -1,12 +1,12 @@
-"""Recordings through a model, as fast as the machine allows and as if each had been alone.
+"""Encode recordings as fast as the machine allows, each as if it were alone.
 
-What a recording gives must not depend on the others, on the number of processes or on who computes it, but rounding
-does: a matrix product may add in another order when it has more rows. So
+The result of a recording must not depend on other recordings, the number of processes or which of them computes it. But
+rounding does: a matrix product with more rows may add in another order. So
 
-- on CPUs every recording goes through the model alone, on one thread, and as many at once as there are threads. Larger
+- on CPUs every recording goes through the model alone, on one thread, as many at once as there are threads. Larger
   batches would not be faster;
-- on GPUs recordings of like length form a padded batch. Features then differ by rounding. A unit could differ where two
-  codewords are nearly equal, so a recording that has such a frame goes through the model once more, alone.
+- on GPUs recordings of similar length form a padded batch. Features then differ by rounding. A unit could differ where
+  two scores are nearly equal, so a recording with such a frame is encoded again, alone.
 """
 
 from __future__ import annotations
@@ -67,17 +67,17 @@ SHAPING = (
     "codebook_size",
     "num_codebooks",
 )
-"""Settings of a model that change its features or units, beside its weights. All others are of training only."""
+"""Settings of a model that change its features or units; the others matter in training only."""
 
 LONG = 120 * SAMPLE_RATE
-"""Longer recordings (in samples) get all threads of a CPU, one after the other, so that none is the last one alone."""
+"""Longer recordings (in samples) are encoded one after the other, each on all threads of a CPU."""
 
 QUIET = 10 ** (-45 / 20)
-"""Standard deviation of a recording at -45 dBFS: below, the 1e-5 added to the variance makes it quieter than others."""
+"""Standard deviation of a recording at -45 dBFS, below which the 1e-5 added to the variance makes it quieter."""
 
 
 class Skipped(dict[str, str]):
-    """Recordings that could not be encoded, by name, and why."""
+    """Why recordings could not be encoded, by name."""
 
 
 class EncodingError(InputError):
@@ -85,7 +85,7 @@ class EncodingError(InputError):
 
 
 class Encoded(NamedTuple):
-    """What a recording gave, in pieces along its frames, or why it gave nothing."""
+    """The values of a recording, in pieces along its frames, or why there are none."""
 
     item: Item
     pieces: Iterable[NDArray[Any]] | None
@@ -94,14 +94,14 @@ class Encoded(NamedTuple):
 
 @dataclass
 class Summary:
-    """What became of the recordings of this process.
+    """What became of this process's recordings.
 
     Attributes:
-        skipped: Those that gave nothing, by name, and why.
-        done: How many gave something.
-        samples: Of those, together.
-        quiet: Names of those below -45 dBFS.
-        units: The different units there were, as far as there are few.
+        skipped: Why some could not be encoded, by name.
+        done: How many were encoded.
+        samples: Samples of those.
+        quiet: Names of recordings below -45 dBFS.
+        units: Different units; no more are added once there are two.
     """
 
     skipped: Skipped = field(default_factory=Skipped)
@@ -111,13 +111,13 @@ class Summary:
     units: set[int] = field(default_factory=set)
 
     def skip(self, name: str, why: str) -> None:
-        """Leave a recording out."""
+        """Note a recording that cannot be encoded."""
         logger.warning("Skipped: %s", why)
         self.skipped[name] = why
 
     @classmethod
     def joined(cls, parts: Iterable[Summary]) -> Summary:
-        """That of all processes."""
+        """Join the summaries of all processes."""
         total = cls()
         for part in parts:
             total.skipped.update(part.skipped)
@@ -128,12 +128,7 @@ class Summary:
         return total
 
     def report(self, output: Path, left: int) -> None:
-        """Say what was done, and where it is.
-
-        Args:
-            output: The output.
-            left: How many recordings there were to do.
-        """
+        """Log what was done of ``left`` recordings."""
         if not left:
             logger.info("nothing left to do: %s has all of these recordings", output)
             return
@@ -157,16 +152,16 @@ class Summary:
 
 
 class Session:
-    """A model on its device, and what it gives of recordings; inside a ``with`` block, after which it is as before.
+    """A model that encodes recordings inside a ``with`` block, after which its mode and device are as before.
 
     Args:
         model: A published model's name, a checkpoint, or a model.
         layer: Counted from 1; None: the model's best.
-        options: How.
+        options: How recordings are encoded.
         env: This process among all.
         discrete: Give units; else features.
-        centroids: float32 (K, D), of which the nearest is a frame's unit; None: those of the layer's head.
-        penalty: What a change of unit costs (see :class:`spidr.extract.smooth.Decoder`).
+        centroids: float32 (K, D), the nearest of which is a frame's unit. None: units are the codebook's.
+        penalty: Cost of a change of unit (see :class:`spidr.extract.smooth.Decoder`).
 
     Raises:
         InputError: There is no such model or layer.
@@ -223,7 +218,7 @@ class Session:
         self._restore.close()
 
     def settings(self) -> dict[str, Any]:
-        """What the values depend on, and what the model is called."""
+        """Settings that the values depend on, and the model's name."""
         made = {
             "model": self.name,
             "weights": _fingerprint(self.model),
@@ -241,19 +236,19 @@ class Session:
         return made
 
     def num_frames(self, num_samples: int) -> int:
-        """Frames of so many samples."""
+        """Frames that samples make."""
         return conv_length(self.shapes, num_samples)
 
     # ------------------------------------------------------------------------------------------------- one batch
 
     def _values(self, features: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """Projected features to the layer's (B, T, D), or to scores of units, (B, T, V), the highest the best."""
+        """Projected features to the layer's features (B, T, D), or to scores of units (B, T, V), highest best."""
         if self.discrete and self._centroids is None:
             return self.model.unit_logits(features, attention_mask, self.layer).float()
         output = self.model.layer_output(features, attention_mask, self.layer).float()
         if self._centroids is None:
             return output
-        with torch.autocast(output.device.type, enabled=False):  # the negative squared distance, up to that to 0
+        with torch.autocast(output.device.type, enabled=False):  # negative squared distance, plus that to the origin
             return 2 * output @ self._centroids.T - self._centroids.square().sum(-1)
 
     def _compute(self, waveforms: list[Tensor]) -> list[Tensor]:
@@ -291,7 +286,7 @@ class Session:
             yield
 
     def _units(self, pieces: Iterable[Tensor], item: Item, *, batched: bool = False) -> tuple[NDArray[np.int32], bool]:
-        """Units of the highest scores; and, of a batch, whether other rounding could have led to others."""
+        """Best units; for a batch also whether other rounding could have changed them."""
         decoder, found, nearly_tied = Decoder(self.penalty), [], False
         for scores in pieces:
             _check_finite(scores, item)
@@ -308,7 +303,7 @@ class Session:
         return units, nearly_tied or decoder.nearly_tied
 
     def _encode(self, loaded: list[_Loaded]) -> list[Encoded]:
-        """What a batch gives."""
+        """Encode a batch."""
         waveforms = [source for _, source, _ in loaded if isinstance(source, Tensor)]
         values = iter(self._compute(waveforms) if waveforms else [])
         batched = len(waveforms) > 1 and not self.bfloat16
@@ -337,7 +332,7 @@ class Session:
         return [self._units(windows, item)[0]] if self.discrete else _arrays(windows, item)
 
     def or_raise(self, error: InputError) -> str:
-        """The message of an error, if recordings with errors are to be skipped."""
+        """Return an error's message if recordings with errors are skipped; raise it otherwise."""
         if self.options.on_error == "raise":
             raise explained(error) from None
         return str(explained(error))
@@ -349,9 +344,9 @@ class Session:
     # ------------------------------------------------------------------------------------------------- all of them
 
     def plan(self, items: Sequence[Item]) -> list[list[Item]]:
-        """Batches, long recordings first: the same list for any number of processes.
+        """Make batches, long recordings first: the same list for any number of processes.
 
-        One of unknown length goes alone: it may be longer than a batch, or than a window, which batches do not have.
+        A recording of unknown length goes alone: it may be longer than a batch, or than a window.
         """
         seconds = self.options.batch_seconds
         if seconds is None:
@@ -376,7 +371,7 @@ class Session:
 
         Args:
             batches: The batches of all processes.
-            description: What the progress bar says.
+            description: Of the progress bar.
 
         Raises:
             InputError: A recording cannot be encoded, unless they are to be skipped.
@@ -416,7 +411,7 @@ class Session:
         def load(batch: list[Item]) -> list[_Loaded]:
             return [self._load(item) for item in batch]
 
-        # Both are closed, or their threads would live as long as an error is held.
+        # Without closing, their threads would live as long as an error is held.
         with (
             closing(ahead(load, batches, workers=min(4, workers + 1), depth=workers + 1)) as loaded,
             closing(ahead(self._encode, loaded, workers=workers, depth=2 * workers, initializer=begin)) as encoded,
@@ -442,7 +437,7 @@ class Session:
             raise InputError(f"{item.recording}: {num_samples} samples are {TOO_SHORT}")
 
     def count(self, encoded: Encoded) -> None:
-        """Note what became of a recording, when its values are where they belong."""
+        """Count a recording, once its values are written."""
         if encoded.error is not None:
             self.summary.skip(encoded.item.name, encoded.error)
         else:
@@ -464,7 +459,7 @@ def ahead(
     depth: int,
     initializer: Callable[[], None] | None = None,
 ) -> Generator[B]:
-    """``map(function, items)`` on threads, in order, at most ``depth`` results ahead of the one that is asked for."""
+    """``map(function, items)`` on threads, in order, at most ``depth`` results ahead."""
     pool = ThreadPoolExecutor(workers, initializer=initializer)
     pending: deque[Future[B]] = deque()
     try:
@@ -483,7 +478,7 @@ def _arrays(pieces: Iterable[Tensor], item: Item) -> Iterator[NDArray[np.float32
         for values in pieces:
             _check_finite(values, item)
             yield values.cpu().numpy()
-    except InputError as error:  # a long recording is read while its features are written
+    except InputError as error:  # long recordings are read while their features are written
         raise EncodingError(str(error)) from None
 
 
@@ -501,7 +496,7 @@ def _has_bfloat16(device: torch.device) -> bool:
 
 
 def _fingerprint(model: DinoSR) -> str:
-    """The beginning of the SHA-256 of what features and units depend on: weights, and what is done with them."""
+    """Start of the SHA-256 of all that features and units depend on: weights and settings."""
     shaping = [getattr(model.cfg, name) for name in SHAPING]
     digest = hashlib.sha256(json.dumps(shaping).encode())
     for name, value in model.state_dict().items():

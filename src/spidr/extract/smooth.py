@@ -1,4 +1,4 @@
-"""The best sequence of units when every change of unit has a price.
+"""The best sequence of units when every change of unit costs something.
 
 Source: Kamper and van Niekerk. Towards unsupervised phone and word segmentation using self-supervised
 vector-quantized neural networks. Interspeech 2021 (duration-penalised dynamic programming).
@@ -15,7 +15,7 @@ than ten times the largest change of a score by batching that was seen in float3
 
 
 class Decoder:
-    """Scores of frames, piece by piece, to the units of the highest total, less the price of the changes.
+    """Turn scores of frames, given piece by piece, into the units with the highest total, less the cost of changes.
 
     Args:
         penalty: What each change of unit costs, λ; at 0 every frame gets the unit of its highest score.

@@ -1,4 +1,4 @@
-"""What is to be encoded: the recordings of manifests, lists, folders and single files, each under a name of its own."""
+"""Recordings to encode, from manifests, lists, folders and single files, each under its own name."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ class Item:
 
     Attributes:
         recording: Where it is.
-        fileid: What its manifest calls it, else its file's name without the ending.
-        relative: Its path below its source; for manifests, below what all paths have in common.
+        fileid: Its name in the manifest, else its file's name without the ending.
+        relative: Its path below its source; in manifests, below the folder that all paths have in common.
         promised: Number of samples by the manifest; 0: unknown.
-        speaker: By the manifest's column ``speaker``, else the folder that it lies in.
-        name: No other recording of the output has the same; may have folders in it.
+        speaker: By the manifest's column ``speaker``, else the name of its folder.
+        name: Unique in the output; may have folders in it.
         num_samples: For batches and progress; 0: unknown.
     """
 
@@ -71,7 +71,7 @@ class Item:
         return place
 
     def names(self) -> list[str]:
-        """What it may be called, from short to long."""
+        """Names it may get, from short to long."""
         relative = _inside(self.relative)
         return [
             _inside(self.fileid),
@@ -83,12 +83,12 @@ class Item:
 
 
 def _inside(name: str) -> str:
-    """A path that stays in the folder it is put in, where a manifest or an archive says ``/etc/x`` or ``../x``."""
+    """Keep a path from a manifest or an archive, such as ``/etc/x`` or ``../x``, inside the folder it is put in."""
     return os.path.normpath("/" + name).lstrip("/")
 
 
 def find_items(sources: str | Path | Sequence[str | Path]) -> list[Item]:
-    """List the recordings of some sources, without names. Only what is the same in all respects is listed once.
+    """List the recordings of sources, without names. One that occurs twice under the same fileid is listed once.
 
     Args:
         sources: Manifests and lists (see :func:`spidr.data.read_manifest`), folders and audio files.
@@ -146,15 +146,15 @@ def _in_manifest(path: Path) -> list[Item]:
 
 
 def name_items(items: Sequence[Item], known: Mapping[str, str], *, tree: bool) -> list[Item]:
-    """Give each recording a name of its own.
+    """Give each recording a unique name.
 
     It is the shortest that no other has: the fileid (left out with ``tree``), the path below the source without and
-    with the ending, the path from the root on. A recording that had a name before keeps it, whatever is added.
+    with the ending, the path from the root. A recording that has a name already keeps it, whatever is added.
 
     Args:
         items: The recordings.
         known: Names given before, and the places of those recordings.
-        tree: Name recordings by their path below the source.
+        tree: Whether to name recordings by their path below the source.
     """
     choices = [item.names()[1 if tree else 0 :] for item in items]
     before = defaultdict(set)
@@ -185,8 +185,8 @@ def find_lengths(items: Sequence[Item], options: Options, *, shortest: int) -> t
     """Find the length of each recording, by its manifest or its header.
 
     Returns:
-        The recordings with their lengths, and why the others cannot be encoded, by name: what is missing, damaged, too
-        short or of another format. Of what a manifest describes, only the existence is looked at.
+        The recordings with their lengths, and why others cannot be encoded, by name: missing, damaged, too short or of
+        another format. Where a manifest has the length, it is only checked that the file exists.
 
     Raises:
         InputError: Some cannot be encoded, and are not to be skipped.
@@ -217,8 +217,8 @@ def read_item(item: Item, *, resample: bool) -> NDArray[np.float32]:
     """All samples of a recording, float32 (S,).
 
     Raises:
-        InputError: It cannot be read; or, without ``resample``, it is not 16 kHz mono, or not as long as the manifest
-            says, give or take a sample. With ``resample`` the length is not checked.
+        InputError: It cannot be read; or, without ``resample``, it is not 16 kHz mono or its length is not the
+            manifest's, give or take a sample.
     """
     samples = (read_resampled if resample else read_audio)(item.recording)
     if not resample:
@@ -227,9 +227,9 @@ def read_item(item: Item, *, resample: bool) -> NDArray[np.float32]:
 
 
 class LongRecording:
-    """A recording of which a part at a time is read.
+    """A recording that is read a part at a time.
 
-    One that cannot be read from the middle, or must be resampled, is decoded into a temporary file first.
+    One that cannot be read from the middle, or must be resampled, is first decoded into a temporary file.
 
     Attributes:
         num_samples: Its length.
@@ -259,7 +259,7 @@ class LongRecording:
 
 
 def _check_length(item: Item, found: int) -> None:
-    # libsndfile reads a truncated WAV without a word. Lengths by spidr 0.1.2 are rounded durations: one off at most.
+    # libsndfile says nothing of a truncated WAV. Lengths by spidr 0.1.2 are rounded durations: one off at most.
     if item.promised and abs(item.promised - found) > 1:
         raise InputError(
             f"{item.recording}: {found} samples, the manifest says {item.promised}: truncated or changed since; "
@@ -268,5 +268,5 @@ def _check_length(item: Item, found: int) -> None:
 
 
 def explained(error: InputError) -> InputError:
-    """An error about a recording's format, with the option that helps; others as they are."""
+    """Add the option that helps to an error about a recording's format."""
     return InputError(f"{error} --resample does it on the way.") if isinstance(error, FormatError) else error

@@ -1,7 +1,7 @@
-"""Units of recordings, all in one table: JSON lines, Parquet, or what other programs read.
+"""Units of recordings in one table: JSON lines, Parquet, or what other programs read.
 
-While the work goes on, every process adds lines to a file in its job's folder. At the end they become the table: first
-the rows of other recordings that it had before, then those of the sources in their order.
+Meanwhile every process adds lines to a file in its job's folder. At the end they become the table: first the rows it
+had of other recordings, then those of the sources in their order.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from spidr.tools.files import atomic_write, expand, why_not_written
 
 SCHEMA: dict[str, Any] = {"fileid": pl.String, "units": pl.List(pl.Int32), "durations": pl.List(pl.Int32)}
 ORDER, CHECKSUM = "recordings", "crc32"
-"""In the record of a table whose rows have no names: their names, and of which table those are."""
+"""Keys of the record of a table whose rows have no names: their names, and the CRC-32 of that table."""
 
 MAX_PENALTY = 1e6
 
@@ -106,7 +106,7 @@ def extract_units(
 
 
 class _Place(NamedTuple):
-    """Where a row is: its file, whether that is the table, first byte and number of bytes."""
+    """Where a row is: file, whether that is the table, first byte, number of bytes."""
 
     path: Path
     is_final: bool
@@ -117,8 +117,8 @@ class _Place(NamedTuple):
 class _Table(Output):
     """A table of units.
 
-    Parts of jobs hold the units of every frame, as JSON; only the table is in the format that was asked for. Where its
-    rows have no names, the record has them.
+    Jobs' files hold the unit of every frame, as JSON; only the table is in the format that was asked for. If its rows
+    have no names, the record has them.
     """
 
     def __init__(self, path: Path, file_format: UnitFormat, settings: dict[str, Any]) -> None:
@@ -171,10 +171,10 @@ class _Table(Output):
             yield write
         finally:
             with _writing(path):
-                file.close()  # writes once more what could not be written
+                file.close()  # tries again to write what could not be written
 
     def finish(self, items: Sequence[Item], skipped: dict[str, str], folders: Sequence[Path]) -> None:
-        """Write the table: what it has of other recordings, then the rows of ``items`` in that order."""
+        """Write the table: its rows of other recordings, then those of ``items`` in their order."""
         rows, _ = self._rows(folders, {})
         ours = dict.fromkeys(item.name for item in items if not (self.format.has_names and item.name in skipped))
         names = [*(name for name in rows if name not in ours and self.format.has_names), *ours]
@@ -194,7 +194,7 @@ class _Table(Output):
         super().finish(items, skipped, folders)
 
     def _line(self, place: _Place | None) -> bytes:
-        """A row of the table; an empty line stands for a recording that was skipped."""
+        """Make a row of the table; a skipped recording has an empty one."""
         if place is None:
             return b"\n"
         with place.path.open("rb") as file:
@@ -203,7 +203,7 @@ class _Table(Output):
         return line if place.is_final else self.format.line(Row(**json.loads(line)), self.merge).encode() + b"\n"
 
     def _rows(self, folders: Sequence[Path], frames: Mapping[str, int]) -> tuple[dict[str, _Place], int]:
-        """Where the row of each recording is, and how many rows are damaged."""
+        """Find the row of each recording, and count damaged rows."""
         rows: dict[str, _Place] = {}
         damaged = 0
         for path in (path for folder in folders for path in sorted(folder.glob("[0-9]*.jsonl"))):
@@ -228,7 +228,7 @@ class _Table(Output):
         return rows, damaged
 
     def _check(self, units: Any, durations: Any, frames: int | None) -> None:
-        """Check that a row holds units for as many frames as the recording has, give or take one."""
+        """Check that a row has a unit for each of the recording's frames, give or take one."""
         if not units or set(map(type, units)) != {int} or not 0 <= min(units) <= max(units) < self.num_units:
             raise ValueError
         if durations is not None and (set(map(type, durations)) != {int} or len(durations) != len(units)):
@@ -238,7 +238,7 @@ class _Table(Output):
             raise ValueError
 
     def _order(self) -> list[str]:
-        """The names of the rows, if the record is that of this table."""
+        """Names of the rows, if the record is of this table."""
         if not os.path.exists(self.record):  # noqa: PTH110
             return []
         record = json.loads(self.record.read_text(encoding="utf-8"))
@@ -248,7 +248,7 @@ class _Table(Output):
         return record.get(ORDER, []) if record.get(CHECKSUM) == checksum else []
 
     def _table(self, folder: Path) -> Path:
-        """The table so far, as lines."""
+        """The existing table as lines."""
         if not self.is_parquet or not os.path.exists(self.path):  # noqa: PTH110
             return self.path
         lines = folder / "table"
@@ -267,7 +267,7 @@ class _Table(Output):
 
 
 def _check_utf8(items: Sequence[Item]) -> None:
-    """Check that all names are text, which is all that Parquet can hold."""
+    """Check that all names are UTF-8: Parquet holds nothing else."""
     for item in items:
         try:
             item.name.encode()
@@ -287,7 +287,7 @@ def _writing(path: Path) -> Iterator[None]:
 
 
 def _lines(path: Path) -> Iterator[tuple[bytes, int]]:
-    """The lines of a file, if it exists, and the first byte of each."""
+    """Lines of a file, and the position of each; none if there is no file."""
     if not os.path.exists(path):  # noqa: PTH110
         return
     position = 0

@@ -6,43 +6,53 @@ by time and peak, this is the model FLOPs utilisation (MFU) of the PaLM paper (a
 
 from __future__ import annotations
 
+import re
+
 from spidr.config import DinoSRConfig
 from spidr.tools.frames import conv_length
 
-_HOPPER = {"bfloat16": 989.4, "float16": 989.4, "float32": 66.9}
+
+def _both(peak: float, float32: float | None = None) -> dict[str, float]:
+    """As fast in bfloat16 as in float16."""
+    return {"bfloat16": peak, "float16": peak} | ({} if float32 is None else {"float32": float32})
+
 
 PEAK_TFLOPS: dict[str, dict[str, float]] = {
-    "GB200": {"bfloat16": 2500.0, "float16": 2500.0, "float32": 80.0},
-    "B200": {"bfloat16": 2250.0, "float16": 2250.0, "float32": 75.0},
-    "H200": _HOPPER,
-    "H100 PCIe": {"bfloat16": 756.0, "float16": 756.0, "float32": 51.0},
-    "H100 NVL": {"bfloat16": 835.0, "float16": 835.0, "float32": 60.0},
-    "H100": _HOPPER,
-    "GH200": _HOPPER,
-    "A100": {"bfloat16": 312.0, "float16": 312.0, "float32": 19.5},
-    "L40S": {"bfloat16": 362.05, "float16": 362.05, "float32": 91.6},
-    "RTX 5090": {"bfloat16": 209.5, "float16": 209.5, "float32": 104.8},
-    "RTX 4090": {"bfloat16": 165.2, "float16": 165.2, "float32": 82.6},
-    "RTX 3090 Ti": {"bfloat16": 80.0, "float16": 80.0, "float32": 40.0},
-    "RTX 3090": {"bfloat16": 71.0, "float16": 71.0, "float32": 35.6},
-    "RTX 6000 Ada": {"bfloat16": 364.2, "float16": 364.2, "float32": 91.1},
-    "RTX A6000": {"bfloat16": 154.8, "float16": 154.8, "float32": 38.7},
-    "MI300X": {"bfloat16": 1307.4, "float16": 1307.4, "float32": 163.4},
-    "MI300A": {"bfloat16": 980.6, "float16": 980.6, "float32": 122.6},
-    "V100-PCIE": {"float16": 112.0, "float32": 14.0},
-    "V100": {"float16": 125.0, "float32": 15.7},
+    "GB200": _both(2500.0),  # GB200 NVL72 data sheet
+    "B200": _both(2250.0),  # HGX B200 data sheet
+    "H200 NVL": _both(835.5, 60.0),  # H200 data sheet
+    "H200": _both(989.4, 66.9),  # the same
+    "GH200": _both(989.4, 66.9),  # GH200 data sheet
+    "H100 PCIe": _both(756.0, 51.0),  # H100 data sheet
+    "H100 NVL": _both(835.5, 60.0),  # the same
+    "H100": _both(989.4, 66.9),  # the same, and Hopper white paper
+    "A100": _both(312.0, 19.5),  # A100 data sheet
+    "L40S": _both(362.05, 91.6),  # L40S data sheet
+    "RTX 5090": _both(209.5, 104.8),  # RTX Blackwell white paper
+    "RTX 4090": _both(165.2, 82.6),  # Ada white paper
+    "RTX 3090 Ti": _both(80.0, 40.0),  # the same
+    "RTX 3090": _both(71.0, 35.6),  # GA102 white paper
+    "RTX 6000 Ada": _both(364.2, 91.1),  # RTX 6000 Ada data sheet
+    "RTX A6000": _both(154.8, 38.7),  # RTX A6000 data sheet
+    "MI300X": _both(1307.4, 163.4),  # MI300X data sheet
+    "MI300A": _both(980.6, 122.6),  # MI300A data sheet
+    "V100-PCIE": {"float16": 112.0, "float32": 14.0},  # V100 data sheet
+    "V100": {"float16": 125.0, "float32": 15.7},  # the same
 }
 """Dense TFLOP/s by a part of the name that PyTorch gives the device; the first that fits counts.
 
-From NVIDIA's and AMD's data sheets and architecture white papers, without sparsity, float32 without TF32, 16 bits with
-sums in float32 (as PyTorch multiplies; GeForce cards do half as many as with sums in float16).
+NVIDIA's and AMD's figures without sparsity: half of what a data sheet states with it. float32 is without TF32, 16 bits
+are with sums in float32, as PyTorch multiplies (GeForce cards do half as many as with sums in float16). What is not
+certain is left out.
 """
 
 
 def peak_tflops(device_name: str, dtype: str) -> float | None:
     """Peak of a GPU, None if it is not in the table."""
+    if "Laptop" in device_name:  # slower, under the same name
+        return None
     for name, peaks in PEAK_TFLOPS.items():
-        if name in device_name:
+        if re.search(rf"\b{name}\b", device_name):  # an RTX A1000 is no A100
             return peaks.get(dtype)
     return None
 

@@ -43,15 +43,19 @@ def _moments(parts: Callable[[], Iterator[Tensor]], samples: int, lengths: Tenso
     count = samples if lengths is None else lengths.unsqueeze(1)
 
     def mean_of(function: Callable[[Tensor], Tensor]) -> Tensor:
-        sums, start = [], 0
+        total: Tensor | None = None
+        start = 0
         for part in parts():
             values = function(part)
             if lengths is not None:
                 values = values.masked_fill(_padding(part, lengths - start), 0)
             exact = torch.float32 if part.device.type == "mps" else torch.float64
-            sums.append(values.sum(1, keepdim=True, dtype=exact))
+            found = values.sum(1, keepdim=True, dtype=exact)
+            # Not a list of sums: small tensors kept between large ones leave the heap full of holes.
+            total = found if total is None else total + found
             start += part.shape[1]
-        return torch.stack(sums).sum(0) / count
+        assert total is not None
+        return total / count
 
     mean = mean_of(lambda part: part)
     return mean, mean_of(lambda part: (part - mean.to(part.dtype)).square())
