@@ -1,4 +1,4 @@
-"""Noticing codebooks that collapse. Imports nothing else of the package."""
+"""Noticing codebooks that collapse."""
 
 from __future__ import annotations
 
