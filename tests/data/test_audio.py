@@ -118,12 +118,12 @@ def corrupt(tmp_path: Path) -> dict[str, Path]:
 
 def test_bad_recordings_are_refused_by_name(tmp_path: Path) -> None:
     reasons = {
-        "no frame.flac": "neither libsndfile nor FFmpeg",
+        "no frame.flac": "libsndfile (nor FFmpeg can|cannot) read it",
         "damaged.flac": "damaged",
         "no size.wav": "the file is empty",
         "no samples.wav": "has no samples",
-        "half a header.wav": "neither libsndfile nor FFmpeg",
-        "text.wav": "neither libsndfile nor FFmpeg",
+        "half a header.wav": "libsndfile (nor FFmpeg can|cannot) read it",
+        "text.wav": "libsndfile (nor FFmpeg can|cannot) read it",
         "not finite.wav": "not finite",
         "infinite.wav": "not finite",
         "stereo.wav": "2 channels",

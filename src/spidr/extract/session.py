@@ -41,7 +41,7 @@ from spidr.models.long import window_frames
 from spidr.tools.errors import InputError
 from spidr.tools.frames import conv_length, receptive_field
 from spidr.tools.progress import Progress
-from spidr.tools.waveforms import Standardised, standardise
+from spidr.tools.waveforms import QUIET, Standardised, standardise
 
 logger = logging.getLogger(__name__)
 
@@ -71,9 +71,6 @@ SHAPING = (
 
 LONG = 120 * SAMPLE_RATE
 """Longer recordings (in samples) are encoded one after the other, each on all threads of a CPU."""
-
-QUIET = 10 ** (-45 / 20)
-"""Standard deviation of a recording at -45 dBFS, below which the 1e-5 added to the variance makes it quieter."""
 
 
 class Skipped(dict[str, str]):
@@ -338,7 +335,7 @@ class Session:
         return str(explained(error))
 
     def _note_level(self, item: Item, std: float) -> None:
-        if std < QUIET:
+        if std * std < QUIET:
             self.summary.quiet.append(item.name)
 
     # ------------------------------------------------------------------------------------------------- all of them
