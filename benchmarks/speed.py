@@ -1,14 +1,18 @@
 """How fast the models are: this package, published ones (0.1.2, 0.2.0) and HuBERT of ``transformers``, side by side.
 
-    python benchmarks/speed.py [--published PYTHON ...] [--rows NAME ...] [--dtypes NAME ...] [--json FILE] [--quick]
+    python benchmarks/speed.py [--published PYTHON ...] [--rows NAME ...] [--dtypes NAME ...] [--size SIZE]
 
 Every system is a process of its own that stays for the whole run; they take turns, on the same inputs, and the median
 of each counts. ``--published`` names Pythons of environments with published versions: each model gets the weights of
 ours through a checkpoint, and its features and loss are compared. HuBERT-base takes part where ``transformers`` is
-installed, with random weights and a loss of masked prediction. The limit is the speed of a large matrix product,
-measured in between. Memory is that of two steps in a fresh process, over what it had after its imports. ``--compile``
-adds this package under ``torch.compile``. bfloat16 (autocast) is measured where the machine multiplies it natively, or
-when asked for with ``--dtypes``. ``--quick`` runs everything on a small model, to see whether it runs.
+installed, with random weights and a loss of masked prediction. The limit is the speed of a large matrix product, by the
+faster of MKL and oneDNN, measured in between. Memory is that of two steps in a fresh process, over what it had after
+its imports. bfloat16 (autocast) is measured where the machine multiplies it natively, or when asked for. This package
+keeps its memory as its training command does.
+
+``--processor-time`` counts processor seconds of one thread: for a machine with other work. ``--size`` takes the quick
+start's shape, or one so small that Python's own time shows. ``--compile`` adds this package under ``torch.compile``. A
+run with HuBERT and one published version needs less than 20 GB.
 """
 
 from __future__ import annotations
@@ -32,16 +36,36 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-SMALL: dict[str, Any] = {
-    "extractor_conv_layer_config": [[32, 10, 5], *[[32, 3, 2]] * 4, *[[32, 2, 2]] * 2],
-    "encoder_embed_dim": 48,
-    "encoder_pos_conv_groups": 4,
-    "encoder_num_layers": 8,
-    "encoder_num_heads": 4,
-    "encoder_ff_interm_features": 96,
-    "num_codebooks": 4,
-    "codebook_size": 16,
+SIZES: dict[str, dict[str, Any]] = {
+    "base": {},
+    "quickstart": {
+        "extractor_mode": "group_norm",
+        "extractor_conv_layer_config": [(64, 10, 5), *[(64, 3, 2)] * 4, *[(64, 2, 2)] * 2],
+        "encoder_embed_dim": 192,
+        "encoder_num_layers": 3,
+        "encoder_num_heads": 4,
+        "encoder_ff_interm_features": 768,
+        "encoder_dropout": 0.0,
+        "encoder_attention_dropout": 0.0,
+        "num_codebooks": 2,
+        "codebook_size": 64,
+    },
+    "tiny": {
+        "extractor_conv_layer_config": [(32, 10, 5), *[(32, 3, 2)] * 4, *[(32, 2, 2)] * 2],
+        "encoder_embed_dim": 48,
+        "encoder_pos_conv_groups": 4,
+        "encoder_num_layers": 8,
+        "encoder_num_heads": 4,
+        "encoder_ff_interm_features": 96,
+        "num_codebooks": 4,
+        "codebook_size": 16,
+    },
 }
+"""Settings of the models."""
+
+LENGTHS = {"base": (8, (3, 6, 10, 15)), "quickstart": (5, (3, 6, 10)), "tiny": (1, (1, 2))}
+"""Seconds of the four utterances of a step, and of single utterances."""
+
 ROWS = ("step", "features", "units", "memory")
 TARGETS = {"step": 2.0, "features": 1.7, "units": 2.4, "memory": 1 / 0.6}
 TITLES = {
@@ -52,10 +76,10 @@ TITLES = {
 }
 
 
-def inputs(quick: bool) -> tuple[Tensor, Tensor, list[Tensor]]:
+def inputs(size: str) -> tuple[Tensor, Tensor, list[Tensor]]:
     """A batch with its masked frames, and single utterances."""
     generator = torch.Generator().manual_seed(0)
-    seconds, lengths = (1, (1, 2)) if quick else (8, (3, 6, 10, 15))
+    seconds, lengths = LENGTHS[size]
     batch = torch.randn(4, seconds * 16_000, generator=generator)
     frames = (seconds * 16_000 - 400) // 320 + 1
     mask = torch.zeros(4, frames, dtype=torch.bool)
@@ -67,14 +91,13 @@ def inputs(quick: bool) -> tuple[Tensor, Tensor, list[Tensor]]:
 class Spidr:
     """SpidR of whichever ``spidr`` is installed, through names that both versions have."""
 
-    def __init__(self, quick: bool, compiled: bool) -> None:
+    def __init__(self, size: str, *, compiled: bool) -> None:
         from spidr.config import OptimizerConfig, SpidRConfig
         from spidr.models import SpidR
         from spidr.optimizer import build_optimizer
 
         torch.manual_seed(0)
-        settings = SMALL | {"extractor_conv_layer_config": [tuple(s) for s in SMALL["extractor_conv_layer_config"]]}
-        self.cfg = SpidRConfig(**settings) if quick else SpidRConfig()
+        self.cfg = SpidRConfig(**SIZES[size])
         self.model = SpidR(self.cfg).train()
         self.optimizer = build_optimizer(self.model, OptimizerConfig(dtype="float32"))[0]
         self.stops_early = hasattr(self.model, "units")
@@ -85,6 +108,7 @@ class Spidr:
             self.call = torch.compile(self.call)
             self.all_layers, self.layer = (torch.compile(f, dynamic=True) for f in (self.all_layers, self.layer))
         self.steps = 0
+        self.best = min(6, self.cfg.encoder_num_layers)
 
     def step(self, batch: Tensor, mask: Tensor, autocast: torch.autocast) -> None:
         """Forward, backward, clipping, AdamW and the teacher."""
@@ -110,21 +134,33 @@ class Spidr:
         return self.all_layers(x)
 
     def units(self, x: Tensor) -> Tensor:
-        """Of layer 6."""
+        """Of layer 6, or of the last one."""
         if self.stops_early:
-            return self.layer(x, layer=6, normalize=False)[0]
-        return self.layer(x)[5].argmax(-1)
+            return self.layer(x, layer=self.best, normalize=False)[0]
+        return self.layer(x)[self.best - 1].argmax(-1)
 
 
 class Hubert:
     """HuBERT-base with random weights."""
 
-    def __init__(self, quick: bool) -> None:
+    def __init__(self, size: str) -> None:
         from transformers import HubertConfig, HubertModel
 
         torch.manual_seed(0)
-        small = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
-        cfg = HubertConfig(**(small | {"conv_dim": (32,) * 7, "num_conv_pos_embedding_groups": 4} if quick else {}))
+        ours = SIZES[size]
+        smaller = (
+            {
+                "hidden_size": ours["encoder_embed_dim"],
+                "num_hidden_layers": ours["encoder_num_layers"],
+                "num_attention_heads": ours["encoder_num_heads"],
+                "intermediate_size": ours["encoder_ff_interm_features"],
+                "conv_dim": [width for width, _, _ in ours["extractor_conv_layer_config"]],
+                "num_conv_pos_embedding_groups": ours.get("encoder_pos_conv_groups", 16),
+            }
+            if ours
+            else {}
+        )
+        cfg = HubertConfig(**smaller)
         self.model = HubertModel(cfg).train()
         self.head = nn.Linear(cfg.hidden_size, 504)
         self.parameters = [*self.model.parameters(), *self.head.parameters()]
@@ -147,14 +183,18 @@ class Hubert:
         return list(self.model(x, output_hidden_states=True).hidden_states)
 
 
-def worker(system: str, quick: bool, folder: Path) -> None:
+def worker(system: str, size: str, folder: Path, clock: Callable[[], float]) -> None:
     """Answer requests, one a line, until there are no more."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # whatever libraries print goes elsewhere
-    batch, mask, utterances = inputs(quick)
+    if system == "here":
+        from spidr.tools.threads import keep_memory
+
+        keep_memory()  # as training does
+    batch, mask, utterances = inputs(size)
     __import__("transformers.models.hubert.modeling_hubert" if system == "hubert" else "spidr.models")
     before = _peak_memory()
-    subject: Any = Hubert(quick) if system == "hubert" else Spidr(quick, compiled=system == "compiled")
+    subject: Any = Hubert(size) if system == "hubert" else Spidr(size, compiled=system == "compiled")
     weights = folder / "weights.pt"
     if system == "here" and not weights.exists():
         torch.save(subject.model.state_dict(), weights)
@@ -163,7 +203,7 @@ def worker(system: str, quick: bool, folder: Path) -> None:
     for line in sys.stdin:
         task, dtype = json.loads(line)
         autocast = torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16")
-        start = time.perf_counter()
+        start = clock()
         if task == "step":
             subject.step(batch, mask, autocast)
         elif task == "compare":
@@ -177,7 +217,7 @@ def worker(system: str, quick: bool, folder: Path) -> None:
             with torch.no_grad(), autocast:
                 for x in utterances:
                     getattr(subject, task)(x)
-        elapsed = time.perf_counter() - start
+        elapsed = clock() - start
         answers.write(json.dumps((_peak_memory() - before) / 1e9 if task == "memory" else elapsed) + "\n")
         answers.flush()
 
@@ -189,10 +229,12 @@ def _peak_memory() -> int:
 class Process:
     """A system in a process of its own."""
 
-    def __init__(self, python: str, system: str, quick: bool, folder: Path) -> None:
-        command = [python, __file__, "--worker", system, "--folder", str(folder), *(["--quick"] if quick else [])]
+    def __init__(self, python: str, system: str, args: argparse.Namespace, folder: Path) -> None:
+        command = [python, __file__, "--worker", system, "--folder", str(folder), "--size", args.size]
+        command += ["--processor-time"] if args.processor_time else []
         # Else the other environment would measure this package.
         environ = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        environ |= {"OMP_NUM_THREADS": "1"} if args.processor_time else {}
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environ)
 
     def ask(self, task: str, dtype: str = "float32") -> float:
@@ -213,7 +255,7 @@ class Process:
         self.process.wait()
 
 
-def matrix_product(dtype: str, size: int) -> float:
+def matrix_product(dtype: str, size: int, clock: Callable[[], float]) -> float:
     """TFLOP/s of a square matrix product, by the faster of PyTorch's own library and oneDNN."""
     a, b = (torch.randn(size, size, dtype=getattr(torch, dtype)) for _ in range(2))
     ways: list[Callable[[], Tensor]] = [lambda: a @ b]
@@ -222,10 +264,15 @@ def matrix_product(dtype: str, size: int) -> float:
     taken = []
     for product in ways:
         product()
-        start = time.perf_counter()
+        start = clock()
         product()
-        taken.append(time.perf_counter() - start)
+        taken.append(clock() - start)
     return 2 * size**3 / min(taken) / 1e12
+
+
+def clock_of(args: argparse.Namespace) -> Callable[[], float]:
+    """What measures time."""
+    return time.process_time if args.processor_time else time.perf_counter
 
 
 def version_of(python: str) -> str:
@@ -234,14 +281,13 @@ def version_of(python: str) -> str:
     return subprocess.run([python, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
 
 
-def step_tflop(quick: bool) -> float:
+def step_tflop(size: str) -> float:
     """Of a training step, from the formula that training logs."""
     from spidr.config import SpidRConfig
     from spidr.models.flops import step_flops
 
-    settings = SMALL | {"extractor_conv_layer_config": [tuple(s) for s in SMALL["extractor_conv_layer_config"]]}
-    batch, mask, _ = inputs(quick)
-    cfg = SpidRConfig(**settings) if quick else SpidRConfig()
+    batch, mask, _ = inputs(size)
+    cfg = SpidRConfig(**SIZES[size])
     return sum(step_flops(cfg, batch.shape[1], int(row.sum())) for row in mask) / 1e12
 
 
@@ -256,7 +302,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     results: dict[str, Any] = {"times": {}, "peaks": {}, "compile_seconds": {}, "differences": {}}
     processes = {}
     for system, python in pythons.items():
-        processes[system] = Process(python, system, args.quick, folder)
+        processes[system] = Process(python, system, args, folder)
         if system != "hubert":
             processes[system].ask("compare")  # the first one writes the weights that the others read
     versions = [name for name in processes if name.startswith("spidr ")]
@@ -271,7 +317,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         for row in (r for r in args.rows if r != "memory"):
             times = rows.setdefault(row, {name: [] for name in processes if (name, row) != ("hubert", "units")})
             for repetition in range(args.repeat + 1):
-                peaks.append(matrix_product(dtype, 512 if args.quick else 3072))
+                peaks.append(matrix_product(dtype, 3072 if args.size == "base" else 512, clock_of(args)))
                 for name, process in processes.items():
                     if name in times:
                         taken = process.ask(row, dtype)
@@ -286,7 +332,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         for dtype in args.dtypes:
             memory = results["times"][dtype].setdefault("memory", {})
             for system, python in pythons.items():
-                process = Process(python, system, args.quick, folder)
+                process = Process(python, system, args, folder)
                 for _ in range(2):
                     process.ask("step", dtype)
                 memory[system] = [process.ask("memory")]
@@ -294,9 +340,9 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     return results
 
 
-def table(results: dict[str, Any], quick: bool) -> str:
+def table(results: dict[str, Any], size: str) -> str:
     """Markdown."""
-    batch, _, utterances = inputs(quick)
+    batch, _, utterances = inputs(size)
     lengths = [len(x[0]) // 16_000 for x in utterances]
     found = {name for rows in results["times"].values() for times in rows.values() for name in times}
     versions = sorted(name for name in found if name.startswith("spidr "))
@@ -316,7 +362,7 @@ def table(results: dict[str, Any], quick: bool) -> str:
         if "step" in rows:
             peak = statistics.median(results["peaks"][dtype])
             shares = [
-                f"{100 * step_tflop(quick) / statistics.median(rows['step'][name]) / peak:.0f} %"
+                f"{100 * step_tflop(size) / statistics.median(rows['step'][name]) / peak:.0f} %"
                 if name in rows["step"] and name != "hubert"
                 else ""
                 for name in systems
@@ -337,13 +383,16 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="measure torch.compile too")
     parser.add_argument("--no-hubert", action="store_true", help="leave HuBERT out")
     parser.add_argument("--json", type=Path, help="write every measurement here")
-    parser.add_argument("--quick", action="store_true", help="a small model")
+    parser.add_argument("--size", choices=SIZES, default="base", help="shape of the models")
+    parser.add_argument("--processor-time", action="store_true", help="processor seconds of one thread")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        worker(args.worker, args.quick, args.folder)
+        worker(args.worker, args.size, args.folder, clock_of(args))
         return
+    if args.processor_time:
+        torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         results = measure(args, Path(folder))
     machine = [line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")]
@@ -357,7 +406,7 @@ def main() -> None:
     if results["compile_seconds"]:
         first = ", ".join(f"{seconds:.0f} s ({row})" for row, seconds in results["compile_seconds"].items())
         print(f"compiled for the first time: {first}")
-    print(table(results, args.quick))
+    print(table(results, args.size))
     if args.json:
         args.json.write_text(json.dumps(results, indent=1), encoding="utf-8")
 

@@ -103,6 +103,7 @@ def test_gradients_equal_those_of_eager_code() -> None:
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-5, msg=name)
 
 
+@pytest.mark.filterwarnings("ignore:dynamo_pgo force disabled")  # one of the caches
 def test_the_compiler_makes_one_graph_for_all_lengths() -> None:
     """With Inductor, which gets the gradient of a convolution to compile."""
     compiled.leave_convolutions_dynamic()

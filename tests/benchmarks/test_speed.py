@@ -9,7 +9,7 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "speed.py"
 
 
 def test_quick_run(tmp_path: Path) -> None:
-    command = [sys.executable, str(SCRIPT), "--quick", "--repeat", "1", "--dtypes", "float32"]
+    command = [sys.executable, str(SCRIPT), "--size", "tiny", "--repeat", "1", "--dtypes", "float32"]
     done = subprocess.run(
         [*command, "--json", str(tmp_path / "speed.json")], check=True, capture_output=True, text=True
     )

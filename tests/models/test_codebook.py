@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spidr.models.codebook import Codebook, StepStatistics, assign, count_perplexity, normalise_over_time
@@ -34,6 +34,7 @@ def test_normalise_over_time_over_time_within_each_utterance() -> None:
     assert normalise_over_time(x.bfloat16()).dtype == torch.float32
 
 
+@settings(deadline=None)
 @given(st.integers(1, 3), st.integers(1, 20), st.integers(1, 9), st.integers(0, 1000))
 def test_assignment_is_the_nearest_codeword(books: int, frames: int, size: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)

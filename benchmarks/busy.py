@@ -1,0 +1,68 @@
+"""A training step beside other work, with what OpenMP's threads do while they wait.
+
+    python benchmarks/busy.py [--loops N ...] [--steps N]
+
+The quick start's shape, milliseconds a step (median), idle and beside ``--loops`` processes that never rest: by
+default, with what the commands set (``GOMP_SPINCOUNT=1000``), with ``OMP_WAIT_POLICY=passive`` and with one thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import time
+
+CASES = {
+    "default": {},
+    "GOMP_SPINCOUNT=1000": {"GOMP_SPINCOUNT": "1000"},
+    "OMP_WAIT_POLICY=passive": {"OMP_WAIT_POLICY": "passive"},
+    "one thread": {"OMP_NUM_THREADS": "1"},
+}
+CHOSEN = ("GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OMP_WAIT_POLICY", "KMP_LIBRARY", "OMP_NUM_THREADS")
+
+
+def milliseconds(steps: int) -> float:
+    """Of a step, the first two left out."""
+    from speed import Spidr, inputs
+    from torch import autocast
+
+    batch, mask, _ = inputs("quickstart")
+    subject, taken = Spidr("quickstart", compiled=False), []
+    for _ in range(steps + 2):
+        start = time.perf_counter()
+        subject.step(batch, mask, autocast("cpu", enabled=False))
+        taken.append(1000 * (time.perf_counter() - start))
+    return statistics.median(taken[2:])
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--loops", type=int, nargs="+", default=[0, 3], help="processes beside it")
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        print(milliseconds(args.steps))
+        return
+    environ = {name: value for name, value in os.environ.items() if name not in CHOSEN}
+    print(f"| ms a step, beside | {' | '.join(CASES)} |\n| --- |{' --- |' * len(CASES)}")
+    for count in args.loops:
+        loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+        try:
+            command = [sys.executable, __file__, "--worker", "--steps", str(args.steps)]
+            runs = [
+                subprocess.run(command, env=environ | case, check=True, stdout=subprocess.PIPE, text=True)
+                for case in CASES.values()
+            ]
+            print(f"| {count} busy loops | {' | '.join(f'{float(run.stdout):.0f}' for run in runs)} |", flush=True)
+        finally:
+            for loop in loops:
+                loop.kill()
+
+
+if __name__ == "__main__":
+    main()
