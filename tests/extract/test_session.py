@@ -161,6 +161,8 @@ def test_every_setting_of_a_model_is_of_its_features_or_of_training() -> None:
         "codebook_init",
         "codebook_revive_after",
         "freeze_step",
+        "reset",
+        "train_layers",
     }
     names = {field.name for config in (DinoSRConfig, SpidRConfig) for field in fields(config)}
     assert {name for name in names - training if not name.startswith("ema_")} == set(session.SHAPING)
