@@ -64,7 +64,7 @@ def main() -> int:
     print(write_manifests(), flush=True)
     status = train(["configs/quickstart.toml", *settings])
     if status == 0:
-        run = read_config("configs/quickstart.toml", settings, warn=False).run.dir
+        run = read_config("configs/quickstart.toml", settings).run.dir
         python = Path(sys.executable)
         python = python.relative_to(ROOT) if python.is_relative_to(ROOT) else python
         print(AFTER.format(run=run, model=run / "final.pt", here=ROOT, python=python))

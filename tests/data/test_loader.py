@@ -462,7 +462,7 @@ def test_a_killed_worker_ends_the_epoch(cfg: DataConfig) -> None:
             for _ in loader.epoch(epoch):
                 os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
 
-    with pytest.raises(InputError, match="A data worker died: DataLoader worker"):
+    with pytest.raises(InputError, match="A data worker died"):
         use()
     loader.close()
 
@@ -471,15 +471,16 @@ def test_workers_killed_while_they_send_to_a_thread(cfg: DataConfig, monkeypatch
     """No signal tells a thread, and it would wait for the rest of a batch for ever."""
     monkeypatch.setattr("spidr.data.loader._has_shared_memory", lambda *_: False)  # so they send more than a pipe holds
     loader = build_dataloader(replace(cfg, num_workers=2), None)
+    others = multiprocessing.active_children()
 
     def use() -> None:
         batches = loader.epoch(0)
         next(batches)
         time.sleep(0.5)
-        for process in multiprocessing.active_children():
+        for process in set(multiprocessing.active_children()).difference(others):
             process.kill()
         list(batches)
 
-    with ThreadPoolExecutor(1) as pool, pytest.raises(InputError, match="A data worker died: DataLoader worker"):
+    with ThreadPoolExecutor(1) as pool, pytest.raises(InputError, match="A data worker died"):
         pool.submit(use).result(100)
     loader.close()

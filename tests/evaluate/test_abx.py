@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+import spidr.abx
 from spidr.evaluate.abx import Scorer, evaluate_abx, read_items
 from spidr.tools.errors import InputError
 
@@ -34,6 +35,10 @@ def frames(**vectors: list[list[float]]) -> dict[str, NDArray[Any]]:
 
 
 @needs_fastabx
+def test_the_old_name_works() -> None:
+    assert spidr.abx.read_items is read_items
+
+
 def test_separate_and_mixed_phones(tmp_path: Path) -> None:
     items = read_items(
         write_items(tmp_path / "a.item", *phones("s1", "A", "A", "B", "B"), *phones("s2", "A", "A", "B", "B"))

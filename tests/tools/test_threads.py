@@ -12,7 +12,8 @@ from spidr.tools import threads
 
 def seen(command: list[str], folder: Path, **environ: str) -> str:
     """What OpenMP would read at the end of a process, or when it loads torch: a torch of ours tells."""
-    show = "import os; print([os.environ.get(n) for n in ('GOMP_SPINCOUNT', 'KMP_BLOCKTIME', 'OMP_WAIT_POLICY')])\n"
+    names = ("GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OMP_WAIT_POLICY")
+    show = f"import os; print('seen', [os.environ.get(name) for name in {names}])\n"
     folder.joinpath("torch.py").write_text(f"{show}os._exit(os.sys.stdout.flush() or 0)\n")
     folder.joinpath("sitecustomize.py").write_text(f"import atexit\natexit.register(lambda: exec({show!r}))\n")
     clean = {name: value for name, value in os.environ.items() if name not in threads.CHOICES}
@@ -20,7 +21,8 @@ def seen(command: list[str], folder: Path, **environ: str) -> str:
     found = subprocess.run(
         [sys.executable, *command], env=clean | environ, capture_output=True, text=True, timeout=120, check=False
     )
-    return found.stdout.splitlines()[-1]
+    *_, last = (line for line in found.stdout.splitlines() if line.startswith("seen "))
+    return last.removeprefix("seen ")
 
 
 @pytest.mark.parametrize("module", ["spidr", "spidr.train", "spidr.extract", "spidr.evaluate", "spidr.warm_start"])

@@ -345,28 +345,30 @@ class _Workers:
         if self._dataloader is None:
             self._dataloader = self._build()
         self._queue.requests = requests
-        batches = iter(self._dataloader)
+        batches: Any = iter(self._dataloader)
         self._watch(batches)
         try:
             for batch in batches:
                 yield batch.open() if isinstance(batch, PackedBatch) else batch
-        except RuntimeError as error:
-            if not str(error).startswith("DataLoader worker"):
+        except (RuntimeError, EOFError, OSError) as error:  # what it is depends on what the worker was just sending
+            workers = getattr(batches, "_workers", ())
+            if not multiprocessing.connection.wait([worker.sentinel for worker in workers], timeout=1):
                 raise
+            batches._shutdown_workers()
             raise InputError(
                 f"A data worker died: {first_line(error).rstrip('.')}. If the machine ran out of memory, lower "
                 "data.num_workers, data.prefetch_factor or data.max_batch_length."
             ) from None
 
     def _watch(self, batches: Any) -> None:
-        """In a thread, end a wait for the rest of what a worker was sending when it died.
+        """End a wait for the rest of what a worker was sending when it died.
 
-        In the main thread, torch learns of its death from a signal.
+        In place of torch's signal handler, which raises in the main thread, wherever that is, and tells no other one.
         """
-        if threading.current_thread() is threading.main_thread() or self._watched() is batches:
-            return
-        if workers := getattr(batches, "_workers", None):
+        if self._watched() is not batches and (workers := getattr(batches, "_workers", None)):
             self._watched = weakref.ref(batches)
+            torch._C._remove_worker_pids(id(batches))
+            batches._worker_pids_set = False
             watcher = partial(_end_with_worker, self._watched, workers, batches._worker_result_queue)
             threading.Thread(target=watcher, name="data workers", daemon=True).start()
 
