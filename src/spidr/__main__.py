@@ -19,7 +19,7 @@ from spidr.config import Config, SlurmConfig, read_config, schedule_remark
 from spidr.tools.command import PROGRAMS, Parser, command, write_result
 from spidr.tools.errors import InputError
 from spidr.tools.lazy import needs_extra
-from spidr.tools.threads import set_up_threads
+from spidr.tools.threads import keep_memory, set_up_threads
 
 logger = logging.getLogger(__name__)
 
@@ -168,6 +168,7 @@ def _here(configs: dict[str, Config], overrides: list[str]) -> int:
     with needs_extra("train"):
         from spidr.train import train
 
+    keep_memory()
     status = 0
     for path, config in configs.items():
         gpus = _gpus_to_spread_over(config)
