@@ -150,11 +150,12 @@ class FrozenOutputs:
         )
 
     @torch.no_grad()
-    def __call__(self, batch: Batch, step: int) -> dict[str, Tensor]:
-        """What to pass to the model's forward with a batch, which is on the CPU.
+    def __call__(self, batch: Batch, there: Batch, step: int) -> dict[str, Tensor]:
+        """What to pass to the model's forward with a batch.
 
         Args:
-            batch: The batch.
+            batch: The batch on the CPU.
+            there: The same on the device.
             step: How many steps have been done.
         """
         if not self.has_frames:
@@ -164,13 +165,11 @@ class FrozenOutputs:
         key = (batch.waveforms.shape[1], *(None if x is None else x.numpy().tobytes() for x in parts))
         model, device = self._model, self._device
         if key not in self._frames:
-            there = batch.to(device)
             found = extract_features(model.feature_extractor, there.waveforms, there.lengths)
             self._frames[key] = self._store(found, torch.float16)
         kept = {"frames": self._frames[key].to(device, non_blocking=True).float()}
         if self.has_labels(step):
             if key not in self._labels:
-                there = batch.to(device)
                 features, attention_mask = model.project(there.waveforms, there.attention_mask, there.lengths, **kept)
                 self._labels[key] = self._store(model.labels(features, attention_mask), torch.int32)
             kept["labels"] = self._labels[key].to(device, non_blocking=True).long()

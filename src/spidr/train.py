@@ -131,7 +131,7 @@ def _forward(state: State, micro_batch: Batch) -> Tensor:
     batch = state.upload(micro_batch)
     dtype = getattr(torch, state.cfg.optimizer.dtype)
     with torch.autocast(state.env.device.type, dtype, enabled=state.cfg.optimizer.mixed_precision):
-        loss, _ = state.network(batch.waveforms, **batch.options, **state.frozen(micro_batch, state.step))
+        loss, _ = state.network(batch.waveforms, **batch.options, **state.frozen(micro_batch, batch, state.step))
         objective = loss.sum()
         if state.hooks.extra_loss is not None:
             objective = objective + state.hooks.extra_loss(state.model, batch)
