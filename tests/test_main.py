@@ -15,8 +15,7 @@ import torch
 
 from helpers.slurm_cluster import wait_for
 from helpers.tiny_run import assert_same_outcome, write_config, write_recordings
-from spidr import __main__ as command_line
-from spidr import __version__
+from spidr import __main__ as command_line, __version__
 from spidr.__main__ import main
 from spidr.config import read_config
 from spidr.models import build_model

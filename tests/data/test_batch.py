@@ -13,8 +13,7 @@ import torch
 
 from helpers.synthetic import noise, write_audio
 from spidr.config import DEFAULT_CONV_LAYER_CONFIG, DataConfig, MaskingConfig
-from spidr.data import Batch, audio, speech_dataset
-from spidr.data import batch as batch_module
+from spidr.data import Batch, audio, batch as batch_module, speech_dataset
 from spidr.data.batch import BatchRequest, Collator
 from spidr.tools.errors import InputError
 from spidr.tools.frames import conv_length

@@ -17,8 +17,7 @@ import torch
 from helpers.extraction import LAYER, PROMPTS, QUIET, SHAPES, noise, read, rows, small, units
 from helpers.small_models import tiny_model
 from spidr.config import DinoSRConfig, SpidRConfig
-from spidr.extract import Options, extract_features, extract_units, features, fit_kmeans, session
-from spidr.extract import units as units_module
+from spidr.extract import Options, extract_features, extract_units, features, fit_kmeans, session, units as units_module
 from spidr.models import DinoSR, num_frames
 from spidr.tools.errors import InputError
 

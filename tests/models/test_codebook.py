@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from spidr.models.codebook import Codebook, StepStatistics, assign, count_perplexity, normalise_over_time
 

@@ -11,8 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from spidr.config import SlurmConfig
 from spidr.slurm.submission import clean_environment, job_folders, prepare

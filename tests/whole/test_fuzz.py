@@ -29,8 +29,7 @@ import polars as pl
 import pytest
 import soundfile
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 
 from helpers.small_models import TINY, tiny_config, tiny_model
 from helpers.tiny_run import write_config, write_recordings

@@ -13,8 +13,6 @@ if TYPE_CHECKING:
     from spidr.data.dataset import speech_dataset as speech_dataset
     from spidr.data.loader import (
         build_dataloader as build_dataloader,
-    )
-    from spidr.data.loader import (
         build_validation_dataloader as build_validation_dataloader,
     )
     from spidr.data.manifest import read_manifest as read_manifest

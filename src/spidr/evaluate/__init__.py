@@ -11,14 +11,8 @@ if TYPE_CHECKING:
     from spidr.evaluate.__main__ import main as main
     from spidr.evaluate.abx import (
         FeatureFolder as FeatureFolder,
-    )
-    from spidr.evaluate.abx import (
         Scorer as Scorer,
-    )
-    from spidr.evaluate.abx import (
         evaluate_abx as evaluate_abx,
-    )
-    from spidr.evaluate.abx import (
         read_items as read_items,
     )
     from spidr.evaluate.model import evaluate_model as evaluate_model

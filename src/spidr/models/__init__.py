@@ -13,8 +13,7 @@ from spidr.tools.lazy import lazy_names
 if TYPE_CHECKING:
     from spidr.models.dinosr import DinoSR as DinoSR
     from spidr.models.encoder import Encoder as Encoder
-    from spidr.models.hub import build_model as build_model
-    from spidr.models.hub import load_encoder as load_encoder
+    from spidr.models.hub import build_model as build_model, load_encoder as load_encoder
     from spidr.models.spidr import SpidR as SpidR
     from spidr.tools.waveforms import standardise as standardise
 else:

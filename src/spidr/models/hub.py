@@ -19,8 +19,14 @@ from spidr.models.encoder import Encoder
 from spidr.models.fairseq import load_fairseq_weights
 from spidr.models.published import PUBLISHED, Published
 from spidr.models.spidr import SpidR
-from spidr.models.weights import fitting, load_into, read_weights, type_needed, type_of
-from spidr.models.weights import recorded_config as config_of_file
+from spidr.models.weights import (
+    fitting,
+    load_into,
+    read_weights,
+    recorded_config as config_of_file,
+    type_needed,
+    type_of,
+)
 from spidr.tools.download import Remote, is_remote
 from spidr.tools.errors import InputError
 from spidr.tools.files import check_file, expand
