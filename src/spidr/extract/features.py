@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from spidr.extract.job import extract
 from spidr.extract.options import Options, check_choice
 from spidr.extract.outputs import Output
-from spidr.extract.session import Encoded, EncodingError, Session, Skipped
+from spidr.extract.session import Encoded, Session, Skipped
 from spidr.extract.sources import Item
 from spidr.models import DinoSR
 from spidr.models.hub import check_name
@@ -129,21 +129,15 @@ class _FeatureFolder(Output):
 
     @contextmanager
     def writing(self, session: Session, folder: Path) -> Iterator[Callable[[list[Encoded]], list[Encoded]]]:  # noqa: ARG002
-        yield lambda batch: [self._write(encoded, session) for encoded in batch]
+        yield lambda batch: [session.use(encoded, self._write) for encoded in batch]
 
-    def _write(self, encoded: Encoded, session: Session) -> Encoded:
-        if encoded.pieces is None:
-            return encoded
-        pieces = (piece.astype(self.dtype, copy=False) for piece in encoded.pieces)
-        try:
-            with atomic_write(self.path_of(encoded.item.name)) as file:
-                if self.file_format == "npy":
-                    _save_npy(file, pieces)
-                else:
-                    torch.save(torch.from_numpy(np.concatenate(list(pieces))), file)
-        except EncodingError as error:
-            return Encoded(encoded.item, None, session.or_raise(error))
-        return encoded
+    def _write(self, name: str, pieces: Iterable[NDArray[np.floating]]) -> None:
+        pieces = (piece.astype(self.dtype, copy=False) for piece in pieces)
+        with atomic_write(self.path_of(name)) as file:
+            if self.file_format == "npy":
+                _save_npy(file, pieces)
+            else:
+                torch.save(torch.from_numpy(np.concatenate(list(pieces))), file)
 
 
 def _save_npy(file: IO[bytes], pieces: Iterable[NDArray[np.floating]]) -> None:
