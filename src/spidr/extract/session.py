@@ -55,8 +55,8 @@ LONG = 120 * SAMPLE_RATE
 """Longer recordings (in samples) are encoded one after the other, each on all threads of a CPU."""
 
 
-class Skipped(dict[str, str]):
-    """Why recordings could not be encoded, by name."""
+Skipped = dict[str, str]
+"""Why recordings could not be encoded, by name."""
 
 
 class EncodingError(InputError):
@@ -83,7 +83,7 @@ class Summary:
         units: Different units; no more are added once there are two.
     """
 
-    skipped: Skipped = field(default_factory=Skipped)
+    skipped: Skipped = field(default_factory=dict)
     done: int = 0
     samples: int = 0
     quiet: list[str] = field(default_factory=list)
@@ -163,17 +163,15 @@ class Session:
         self.options, self.env, self.discrete, self.penalty = options, env, discrete, penalty
         has_codebook = discrete and centroids is None
         total = len(self.model.student.layers)
-        first = self.model.codebook_layers.start if has_codebook else 1
+        first, having = (self.model.codebook_layers.start, "have a codebook") if has_codebook else (1, "exist")
         if not first <= self.layer <= total:
             lacks = "has no codebook" if 1 <= self.layer <= total else "does not exist"
-            having = "have a codebook" if has_codebook else "exist"
-            given = f"layer {self.layer}, the default," if layer is None else f"layer {self.layer}"
-            raise InputError(f"{given} {lacks}; layers {first} to {total} {having}")
+            default = ", the default," if layer is None else ""
+            raise InputError(f"layer {self.layer}{default} {lacks}; layers {first} to {total} {having}")
         self.shapes = self.model.feature_extractor.shapes
         self.shortest = receptive_field(self.shapes)
-        self.window: tuple[int, int] | None = None
-        if options.window is not None:
-            self.window = window_frames(options.window, options.context, self.model.frame_seconds)
+        frame_seconds, window = self.model.frame_seconds, options.window
+        self.window = None if window is None else window_frames(window, options.context, frame_seconds)
         self.bfloat16 = options.dtype == "bfloat16" or (options.dtype == "auto" and _has_bfloat16(env.device))
         self.summary = Summary()
         self._centroids = None if centroids is None else torch.from_numpy(centroids).to(env.device)
@@ -224,13 +222,12 @@ class Session:
 
     def _compute(self, waveforms: list[Tensor]) -> list[Tensor]:
         """Values of some recordings, (T, …) each."""
-        dtype, device = self.model.mask_embedding.dtype, self.env.device
-        lengths = torch.tensor([len(waveform) for waveform in waveforms], device=device)
-        padded = pad_sequence(waveforms, batch_first=True).to(device, dtype)
-        given = lengths if len(waveforms) > 1 else None
+        sizes, device = [len(waveform) for waveform in waveforms], self.env.device
+        lengths = torch.tensor(sizes, device=device) if len(sizes) > 1 else None
+        padded = pad_sequence(waveforms, batch_first=True).to(device, self.model.mask_embedding.dtype)
         with self._computing():
-            values = self._values(*self.model.project(standardise(padded, given), lengths=given))
-        return [row[: self.num_frames(len(w))] for row, w in zip(values, waveforms, strict=True)]
+            values = self._values(*self.model.project(standardise(padded, lengths), lengths=lengths))
+        return [row[: self.num_frames(size)] for row, size in zip(values, sizes, strict=True)]
 
     def _windows(self, recording: LongRecording, item: Item) -> Iterator[Tensor]:
         """Values of a recording, (T, …) a window at a time."""
