@@ -56,13 +56,7 @@ class WandbSink:
     """
 
     def __init__(
-        self,
-        folder: Path,
-        project: str,
-        name: str,
-        mode: WandbMode,
-        config: dict[str, Any],
-        run_id: str | None = None,
+        self, folder: Path, project: str, name: str, mode: WandbMode, config: dict[str, Any], run_id: str | None = None
     ) -> None:
         self.state_path = folder / "wandb.json"
         self.run: Any = None
