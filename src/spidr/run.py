@@ -172,8 +172,7 @@ class Run:
         if latest is None:
             self.save()
         self._validate()
-        if any(self.env.gather_objects(self.stop.signum)):  # a step of a large model takes long, and none is lost yet
-            raise Preempted(self.stop.signum, agreed=True)
+        self.env.gather_objects(None, self.stop)  # a step of a large model takes long, and none is lost yet
 
     def _compare_settings(self, latest: Path) -> bool:
         """Compare the configuration with the one that the run in the folder has.

@@ -18,7 +18,7 @@ from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-from spidr.environment import choose_device, ranks, use_slurm
+from spidr.environment import choose_device, find_meeting_place, ranks
 from spidr.models.metrics import perplexity
 from spidr.optimizer import lr_factor
 
@@ -70,7 +70,7 @@ def setup_training(seed: int, *, use_deterministic: bool = False) -> None:
     """
     rank, local_rank, world_size = ranks()
     if world_size > 1:
-        use_slurm()
+        find_meeting_place()
     else:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
