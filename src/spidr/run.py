@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import shutil
@@ -10,9 +9,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TypeVar, cast
 
 import torch
@@ -28,7 +26,7 @@ from spidr.state import Hooks, Measured, State, build_state, may_differ, model_s
 from spidr.tools.collapse import CollapseWatch
 from spidr.tools.command import write_result
 from spidr.tools.errors import InputError, first_line
-from spidr.tools.files import atomic_write, make_folder, remove_unfinished
+from spidr.tools.files import make_folder, remove_unfinished, write_json
 from spidr.tools.healthy import is_base, unlike_published
 from spidr.tools.lock import Lock
 from spidr.tools.logging import FILE_ONLY, run_log
@@ -57,8 +55,8 @@ CPU_TFLOPS = 0.05
 class Run:
     """A run: its state, its folder and everything that surrounds its training loop.
 
-    Used as a context manager. Every method is called by all processes at the same steps; the main one writes. Nothing
-    but a lock is written before :meth:`begin` has found that the run can be resumed.
+    A context manager. All processes call every method at the same steps; the main one writes. Nothing but a lock is
+    written before :meth:`begin` has found that the run can be resumed.
 
     Args:
         cfg: The configuration.
@@ -93,21 +91,25 @@ class Run:
             self._stack = stack.pop_all()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if error is not None:
+    def __exit__(self, *error: Any) -> None:
+        if error[0] is not None:
             with suppress(Exception):  # what was measured last; the reason of the end comes first
                 self._write_interval()
-        self._stack.__exit__(kind, error, traceback)
+        self._stack.__exit__(*error)
 
     def _take_folder(self, stack: ExitStack) -> None:
         missing = [folder for folder in (self.folder, *self.folder.parents) if not folder.exists()]
+
+        def remove_empty() -> None:
+            with suppress(OSError):
+                for folder in missing:
+                    folder.rmdir()
+
         try:
             make_folder(self.folder)
         except InputError as error:
             raise InputError(f"run.workdir: {error}") from error
-        stack.callback(_remove_empty, missing)
+        stack.callback(remove_empty)
         self._lock = stack.enter_context(Lock(self.folder, "is training in this folder"))
         remove_unfinished(self.folder)
 
@@ -132,18 +134,13 @@ class Run:
         Raises:
             InputError: The run cannot begin, or not resume with this configuration.
         """
-        env = self.env
+        env, run, on_gpu = self.env, self.cfg.run, self.env.device.type == "cuda"
         self.checkpointer = Checkpointer(
-            self.folder,
-            self.cfg.run.save_interval,
-            self.cfg.run.keep_latest,
-            disable=not env.is_main,
-            background=env.device.type == "cuda",
+            self.folder, run.save_interval, run.keep_latest, disable=not env.is_main, background=on_gpu
         )
         latest = self._on_main(self.checkpointer.find_latest)
-        logger.info(
-            "training %s: %s", self.cfg.run.model_type, f"resuming from {latest}" if latest else f"new in {self.folder}"
-        )
+        how = f"resuming from {latest}" if latest else f"new in {self.folder}"
+        logger.info("training %s: %s", run.model_type, how)
         self.cfg = cfg = replace(self.cfg, model=model_settings(self.cfg))
         finished = self._on_main(lambda: latest is not None and self._compare_settings(latest))
         self.profiler = StepProfiler(self.folder / "trace.html", enabled=cfg.run.profile and env.is_main)
@@ -160,7 +157,7 @@ class Run:
         self.state.network = wrap(self.state.model, cfg, env)
         self.stop.immediate = False  # from here on somebody looks at it
         if not finished:
-            self._on_main(lambda: self._write_json("config.json", to_dict(cfg)))
+            self._on_main(lambda: write_json(self.folder / "config.json", to_dict(cfg), indent=2))
         self._open_log(self.folder / f"log_{env.rank}.txt")
         if env.is_main:
             self._open_metrics(latest)
@@ -171,18 +168,11 @@ class Run:
         self._stack.callback(self.checkpointer.wait)
         if latest is None:
             self.save()
-        self._validate()
+        self.validate(due=self.state.step == 0)
         self.env.gather_objects(None, self.stop)  # a step of a large model takes long, and none is lost yet
 
     def _compare_settings(self, latest: Path) -> bool:
-        """Compare the configuration with the one that the run in the folder has.
-
-        Returns:
-            Whether that run is finished.
-
-        Raises:
-            InputError: Something differs that must not.
-        """
+        """Compare the configuration with that of the run in the folder, and return whether that run is finished."""
         path = self.folder / "config.json"
         if not path.exists():
             return False
@@ -231,10 +221,6 @@ class Run:
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             raise InputError(f"{path}: 'means' or 'idle' is not what a run has saved ({error})") from error
 
-    def _write_json(self, name: str, document: dict[str, Any]) -> None:
-        with atomic_write(self.folder / name) as file:
-            file.write(json.dumps(document, indent=2).encode())
-
     def _open_metrics(self, latest: Path | None) -> None:
         cfg, step = self.cfg, self.state.step
         # The line of an interval that was interrupted is written again when it is complete.
@@ -260,7 +246,7 @@ class Run:
         if isinstance(state.loader, SpeechLoader):  # a fork's own may know nothing of the sort
             summary = state.loader.summary()
             summary.log(logger, cfg.data)
-            self._write_json("data.json", asdict(summary))
+            write_json(self.folder / "data.json", asdict(summary), indent=2)
         steps, interval, keep = cfg.optimizer.max_steps - state.step, cfg.run.save_interval, cfg.run.keep_latest
         trained = sum(p.numel() for group in state.optimizer.param_groups for p in group["params"])
         if interval > 0:
@@ -274,11 +260,9 @@ class Run:
                 count, size, count * size, free, hint,
             )  # fmt: skip
         if self.env.device.type == "cpu" and trained > BASE_MODEL and steps > 0:
-            rows = state.loader.accumulation * cfg.data.max_batch_length / cfg.data.max_sample_size
-            tflop = (
-                rows * step_flops(cfg.model, cfg.data.max_sample_size, 0, frozen=state.model.extractor_frozen) / 1e12
-            )
-            days = steps * tflop / (CPU_TFLOPS * torch.get_num_threads()) / 86_400
+            samples, total = cfg.data.max_sample_size, state.loader.accumulation * cfg.data.max_batch_length
+            flops = total / samples * step_flops(cfg.model, samples, 0, frozen=state.model.extractor_frozen)
+            days = steps * flops / 1e12 / (CPU_TFLOPS * torch.get_num_threads()) / 86_400
             text = "a large model on a CPU: %d steps take about %.2g days; configs/laptop.toml is one for CPUs"
             logger.warning(text, steps, days)
 
@@ -372,21 +356,27 @@ class Run:
         if not (self.must_stop or self.checkpointer.is_due(self.state.step)):
             return
         self._absorb(wait=True)
-        self._set_extra()
-        self._on_main(self._save)
+        self._save()
         if self.must_stop:
             self._on_main(self.checkpointer.wait)
             self._write_interval()
             raise Preempted(self.stop.signum, agreed=True)
 
-    def _save(self) -> None:
-        self._lock.check()
-        self.checkpointer.save(self.state.step, self.state.epoch, force=True)
-
-    def _set_extra(self) -> None:
+    def _save(self, *, final: bool = False) -> None:
         position = self.state.position * self._batches_per_step
         idle = [codebook.idle for codebook in self.state.model.codebooks]
         self.checkpointer.extra = {"position": position, "means": self._interval.sums, "idle": idle}
+
+        def write() -> None:
+            self._lock.check()
+            if not final:
+                self.checkpointer.save(self.state.step, self.state.epoch, force=True)
+                return
+            if self.state.step != self._final_step:
+                self.checkpointer.save_final(self.state.step, self.state.epoch)
+            self.checkpointer.wait()
+
+        self._on_main(write)
 
     @property
     def _batches_per_step(self) -> int:
@@ -396,9 +386,8 @@ class Run:
         """Save and validate the trained model, and print the quality of its units."""
         self._absorb(wait=True)
         self._write_interval()
-        self._set_extra()
-        self._on_main(self._save_final)
-        self._validate()
+        self._save(final=True)
+        self.validate(due=True)
         self._on_main(self._collect_validation)
         logger.info("finished %d steps of %s", self.state.step, self.folder)
         if self.env.is_main:
@@ -407,34 +396,21 @@ class Run:
                 self._print_units(group)
         self.stop.immediate = True
 
-    def _save_final(self) -> None:
-        self._lock.check()
-        if self.state.step != self._final_step:
-            self.checkpointer.save_final(self.state.step, self.state.epoch)
-        self.checkpointer.wait()
-
     # ------------------------------------------------------------------------------------------------- validation
 
-    def validate(self) -> None:
-        """Validate the model if its checkpoint has just been saved, see :meth:`_validate`."""
-        if self.checkpointer.is_due(self.state.step):
-            self._validate()
-
-    def _validate(self) -> None:
-        """Validate the model on every set on which it has not been, if its step is one whose checkpoint is validated.
+    def validate(self, *, due: bool = False) -> None:
+        """Validate the model on every set on which it has not been, if ``due`` or if its checkpoint has been saved.
 
         In this process, or in jobs whose results come back later.
 
         Raises:
             Preempted: A signal asked to stop; the validation is done after the restart.
         """
-        step = self.state.step
-        due = step in (0, self.cfg.optimizer.max_steps) or self.checkpointer.is_due(step)
+        step, cfg = self.state.step, self.cfg
+        due = due or self.checkpointer.is_due(step)
         for group in self._on_main(self._unvalidated) if due else ():
             start = time.perf_counter()
-            values = validate_set(
-                self.state.model, self.cfg.validation[group], self.cfg.masking, self.env, stop=self.stop
-            )
+            values = validate_set(self.state.model, cfg.validation[group], cfg.masking, self.env, stop=self.stop)
             self._write({"step": step, "group": group, **values})
             seconds = time.perf_counter() - start
             logger.info("step %d, %s: loss %.4f (%.0f s)", step, group, values["loss"], seconds)
@@ -468,15 +444,15 @@ class Run:
         if before is None or after is None or f"pnmi_{self.layers[0]}" not in after:
             return
         start = "untrained" if self.cfg.run.init_ckpt is None else "at the start"
-        lines = [f"\nUnits of {group}, {start} -> after {self.state.step} steps"]
-        lines.append("layer  PNMI              active codewords  perplexity")
+        text = f"\nUnits of {group}, {start} -> after {self.state.step} steps\n"
+        text += "layer  PNMI              active codewords  perplexity\n"
         for layer in self.layers:
             pnmi, active, ppl = (
                 f"{before[name]:.{digits}f} -> {after[name]:.{digits}f}"
                 for name, digits in ((f"pnmi_{layer}", 3), (f"active_codewords_{layer}", 0), (f"unit_ppl_{layer}", 1))
             )
-            lines.append(f"{layer[1:]:5}  {pnmi:16}  {active:16}  {ppl}")
-        write_result("\n".join(lines) + "\n")
+            text += f"{layer[1:]:5}  {pnmi:16}  {active:16}  {ppl}\n"
+        write_result(text)
 
 
 @contextmanager
@@ -484,23 +460,14 @@ def _reason_in_log() -> Iterator[None]:
     """Log why the run ended. The command reports it on standard error."""
     try:
         yield
-    except (InputError, Preempted) as error:
-        logger.error("the run ended: %s", error, extra=FILE_ONLY)
-        raise
-    except RunEndedError as error:
-        logger.error("the run ended: %s", error.cause.text, extra=FILE_ONLY)
-        raise
     except BaseException as error:
-        reason = f"{type(error).__name__}: {first_line(error)}"
-        logger.error("the run ended: %s", reason, extra=FILE_ONLY, exc_info=isinstance(error, Exception))
+        reason = error.cause.text if isinstance(error, RunEndedError) else str(error)
+        expected = isinstance(error, (InputError, Preempted, RunEndedError))
+        if not expected:
+            reason = f"{type(error).__name__}: {first_line(error)}"
+        is_bug = isinstance(error, Exception) and not expected
+        logger.error("the run ended: %s", reason, extra=FILE_ONLY, exc_info=is_bug)
         raise
-
-
-def _remove_empty(folders: list[Path]) -> None:
-    """Remove empty folders, innermost first."""
-    with suppress(OSError):
-        for folder in folders:
-            folder.rmdir()
 
 
 def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -521,15 +488,15 @@ def _must_stay(name: str, *, finished: bool) -> bool:
     )
 
 
+@dataclass
 class _Clock:
     """Measures what an interval of training costs, starting now."""
 
-    def __init__(self) -> None:
-        self.start = time.perf_counter()
-        self.audio_seconds = 0.0  # trained on, by all processes
-        self.tflop = 0.0  # of the model, on all processes
-        self.waited = 0.0  # for data
-        self.paused = 0.0  # for validation
+    start: float = field(default_factory=time.perf_counter)
+    audio_seconds: float = 0.0  # trained on, by all processes
+    tflop: float = 0.0  # of the model, on all processes
+    waited: float = 0.0  # for data
+    paused: float = 0.0  # for validation
 
     def rates(self, env: Environment, dtype: str) -> dict[str, float]:
         """Rates and memory of the interval; TFLOP/s are per device, ``mfu`` is their share of its peak."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
@@ -18,7 +17,7 @@ from spidr.slurm.presets import validation_job_config
 from spidr.slurm.submission import job_state
 from spidr.tools.command import Parser, command, write_result
 from spidr.tools.errors import InputError, first_line
-from spidr.tools.files import atomic_write, make_folder
+from spidr.tools.files import make_folder, write_json
 from spidr.tools.lock import Lock
 from spidr.tools.metrics import Line, MetricsFile, read_metrics
 from spidr.tools.untrusted import parse_json
@@ -160,7 +159,7 @@ class ValidationJobs:
         return {int(name[1]) for name in names if name}
 
     def _write(self, step: int, suffix: str, **values: str) -> None:
-        _write_json(self._path(step, suffix), values)
+        write_json(self._path(step, suffix), values)
 
     def _read(self, step: int, suffix: str) -> dict[str, str]:
         try:
@@ -168,11 +167,6 @@ class ValidationJobs:
         except (OSError, ValueError):
             return {}
         return values if isinstance(values, dict) else {}
-
-
-def _write_json(path: Path, values: dict[str, str]) -> None:
-    with atomic_write(path) as file:
-        file.write(json.dumps(values).encode())
 
 
 def _log_of(folder: Path, job_id: str) -> str:
@@ -187,7 +181,7 @@ def _validate(cfg: Config, resume: ResumeConfig, failed: str) -> None:
         validate_existing_checkpoint(cfg, resume)
     except Exception as error:
         job, folder = os.environ["SLURM_JOB_ID"], Path(os.environ["SUBMITIT_FOLDER"]).parent
-        _write_json(Path(failed), {"reason": f"job {job} failed: {first_line(error)}; see {_log_of(folder, job)}"})
+        write_json(Path(failed), {"reason": f"job {job} failed: {first_line(error)}; see {_log_of(folder, job)}"})
         raise
 
 
