@@ -7,9 +7,8 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from threading import Thread
 from typing import Any, cast
 
 import torch
@@ -40,8 +39,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a training checkpoint on the CPU, without running code from it.
 
     Raises:
-        InputError: If it is missing, truncated, damaged (its checksums are verified), something else, or of a model
-            whose weights are not finite.
+        InputError: It is missing, truncated, damaged (checksums are verified) or something else, or some of its weights
+            are not finite.
     """
     check_file(path)
     try:
@@ -70,9 +69,9 @@ class Checkpointer:
         folder: The run folder, made if it is missing.
         interval: Save when the step is a multiple of it; 0 or less: never.
         keep_latest: How many ``step_N.pt`` to keep, besides those that :attr:`needed` names; 0 or less: all.
-        disable: Do not write (processes other than the main one).
+        disable: Do not write, as on processes other than the main one.
         start: What :attr:`step` is at first, and the first step whose metrics are waited for.
-        background: Save copies on a thread: :meth:`save` returns when they are made. A second save waits for the first.
+        background: Copy the state and save the copy on a thread. A second save waits for the first.
 
     Attributes:
         step: Optimiser steps done by the loaded or last saved checkpoint.
@@ -160,8 +159,7 @@ class Checkpointer:
         }
         self.wait()
         if self._background:
-            self._writing = Future()
-            Thread(target=self._write_later, args=(self._writing, path, copy_to_host(state)), name="checkpoint").start()
+            self._writing = ThreadPoolExecutor(1, "checkpoint").submit(self._write_now, path, copy_to_host(state))
         else:
             self._write_now(path, state)
 
@@ -171,21 +169,14 @@ class Checkpointer:
         logger.info("saved %s", path)
         self.remove_old(state["step"])
 
-    def _write_later(self, writing: Future[None], *args: Any) -> None:
-        try:
-            self._write_now(*args)
-            writing.set_result(None)
-        except BaseException as error:
-            writing.set_exception(error)
-
     def wait(self) -> None:
         """Wait until the checkpoint that is written in the background is on disk.
 
         Raises:
             InputError: It could not be written.
         """
-        writing, self._writing = self._writing, None
-        if writing is not None:
+        if (writing := self._writing) is not None:
+            self._writing = None
             writing.result()
 
     def remove_old(self, until: float = math.inf) -> None:
@@ -243,9 +234,7 @@ class Checkpointer:
     def load_existing_run(self) -> bool:
         """Resume from the newest valid checkpoint of the folder. Returns whether there was one."""
         path = self.find_latest()
-        if path is not None:
-            self.restore(path, read_checkpoint(path))
-        return path is not None
+        return path is not None and self._load(path)
 
     def load(self, step: int) -> bool:
         """Resume from ``step_N.pt``. Returns whether it exists.
@@ -254,8 +243,9 @@ class Checkpointer:
             InputError: If it is damaged, or does not fit the model.
         """
         path = self.path(int(step))
-        if not path.exists():
-            return False
+        return path.exists() and self._load(path)
+
+    def _load(self, path: Path) -> bool:
         self.restore(path, read_checkpoint(path))
         return True
 
@@ -311,7 +301,6 @@ _PREFIXES = re.compile(r"^((module|_orig_mod)\.)+")
 
 def copy_to_host(state: Any) -> Any:
     """Copy the tensors in nested containers to the CPU, from a GPU into page-locked memory. Waits for the copies."""
-    devices: set[torch.device] = set()
 
     def copy(value: Any) -> Any:
         if isinstance(value, dict):
@@ -322,12 +311,11 @@ def copy_to_host(state: Any) -> Any:
             return value
         if value.device.type != "cuda":
             return value.detach().to("cpu", copy=True)
-        devices.add(value.device)
         return torch.empty(value.shape, dtype=value.dtype, pin_memory=True).copy_(value.detach(), non_blocking=True)
 
     copied = copy(state)
-    for device in devices:
-        torch.cuda.current_stream(device).synchronize()
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
     return copied
 
 

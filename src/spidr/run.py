@@ -358,7 +358,6 @@ class Run:
         self._absorb(wait=True)
         self._save()
         if self.must_stop:
-            self._on_main(self.checkpointer.wait)
             self._write_interval()
             raise Preempted(self.stop.signum, agreed=True)
 
@@ -371,10 +370,10 @@ class Run:
             self._lock.check()
             if not final:
                 self.checkpointer.save(self.state.step, self.state.epoch, force=True)
-                return
-            if self.state.step != self._final_step:
+            elif self.state.step != self._final_step:
                 self.checkpointer.save_final(self.state.step, self.state.epoch)
-            self.checkpointer.wait()
+            if final or self.must_stop:
+                self.checkpointer.wait()
 
         self._on_main(write)
 

@@ -6,8 +6,8 @@ import logging
 import os
 import re
 import sys
-import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,7 +39,7 @@ class ValidationJobs:
 
     ``step_N.pending`` names a job's checkpoint, id and log; ``step_N.failed`` says why it gave no results;
     ``step_N.jsonl`` holds results to be collected. So a restarted run, or ``spidr metrics`` after its end, knows as
-    much as the process that submitted. Only one process at a time may use them. Jobs are submitted in threads.
+    much as the process that submitted. Only one process at a time may use them. Submitting happens in threads.
 
     Args:
         run_dir: The run folder.
@@ -47,19 +47,13 @@ class ValidationJobs:
 
     def __init__(self, run_dir: Path) -> None:
         self.folder = run_dir / "validation"
-        self._threads: dict[int, threading.Thread] = {}
+        self._submissions: dict[int, Future[None]] = {}
         self._told: set[int] = set()
 
     # ------------------------------------------------------------------------------------------------- submitting
 
     def submit(self, cfg: Config, step: int, checkpoint: Path) -> None:
-        """Submit the validation of a checkpoint on every validation set, in the background.
-
-        Args:
-            cfg: The run's configuration, with the settings of the model in training.
-            step: The checkpoint's step.
-            checkpoint: Its file, to be kept while the step is :meth:`needed`.
-        """
+        """Submit, in the background, the validation of a step's checkpoint, to be kept while it is :meth:`needed`."""
         make_folder(self.folder)
         self._write(step, ".pending", checkpoint=str(checkpoint), job="")
         self._path(step, ".failed").unlink(missing_ok=True)
@@ -67,9 +61,7 @@ class ValidationJobs:
         # Read the environment now; the thread might find another one.
         slurm = cfg.run.slurm_validation or validation_job_config()
         resume = ResumeConfig(step, str(checkpoint), str(self._path(step, ".jsonl")))
-        thread = threading.Thread(target=self._submit, args=(cfg, resume, slurm), name=f"validation of step {step}")
-        self._threads[step] = thread
-        thread.start()
+        self._submissions[step] = ThreadPoolExecutor(1, "validation").submit(self._submit, cfg, resume, slurm)
 
     def submit_again(self, cfg: Config) -> None:
         """Resubmit what failed, if its checkpoint is still there."""
@@ -82,21 +74,17 @@ class ValidationJobs:
     def _submit(self, cfg: Config, resume: ResumeConfig, slurm: SlurmConfig) -> None:
         try:
             self.find_lost()
-            name = f"{cfg.run.wandb_name}-step{resume.step}"
-            failed = str(self._path(resume.step, ".failed"))
-            calls = [(_validate, (cfg, resume, failed))]
+            name, step = f"{cfg.run.wandb_name}-step{resume.step}", resume.step
+            calls = [(_validate, (cfg, resume, str(self._path(step, ".failed"))))]
             job_id, folder = submit(name, calls, self.folder, slurm, max_restarts=MAX_RESTARTS)
-            if self._path(resume.step, ".pending").exists():  # unless the job is already done
-                self._write(
-                    resume.step, ".pending", checkpoint=resume.checkpoint, job=job_id, log=_log_of(folder, job_id)
-                )
+            if self._path(step, ".pending").exists():  # unless the job is already done
+                self._write(step, ".pending", checkpoint=resume.checkpoint, job=job_id, log=_log_of(folder, job_id))
         except Exception as error:
             self._fail(resume.step, str(error) if isinstance(error, InputError) else repr(error))
 
     def close(self) -> None:
         """Wait until everything is submitted or refused."""
-        for thread in self._threads.values():
-            thread.join()
+        wait(self._submissions.values())
         self.report()
 
     # ------------------------------------------------------------------------------------------------- results
@@ -140,7 +128,7 @@ class ValidationJobs:
         for step in self.pending():
             job = self._read(step, ".pending")
             if not job.get("job"):
-                if step not in self._threads:
+                if step not in self._submissions:
                     self._fail(step, "the run ended while the job was submitted")
             elif job_state(job["job"]) == "" and not self._path(step, ".jsonl").exists():
                 self._fail(step, f"job {job['job']} ended without results, see {job.get('log', self.folder)}")
@@ -190,13 +178,7 @@ def _validate(cfg: Config, resume: ResumeConfig, failed: str) -> None:
 
 
 class Collected(NamedTuple):
-    """The state of a run's validation jobs.
-
-    Attributes:
-        lines: Number of lines added to ``metrics.jsonl``.
-        failures: Step → why it is not validated.
-        pending: Steps whose job waits or runs.
-    """
+    """How many lines ``metrics.jsonl`` got, why which steps are not validated, and which are still to come."""
 
     lines: int
     failures: dict[int, str]
@@ -219,19 +201,13 @@ def collect_metrics(folder: Path) -> Collected:
         jobs = ValidationJobs(folder)
         jobs.find_lost()
         count = sum(metrics.write(line) for line in jobs.collect())
-        if count:
-            _remove_checkpoints(folder, jobs)
+        if count and (run := read_config(folder / "config.json").run).keep_latest > 0:
+            from spidr.checkpoint import Checkpointer
+
+            checkpointer = Checkpointer(folder, run.save_interval, run.keep_latest)
+            checkpointer.needed = jobs.needed
+            checkpointer.remove_old()
         return Collected(count, jobs.failures(), jobs.pending())
-
-
-def _remove_checkpoints(folder: Path, jobs: ValidationJobs) -> None:
-    run = read_config(folder / "config.json").run
-    if run.keep_latest > 0:
-        from spidr.checkpoint import Checkpointer
-
-        checkpointer = Checkpointer(folder, run.save_interval, run.keep_latest)
-        checkpointer.needed = jobs.needed
-        checkpointer.remove_old()
 
 
 def push_metrics(folder: Path, entity: str, run_id: str | None = None) -> int:
@@ -283,9 +259,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("path", type=Path, help="a run's folder, or its metrics.jsonl")
     parser.add_argument("--entity", help="wandb user or team (default: none, nothing is pushed)")
-    parser.add_argument(
-        "--runid", help="wandb's id of the run (default: the one finished run of that project and name)"
-    )
+    parser.add_argument("--runid", help="wandb's id of the run (default: the one finished run of that name)")
     args = parser.parse_args(argv)
     if args.runid is not None and args.entity is None:
         parser.error("--runid needs --entity")
