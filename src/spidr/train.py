@@ -81,8 +81,8 @@ def train(cfg: Config, hooks: Hooks | None = None) -> None:
 def train_step(state: State, micro_batches: list[Batch]) -> Measured | None:
     """One optimiser step.
 
-    The loss is summed over micro-batches and processes and divided by all their masked frames, so how a global batch is
-    cut makes no difference. Beside the gradients' there is one reduction over processes, of the statistics.
+    The loss is summed over micro-batches and processes and divided by all their masked frames, so it does not matter
+    how a global batch is divided. Besides the gradients' there is one reduction over processes, of the statistics.
 
     Args:
         state: Changed in place.
@@ -167,10 +167,9 @@ def _reduce_statistics(state: State, micro_batches: list[Batch]) -> dict[str, Te
 
 def _tflop(state: State, batch: Batch) -> float:
     """Floating-point operations of the model on a micro-batch, in 10^12."""
-    rows, samples = batch.waveforms.shape
+    (rows, samples), model = batch.waveforms.shape, state.model
     masked = 0 if batch.mask_indices is None else batch.mask_indices.shape[1]
-    model, frozen = state.model, state.frozen
-    kept = {"has_frames": frozen.has_frames, "has_labels": frozen.has_labels(state.step)}
+    kept = {"has_frames": state.frozen.has_frames, "has_labels": state.frozen.has_labels(state.step)}
     return rows * step_flops(model.cfg, samples, masked, frozen=model.extractor_frozen, **kept) / 1e12
 
 
