@@ -115,7 +115,6 @@ class Uploader:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def __call__(self, batch: Batch) -> Batch:
-        """The batch on the device."""
         if self._stream is None:
             return batch.to(self.device)
         with torch.cuda.stream(self._stream):
@@ -145,23 +144,16 @@ class PackedBatch:
 
 
 class BatchRequest(NamedTuple):
-    """All that a worker process needs to make a batch, so that it holds no manifest.
+    """All that a worker process needs to make a batch, so that it holds no manifest."""
 
-    Attributes:
-        rows: Rows of the manifest (B,).
-        lengths: Their lengths according to the manifest (B,).
-        recordings: Where they are.
-        seed: Seed of the data.
-        key: (epoch, number of the batch) for random draws that are the batch's, None for draws that are each row's.
-        again: The same for the masks of a batch that has come before.
-    """
-
-    rows: NDArray[np.integer[Any]]
-    lengths: NDArray[np.integer[Any]]
+    rows: NDArray[np.integer[Any]]  # of the manifest (B,)
+    lengths: NDArray[np.integer[Any]]  # according to the manifest (B,)
     recordings: list[Recording]
     seed: int
-    key: tuple[int, int] | None
-    again: tuple[int, int] | None = None
+    key: (
+        tuple[int, int] | None
+    )  # (epoch, number of the batch) for random draws of the batch, None for draws of each row
+    again: tuple[int, int] | None = None  # the same for the masks of a batch that has come before
 
     def generators(self, key: tuple[int, int] | None) -> list[np.random.Generator]:
         """One generator for the batch or one for each row."""
@@ -202,11 +194,7 @@ class Loaded(NamedTuple):
 
 
 class UnreadableBatchError(InputError):
-    """With ``on_error = "skip"``, no recording of a batch can be read.
-
-    Attributes:
-        skipped: The files, and why.
-    """
+    """With ``on_error = "skip"``, no recording of a batch can be read; ``skipped`` says which, and why."""
 
     def __init__(self, skipped: dict[str, str]) -> None:
         super().__init__(f"No recording of a batch can be read. {next(iter(skipped.values()))}")
@@ -233,10 +221,8 @@ class Collator:
         conv_layer_config: Sequence[tuple[int, int, int]],
         channels: int | None,
     ) -> None:
-        self.cfg = cfg
+        self.cfg, self.conv_layer_config, self.channels = cfg, list(conv_layer_config), channels
         self.masks = None if masking is None else MaskGenerator(masking)
-        self.conv_layer_config = list(conv_layer_config)
-        self.channels = channels
         if self.masks is not None and self.masks.masks_channels and channels is None:
             raise InputError("mask_channel_prob is above 0: the number of channels is needed (`channels=`).")
 
@@ -297,12 +283,7 @@ class Collator:
     def _lengths(
         self, available: NDArray[np.int64], promised: NDArray[np.integer[Any]]
     ) -> tuple[NDArray[np.int64], int]:
-        """Samples to take of each recording, and samples of the batch's rows.
-
-        Args:
-            available: Samples of each recording (B,).
-            promised: The same by the manifest.
-        """
+        """Samples to take of each recording (B,), and samples of a row; ``promised`` are those of the manifest."""
         cfg, shapes = self.cfg, self.conv_layer_config
         lengths = np.minimum(available, cfg.max_sample_size)
         # Lengths by spidr 0.1.2 are one sample off at most.
@@ -342,11 +323,7 @@ class Collator:
         return replace(batch, mask=mask, mask_indices=indices, channel_mask=channel_mask)
 
     def load(self, recording: Recording, length: int) -> Loaded:
-        """A recording, of which the manifest gives the length.
-
-        Raises:
-            InputError: It cannot be read or is too short.
-        """
+        """A recording, of which the manifest gives the length. Raises InputError if it is unreadable or too short."""
         cfg = self.cfg
         moments = None if recording.mean is None or recording.std is None else (recording.mean, recording.std)
         if length > cfg.max_sample_size and (seekable := seekable_length(recording)) is not None:

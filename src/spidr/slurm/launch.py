@@ -66,8 +66,8 @@ def submit(
     ``max_restarts`` limits how often a job is requeued; None: no limit.
 
     Raises:
-        InputError: The job folder cannot be written, or sbatch refuses. Nothing is left behind, unless sbatch did not
-            answer: the job may exist.
+        InputError: The job folder cannot be written, or sbatch refuses. Nothing is left behind unless sbatch did not
+            answer, as the job may exist.
     """
     with needs_extra("train"):
         from submitit.helpers import DelayedSubmission
@@ -78,9 +78,8 @@ def submit(
         if copy_code:
             copy_package(folder / "code")
         info = {"job_name": job_name, "launch_time": launch_time.isoformat(timespec="seconds")}
-        (folder / "job-info.json").write_text(
-            json.dumps(info | dataclasses.asdict(settings), indent=2) + "\n", encoding="utf-8"
-        )
+        info |= dataclasses.asdict(settings)
+        (folder / "job-info.json").write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
         for name, content in describe_checkout().items():
             (folder / name).write_bytes(content)
         for index, (function, arguments) in enumerate(jobs):

@@ -52,19 +52,12 @@ class NoAnswerError(InputError):
 
 @dataclass(frozen=True)
 class Submission:
-    """A job, or an array of them.
-
-    Attributes:
-        name: Its name.
-        folder: The job folder.
-        command: The ``sbatch`` command line; it reads the script from its standard input.
-        script: What runs on the first node of each job.
-    """
+    """A job, or an array of them."""
 
     name: str
     folder: Path
-    command: list[str]
-    script: str
+    command: list[str]  # sbatch, which reads the script from its standard input
+    script: str  # what runs on the first node of each job
 
 
 def prepare(
@@ -117,15 +110,7 @@ def prepare(
 
 
 def sbatch(submission: Submission) -> str:
-    """Hand a submission to SLURM.
-
-    Returns:
-        The job id.
-
-    Raises:
-        InputError: SLURM refuses it.
-        NoAnswerError: SLURM does not answer.
-    """
+    """Hand a submission to SLURM, and return the job id. Raises InputError if SLURM refuses it or does not answer."""
     try:
         done = run_program(submission.command, environment=clean_environment(), text=submission.script, limit=LIMIT)
     except OSError as error:
@@ -139,8 +124,7 @@ def sbatch(submission: Submission) -> str:
             f"{submission.folder}"
         ) from None
     if done.returncode:
-        lines = done.stderr.decode(errors="replace").splitlines()
-        said = "; ".join(line.strip() for line in lines if line.strip())
+        said = "; ".join(line.strip() for line in done.stderr.decode(errors="replace").splitlines() if line.strip())
         raise InputError(f"sbatch refused the job: {said or f'exit status {done.returncode}'}", guide="slurm.md")
     return done.stdout.decode().strip().split(";")[0]
 
