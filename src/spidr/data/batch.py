@@ -115,6 +115,7 @@ class Uploader:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def __call__(self, batch: Batch) -> Batch:
+        """The batch on the device."""
         if self._stream is None:
             return batch.to(self.device)
         with torch.cuda.stream(self._stream):
@@ -150,9 +151,7 @@ class BatchRequest(NamedTuple):
     lengths: NDArray[np.integer[Any]]  # according to the manifest (B,)
     recordings: list[Recording]
     seed: int
-    key: (
-        tuple[int, int] | None
-    )  # (epoch, number of the batch) for random draws of the batch, None for draws of each row
+    key: tuple[int, int] | None  # (epoch, number of the batch) for random draws of the batch, None for each row's own
     again: tuple[int, int] | None = None  # the same for the masks of a batch that has come before
 
     def generators(self, key: tuple[int, int] | None) -> list[np.random.Generator]:
