@@ -92,12 +92,8 @@ class Checkpointer:
         start: int = 0,
         background: bool = False,
     ) -> None:
-        self.folder = Path(folder)
-        self.interval = interval
-        self.keep_latest = keep_latest
-        self.disable = disable
-        self.step = start
-        self.epoch = 0
+        self.folder, self.interval, self.keep_latest, self.disable = Path(folder), interval, keep_latest, disable
+        self.step, self.epoch = start, 0
         self.extra: dict[str, Any] = {}
         self.needed: Callable[[], set[int]] = set
         self.metrics = self.folder / "metrics.jsonl"
@@ -121,18 +117,12 @@ class Checkpointer:
         final = self.folder / "final.pt"
         return final if final.exists() else next(reversed(self._saved()), None)
 
-    # ------------------------------------------------------------------------------------------------- saving
-
     def is_due(self, step: int) -> bool:
         """Whether a checkpoint is to be saved after ``step``."""
         return self.interval > 0 and step % self.interval == 0
 
     def save(self, step: int, epoch: int, *, force: bool = False) -> bool:
-        """Save ``step_N.pt`` if it is due, then remove the oldest ones beyond ``keep_latest``.
-
-        Returns:
-            Whether a checkpoint was due.
-        """
+        """Save ``step_N.pt`` if it is due, then remove the oldest beyond ``keep_latest``. Returns whether it was due."""
         if self.interval <= 0 or not (force or self.is_due(int(step))):
             return False
         self._write(self.path(int(step)), int(step), int(epoch))
@@ -148,15 +138,8 @@ class Checkpointer:
         self.step, self.epoch = step, epoch
         if self.disable:
             return
-        state = {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "epoch": epoch,
-            "step": step,
-            **self.extra,
-        }
+        parts = ("model", "optimizer", "scheduler", "scaler")
+        state = {name: getattr(self, name).state_dict() for name in parts} | {"epoch": epoch, "step": step} | self.extra
         self.wait()
         if self._background:
             self._writing = ThreadPoolExecutor(1, "checkpoint").submit(self._write_now, path, copy_to_host(state))
@@ -170,11 +153,7 @@ class Checkpointer:
         self.remove_old(state["step"])
 
     def wait(self) -> None:
-        """Wait until the checkpoint that is written in the background is on disk.
-
-        Raises:
-            InputError: It could not be written.
-        """
+        """Wait for the checkpoint that is written in the background. Raises InputError if that fails."""
         if (writing := self._writing) is not None:
             self._writing = None
             writing.result()
@@ -182,16 +161,13 @@ class Checkpointer:
     def remove_old(self, until: float = math.inf) -> None:
         """Remove the oldest ``step_N.pt`` beyond ``keep_latest`` that are not needed.
 
-        Args:
-            until: The run's step. Files of later ones were passed over as damaged: they do not count.
+        Those after step ``until``, the run's, were passed over as damaged and do not count.
         """
         if self.keep_latest > 0 and not self.disable:
             needed = self.needed()
             for path in [path for path in self._saved() if _step_of(path) <= until][: -self.keep_latest]:
                 if _step_of(path) not in needed:
                     path.unlink(missing_ok=True)
-
-    # ------------------------------------------------------------------------------------------------- loading
 
     def _saved(self) -> list[Path]:
         """The files ``step_N.pt``, oldest step first."""
@@ -233,28 +209,21 @@ class Checkpointer:
 
     def load_existing_run(self) -> bool:
         """Resume from the newest valid checkpoint of the folder. Returns whether there was one."""
-        path = self.find_latest()
-        return path is not None and self._load(path)
-
-    def load(self, step: int) -> bool:
-        """Resume from ``step_N.pt``. Returns whether it exists.
-
-        Raises:
-            InputError: If it is damaged, or does not fit the model.
-        """
-        path = self.path(int(step))
-        return path.exists() and self._load(path)
-
-    def _load(self, path: Path) -> bool:
-        self.restore(path, read_checkpoint(path))
+        if (path := self.find_latest()) is None:
+            return False
+        self.restore(path)
         return True
 
-    def restore(self, path: Path, checkpoint: dict[str, Any]) -> None:
-        """Load a checkpoint that was read from ``path`` into model, optimizer, scheduler and scaler.
+    def load(self, step: int) -> bool:
+        """Resume from ``step_N.pt``. Returns whether it exists."""
+        if not (path := self.path(int(step))).exists():
+            return False
+        self.restore(path)
+        return True
 
-        Raises:
-            InputError: If it does not fit them.
-        """
+    def restore(self, path: Path) -> None:
+        """Load a checkpoint. Raises InputError if it is damaged or does not fit what :meth:`init_state` has set."""
+        checkpoint = read_checkpoint(path)
         scheduler, model = self.scheduler, cast("Any", getattr(self.model, "module", self.model))
         try:
             weights = {_PREFIXES.sub("", name): value for name, value in checkpoint["model"].items()}
@@ -277,8 +246,6 @@ class Checkpointer:
             ) from error
         self.step, self.epoch = checkpoint["step"], checkpoint["epoch"]
         self.extra = {key: value for key, value in checkpoint.items() if key not in CONTENTS}
-
-    # ------------------------------------------------------------------------------------------------- metrics
 
     def find_new_metrics(self) -> Iterator[dict[str, Any]]:
         """Yield the metrics that have come in since the last call, as ``{"GROUP/NAME": value, "GROUP/step": step}``.

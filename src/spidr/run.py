@@ -16,7 +16,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
-from spidr.checkpoint import Checkpointer, read_checkpoint
+from spidr.checkpoint import Checkpointer
 from spidr.config import Config, read_config, schedule_remark, to_dict
 from spidr.data import Batch
 from spidr.data.loader import SpeechLoader
@@ -129,11 +129,7 @@ class Run:
     # ------------------------------------------------------------------------------------------------- beginning
 
     def begin(self) -> None:
-        """Build or restore the state, open the run's files, save and validate what is due before the first step.
-
-        Raises:
-            InputError: The run cannot begin, or not resume with this configuration.
-        """
+        """Build or restore the state, open the run's files, save and validate what is due before the first step."""
         env, run, on_gpu = self.env, self.cfg.run, self.env.device.type == "cuda"
         self.checkpointer = Checkpointer(
             self.folder, run.save_interval, run.keep_latest, disable=not env.is_main, background=on_gpu
@@ -201,13 +197,12 @@ class Run:
 
     def _restore(self, path: Path) -> None:
         """Resume from a checkpoint."""
-        state, checkpoint = self.state, read_checkpoint(path)
-        self.checkpointer.restore(path, checkpoint)
-        state.step = checkpoint["step"]
+        state = self.state
+        self.checkpointer.restore(path)
+        state.step, state.epoch, extra = self.checkpointer.step, self.checkpointer.epoch, self.checkpointer.extra
         if path.name == "final.pt":
             self._final_step = state.step
         state.freeze_if_due()
-        state.epoch, extra = checkpoint["epoch"], self.checkpointer.extra
         if "position" not in extra:
             logger.warning("%s does not say which data it had seen: resuming with the next epoch", path)
             state.epoch += 1
@@ -278,11 +273,7 @@ class Run:
             yield micro_batches
 
     def record(self, micro_batches: list[Batch], measured: Measured) -> None:
-        """Record a step. Its measurements are read when the device has computed them.
-
-        Raises:
-            InputError: If a loss or gradient was not finite.
-        """
+        """Record a step. Once the device has computed its measurements, raise InputError if they are not finite."""
         self._rows_in_flight[self.state.step] = torch.cat([batch.rows for batch in micro_batches])
         self._readback.put(self.state.step, measured)
         self.progress(1)
@@ -348,11 +339,7 @@ class Run:
                 logger.warning("step %d, %s: %s", line["step"], line["group"], said)
 
     def save(self) -> None:
-        """Save a checkpoint if it is due or the run must stop. Waits for the device, to be sure that all went well.
-
-        Raises:
-            Preempted: The run must stop.
-        """
+        """Save a checkpoint if it is due or the run must stop, which then raises Preempted. Waits for the device."""
         if not (self.must_stop or self.checkpointer.is_due(self.state.step)):
             return
         self._absorb(wait=True)
@@ -398,12 +385,9 @@ class Run:
     # ------------------------------------------------------------------------------------------------- validation
 
     def validate(self, *, due: bool = False) -> None:
-        """Validate the model on every set on which it has not been, if ``due`` or if its checkpoint has been saved.
+        """Validate the model, if ``due`` or if its checkpoint was due, on every set on which it has not been yet.
 
-        In this process, or in jobs whose results come back later.
-
-        Raises:
-            Preempted: A signal asked to stop; the validation is done after the restart.
+        In this process, or in jobs whose results come back later. Raises Preempted if a signal asks to stop meanwhile.
         """
         step, cfg = self.state.step, self.cfg
         due = due or self.checkpointer.is_due(step)

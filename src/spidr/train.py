@@ -92,7 +92,7 @@ def train_step(state: State, micro_batches: list[Batch]) -> Measured | None:
         What the step measured; None if float16 overflowed and the step was skipped.
 
     Raises:
-        InputError: If float16 overflowed too many times in a row.
+        InputError: float16 has overflowed too many times in a row.
     """
     model, env, optimizer, scaler = state.model, state.env, state.optimizer, state.scaler
     seed_step(state.cfg.run.random_seed, state.step, env.rank)

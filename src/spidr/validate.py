@@ -56,7 +56,7 @@ def validate(model: nn.Module, loader: Iterable[AnyBatch], device: torch.device 
         masked frames.
 
     Raises:
-        InputError: If there is no batch.
+        InputError: There is no batch.
     """
     means = _weighted_means(_measure(cast("DinoSR", getattr(model, "module", model)), loader, device))
     return {name: means[name][0] for name in ("loss", "target_ppl", "pred_ppl")}
@@ -124,7 +124,7 @@ def validate_set(
         data: The set.
         masking: Which frames to mask.
         env: The processes to share with.
-        stop: Set if there is no time any more.
+        stop: Set if time is up.
 
     Returns:
         The values of :func:`validate`, ``target_ppl_lN`` and ``pred_ppl_lN`` for each layer N that has a codebook and,
@@ -176,13 +176,7 @@ def frame_step(model: DinoSR) -> int:
 
 
 def codebooks_quality(model: DinoSR, phones: dict[int, list[str]], units: dict[int, Tensor]) -> list[UnitsQuality]:
-    """The quality of each codebook's units.
-
-    Args:
-        model: That the units are of.
-        phones: Of the recordings, by row, one per 10 ms.
-        units: Of the same recordings or some of them, (K, T).
-    """
+    """The quality of each codebook's units (K, T), by row, given the phones of these or more rows, one per 10 ms."""
     frames = {row: codebooks.shape[1] * frame_step(model) // FRAME_STEP for row, codebooks in units.items()}
     phones = {row: fit(phones[row], frames[row]) or phones[row] for row in units}
     num_phones = len({phone for labels in phones.values() for phone in labels})
@@ -210,9 +204,7 @@ def encode_rows(
     stop: StopFlag | None = None,
     layers: Sequence[int] = (),
 ) -> Iterator[tuple[int, Tensor, list[Tensor]]]:
-    """Encode this process's share of some recordings, whole, padded in batches of like length, the shortest first.
-
-    Yields each row, its units (K, T) and the outputs of the layers asked for, each (T, D), on the CPU.
+    """Encode this process's share of some recordings, whole, in batches of similar length, the shortest first.
 
     Args:
         model: On the device of ``env``.
@@ -220,8 +212,11 @@ def encode_rows(
         rows: Which of them; those too short for a frame are left out.
         max_batch_length: Samples of a batch with its padding.
         env: The processes to share with.
-        stop: Set if there is no time any more.
-        layers: Of which the outputs are wanted, counted from 1; they take a second forward pass.
+        stop: Set if time is up.
+        layers: Whose outputs are wanted, counted from 1; they take a second forward pass.
+
+    Yields:
+        Each row, its units (K, T) and the outputs of those layers, each (T, D), on the CPU.
     """
     shapes = model.cfg.extractor_conv_layer_config
     lengths = dataset.lengths
@@ -258,12 +253,7 @@ def _pack(rows: list[int], lengths: np.ndarray, limit: int) -> list[list[int]]:
 def load_trained(cfg: Config, checkpoint: str | Path) -> DinoSR:
     """The model of a run's checkpoint, in eval mode and without what hooks may have added to it.
 
-    Args:
-        cfg: The run's configuration.
-        checkpoint: See :func:`spidr.models.hub.load_weights`.
-
-    Raises:
-        InputError: It cannot be read or does not fit the configuration.
+    Raises InputError if the checkpoint (see :func:`spidr.models.hub.load_weights`) does not fit the configuration.
     """
     model = build_model(cfg=cfg.model)
     known = model.state_dict().keys()
@@ -272,12 +262,7 @@ def load_trained(cfg: Config, checkpoint: str | Path) -> DinoSR:
 
 
 def run_validation(cfg: Config, resume: ResumeConfig) -> None:
-    """Validate a checkpoint on all validation sets and write the results as JSON lines, complete or not at all.
-
-    Args:
-        cfg: The run's configuration.
-        resume: The checkpoint, its step and where the results go.
-    """
+    """Validate a checkpoint of a run on all validation sets and write the results as JSON lines, or not at all."""
     with environment(cfg.run) as env:
         model = load_trained(cfg, resume.checkpoint).to(env.device)
         lines = [

@@ -166,8 +166,7 @@ def warm_start(cfg: Config, output: Path, *, steps: int = STEPS, lr: float = LR,
     """Train a new model's extractor, projection and student, in one process; save model and ``config.json``.
 
     Args:
-        cfg: Of the run to start: its model, data, seed, and the optimiser's settings other than its schedule count. A
-            step is one batch, never several.
+        cfg: Of the run to start: its model, data, seed and optimiser count, not the schedule. A step is one batch.
         output: The checkpoint, ``.pt``. It must not exist, nor another run's ``config.json`` beside it.
         steps: How many.
         lr: The highest rate; it rises over the first tenth of the steps and falls to nothing by a cosine.

@@ -26,17 +26,8 @@ if TYPE_CHECKING:
     from spidr.config import Config, OptimizerConfig
 
 __all__ = [
-    "NonFiniteError",
-    "build_scheduler",
-    "find_checkpoints",
-    "init_wandb",
-    "params_norm",
-    "perplexities",
-    "remove_param_group",
-    "set_seed",
-    "setup_environment",
-    "setup_pytorch",
-    "setup_training",
+    *("NonFiniteError", "build_scheduler", "find_checkpoints", "init_wandb", "params_norm", "perplexities"),
+    *("remove_param_group", "set_seed", "setup_environment", "setup_pytorch", "setup_training"),
 ]
 
 
@@ -122,11 +113,7 @@ class NonFiniteError(Exception):
 def params_norm(
     params: Tensor | Iterable[Tensor], norm_type: float = 2.0, *, error_if_nonfinite: bool = False
 ) -> Tensor:
-    """Norm of all elements of some tensors, 0-dim.
-
-    Raises:
-        NonFiniteError: It is not finite, and ``error_if_nonfinite`` is set.
-    """
+    """Norm of all elements of some tensors, 0-dim. Raises NonFiniteError if asked to and if it is not finite."""
     tensors = [params] if isinstance(params, Tensor) else list(params)
     norm = get_total_norm(tensors, norm_type)
     if error_if_nonfinite and not norm.isfinite():

@@ -99,7 +99,7 @@ def build_validation_dataloader(
     """Build the batches to validate on: always the same, each recording once, from the shortest to the longest.
 
     Crops and masks are seeded by the row of the manifest. Batch i goes to process ``i % world_size``, so a process may
-    get one batch less than another. Arguments and errors are those of :func:`build_dataloader`.
+    get one batch less than another. For the rest, see :func:`build_dataloader`.
     """
     dataset, _, collator = _parts(data_cfg, mask_cfg, conv_layer_config, channels)
     batches = sorted_batches(dataset.lengths, collator.cfg)
@@ -141,7 +141,7 @@ def _accumulation(cfg: DataConfig, world_size: int) -> int:
 
 
 class Processes(NamedTuple):
-    """How batches are dealt: a round has ``accumulation`` batches for each of ``world_size`` processes."""
+    """Who gets which batches: a round has ``accumulation`` of them for each of ``world_size`` processes."""
 
     rank: int
     world_size: int
@@ -209,10 +209,8 @@ class SpeechLoader:
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """This process's batches of an epoch, ``accumulation`` for each step, from step ``start`` on.
 
-        One epoch at a time: a new one ends the one before.
-
-        Raises:
-            InputError: A recording cannot be read, unless ``on_error`` is "skip".
+        One epoch at a time: a new one ends the one before. A recording that cannot be read is an InputError, unless
+        ``on_error`` is "skip".
         """
         made = self._workers.make(self.requests(epoch, start))
         for number, batch in zip(self._numbers(epoch, start), made, strict=False):
