@@ -122,7 +122,7 @@ class Checkpointer:
         return self.interval > 0 and step % self.interval == 0
 
     def save(self, step: int, epoch: int, *, force: bool = False) -> bool:
-        """Save ``step_N.pt`` if it is due, then remove the oldest beyond ``keep_latest``. Returns whether it was due."""
+        """Save ``step_N.pt`` if due, then remove the oldest beyond ``keep_latest``. Returns whether it was due."""
         if self.interval <= 0 or not (force or self.is_due(int(step))):
             return False
         self._write(self.path(int(step)), int(step), int(epoch))
