@@ -115,7 +115,7 @@ def _check_folders(configs: dict[str, Config]) -> None:
 
 
 def _check_inputs(configs: Sequence[Config]) -> None:
-    """Find all that is missing before a job has waited for its turn."""
+    """Find everything that is missing before a job waits for its turn."""
     with needs_extra("train"):
         from spidr.inputs import problems_of
 

@@ -73,7 +73,7 @@ def init_codebooks(model: DinoSR, loader: SpeechLoader, env: Environment, seed: 
 
 
 def reset_codebooks(model: DinoSR, loader: SpeechLoader, env: Environment, cfg: Config) -> None:
-    """Take new codewords from data, then draw new heads and fit them, and nothing else, by SGD.
+    """Take new codewords from data, then draw new heads and fit only these, by SGD.
 
     Codebooks move meanwhile, as in every forward pass in training mode.
     """
@@ -95,11 +95,11 @@ def reset_codebooks(model: DinoSR, loader: SpeechLoader, env: Environment, cfg: 
 
 
 class FrozenOutputs:
-    """What the frozen parts of a model give, computed once for each batch: ``data.cache``.
+    """Outputs of the frozen parts of a model, computed once for each batch: ``data.cache``.
 
-    It is the extractor's output, in float16, and the labels of all frames, once neither the teacher nor the codebooks
-    change. Each process keeps that of its batches in memory, so it never belongs to another model or manifest, and a
-    resumed run fills it again in one epoch.
+    The extractor's output, in float16, and the labels of all frames, once neither the teacher nor the codebooks change.
+    Each process keeps its own batches' in memory, so they never belong to another model or manifest, and a resumed run
+    fills its memory again in one epoch.
 
     Raises:
         InputError: The extractor never stops learning, or there is too little memory.
@@ -121,11 +121,11 @@ class FrozenOutputs:
 
     @property
     def has_frames(self) -> bool:
-        """Whether the extractor's output is kept by now."""
+        """Whether the extractor's output is being kept."""
         return self._enabled and self._model.extractor_frozen
 
     def has_labels(self, step: int) -> bool:
-        """Whether labels are kept, too, after so many steps."""
+        """Whether labels are being kept too, after ``step`` steps."""
         model = self._model
         return (
             self.has_frames

@@ -57,7 +57,7 @@ _UNIFORM_LENGTHS = "uniform draws lengths from the second value to twice the thi
 
 
 MAX_SAMPLES = 2**31 - 1
-"""Samples of a recording or batch at most: 37 hours. Lengths are held in 32 bits."""
+"""The most samples of a recording or batch: 37 hours. Lengths have 32 bits."""
 
 Positive = Annotated[int, Accepts("of at least 1", lambda n: n >= 1)]
 NonNegative = Annotated[int, Accepts("of at least 0", lambda n: n >= 0)]
@@ -100,7 +100,7 @@ class SlurmConfig(Settings):
         return getattr(self, name)
 
     def keys(self) -> list[str]:
-        """Names of the settings that are not None, so that ``dict(slurm)`` works, too."""
+        """Names of the settings that are not None, so that ``dict(slurm)`` works."""
         return [f.name for f in dataclasses.fields(self) if getattr(self, f.name) is not None]
 
 
@@ -394,7 +394,7 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def _override(document: dict[str, Any], text: str) -> None:
-    """Set what ``SECTION.KEY=VALUE`` says. The value is TOML or, failing that, a string."""
+    """Apply ``SECTION.KEY=VALUE``. The value is TOML or, failing that, a string."""
     name, equals, value = text.partition("=")
     *sections, key = name.strip().split(".")
     if not (equals and sections and key):

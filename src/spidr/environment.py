@@ -1,4 +1,4 @@
-"""Processes and devices: who this process is, what it computes on, and how it hears that it must stop."""
+"""Processes and devices: which process this is, what it computes on, and how it learns that it must stop."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ MEETING_TIMEOUT = timedelta(minutes=10)
 """How long processes wait for each other at the start: a cluster may start them one after the other."""
 
 COLLECTIVE_TIMEOUT = timedelta(hours=1)
-"""Long: slow data or a slow disk of one process is no reason to end the run, and dead ones are found in other ways."""
+"""Long: slow data or a slow disk is no reason to end the run, and dead processes are found in other ways."""
 
 MAX_PROCESSES = 1_000_000
 
@@ -109,7 +109,7 @@ class StopFlag:
 
 @dataclass(frozen=True)
 class Environment:
-    """This process among all of the run."""
+    """This process among the run's."""
 
     rank: int
     local_rank: int

@@ -1,4 +1,4 @@
-"""Whether everything that a configuration names is there, before a job has waited for its turn."""
+"""Check that everything a configuration names is there, before a job waits for its turn."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from spidr.tools.download import is_remote
 from spidr.tools.errors import InputError, some
 
 HEADERS = 20
-"""Recordings of a manifest of which the header is read."""
+"""How many headers of a manifest are read."""
 
 
 def problems_of(cfg: Config) -> list[str]:

@@ -46,10 +46,10 @@ LOADING = ("num_workers", "pin_memory", "prefetch_factor", "persistent_workers",
 """Data settings that do not change any batch."""
 
 BASE_MODEL = 50_000_000
-"""Parameters from which on training on a CPU is worth a warning."""
+"""Training a model with more parameters on a CPU is worth a warning."""
 
 CPU_TFLOPS = 0.05
-"""Of a core, roughly."""
+"""What a core computes in a second, roughly."""
 
 
 class Run:
@@ -57,10 +57,6 @@ class Run:
 
     A context manager. All processes call every method at the same steps; the main one writes. Nothing but a lock is
     written before :meth:`begin` has found that the run can be resumed.
-
-    Args:
-        cfg: The configuration.
-        hooks: What to add.
 
     Attributes:
         state: What a step reads and changes, from :meth:`begin` on.
@@ -234,7 +230,7 @@ class Run:
             self.jobs.submit_again(cfg)
 
     def _remark(self) -> None:
-        """Log what the run will use: data, disk space for its checkpoints and, on a CPU, time."""
+        """Log what the run needs: data, disk space for its checkpoints and, on a CPU, time."""
         cfg, state = self.cfg, self.state
         if (remark := schedule_remark(cfg.optimizer)) is not None:
             logger.warning("%s", remark)
@@ -264,7 +260,7 @@ class Run:
     # ------------------------------------------------------------------------------------------------- every step
 
     def rounds(self) -> Iterator[list[Batch]]:
-        """This process's micro-batches, for one optimiser step after the other, until all are done."""
+        """This process's micro-batches, one optimiser step after another, until all are done."""
         rounds = self.state.rounds()
         while self.state.step < self.cfg.optimizer.max_steps:
             start = time.perf_counter()
@@ -293,7 +289,7 @@ class Run:
             self._interval.add(values)
 
     def _stop_not_finite(self, step: int, values: dict[str, list[float]], rows: Tensor) -> None:
-        """Name the files of the step, of the processes whose own loss was not finite, or else of all."""
+        """Name the step's files, on the processes whose own loss was not finite, or else on all."""
         files = [str(recording) for recording in self.state.loader.dataset.recordings(rows.numpy())]
         everywhere = self.env.gather_objects((bool(values["finite_here"][0]), files))
         guilty = [rank for rank, (finite, _) in enumerate(everywhere) if not finite] or range(len(everywhere))
@@ -307,7 +303,7 @@ class Run:
     # ------------------------------------------------------------------------------------------------- now and then
 
     def log(self) -> None:
-        """Every ``log_interval`` steps, write the means since the last time. Waits for the device."""
+        """Every ``log_interval`` steps, wait for the device and write the means since the last time."""
         if self.state.step % self.cfg.run.log_interval:
             return
         self._absorb(wait=True)
@@ -444,11 +440,14 @@ def _reason_in_log() -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        reason = error.cause.text if isinstance(error, RunEndedError) else str(error)
-        expected = isinstance(error, (InputError, Preempted, RunEndedError))
-        if not expected:
-            reason = f"{type(error).__name__}: {first_line(error)}"
-        is_bug = isinstance(error, Exception) and not expected
+        match error:
+            case RunEndedError():
+                reason = error.cause.text
+            case InputError() | Preempted():
+                reason = str(error)
+            case _:
+                reason = f"{type(error).__name__}: {first_line(error)}"
+        is_bug = isinstance(error, Exception) and not isinstance(error, InputError)
         logger.error("the run ended: %s", reason, extra=FILE_ONLY, exc_info=is_bug)
         raise
 
@@ -462,7 +461,7 @@ def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _must_stay(name: str, *, finished: bool) -> bool:
-    """Whether a setting must not change: those that shape the model and, once finished, all that made it."""
+    """Whether a setting is fixed: it shapes the model or, once the run has finished, the result."""
     section, _, rest = name.partition(".")
     if section == "model" or name == "run.model_type":
         return finished or not may_differ(rest)
@@ -496,7 +495,7 @@ class _Clock:
 
 
 def _peak_memory(device: torch.device) -> float:
-    """Peak memory of this process in bytes: the GPU's, else the machine's; NaN if unknown."""
+    """Peak memory of this process in bytes, on the GPU if it has one; NaN if unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:

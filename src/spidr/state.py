@@ -86,7 +86,7 @@ class Hooks:
 
 @dataclass
 class State:
-    """All that a step reads and changes. ``position`` counts the steps whose batches this epoch has given."""
+    """Everything a step reads and changes. ``position``: steps of this epoch whose batches have been taken."""
 
     cfg: Config
     env: Environment
@@ -108,7 +108,7 @@ class State:
         self.upload = Uploader(self.env.device)
 
     def rounds(self) -> Iterator[list[Batch]]:
-        """This process's micro-batches, for one optimiser step after the other, without end."""
+        """This process's micro-batches, one optimiser step after another, without end."""
         while True:
             batches = self.loader.epoch(self.epoch, self.position)
             while micro_batches := list(islice(batches, self.loader.accumulation)):
@@ -222,7 +222,7 @@ class Replica(nn.Module):
 
 
 def wrap(model: DinoSR, cfg: Config, env: Environment) -> Callable[..., Any]:
-    """The model as the loop calls it: compiled if configured, its gradients averaged over processes if several."""
+    """The model as the loop calls it: compiled if so configured, with gradients averaged over several processes."""
     call = compiled(model, env.device) if cfg.run.compile else model
     if env.world_size == 1:
         return call

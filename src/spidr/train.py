@@ -50,7 +50,7 @@ __all__ = ["Hooks", "State", "main", "train", "train_step"]
 __getattr__ = names_from(__name__, "spidr.compat.training")  # what published packages also have here
 
 MAX_SKIPPED_STEPS = 10
-"""Steps in a row that float16 may skip for want of range before the run stops."""
+"""The run stops after float16 has overflowed in so many steps in a row."""
 
 
 def train(cfg: Config, hooks: Hooks | None = None) -> None:

@@ -124,7 +124,7 @@ class ValidationJobs:
                 self._path(step, suffix).unlink(missing_ok=True)
 
     def find_lost(self) -> None:
-        """Mark jobs that ended silently as failed: cancelled, out of memory, on a machine that died."""
+        """Mark as failed the jobs that ended silently: cancelled, out of memory, on a machine that died."""
         for step in self.pending():
             job = self._read(step, ".pending")
             if not job.get("job"):

@@ -32,13 +32,13 @@ STEPS = 1500
 """With 600, twice as much of the targets' variance is left."""
 
 LR = 4e-3
-"""Several times what a training takes."""
+"""Several times the rate of a training run."""
 
 
 def _arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(
         "python -m spidr.warm_start",
-        description="First weights for a small model and little speech: its layers learn to put out cepstra. An "
+        description="First weights for a small model and little speech: its layers learn to output cepstra. An "
         "extra, no part of SpidR or DinoSR as published. Name OUTPUT in run.init_ckpt of CONFIG.",
     )
     parser.add_argument("config", metavar="CONFIG", help="the run's configuration: model, data, seed, precision count")
@@ -108,7 +108,7 @@ def cepstra(waveforms: Tensor, shapes: Sequence[tuple[int, int, int]]) -> Tensor
 
 
 def smooth_and_slope(x: Tensor, num_frames: Tensor) -> Tensor:
-    """Weighted means over five frames and, beside them, slopes: (B, T, C) to (B, T, 2 C).
+    """Weighted means over five frames, then slopes: (B, T, C) to (B, T, 2 C).
 
     Before the first and after the last of a row's ``num_frames`` (B,), that frame counts again.
     """
@@ -132,7 +132,7 @@ def weights() -> Tensor:
 
 
 class Targets:
-    """What the layers shall put out: smoothed cepstra and slopes as features whose variance is 1 on average."""
+    """What the layers learn to output: smoothed cepstra and slopes, as features with a mean variance of 1."""
 
     def __init__(self, cfg: DinoSRConfig, loader: SpeechLoader, seed: int) -> None:
         self.shapes, dim = cfg.extractor_conv_layer_config, cfg.encoder_embed_dim

@@ -101,13 +101,10 @@ class Batch:
 
 
 class Uploader:
-    """Copies batches to a device; on a GPU, while that still works on what was asked of it before.
+    """Copies batches to a device; on a GPU, while it is still busy with the step before.
 
-    Batches in pinned memory are copied on a stream of their own: what is computed with them waits for the copy, which
-    waits for nothing.
-
-    Args:
-        device: Where to.
+    Pinned batches are copied on a stream of their own: what is computed with them waits for the copy, which waits for
+    nothing.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -128,7 +125,7 @@ class Uploader:
 
 
 class PackedBatch:
-    """A batch that travels between processes as bytes: tensors need shared memory, and sockets."""
+    """A batch that travels between processes as bytes, as tensors would need shared memory and sockets."""
 
     def __init__(self, batch: Batch) -> None:
         self._arrays = {name: tensor.numpy() for name, tensor in batch.tensors.items()}
@@ -161,13 +158,10 @@ class BatchRequest(NamedTuple):
         return [generator(self.seed, Draw.ROW, int(row)) for row in self.rows]
 
 
-@cache
+@cache  # once
 def _warn_of_wrong_lengths(manifest: str) -> None:
-    logger.warning(
-        "%s: recordings are longer than it says; they are cropped, or batches would exceed "
-        "data.max_batch_length. Write the manifest again.",
-        manifest,
-    )
+    text = "recordings are longer than it says; they are cropped, or batches would exceed data.max_batch_length"
+    logger.warning("%s: %s. Write the manifest again.", manifest, text)
 
 
 # A long recording is decoded whole for its statistics only once per process, however often it is cropped.
@@ -209,8 +203,8 @@ class Collator:
     Args:
         cfg: How. ``min_sample_size`` gives one frame at least.
         masking: Which masks to draw; None: none.
-        conv_layer_config: (out_channels, kernel, stride) of the feature extractor's convolutions.
-        channels: Number of feature channels, needed when channels are masked.
+        conv_layer_config: (out_channels, kernel, stride) of the extractor's convolutions.
+        channels: Number of feature channels, if they are masked.
     """
 
     def __init__(
@@ -226,10 +220,10 @@ class Collator:
             raise InputError("mask_channel_prob is above 0: the number of channels is needed (`channels=`).")
 
     def __call__(self, request: BatchRequest) -> Batch:
-        """Make a batch: a function of the request and the recordings only.
+        """Make a batch, a function of the request and the recordings only.
 
         Raises:
-            InputError: A recording cannot be read or is too short; with ``on_error = "skip"``, none can be read.
+            InputError: A recording is unreadable or too short; with ``on_error = "skip"``, all are.
         """
         rows = request.rows.astype(np.int64)
         skipped: dict[str, str] = {}
@@ -333,8 +327,6 @@ class Collator:
             length = len(samples)
             moments = (moments or statistics_of(samples)) if cfg.normalize else None
         if length < cfg.min_sample_size:
-            raise InputError(
-                f"{recording}: {length} samples, fewer than min_sample_size ({cfg.min_sample_size}) and than the "
-                "manifest says; write the manifest again."
-            )
+            shorter = f"{length} samples, fewer than min_sample_size ({cfg.min_sample_size}) and than the manifest says"
+            raise InputError(f"{recording}: {shorter}; write the manifest again.")
         return Loaded(recording, length, samples, moments)

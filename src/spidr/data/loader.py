@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MAX_REPLACEMENTS = 1000
-"""Batches looked at for one that can stand in for an unreadable one."""
+"""How many batches to try in place of an unreadable one."""
 
 MAX_TEMPORARY_NAME = 60
 """Bytes of the temporary folder's name, in which torch and Python make sockets with names of at most 108."""
@@ -55,7 +55,6 @@ def build_dataloader(
     channels: int | None = None,
     rank: int | None = None,
     world_size: int | None = None,
-    accumulation: int | None = None,
     start_method: str | None = None,
 ) -> SpeechLoader:
     """Build the batches to train on.
@@ -70,19 +69,17 @@ def build_dataloader(
         channels: Number of feature channels, needed when ``mask_channel_prob`` is above 0.
         rank: This process's number; None: that in the process group, 0 without one.
         world_size: Number of processes; None: that of the process group.
-        accumulation: Batches of this process per optimiser step; None: derived from ``data_cfg.global_batch_length``.
         start_method: How workers are started: "fork", "spawn" or "forkserver"; None: Python's default.
 
     Raises:
         InputError: A manifest cannot be read or gives no batch, or ``global_batch_length`` cannot be had.
     """
     processes = Processes.of(rank, world_size)
-    if accumulation is None:
-        accumulation = _accumulation(data_cfg, processes.world_size)
-    processes = processes._replace(accumulation=accumulation)
+    accumulation = _accumulation(data_cfg, processes.world_size)
     dataset, sources, collator = _parts(data_cfg, mask_cfg, conv_layer_config, channels)
     sizes = {"shortest": collator.cfg.min_sample_size, "world_size": processes.world_size, "accumulation": accumulation}
     sampler = BatchSampler(dataset.lengths, data_cfg, sources=sources.to_numpy(), **sizes)
+    processes = processes._replace(accumulation=accumulation)
     return SpeechLoader(dataset, collator, sampler.epoch, processes, start_method=start_method)
 
 
@@ -164,8 +161,7 @@ class SpeechLoader:
         dataset: The recordings.
         accumulation: Batches of this process per optimiser step.
         skipped: With ``on_error = "skip"``, how often each unreadable file was replaced in this process's batches.
-        generator: Its ``initial_seed()`` seeds crops and masks: ``manual_seed`` with another one gives others, with the
-            same one the same again.
+        generator: Its ``initial_seed()`` seeds crops and masks, so ``manual_seed`` changes or repeats them.
         batch_sampler: The loader itself, whose :meth:`set_epoch` is looked for there.
     """
 
@@ -237,7 +233,7 @@ class SpeechLoader:
         return error
 
     def summary(self) -> DataSummary:
-        """Summarise what epoch 0 hears of the recordings."""
+        """Summarise what epoch 0 uses of the recordings."""
         return summarise(self._lengths, self._collator.cfg, self._collator.cfg.min_sample_size, self._batches(0))
 
     @property
@@ -258,7 +254,7 @@ class SpeechLoader:
         return self._list(self._original(epoch))
 
     def _original(self, epoch: int) -> int:
-        """The epoch of which a later one repeats the batches."""
+        """The epoch whose batches this one repeats."""
         distinct = self._collator.cfg.num_distinct
         return epoch % distinct if distinct else epoch
 
@@ -408,7 +404,7 @@ def _begin_worker(_: int) -> None:
 
 
 def _end_with_parent() -> None:
-    """Torch looks for the process that started this one, which may be a server that goes on."""
+    """Torch only looks at the process that started this one, which may be a server that lives on."""
     if parent := multiprocessing.parent_process():
         parent.join()
         os._exit(1)

@@ -130,17 +130,11 @@ def sbatch(submission: Submission) -> str:
 
 
 def clean_environment() -> dict[str, str]:
-    """This process's environment without the variables of an enclosing job or torchrun.
-
-    SLURM would take the enclosing job's memory, GPUs and tasks for the new one's.
-    """
+    """This process's environment without the variables of an enclosing job, which SLURM would obey, or of torchrun."""
     prefixes = ("SLURM_", "SLURMD_", "SRUN_", "SUBMITIT_", "TORCHELASTIC_")
     ranks = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT"}
-    return {
-        name: value
-        for name, value in os.environ.items()
-        if name == "SLURM_CONF" or not (name.startswith(prefixes) or name in ranks)
-    }
+    kept = (n for n in os.environ if n == "SLURM_CONF" or not (n.startswith(prefixes) or n in ranks))
+    return {name: os.environ[name] for name in kept}
 
 
 def job_state(job_id: str) -> str | None:
@@ -155,7 +149,7 @@ def job_state(job_id: str) -> str | None:
 
 
 def job_folders(dump: str | Path, job_name: str, launch_time: datetime) -> Iterator[Path]:
-    """Yield names for the job folder, without end, the best first. Raises InputError if SLURM cannot log there."""
+    """Yield names for the job folder without end, the best first. Raises InputError if SLURM cannot log there."""
     dump = Path(dump).expanduser().absolute()
     if found := re.search(r"%[jtAa]|\\", str(dump)):
         raise InputError(f"{dump}: {found[0]} has a meaning of its own in SLURM's paths; choose another folder")
@@ -169,15 +163,15 @@ def job_folders(dump: str | Path, job_name: str, launch_time: datetime) -> Itera
 
 def make_job_folder(dump: str | Path, job_name: str, launch_time: datetime) -> Path:
     """Make a new job folder. Raises InputError if it cannot be made."""
-    for folder in job_folders(dump, job_name, launch_time):
+    folders = job_folders(dump, job_name, launch_time)
+    while True:
+        folder = next(folders)
         try:
             folder.mkdir(parents=True)
+            return folder
         except FileExistsError:
             if not folder.parent.is_dir():
                 raise InputError(f"--dump {folder.parent}: not a folder") from None
             time.sleep(0.1)
         except OSError as error:
             raise InputError(f"{folder}: cannot make the job folder: {error.strerror}; choose another --dump") from None
-        else:
-            return folder
-    raise AssertionError
