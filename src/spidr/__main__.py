@@ -11,7 +11,6 @@ import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +134,7 @@ def _on_slurm(configs: Sequence[Config], options: dict[str, Any], dump: Path | N
     settings = SlurmConfig(**default_train_job_config(os.environ.get("SPIDR_CLUSTER")) | options)
     name, copy_code = configs[0].run.wandb_name, not is_installed()
     if dry_run:
-        folder = next(f for f in job_folders(dump, name, datetime.now(UTC)) if not f.exists())
+        folder = next(f for f in job_folders(dump, name) if not f.exists())
         submission = prepare(name, len(configs), folder, settings, copy_code=copy_code)
         write_result(f"{shlex.join(submission.command)} <<'EOF'\n{submission.script}EOF\n")
         return 0

@@ -50,8 +50,6 @@ class ValidationJobs:
         self._submissions: dict[int, Future[None]] = {}
         self._told: set[int] = set()
 
-    # ------------------------------------------------------------------------------------------------- submitting
-
     def submit(self, cfg: Config, step: int, checkpoint: Path) -> None:
         """Submit, in the background, the validation of a step's checkpoint, to be kept while it is :meth:`needed`."""
         make_folder(self.folder)
@@ -86,8 +84,6 @@ class ValidationJobs:
         """Wait until everything is submitted or refused."""
         wait(self._submissions.values())
         self.report()
-
-    # ------------------------------------------------------------------------------------------------- results
 
     def pending(self) -> set[int]:
         """Steps whose job has neither given results nor failed."""
@@ -133,8 +129,6 @@ class ValidationJobs:
             elif job_state(job["job"]) == "" and not self._path(step, ".jsonl").exists():
                 self._fail(step, f"job {job['job']} ended without results, see {job.get('log', self.folder)}")
 
-    # ------------------------------------------------------------------------------------------------- files
-
     def _fail(self, step: int, reason: str) -> None:
         if not self._path(step, ".failed").exists():  # else the job has said why
             self._write(step, ".failed", reason=reason)
@@ -171,10 +165,6 @@ def _validate(cfg: Config, resume: ResumeConfig, failed: str) -> None:
         job, folder = os.environ["SLURM_JOB_ID"], Path(os.environ["SUBMITIT_FOLDER"]).parent
         write_json(Path(failed), {"reason": f"job {job} failed: {first_line(error)}; see {_log_of(folder, job)}"})
         raise
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# After the run
 
 
 class Collected(NamedTuple):

@@ -72,12 +72,11 @@ def submit(
     with needs_extra("train"):
         from submitit.helpers import DelayedSubmission
     settings = slurm if isinstance(slurm, SlurmConfig) else from_table(SlurmConfig, slurm)
-    launch_time = datetime.now(UTC)
-    folder = make_job_folder(dump, job_name, launch_time)
+    folder = make_job_folder(dump, job_name)
     try:
         if copy_code:
             copy_package(folder / "code")
-        info = {"job_name": job_name, "launch_time": launch_time.isoformat(timespec="seconds")}
+        info = {"job_name": job_name, "launch_time": datetime.now(UTC).isoformat(timespec="seconds")}
         info |= dataclasses.asdict(settings)
         (folder / "job-info.json").write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
         for name, content in describe_checkout().items():

@@ -61,17 +61,11 @@ class Submission:
 
 
 def prepare(
-    job_name: str,
-    count: int,
-    folder: Path,
-    slurm: SlurmConfig,
-    *,
-    copy_code: bool = False,
-    max_restarts: int | None = None,
+    name: str, count: int, folder: Path, slurm: SlurmConfig, *, copy_code: bool = False, max_restarts: int | None = None
 ) -> Submission:
     """Put together a submission of ``count`` jobs, without running or writing anything."""
     job, variable = ("%j", "$SLURM_JOB_ID") if count == 1 else ("%A_%a", "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID")
-    name = re.sub(r"[^\w.,:=+@-]+", "_", job_name)[:128]
+    name = re.sub(r"[^\w.,:=+@-]+", "_", name)[:128]
     options = {
         "job-name": name,
         "account": slurm.account or None,
@@ -100,12 +94,9 @@ def prepare(
     # Run this very package, whatever lies in the current folder (-P) or is installed.
     package = folder / "code" / PACKAGE.name if copy_code else PACKAGE
     python = [sys.executable, "-P", "-u", str(package / "slurm" / "job.py"), str(folder)]
-    script = SCRIPT.format(
-        folder=shlex.quote(str(folder)),
-        job=variable,
-        srun=shlex.join(srun + python),
-        limit="" if max_restarts is None else f' && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {max_restarts} ]',
-    )
+    limit = "" if max_restarts is None else f' && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {max_restarts} ]'
+    quoted = shlex.quote(str(folder))
+    script = SCRIPT.format(folder=quoted, job=variable, srun=shlex.join(srun + python), limit=limit)
     return Submission(name, folder, command, script)
 
 
@@ -148,7 +139,7 @@ def job_state(job_id: str) -> str | None:
     return "" if b"Invalid job id" in asked.stderr else None
 
 
-def job_folders(dump: str | Path, job_name: str, launch_time: datetime) -> Iterator[Path]:
+def job_folders(dump: str | Path, job_name: str) -> Iterator[Path]:
     """Yield names for the job folder without end, the best first. Raises InputError if SLURM cannot log there."""
     dump = Path(dump).expanduser().absolute()
     if found := re.search(r"%[jtAa]|\\", str(dump)):
@@ -157,13 +148,12 @@ def job_folders(dump: str | Path, job_name: str, launch_time: datetime) -> Itera
     name = "_" if name in ("", ".", "..") else name
     yield dump / name
     while True:
-        yield dump / f"{name}_{launch_time:%Y%m%d-%H%M%S}"
-        launch_time = datetime.now(UTC)
+        yield dump / f"{name}_{datetime.now(UTC):%Y%m%d-%H%M%S}"
 
 
-def make_job_folder(dump: str | Path, job_name: str, launch_time: datetime) -> Path:
+def make_job_folder(dump: str | Path, job_name: str) -> Path:
     """Make a new job folder. Raises InputError if it cannot be made."""
-    folders = job_folders(dump, job_name, launch_time)
+    folders = job_folders(dump, job_name)
     while True:
         folder = next(folders)
         try:
