@@ -150,11 +150,16 @@ def write_manifest(
     nested = [name for name, kind in table.schema.items() if kind.is_nested()]
     if nested and output.suffix.lower() == ".csv":
         raise InputError(f"{output}: column {nested[0]!r} holds lists; write a .jsonl.")
-    lines = _fairseq(sources[0], table) if fairseq else []
+    if fairseq:
+        paths = pl.Series([sources[0], *table["path"]])
+        for bad_path in paths.filter(paths.str.contains(r"[\t\n\r]")):
+            raise InputError(f"{bad_path!r}: fairseq's manifests cannot hold tabs and line breaks; write a .csv.")
+        table = table.select(pl.col("path").str.strip_prefix(f"{sources[0]}/"), "num_samples")
     make_folder(output.parent)
     with atomic_write(output) as file:
         if fairseq:
-            file.writelines(lines)
+            file.write(f"{sources[0]}\n".encode())
+            table.write_csv(file, include_header=False, separator="\t", quote_style="never")
         elif output.suffix.lower() == ".csv":
             table.write_csv(file)
         else:
@@ -175,14 +180,6 @@ def write_manifest_fairseq(
 ) -> None:
     """Write fairseq's manifest of a folder; see :func:`write_manifest`."""
     write_manifest(dataset, output, file_extension, fairseq=True, on_error=on_error)
-
-
-def _fairseq(root: str, table: pl.DataFrame) -> list[bytes]:
-    for path in [root, *table["path"]]:
-        if any(character in path for character in "\t\n\r"):
-            raise InputError(f"{path!r}: fairseq's manifests cannot hold tabs and line breaks; write a .csv.")
-    rows = table.select("path", "num_samples").iter_rows()
-    return [f"{root}\n".encode(), *(f"{os.path.relpath(path, root)}\t{count}\n".encode() for path, count in rows)]
 
 
 # --------------------------------------------------------------------------------------------------------------------
