@@ -87,7 +87,7 @@ with command_needs("train", __name__):
     from spidr.config import SAMPLE_RATE, DataConfig
     from spidr.data.audio import num_samples, statistics
     from spidr.data.decoders import AUDIO
-    from spidr.data.manifest import SCHEMA, SPAN, is_table, iter_recordings, read_manifest, stem
+    from spidr.data.manifest import ARCHIVE, SCHEMA, SPAN, is_table, iter_recordings, read_manifest, stem
     from spidr.data.measure import measure, problems_of
     from spidr.data.summary import duration, summarise
 
@@ -190,11 +190,11 @@ def _find(source: str, suffixes: tuple[str, ...], bad: list[InputError]) -> pl.D
     """List the recordings of a source; add those that no row can name to ``bad``."""
     if not os.path.exists(source):  # noqa: PTH110
         raise InputError(f"{source}: does not exist; expected a folder, a .tar or a list.")
-    name = source.lower()
     if os.path.isdir(source):  # noqa: PTH112
         return _in_folder(source, suffixes, bad)
     check_file(source)
-    if ".tar" in os.path.basename(name) or name.endswith((".tgz", ".tbz2")):  # noqa: PTH119
+    name = os.path.basename(source).lower()  # noqa: PTH119
+    if ".tar" in name or name.endswith((".tgz", ".tbz2")):
         return _in_archives([source], suffixes, bad)
     if is_table(source) and not name.endswith(AUDIO):
         table = read_manifest(source, needs_audio=True)
@@ -205,25 +205,24 @@ def _find(source: str, suffixes: tuple[str, ...], bad: list[InputError]) -> pl.D
 def _in_folder(root: str, suffixes: tuple[str, ...], bad: list[InputError]) -> pl.DataFrame:
     audio = find_files(root, lambda name: name.lower().endswith((*suffixes, *AUDIO)))
     found = [path for path in audio if path.lower().endswith(suffixes)]
-    endings = Counter(os.path.splitext(path)[1].lower() for path in audio)  # noqa: PTH122
-    counts = {ending: f"{count:,} {ending}" for ending, count in endings.most_common()}
+    endings = Counter(os.path.splitext(path)[1].lower() for path in audio).most_common()  # noqa: PTH122
     if found:
         # Those of the same kind are left out on purpose, as _mic2.flac beside _mic1.flac.
-        if others := [text for ending, text in counts.items() if not any(name.endswith(ending) for name in suffixes)]:
+        others = [f"{count:,} {end}" for end, count in endings if not any(name.endswith(end) for name in suffixes)]
+        if others:
             logger.warning("%s: also holds %s, left out; name their extension with --ext", root, ", ".join(others))
         return _in_files(found, root, bad)
     if archives := find_files(root, lambda name: name.lower().endswith(".tar")):
         return _in_archives(archives, suffixes, bad)
+    there = f" (there are {', '.join(f'{count:,} {end}' for end, count in endings)})" if endings else ""
     raise InputError(
-        f"{root}: no file's name ends in {' or '.join(suffixes)}. Choose another extension with --ext"
-        + (f" (there are {', '.join(counts.values())})." if counts else ".")
+        f"{root}: no file's name ends in {' or '.join(suffixes)}. Choose another extension with --ext{there}."
     )
 
 
 def _in_files(paths: list[str], root: str, bad: list[InputError]) -> pl.DataFrame:
-    named = [path for path in paths if _has_a_name(path, path, bad)]
-    relative = [path[len(root) :].lstrip("/") for path in named]
-    return pl.DataFrame({"path": named, "relative": relative}, schema={"path": pl.String, "relative": pl.String})
+    named = pl.Series([path for path in paths if _has_a_name(path, path, bad)], dtype=pl.String)
+    return pl.DataFrame({"path": named, "relative": named.str.strip_prefix(root).str.strip_chars_start("/")})
 
 
 def _in_archives(archives: list[str], suffixes: tuple[str, ...], bad: list[InputError]) -> pl.DataFrame:
@@ -233,17 +232,15 @@ def _in_archives(archives: list[str], suffixes: tuple[str, ...], bad: list[Input
             f"{archives[0]}: no file in it has a name that ends in {' or '.join(suffixes)}. Choose another extension "
             "with --ext; if they are links, pack the archive with --dereference --hard-dereference."
         )
-    columns = ["path", "archive", "byte_offset", "byte_size"]
-    table = pl.DataFrame(rows, schema={name: SCHEMA[name] for name in columns}, orient="row")
+    table = pl.DataFrame(rows, schema={"path": pl.String} | ARCHIVE, orient="row")
     return table.with_columns(relative="path").sort("archive", "path", "byte_offset")
 
 
 def _has_a_name(name: str, place: str, bad: list[InputError]) -> bool:
     """Whether a table can hold a file's name."""
-    valid = "\0" not in name and not any("\ud800" <= character <= "\udfff" for character in name)
-    if not valid:
+    if is_wrong := bool(re.search("[\0\ud800-\udfff]", name)):
         bad.append(InputError(f"{place!r}: the name is not valid UTF-8; rename the file."))
-    return valid
+    return not is_wrong
 
 
 def _named(found: pl.DataFrame, suffixes: tuple[str, ...]) -> pl.DataFrame:
@@ -252,9 +249,8 @@ def _named(found: pl.DataFrame, suffixes: tuple[str, ...]) -> pl.DataFrame:
     path, relative = (pl.col(name).str.replace(ending, ".") for name in ("path", "relative"))
     if "fileid" not in found.columns:
         found = found.with_columns(fileid=pl.lit(None, pl.String))
-    place = pl.concat_str(
-        pl.col(*(name for name in ("archive", "path") if name in found.columns)), separator="/", ignore_nulls=True
-    )
+    where = [name for name in ("archive", "path") if name in found.columns]
+    place = pl.concat_str(where, separator="/", ignore_nulls=True)
     choices = [relative.str.replace(r"\.[^./]*$", ""), pl.col("relative"), place.str.strip_prefix("/")]
     own = found["fileid"].is_not_null()
     found = found.with_columns(fileid=pl.coalesce("fileid", stem(path)))
