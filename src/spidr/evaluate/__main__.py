@@ -157,8 +157,6 @@ def _parser() -> argparse.ArgumentParser:
         choices=("angular", "euclidean", "kl_symmetric", "identical"),
         help="between two frames (default: angular for features, identical for units)",
     )
-    text = "neighbours of A, B and X: the same, or any (default: within)"
-    abx("--context", choices=("within", "any"), default="within", help=text)
     text = "most A, B and X in a cell; 0: all (default: 10)"
     abx("--max-size-group", type=number, default=10, metavar="N", help=text)
     abx("--max-x-across", type=number, default=5, metavar="N", help="most speakers of X; 0: all (default: 5)")

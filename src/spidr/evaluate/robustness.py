@@ -27,8 +27,6 @@ from spidr.tools.waveforms import standardise
 if TYPE_CHECKING:
     from spidr.models import DinoSR
 
-Row = dict[str, Any]
-
 
 def gain(waveform: Tensor, decibels: float) -> Tensor:
     """A louder or softer waveform (S,)."""
@@ -129,7 +127,7 @@ def evaluate_robustness(
     seed: int = 0,
     device: str = "auto",
     progress: bool = False,
-) -> list[Row]:
+) -> list[dict[str, Any]]:
     """Compare the units of recordings before and after each of :data:`CHANGES`.
 
     Args:
