@@ -232,7 +232,7 @@ def _in_archives(archives: list[str], suffixes: tuple[str, ...], bad: list[Input
             f"{archives[0]}: no file in it has a name that ends in {' or '.join(suffixes)}. Choose another extension "
             "with --ext; if they are links, pack the archive with --dereference --hard-dereference."
         )
-    table = pl.DataFrame(rows, schema={"path": pl.String} | ARCHIVE, orient="row")
+    table = pl.DataFrame(rows, schema={name: SCHEMA[name] for name in ("path", *ARCHIVE)}, orient="row")
     return table.with_columns(relative="path").sort("archive", "path", "byte_offset")
 
 
