@@ -264,33 +264,14 @@ def _named(found: pl.DataFrame, suffixes: tuple[str, ...]) -> pl.DataFrame:
 class _Archive(io.FileIO):
     """A guard against tarfile, which believes every size in a header: no large reads, no going back."""
 
-    def __init__(self, path: str) -> None:
-        super().__init__(path)
-        self._size = os.fstat(self.fileno()).st_size
-
     def read(self, size: int | None = -1, /) -> bytes:
         """Read a header."""
         if size is None or not 0 <= size <= MAX_HEADER:
             raise tarfile.ReadError("a header that is too long")
         return super().read(size)
 
-    def rewind(self, position: int) -> None:
-        """Go to the beginning of an archive."""
-        super().seek(position)
-
-    def after_zeros(self, position: int) -> int | None:
-        """Find the next archive after the zeros that end one; None at the end of the file."""
-        super().seek(position)
-        while block := super().read(1 << 20):
-            if rest := block.lstrip(b"\0"):
-                return position + (len(block) - len(rest)) // tarfile.BLOCKSIZE * tarfile.BLOCKSIZE
-            position += len(block)
-        return None
-
     def seek(self, position: int, whence: int = os.SEEK_SET, /) -> int:
         """Go to the next header."""
-        if position > self._size:
-            raise tarfile.ReadError("unexpected end of data")
         if position < self.tell():
             raise tarfile.ReadError("a member of negative size")
         return super().seek(position, whence)
@@ -298,40 +279,47 @@ class _Archive(io.FileIO):
 
 def _members(archive: str, suffixes: tuple[str, ...], bad: list[InputError]) -> Iterator[tuple[str, str, int, int]]:
     """Yield name, archive, offset and size of each recording, through all archives joined with ``cat``."""
+    begin: int | None = 0
     try:
-        with _Archive(archive) as file:
-            begin: int | None = 0
-            while begin is not None:
-                file.rewind(begin)
-                with tarfile.open(fileobj=file, mode="r:") as tar:
-                    for member in tar:
-                        name, place = member.name.lower(), f"{archive}:{member.name}"
-                        if not member.isreg() or not name.endswith(suffixes) or name.rpartition("/")[2].startswith("."):
-                            continue
-                        if member.issparse():
-                            bad.append(InputError(f"{place}: a sparse member; pack the archive without --sparse."))
-                        elif _has_a_name(member.name, place, bad):
-                            yield member.name, archive, member.offset_data, member.size
-                        tar.members = []  # type: ignore[attr-defined]  # or it keeps the whole table of contents
-                    begin = file.after_zeros(tar.offset)
-                    # tarfile stops at a damaged header without an error, but an archive ends with zeros.
-                    if begin == tar.offset:
-                        raise InputError(f"{archive}: damaged after byte {tar.offset}; pack the archive once more.")
+        while begin is not None:
+            with _Archive(archive) as file:
+                file.seek(begin)
+                tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115
+                for member in tar:
+                    name, place = member.name.lower(), f"{archive}:{member.name}"
+                    if not member.isreg() or not name.endswith(suffixes) or name.rpartition("/")[2].startswith("."):
+                        continue
+                    if member.issparse():
+                        bad.append(InputError(f"{place}: a sparse member; pack the archive without --sparse."))
+                    elif _has_a_name(member.name, place, bad):
+                        yield member.name, archive, member.offset_data, member.size
+                    tar.members = []  # type: ignore[attr-defined]  # or it keeps the whole table of contents
+            begin = _after_zeros(archive, tar.offset)
+            # tarfile stops at a damaged header without an error, but an archive ends with zeros.
+            if begin == tar.offset:
+                raise InputError(f"{archive}: damaged after byte {tar.offset}; pack the archive once more.")
     except InputError:
         raise
     except (tarfile.TarError, OverflowError, ValueError) as error:  # the last two: absurd numbers in a PAX header
-        if _is_compressed(archive):
+        with Path(archive).open("rb") as raw:
+            is_compressed = raw.read(6).startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd"))
+        reason = f"not a complete tar archive ({first_line(error)})"
+        if is_compressed:
             reason = "a compressed archive; decompress it first, recordings are read from where they lie in it"
-        else:
-            reason = f"not a complete tar archive ({first_line(error)})"
         raise InputError(f"{archive}: {reason}.") from None
     except OSError as error:
         raise InputError(f"{archive}: the archive cannot be read ({error.strerror}).") from None
 
 
-def _is_compressed(path: str) -> bool:
-    with Path(path).open("rb") as file:
-        return file.read(6).startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd"))
+def _after_zeros(archive: str, position: int) -> int | None:
+    """Find the next archive after the zeros that end one; None at the end of the file."""
+    with Path(archive).open("rb") as file:
+        file.seek(position)
+        while block := file.read(1 << 20):
+            if rest := block.lstrip(b"\0"):
+                return position + (len(block) - len(rest)) // tarfile.BLOCKSIZE * tarfile.BLOCKSIZE
+            position += len(block)
+    return None
 
 
 # --------------------------------------------------------------------------------------------------------------------
