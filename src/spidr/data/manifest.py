@@ -290,7 +290,7 @@ def _typed(path: Path, manifest: pl.DataFrame, *, needs_audio: bool) -> pl.DataF
         values = text = manifest[column].cast(pl.String)
         bad = text.is_null() & (column not in optional)
         if column in ARCHIVE:
-            bad &= manifest["archive"].is_not_null()
+            bad &= manifest["archive"].is_not_null() if "archive" in columns else False
         if kind is pl.String:
             bad |= text.str.contains("\0", literal=True).fill_null(value=False)
         else:
