@@ -16,7 +16,7 @@ import torch
 from helpers.processes import free_port
 from helpers.tiny_run import write_config, write_recordings
 from spidr.config import RunConfig
-from spidr.environment import Preempted, StopFlag, choose_device, environment, ranks, seed_step, use_slurm
+from spidr.environment import Preempted, StopFlag, choose_device, environment, find_meeting_place, ranks, seed_step
 from spidr.tools.errors import InputError
 
 VARIABLES = (
@@ -64,7 +64,7 @@ def test_slurm_job_step(variables: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name, value in SLURM.items():
         variables.setenv(name, value)
     assert ranks() == (5, 1, 8)
-    use_slurm()
+    find_meeting_place()
     assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == ("node03", str(20_000 + 123456 % 20_000))
 
 

@@ -10,14 +10,14 @@ import runpy
 import shlex
 import sys
 from collections.abc import Sequence
-from datetime import UTC, datetime
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from spidr import __version__
 from spidr.config import Config, SlurmConfig, read_config, schedule_remark
 from spidr.tools.command import PROGRAMS, Parser, command, write_result
-from spidr.tools.errors import InputError
+from spidr.tools.errors import InputError, ProblemsError
 from spidr.tools.lazy import needs_extra
 from spidr.tools.threads import keep_memory, set_up_threads
 
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     paths = [word for word in args.configs if word not in overrides]
     if not paths:
         parser.error("no configuration is given, such as config.toml")
-    options = {name: value for name in _SLURM_OPTIONS if (value := getattr(args, name)) is not None}
+    options = {f.name: value for f in fields(SlurmConfig) if (value := getattr(args, f.name)) is not None}
     on_slurm = options.keys() >= {"nodes", "gpus_per_node"}
     if not on_slurm and (options or args.dump is not None):
         parser.error("SLURM needs -N and -G together; without SLURM options, training runs here")
@@ -82,26 +82,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 _OVERRIDE = re.compile(r"[A-Za-z_][\w-]*(\.[\w-]+)+\s*=")
-_SLURM_OPTIONS = (
-    *("account", "nodes", "gpus_per_node", "cpus_per_task", "mem_per_gpu", "time", "constraint", "partition", "qos"),
-)
 
 
 def _parser() -> argparse.ArgumentParser:
-    others = ", ".join(sorted(PROGRAMS.keys() - {"train"}))
-    parser = Parser(
-        "python -m spidr",
-        description=DESCRIPTION,
-        epilog=f"other programs (spidr NAME --help): {others}",
-        example=EXAMPLE,
-    )
+    others = f"other programs (spidr NAME --help): {', '.join(sorted(PROGRAMS.keys() - {'train'}))}"
+    parser = Parser("python -m spidr", description=DESCRIPTION, epilog=others, example=EXAMPLE)
     parser.add_argument("configs", nargs="+", metavar="CONFIG", help="TOML or JSON; SECTION.KEY=VALUE changes all")
     parser.add_argument("--dry-run", action="store_true", help="check all inputs, show what would be done, and end")
     parser.add_argument("--version", action="store_true", help="show the version, and end")
-    slurm = parser.add_argument_group(
-        "SLURM options", "A preset is the table of clusters.toml that $SPIDR_CLUSTER names."
-    )
-    preset = "(default: preset)"
+    about = "A preset is the table of clusters.toml that $SPIDR_CLUSTER names."
+    slurm, preset = parser.add_argument_group("SLURM options", about), "(default: preset)"
     slurm.add_argument("-A", "--account", help="account to charge (default: the user's)")
     slurm.add_argument("-N", "--nodes", type=int, metavar="N", help="nodes (default: none, trains here)")
     slurm.add_argument("-G", "--gpus-per-node", type=int, metavar="N", help="GPUs and tasks per node (default: none)")
@@ -124,16 +114,12 @@ def _check_folders(configs: dict[str, Config]) -> None:
 
 
 def _check_inputs(configs: Sequence[Config]) -> None:
-    """Find all that is missing before a job has waited for its turn."""
+    """Find everything that is missing before a job waits for its turn."""
     with needs_extra("train"):
         from spidr.inputs import problems_of
 
-    if problems := list(dict.fromkeys(problem for config in configs for problem in problems_of(config))):
-        raise InputError("\n  ".join([f"{len(problems)} problems", *problems] if len(problems) > 1 else problems))
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# On SLURM
+    if problems := dict.fromkeys(problem for config in configs for problem in problems_of(config)):
+        raise ProblemsError(("", problem) for problem in problems)
 
 
 def _on_slurm(configs: Sequence[Config], options: dict[str, Any], dump: Path | None, *, dry_run: bool) -> int:
@@ -148,7 +134,7 @@ def _on_slurm(configs: Sequence[Config], options: dict[str, Any], dump: Path | N
     settings = SlurmConfig(**default_train_job_config(os.environ.get("SPIDR_CLUSTER")) | options)
     name, copy_code = configs[0].run.wandb_name, not is_installed()
     if dry_run:
-        folder = next(f for f in job_folders(dump, name, datetime.now(UTC)) if not f.exists())
+        folder = next(f for f in job_folders(dump, name) if not f.exists())
         submission = prepare(name, len(configs), folder, settings, copy_code=copy_code)
         write_result(f"{shlex.join(submission.command)} <<'EOF'\n{submission.script}EOF\n")
         return 0
@@ -160,42 +146,25 @@ def _on_slurm(configs: Sequence[Config], options: dict[str, Any], dump: Path | N
     return 0
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Here
-
-
 def _here(configs: dict[str, Config], overrides: list[str]) -> int:
     with needs_extra("train"):
+        import torch
+
+        from spidr.environment import ranks
         from spidr.train import train
 
     keep_memory()
     status = 0
     for path, config in configs.items():
-        gpus = _gpus_to_spread_over(config)
+        is_one_of_several = ranks()[2] > 1 or "RANK" in os.environ
+        gpus = torch.cuda.device_count() if config.run.device in ("auto", "cuda") and not is_one_of_several else 0
         ended = _train_on_gpus([path, *overrides], gpus) if gpus > 1 else command(train)(config)
         status = status or ended
     return status
 
 
-def _gpus_to_spread_over(config: Config) -> int:
-    """How many processes to start: none if this is one of several already."""
-    import torch
-
-    from spidr.environment import ranks
-
-    several = ranks()[2] > 1 or "RANK" in os.environ
-    return 0 if several or config.run.device not in ("auto", "cuda") else torch.cuda.device_count()
-
-
 def _train_on_gpus(arguments: list[str], count: int) -> int:
-    """Train in one process per GPU, which end with this one.
-
-    Returns:
-        The status of the process that failed first.
-
-    Raises:
-        SystemExit: After a signal, which all of them get.
-    """
+    """Train in one process per GPU, and return the status of the first that failed. Signals go to all of them."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun

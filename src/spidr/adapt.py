@@ -32,11 +32,7 @@ HEADS_STEPS, HEADS_LR = 20, 5e-2
 
 
 def truncated(model: DinoSRConfig) -> DinoSRConfig:
-    """Cut a model's configuration after ``train_layers``. Deeper layers are gone, with their codebooks and heads.
-
-    Raises:
-        InputError: That layer has no codebook.
-    """
+    """Cut a model's configuration after ``train_layers``, which must have a codebook: deeper layers are gone."""
     layers = getattr(model, "train_layers", None) or model.encoder_num_layers
     removed, last = model.encoder_num_layers - layers, model.encoder_num_layers
     if not 0 <= removed < model.num_codebooks:
@@ -48,13 +44,8 @@ def truncated(model: DinoSRConfig) -> DinoSRConfig:
 def first_weights(cfg: Config) -> dict[str, Tensor]:
     """The weights of ``run.init_ckpt``, without the layers that ``model.train_layers`` cuts off.
 
-    An export has no teacher: a copy of its student becomes the teacher.
-
-    Args:
-        cfg: The configuration, its model as :func:`spidr.state.model_settings` gives it.
-
-    Raises:
-        InputError: See :func:`spidr.models.hub.load_weights`.
+    ``cfg.model`` is as :func:`spidr.state.model_settings` gives it. An export has no teacher: a copy of its student
+    becomes the teacher.
     """
     source = cast("str", cfg.run.init_ckpt)
     model, weights = cfg.model, load_weights(source)
@@ -82,7 +73,7 @@ def init_codebooks(model: DinoSR, loader: SpeechLoader, env: Environment, seed: 
 
 
 def reset_codebooks(model: DinoSR, loader: SpeechLoader, env: Environment, cfg: Config) -> None:
-    """Take new codewords from data, then draw new heads and fit them, and nothing else, by SGD.
+    """Take new codewords from data, then draw new heads and fit only these, by SGD.
 
     Codebooks move meanwhile, as in every forward pass in training mode.
     """
@@ -104,17 +95,11 @@ def reset_codebooks(model: DinoSR, loader: SpeechLoader, env: Environment, cfg: 
 
 
 class FrozenOutputs:
-    """What the frozen parts of a model give, computed once for each batch: ``data.cache``.
+    """Outputs of the frozen parts of a model, computed once for each batch: ``data.cache``.
 
-    It is the extractor's output, in float16, and the labels of all frames, once neither the teacher nor the codebooks
-    change. It is kept in this process's memory: it cannot be another model's or manifest's, and a run that goes on
-    after a stop fills it again in one epoch. Each process keeps the batches that come to it.
-
-    Args:
-        model: The model.
-        cfg: The configuration.
-        loader: The batches.
-        env: The processes.
+    The extractor's output, in float16, and the labels of all frames, once neither the teacher nor the codebooks change.
+    Each process keeps its own batches' in memory, so they never belong to another model or manifest, and a resumed run
+    fills its memory again in one epoch.
 
     Raises:
         InputError: The extractor never stops learning, or there is too little memory.
@@ -136,11 +121,11 @@ class FrozenOutputs:
 
     @property
     def has_frames(self) -> bool:
-        """Whether the extractor's output is kept by now."""
+        """Whether the extractor's output is being kept."""
         return self._enabled and self._model.extractor_frozen
 
     def has_labels(self, step: int) -> bool:
-        """Whether labels are kept, too, after so many steps."""
+        """Whether labels are being kept too, after ``step`` steps."""
         model = self._model
         return (
             self.has_frames
@@ -151,13 +136,7 @@ class FrozenOutputs:
 
     @torch.no_grad()
     def __call__(self, batch: Batch, there: Batch, step: int) -> dict[str, Tensor]:
-        """What to pass to the model's forward with a batch.
-
-        Args:
-            batch: The batch on the CPU.
-            there: The same on the device.
-            step: How many steps have been done.
-        """
+        """What to pass to the model's forward with a batch, here on the CPU and on the device, after ``step`` steps."""
         if not self.has_frames:
             return {}
         # What makes a batch: recordings, crops and the width to which they are padded; masks differ each time.

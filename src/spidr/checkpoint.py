@@ -7,9 +7,8 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from threading import Thread
 from typing import Any, cast
 
 import torch
@@ -40,8 +39,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a training checkpoint on the CPU, without running code from it.
 
     Raises:
-        InputError: If it is missing, truncated, damaged (its checksums are verified), something else, or of a model
-            whose weights are not finite.
+        InputError: It is missing, truncated, damaged (checksums are verified) or something else, or some of its weights
+            are not finite.
     """
     check_file(path)
     try:
@@ -70,9 +69,9 @@ class Checkpointer:
         folder: The run folder, made if it is missing.
         interval: Save when the step is a multiple of it; 0 or less: never.
         keep_latest: How many ``step_N.pt`` to keep, besides those that :attr:`needed` names; 0 or less: all.
-        disable: Do not write (processes other than the main one).
+        disable: Do not write, as on processes other than the main one.
         start: What :attr:`step` is at first, and the first step whose metrics are waited for.
-        background: Save copies on a thread: :meth:`save` returns when they are made. A second save waits for the first.
+        background: Copy the state and save the copy on a thread. A second save waits for the first.
 
     Attributes:
         step: Optimiser steps done by the loaded or last saved checkpoint.
@@ -93,12 +92,8 @@ class Checkpointer:
         start: int = 0,
         background: bool = False,
     ) -> None:
-        self.folder = Path(folder)
-        self.interval = interval
-        self.keep_latest = keep_latest
-        self.disable = disable
-        self.step = start
-        self.epoch = 0
+        self.folder, self.interval, self.keep_latest, self.disable = Path(folder), interval, keep_latest, disable
+        self.step, self.epoch = start, 0
         self.extra: dict[str, Any] = {}
         self.needed: Callable[[], set[int]] = set
         self.metrics = self.folder / "metrics.jsonl"
@@ -122,18 +117,12 @@ class Checkpointer:
         final = self.folder / "final.pt"
         return final if final.exists() else next(reversed(self._saved()), None)
 
-    # ------------------------------------------------------------------------------------------------- saving
-
     def is_due(self, step: int) -> bool:
         """Whether a checkpoint is to be saved after ``step``."""
         return self.interval > 0 and step % self.interval == 0
 
     def save(self, step: int, epoch: int, *, force: bool = False) -> bool:
-        """Save ``step_N.pt`` if it is due, then remove the oldest ones beyond ``keep_latest``.
-
-        Returns:
-            Whether a checkpoint was due.
-        """
+        """Save ``step_N.pt`` if due, then remove the oldest beyond ``keep_latest``. Returns whether it was due."""
         if self.interval <= 0 or not (force or self.is_due(int(step))):
             return False
         self._write(self.path(int(step)), int(step), int(epoch))
@@ -149,19 +138,11 @@ class Checkpointer:
         self.step, self.epoch = step, epoch
         if self.disable:
             return
-        state = {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "epoch": epoch,
-            "step": step,
-            **self.extra,
-        }
+        parts = ("model", "optimizer", "scheduler", "scaler")
+        state = {name: getattr(self, name).state_dict() for name in parts} | {"epoch": epoch, "step": step} | self.extra
         self.wait()
         if self._background:
-            self._writing = Future()
-            Thread(target=self._write_later, args=(self._writing, path, copy_to_host(state)), name="checkpoint").start()
+            self._writing = ThreadPoolExecutor(1, "checkpoint").submit(self._write_now, path, copy_to_host(state))
         else:
             self._write_now(path, state)
 
@@ -171,36 +152,22 @@ class Checkpointer:
         logger.info("saved %s", path)
         self.remove_old(state["step"])
 
-    def _write_later(self, writing: Future[None], *args: Any) -> None:
-        try:
-            self._write_now(*args)
-            writing.set_result(None)
-        except BaseException as error:
-            writing.set_exception(error)
-
     def wait(self) -> None:
-        """Wait until the checkpoint that is written in the background is on disk.
-
-        Raises:
-            InputError: It could not be written.
-        """
-        writing, self._writing = self._writing, None
-        if writing is not None:
+        """Wait for the checkpoint that is written in the background. Raises InputError if that fails."""
+        if (writing := self._writing) is not None:
+            self._writing = None
             writing.result()
 
     def remove_old(self, until: float = math.inf) -> None:
         """Remove the oldest ``step_N.pt`` beyond ``keep_latest`` that are not needed.
 
-        Args:
-            until: The run's step. Files of later ones were passed over as damaged: they do not count.
+        Those after step ``until``, the run's, were passed over as damaged and do not count.
         """
         if self.keep_latest > 0 and not self.disable:
             needed = self.needed()
             for path in [path for path in self._saved() if _step_of(path) <= until][: -self.keep_latest]:
                 if _step_of(path) not in needed:
                     path.unlink(missing_ok=True)
-
-    # ------------------------------------------------------------------------------------------------- loading
 
     def _saved(self) -> list[Path]:
         """The files ``step_N.pt``, oldest step first."""
@@ -242,29 +209,21 @@ class Checkpointer:
 
     def load_existing_run(self) -> bool:
         """Resume from the newest valid checkpoint of the folder. Returns whether there was one."""
-        path = self.find_latest()
-        if path is not None:
-            self.restore(path, read_checkpoint(path))
-        return path is not None
-
-    def load(self, step: int) -> bool:
-        """Resume from ``step_N.pt``. Returns whether it exists.
-
-        Raises:
-            InputError: If it is damaged, or does not fit the model.
-        """
-        path = self.path(int(step))
-        if not path.exists():
+        if (path := self.find_latest()) is None:
             return False
-        self.restore(path, read_checkpoint(path))
+        self.restore(path)
         return True
 
-    def restore(self, path: Path, checkpoint: dict[str, Any]) -> None:
-        """Load a checkpoint that was read from ``path`` into model, optimizer, scheduler and scaler.
+    def load(self, step: int) -> bool:
+        """Resume from ``step_N.pt``. Returns whether it exists."""
+        if not (path := self.path(int(step))).exists():
+            return False
+        self.restore(path)
+        return True
 
-        Raises:
-            InputError: If it does not fit them.
-        """
+    def restore(self, path: Path) -> None:
+        """Load a checkpoint. Raises InputError if it is damaged or does not fit what :meth:`init_state` has set."""
+        checkpoint = read_checkpoint(path)
         scheduler, model = self.scheduler, cast("Any", getattr(self.model, "module", self.model))
         try:
             weights = {_PREFIXES.sub("", name): value for name, value in checkpoint["model"].items()}
@@ -288,8 +247,6 @@ class Checkpointer:
         self.step, self.epoch = checkpoint["step"], checkpoint["epoch"]
         self.extra = {key: value for key, value in checkpoint.items() if key not in CONTENTS}
 
-    # ------------------------------------------------------------------------------------------------- metrics
-
     def find_new_metrics(self) -> Iterator[dict[str, Any]]:
         """Yield the metrics that have come in since the last call, as ``{"GROUP/NAME": value, "GROUP/step": step}``.
 
@@ -311,7 +268,6 @@ _PREFIXES = re.compile(r"^((module|_orig_mod)\.)+")
 
 def copy_to_host(state: Any) -> Any:
     """Copy the tensors in nested containers to the CPU, from a GPU into page-locked memory. Waits for the copies."""
-    devices: set[torch.device] = set()
 
     def copy(value: Any) -> Any:
         if isinstance(value, dict):
@@ -322,12 +278,11 @@ def copy_to_host(state: Any) -> Any:
             return value
         if value.device.type != "cuda":
             return value.detach().to("cpu", copy=True)
-        devices.add(value.device)
         return torch.empty(value.shape, dtype=value.dtype, pin_memory=True).copy_(value.detach(), non_blocking=True)
 
     copied = copy(state)
-    for device in devices:
-        torch.cuda.current_stream(device).synchronize()
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
     return copied
 
 

@@ -25,11 +25,8 @@ def compile_forward(model: nn.Module, **options: Any) -> Callable[..., Any]:
     """Compile a model's forward into one graph for all sizes.
 
     A break in the graph is an error, and so is reaching the compiler's limit of recompilations, after which it would
-    go on uncompiled without a word. DistributedDataParallel is told not to split the graph at its buckets.
-
-    Args:
-        model: The model.
-        options: More options of ``torch.compile``.
+    go on uncompiled without a word. DistributedDataParallel is told not to split the graph at its buckets. ``options``
+    are more of ``torch.compile``'s.
     """
     torch._dynamo.config.optimize_ddp = False
     leave_convolutions_dynamic()
@@ -39,8 +36,8 @@ def compile_forward(model: nn.Module, **options: Any) -> Callable[..., Any]:
 def leave_convolutions_dynamic() -> None:
     """Have ATen compute the gradient of a convolution, for any length.
 
-    Up to torch 2.8 Inductor does so by itself. Later versions come to the same end, but to find that out they fix the
-    length of the input, and compile anew for every other one.
+    Inductor does so by itself up to torch 2.8. Later versions find out that they should by fixing the length of the
+    input, and compile anew for every other one.
     """
     try:
         from torch._inductor.lowering import fallback_handler, lowerings

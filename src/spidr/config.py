@@ -7,10 +7,11 @@ Configurations are TOML (or JSON) files read by :func:`read_config` into frozen 
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, cast
 
 from spidr.tools.errors import InputError, ProblemsError
 from spidr.tools.files import expand
@@ -41,13 +42,22 @@ MaskingStrategy = Literal["static", "uniform", "normal", "poisson"]
 
 def _is_below(name: str) -> bool:
     parts = name.split("/")
-    return not any(part in ("", ".", "..") or len(part.encode()) > 255 for part in parts) and not set(name) & set(
-        "\\\0"
-    )
+    return set(name).isdisjoint("\\\0") and all(p not in ("", ".", "..") and len(p.encode()) <= 255 for p in parts)
+
+
+def _divides(part: int, whole: int) -> bool:
+    return whole % part == 0
+
+
+def _uniform_lengths_exist(selection: str, other: float, length: int) -> bool:
+    return selection != "uniform" or other <= 2 * length
+
+
+_UNIFORM_LENGTHS = "uniform draws lengths from the second value to twice the third, so the second must not exceed that"
 
 
 MAX_SAMPLES = 2**31 - 1
-"""Samples of a recording or batch at most: 37 hours. Lengths are held in 32 bits."""
+"""The most samples of a recording or batch: 37 hours. Lengths have 32 bits."""
 
 Positive = Annotated[int, Accepts("of at least 1", lambda n: n >= 1)]
 NonNegative = Annotated[int, Accepts("of at least 0", lambda n: n >= 0)]
@@ -71,10 +81,6 @@ ConvLayers = Annotated[
 FolderName = Annotated[str, Accepts("that can name a folder inside another ('a' or 'a/b', no '..' or '\\')", _is_below)]
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# The settings
-
-
 @dataclass(frozen=True, repr=False)
 class SlurmConfig(Settings):
     """What to ask SLURM for. ``time`` is in minutes."""
@@ -94,7 +100,7 @@ class SlurmConfig(Settings):
         return getattr(self, name)
 
     def keys(self) -> list[str]:
-        """Names of the settings that are not None, so that ``dict(slurm)`` works, too."""
+        """Names of the settings that are not None, so that ``dict(slurm)`` works."""
         return [f.name for f in dataclasses.fields(self) if getattr(self, f.name) is not None]
 
 
@@ -162,13 +168,11 @@ class DataConfig(Settings):
     RULES: ClassVar = (
         Rule(
             ("weights", "manifest"),
-            lambda weights, manifest: (
-                weights is None or (not isinstance(manifest, str) and len(weights) == len(manifest))
-            ),
+            lambda weights, manifest: weights is None or (isinstance(manifest, list) and len(weights) == len(manifest)),
             "must be as many as there are manifests",
         ),
-        Rule(("min_sample_size", "max_sample_size"), lambda low, high: low <= high, "must not exceed max_sample_size"),
-        Rule(("max_sample_size", "max_batch_length"), lambda one, sum_: one <= sum_, "must fit in max_batch_length"),
+        Rule(("min_sample_size", "max_sample_size"), operator.le, "must not exceed max_sample_size"),
+        Rule(("max_sample_size", "max_batch_length"), operator.le, "must fit in max_batch_length"),
     )
 
     @property
@@ -263,21 +267,9 @@ class DinoSRConfig(Settings):
         "unknown key for run.model_type 'dinosr': it is a setting of 'spidr'",
     )
     RULES: ClassVar = (
-        Rule(
-            ("encoder_num_heads", "encoder_embed_dim"),
-            lambda heads, width: width % heads == 0,
-            "must divide encoder_embed_dim",
-        ),
-        Rule(
-            ("encoder_pos_conv_groups", "encoder_embed_dim"),
-            lambda groups, width: width % groups == 0,
-            "must divide encoder_embed_dim",
-        ),
-        Rule(
-            ("num_codebooks", "encoder_num_layers"),
-            lambda codebooks, layers: codebooks <= layers,
-            "must not exceed encoder_num_layers",
-        ),
+        Rule(("encoder_num_heads", "encoder_embed_dim"), _divides, "must divide encoder_embed_dim"),
+        Rule(("encoder_pos_conv_groups", "encoder_embed_dim"), _divides, "must divide encoder_embed_dim"),
+        Rule(("num_codebooks", "encoder_num_layers"), operator.le, "must not exceed encoder_num_layers"),
     )
 
 
@@ -289,13 +281,6 @@ class SpidRConfig(DinoSRConfig):
     ema_timescale: PositiveFloat = 20_000.0  # steps in which 1 - decay falls to 1/e
     ema_threshold: NonNegativeFloat = 1e-7  # 1 - decay below which it is 0
     train_layers: Layers | None = ours(None)  # the last layer to keep of run.init_ckpt; none: all
-
-
-def _uniform_lengths_exist(selection: str, other: float, length: int) -> bool:
-    return selection != "uniform" or other <= 2 * length
-
-
-_UNIFORM_LENGTHS = "uniform draws lengths from the second value to twice the third, so the second must not exceed that"
 
 
 @dataclass(frozen=True, repr=False)
@@ -316,11 +301,7 @@ class MaskingConfig(Settings):
     mask_channel_min_space: Space = 1  # between them
 
     RULES: ClassVar = (
-        Rule(
-            ("mask_selection", "mask_other", "mask_length"),
-            _uniform_lengths_exist,
-            _UNIFORM_LENGTHS,
-        ),
+        Rule(("mask_selection", "mask_other", "mask_length"), _uniform_lengths_exist, _UNIFORM_LENGTHS),
         Rule(
             ("mask_channel_selection", "mask_channel_other", "mask_channel_length"),
             _uniform_lengths_exist,
@@ -368,8 +349,7 @@ class Config(Settings):
 
         In a configuration built in Python, everything counts as given.
         """
-        given: frozenset[str] | None = vars(self.model).get("_given", frozenset(hints_of(type(self.model))))
-        return given
+        return cast("frozenset[str] | None", vars(self.model).get("_given", frozenset(hints_of(type(self.model)))))
 
 
 _MODEL_CONFIGS: dict[str, type[DinoSRConfig]] = {"spidr": SpidRConfig, "dinosr": DinoSRConfig}
@@ -383,11 +363,8 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read and check a configuration file.
 
     Args:
-        path: A JSON file if its name ends in ``.json``, else a TOML file. A run's ``config.json`` is one.
+        path: A JSON file if its name ends in ``.json``, such as a run's ``config.json``, else a TOML file.
         overrides: Settings that replace those of the file, as ``"optimizer.lr=1e-3"``.
-
-    Returns:
-        The settings, with the defaults where the file is silent.
 
     Raises:
         InputError: The file cannot be read or parsed, or some of its keys or values are wrong: one message names the
@@ -417,7 +394,7 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def _override(document: dict[str, Any], text: str) -> None:
-    """Set what ``KEY.KEY=VALUE`` says. The value is TOML or, if it is none, a string."""
+    """Apply ``SECTION.KEY=VALUE``. The value is TOML or, failing that, a string."""
     name, equals, value = text.partition("=")
     *sections, key = name.strip().split(".")
     if not (equals and sections and key):
@@ -434,28 +411,23 @@ def _override(document: dict[str, Any], text: str) -> None:
 
 def schedule_remark(cfg: OptimizerConfig) -> str | None:
     """What is odd about the steps of a schedule; None if nothing is."""
-    steps, begin = cfg.max_steps, cfg.warmup_steps + cfg.hold_steps
-    if steps < cfg.warmup_steps:
-        return f"optimizer.max_steps = {steps} ends during the warm-up (optimizer.warmup_steps = {cfg.warmup_steps})"
-    if cfg.scheduler != "tristage" or steps == begin + cfg.decay_steps:
-        return None
-    if steps <= begin:
-        return (
-            f"the learning rate never decays: optimizer.max_steps = {steps} is not beyond warmup_steps + hold_steps = "
-            f"{begin}"
-        )
-    if steps > begin + cfg.decay_steps:
-        return (
-            f"the learning rate stays at optimizer.final_lr_scale = {cfg.final_lr_scale:g} of its peak from step "
-            f"{begin + cfg.decay_steps} on, where the decay ends, to optimizer.max_steps = {steps}"
-        )
+    steps, warmup, begin = cfg.max_steps, cfg.warmup_steps, cfg.warmup_steps + cfg.hold_steps
+    end = begin + cfg.decay_steps
+    if steps < warmup:
+        return f"optimizer.max_steps = {steps} ends during the warm-up (optimizer.warmup_steps = {warmup})"
+    if cfg.scheduler == "tristage" and steps <= begin:
+        reason = f"optimizer.max_steps = {steps} is not beyond warmup_steps + hold_steps = {begin}"
+        return f"the learning rate never decays: {reason}"
+    if cfg.scheduler == "tristage" and steps > end:
+        rest = f"{cfg.final_lr_scale:g} of its peak from step {end} on, where the decay ends,"
+        return f"the learning rate stays at optimizer.final_lr_scale = {rest} to optimizer.max_steps = {steps}"
     return None
 
 
 def to_dict(config: Settings) -> dict[str, Any]:
     """Settings as JSON values; :func:`read_config` reads them back unchanged.
 
-    What the published package does not know is left out where it has its default.
+    Settings that the published package does not have are left out where they have their defaults.
     """
     values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if not is_default_of_ours(config, f)}
     return {name: _to_json(value) for name, value in values.items()}
@@ -473,12 +445,9 @@ def model_config(model_type: str, table: Mapping[str, Any], *, source: str = "mo
     """Check a [model] table on its own.
 
     Args:
-        model_type: "spidr" or "dinosr".
+        model_type: "spidr", for a :class:`SpidRConfig`, or "dinosr", for a :class:`DinoSRConfig`.
         table: The settings that differ from the defaults.
         source: Where the table comes from, for the error message.
-
-    Returns:
-        A :class:`SpidRConfig` for "spidr", else a :class:`DinoSRConfig`.
 
     Raises:
         InputError: An unknown model type, or wrong keys or values.

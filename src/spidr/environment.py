@@ -1,4 +1,4 @@
-"""Processes and devices: who this process is, what it computes on, and how it hears that it must stop."""
+"""Processes and devices: which process this is, what it computes on, and how it learns that it must stop."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -30,28 +30,25 @@ from spidr.tools.peers import Cause, Peers, connect
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 __getattr__ = names_from(__name__, "spidr.compat.training")  # what published packages also have here
 
-# By name, as Windows has only some of them.
-STOP_SIGNALS = tuple(
-    getattr(signal, name)
-    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGBREAK")
-    if hasattr(signal, name)
-)
 PREEMPTED_EXIT_CODE = 75
+
 MEETING_TIMEOUT = timedelta(minutes=10)
 """How long processes wait for each other at the start: a cluster may start them one after the other."""
 
 COLLECTIVE_TIMEOUT = timedelta(hours=1)
-"""Long: slow data or a slow disk of one process is no reason to end the run, and dead ones are found in other ways."""
-
+"""Long: slow data or a slow disk is no reason to end the run, and dead processes are found in other ways."""
 
 MAX_PROCESSES = 1_000_000
-TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-SLURM_VARIABLES = (
-    "SLURM_STEP_ID", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_JOB_ID", "SLURM_JOB_NODELIST",
+
+LAUNCHER_VARIABLES = (
+    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),  # torchrun's
+    *("SLURM_STEP_ID", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_JOB_ID", "SLURM_JOB_NODELIST"),
     "SLURM_CPUS_PER_TASK",
-)  # fmt: skip
+)
 REMEDY = "start the processes with torchrun or srun, or unset these variables to run one alone"
 
 
@@ -69,11 +66,11 @@ class Preempted(SystemExit):
 
 
 class StopFlag:
-    """Remembers the first stop signal, for the training loop to look at it at step boundaries.
+    """Remembers the first stop signal until the training loop looks, between two steps.
 
     Attributes:
         signum: The signal, 0 if there was none.
-        immediate: Whether a signal ends the process where it is, as nobody looks at the flag.
+        immediate: Whether a signal ends the process at once, because nobody looks at the flag.
     """
 
     def __init__(self) -> None:
@@ -81,11 +78,11 @@ class StopFlag:
         self.immediate = False
 
     def set(self, signum: int, frame: FrameType | None = None) -> None:  # noqa: ARG002
-        """Handle a signal: only remember it, so that nothing is interrupted half-way, unless :attr:`immediate`.
+        """Handle a signal: remember it, so that nothing is interrupted half-way, unless :attr:`immediate`.
 
         Raises:
             KeyboardInterrupt: At the second Ctrl-C.
-            Preempted: At once, if that was asked for.
+            Preempted: If :attr:`immediate` is set.
         """
         if self.signum == signum == signal.SIGINT:
             raise KeyboardInterrupt
@@ -102,19 +99,17 @@ class StopFlag:
             logger.warning("training runs in a thread: signals, Ctrl-C too, do not save and stop it")
             yield self
             return
-        hangup = getattr(signal, "SIGHUP", None)  # which nohup has ignored
-        wanted = [s for s in STOP_SIGNALS if s != hangup or signal.getsignal(s) is not signal.SIG_IGN]
-        previous = {signum: signal.signal(signum, self.set) for signum in wanted}
-        try:
+        with ExitStack() as restore:
+            for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGBREAK"):
+                number = getattr(signal, name, None)  # Windows has only some of them
+                if number and not (name == "SIGHUP" and signal.getsignal(number) is signal.SIG_IGN):  # nohup
+                    restore.callback(signal.signal, number, signal.signal(number, self.set))
             yield self
-        finally:
-            for signum, handler in previous.items():
-                signal.signal(signum, handler)
 
 
 @dataclass(frozen=True)
 class Environment:
-    """This process among all of the run."""
+    """This process among the run's."""
 
     rank: int
     local_rank: int
@@ -149,13 +144,20 @@ class Environment:
         dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
 
-    def gather_objects(self, value: Any) -> list[Any]:
-        """The ``value`` of every process, in order of rank."""
-        if self.world_size == 1:
-            return [value]
-        values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value)
-        return values
+    def gather_objects(self, value: T, stop: StopFlag | None = None) -> list[T]:
+        """The ``value`` of every process, in order of rank.
+
+        Raises:
+            Preempted: On all processes, if a signal has set ``stop`` on any.
+        """
+        signum = 0 if stop is None else stop.signum
+        gathered = [(signum, value)] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(gathered, (signum, value))
+        signums, values = zip(*gathered, strict=True)
+        if any(signums):
+            raise Preempted(max(signums), agreed=True)
+        return list(values)
 
 
 def ranks() -> tuple[int, int, int]:
@@ -173,11 +175,7 @@ def ranks() -> tuple[int, int, int]:
         local, bound = world_size, "WORLD_SIZE"
         if "LOCAL_WORLD_SIZE" in environ:
             local, bound = _number("LOCAL_WORLD_SIZE", 1, world_size, bound), "LOCAL_WORLD_SIZE"
-        local_rank = _number("LOCAL_RANK", 0, local - 1, bound) if "LOCAL_RANK" in environ else 0
-        if world_size > 1:
-            _needed("MASTER_ADDR")
-            _number("MASTER_PORT", 1, 65_535)
-        return rank, local_rank, world_size
+        return rank, _number("LOCAL_RANK", 0, local - 1, bound) if "LOCAL_RANK" in environ else 0, world_size
     if "LOCAL_RANK" in environ:
         _needed("RANK")
     for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
@@ -190,18 +188,17 @@ def ranks() -> tuple[int, int, int]:
     return 0, 0, 1
 
 
-def use_slurm() -> None:
-    """In a SLURM job step without torchrun's variables, set those that say where all processes meet."""
+def find_meeting_place() -> None:
+    """Check the variables that say where all processes meet; in a SLURM job step without torchrun, set them."""
     environ = os.environ
-    if "RANK" in environ:
-        return
-    if "OMP_NUM_THREADS" not in environ:  # as torchrun does: tasks must not compete for the same cores
-        torch.set_num_threads(int(environ.get("SLURM_CPUS_PER_TASK", "1")))
-    if "MASTER_ADDR" not in environ:
-        environ["MASTER_ADDR"] = _first_host(_needed("SLURM_JOB_NODELIST"))
-    if "MASTER_PORT" not in environ:
-        # The same on every node, and rarely the same for two jobs that share one.
-        environ["MASTER_PORT"] = str(20_000 + _number("SLURM_JOB_ID", 0, 2**63 - 1) % 20_000)
+    if "RANK" not in environ:
+        if "OMP_NUM_THREADS" not in environ:  # as torchrun does: tasks must not compete for the same cores
+            torch.set_num_threads(int(environ.get("SLURM_CPUS_PER_TASK", "1")))
+        if "MASTER_ADDR" not in environ:
+            environ["MASTER_ADDR"] = _first_host(_needed("SLURM_JOB_NODELIST"))
+        if "MASTER_PORT" not in environ:
+            # The same on every node, and rarely the same for two jobs that share one.
+            environ["MASTER_PORT"] = str(20_000 + _number("SLURM_JOB_ID", 0, 2**63 - 1) % 20_000)
     _needed("MASTER_ADDR")
     _number("MASTER_PORT", 1, 65_535)
 
@@ -210,8 +207,13 @@ def _needed(name: str) -> str:
     """The value of an environment variable that must be set."""
     value = os.environ.get(name, "")
     if not value.strip():
-        what = "empty" if name in os.environ else f"not set, but {_others(name)}"
-        raise InputError(f"the environment variable {name} is {what}: {REMEDY}")
+        others = [
+            other
+            for other in LAUNCHER_VARIABLES
+            if other in os.environ and other.startswith("SLURM_") == name.startswith("SLURM_")
+        ]
+        what = f"not set, but {', '.join(others)} {'are' if len(others) > 1 else 'is'}"
+        raise InputError(f"the environment variable {name} is {'empty' if name in os.environ else what}: {REMEDY}")
     return value
 
 
@@ -221,16 +223,9 @@ def _number(name: str, low: int, high: int, bound: str | None = None) -> int:
     if not re.fullmatch(r"[0-9]{1,20}", value):
         raise InputError(f"the environment variable {name} is {value[:80]!r}, not a number: {REMEDY}")
     if not low <= int(value) <= high:
-        text = f"with {bound} = {os.environ[bound]} it must be" if bound else "it must be"
-        raise InputError(f"the environment variable {name} is {value}, but {text} {low} to {high}: {REMEDY}")
+        given = f"with {bound} = {os.environ[bound]} " if bound else ""
+        raise InputError(f"the environment variable {name} is {value}, but {given}it must be {low} to {high}: {REMEDY}")
     return int(value)
-
-
-def _others(name: str) -> str:
-    """Name the variables of the same launcher that are set."""
-    family = SLURM_VARIABLES if name in SLURM_VARIABLES else TORCHRUN_VARIABLES
-    there = [other for other in family if other in os.environ and other != name]
-    return f"{', '.join(there)} {'are' if len(there) > 1 else 'is'}"
 
 
 def _first_host(nodelist: str) -> str:
@@ -256,14 +251,13 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
     Raises:
         InputError: If there is no such device here.
     """
-    if name == "cuda" or (name == "auto" and torch.cuda.is_available()):
-        if not torch.cuda.is_available():
-            raise InputError('run.device is "cuda", but no CUDA device is available here: use "auto" or "cpu"')
+    if name in ("auto", "cuda") and torch.cuda.is_available():
         return torch.device("cuda", local_rank % torch.cuda.device_count())
-    if name == "mps" or (name == "auto" and torch.backends.mps.is_available()):
-        if not torch.backends.mps.is_available():
-            raise InputError('run.device is "mps", but MPS is not available here: use "auto" or "cpu"')
+    if name in ("auto", "mps") and torch.backends.mps.is_available():
         return torch.device("mps")
+    if name not in ("auto", "cpu"):
+        what = "no CUDA device is" if name == "cuda" else "MPS is not"
+        raise InputError(f'run.device is "{name}", but {what} available here: use "auto" or "cpu"')
     return torch.device("cpu")
 
 
@@ -273,21 +267,17 @@ def _connect(rank: int) -> Any:
         return connect(rank, MEETING_TIMEOUT, serve=True)
     except RuntimeError as error:
         place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        text = f"\nerror: rank {rank}: the place where all processes of the run meet, {place}, "
-        text += "cannot be opened" if rank == 0 else "does not answer: rank 0 has not started or cannot be reached"
-        raise SystemExit(f"{text} ({error})") from error
+        what = "cannot be opened" if rank == 0 else "does not answer: rank 0 has not started or cannot be reached"
+        text = f"the place where all processes of the run meet, {place}, {what}"
+        raise SystemExit(f"\nerror: rank {rank}: {text} ({error})") from error
 
 
 def _join(peers: Peers, store: Any, device: torch.device) -> None:
     """Wait for all processes, then set up the process group."""
     peers.meet(MEETING_TIMEOUT)
+    backend, gpu = ("nccl", device) if device.type == "cuda" else ("gloo", None)
     dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
-        store=store,
-        rank=peers.rank,
-        world_size=peers.world_size,
-        timeout=COLLECTIVE_TIMEOUT,
-        device_id=device if device.type == "cuda" else None,
+        backend, store=store, rank=peers.rank, world_size=peers.world_size, timeout=COLLECTIVE_TIMEOUT, device_id=gpu
     )
 
 
@@ -307,15 +297,15 @@ class RunEndedError(SystemExit):
 def environment(run: RunConfig) -> Iterator[Environment]:
     """Join the other processes of the run, if any, and choose the device; leave them at the end of the block.
 
-    Torch's global settings are at their defaults inside the block and the caller's after it.
+    Inside the block, torch's global settings have their defaults.
 
-    If something goes wrong, every process ends soon, and one of them says what it was: an error that several have comes
-    out of the block on one of them only, and a process that has died is named by one of the others. The rest exits with
-    the same status without a word.
+    If something goes wrong, every process ends soon, and one of them says why: an error of several comes out of the
+    block on one of them only, and a process that has died is named by one of the others. The rest exit with the same
+    status and say nothing.
     """
     rank, local_rank, world_size = ranks()
     if world_size > 1:
-        use_slurm()
+        find_meeting_place()
     device = choose_device(run.device, local_rank)
     with _settings(device, use_deterministic=run.use_deterministic):
         if world_size == 1:
@@ -330,8 +320,8 @@ def environment(run: RunConfig) -> Iterator[Environment]:
             except Preempted as stop:
                 if stop.agreed:
                     peers.leave()
-                    raise
-                peers.explain(stop, status=PREEMPTED_EXIT_CODE)
+                else:
+                    peers.explain(stop, status=PREEMPTED_EXIT_CODE)
                 raise
             except Exception as error:
                 cause = peers.explain(error, status=2 if isinstance(error, InputError) else 1)
@@ -357,27 +347,25 @@ def _leave_group() -> None:
 
 @contextmanager
 def _settings(device: torch.device, *, use_deterministic: bool) -> Iterator[None]:
-    """Set torch's global settings and random generator for a run, and restore the caller's at the end."""
-    dtype, default_device = torch.get_default_dtype(), torch.empty(0).device
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    warn_only, threads = torch.is_deterministic_algorithms_warn_only_enabled(), torch.get_num_threads()
-    with exact_products(device), torch.random.fork_rng([device] if device.type == "cuda" else []):
-        try:
-            torch.set_default_dtype(torch.float32)
-            if default_device.type != "cpu":
-                torch.set_default_device(None)
-            torch.use_deterministic_algorithms(use_deterministic)
-            if use_deterministic:
-                os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses
-            if device.type == "cuda":
-                torch.cuda.set_device(device)
-            yield
-        finally:
-            torch.set_default_dtype(dtype)
-            if default_device.type != "cpu":
-                torch.set_default_device(default_device)
-            torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
-            torch.set_num_threads(threads)
+    """Set torch's global settings for a run inside the block, then restore them and the random generators."""
+    gpus = [device] if device.type == "cuda" else []
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    with exact_products(device), torch.random.fork_rng(gpus), ExitStack() as restore:
+        restore.callback(torch.set_num_threads, torch.get_num_threads())
+        restore.callback(
+            torch.use_deterministic_algorithms, torch.are_deterministic_algorithms_enabled(), warn_only=warn_only
+        )
+        if (default_device := torch.empty(0).device).type != "cpu":
+            restore.callback(torch.set_default_device, default_device)
+            torch.set_default_device(None)
+        restore.callback(torch.set_default_dtype, torch.get_default_dtype())
+        torch.set_default_dtype(torch.float32)
+        if use_deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses
+        torch.use_deterministic_algorithms(use_deterministic)
+        if gpus:
+            torch.cuda.set_device(device)
+        yield
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:

@@ -1,9 +1,9 @@
-"""Whether everything that a configuration names is there, before a job has waited for its turn."""
+"""Check that everything a configuration names is there, before a job waits for its turn."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -15,26 +15,21 @@ from spidr.config import Config, DataConfig
 from spidr.data import speech_dataset
 from spidr.data.alignments import read_alignments
 from spidr.data.audio import num_samples
-from spidr.data.recording import Recording
 from spidr.models.hub import build_model, check_name
 from spidr.models.published import PUBLISHED
 from spidr.models.weights import fitting
 from spidr.state import model_settings
 from spidr.tools.download import is_remote
-from spidr.tools.errors import InputError
+from spidr.tools.errors import InputError, some
 
 HEADERS = 20
-"""Recordings of a manifest of which the header is read."""
-
-NAMED = 3
-"""Missing files that a message names."""
+"""How many headers of a manifest are read."""
 
 
 def problems_of(cfg: Config) -> list[str]:
     """List what is missing or does not fit: weights to begin with, manifests, alignments, recordings.
 
-    Returns:
-        One line for each problem. All recordings must exist; of some, the length is compared with the manifest's.
+    All recordings must exist; of some, the length is compared with the manifest's.
     """
     checks: list[Callable[[], object]] = []
     if cfg.run.init_ckpt is not None and not cfg.run.dir.exists():  # a run that has begun does not need it again
@@ -69,18 +64,13 @@ def _check_recordings(data: DataConfig) -> None:
     with ThreadPoolExecutor(16) as pool:
         missing = [file for file, exists in zip(files, pool.map(os.path.exists, files), strict=True) if not exists]
     if missing and data.on_error == "raise":
-        named = ", ".join(missing[:NAMED]) + (", …" if len(missing) > NAMED else "")
+        named = some(missing, 3)
         raise InputError(f"{data.manifest}: {len(missing):,} of {len(files):,} files do not exist: {named}")
-    rows = np.unique(np.linspace(0, len(recordings) - 1, HEADERS).astype(int)).tolist()
     if "num_samples" in dataset.manifest.columns and data.on_error == "raise":
-        lengths = dataset.manifest["num_samples"].gather(rows).to_list()
-        _check_lengths(data, [recordings[row] for row in rows], lengths)
-
-
-def _check_lengths(data: DataConfig, recordings: Sequence[Recording], lengths: Sequence[int]) -> None:
-    for recording, expected in zip(recordings, lengths, strict=True):
-        # Lengths by spidr 0.1.2 are rounded durations: one off at most.
-        if abs((found := num_samples(recording)) - expected) > 1:
-            raise InputError(
-                f"{data.manifest}: {recording} has {found:,} samples, not {expected:,}: write the manifest again"
-            )
+        for row in np.unique(np.linspace(0, len(recordings) - 1, HEADERS).astype(int)).tolist():
+            found, expected = num_samples(recordings[row]), dataset.manifest["num_samples"][row]
+            if abs(found - expected) > 1:  # lengths by spidr 0.1.2 are rounded durations: one off at most
+                raise InputError(
+                    f"{data.manifest}: {recordings[row]} has {found:,} samples, not {expected:,}: write the manifest "
+                    "again"
+                )

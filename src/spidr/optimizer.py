@@ -50,15 +50,12 @@ class Schedule(LambdaLR):
 
 
 def build_optimizer(model: nn.Module, cfg: OptimizerConfig) -> tuple[AdamW, torch.amp.GradScaler, Schedule]:
-    """Build what a training step needs beside the model.
-
-    Args:
-        model: Its parameters whose names start with one of ``cfg.exclude_from_optimizer`` are left out.
-        cfg: The settings.
+    """Build what a training step needs besides the model.
 
     Returns:
-        AdamW with the parameters under ``cfg.to_freeze`` in group 1 and the rest in group 0, a gradient scaler, enabled
-        for float16 only, and the schedule: ``scheduler.get_last_lr()`` is the rate in use.
+        AdamW with the parameters under ``cfg.to_freeze`` in group 1 and the rest in group 0, except those under
+        ``cfg.exclude_from_optimizer``; a gradient scaler, enabled for float16 only; and the schedule:
+        ``scheduler.get_last_lr()`` is the rate in use.
     """
     excluded, to_freeze = tuple(cfg.exclude_from_optimizer), tuple(cfg.to_freeze)
     groups: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
@@ -66,14 +63,8 @@ def build_optimizer(model: nn.Module, cfg: OptimizerConfig) -> tuple[AdamW, torc
         if not name.startswith(excluded):
             groups[name.startswith(to_freeze)].append(parameter)
     device = next(model.parameters()).device.type
-    optimizer = AdamW(
-        [{"params": params} for params in groups if params],
-        lr=cfg.lr,
-        betas=cfg.betas,
-        eps=cfg.eps,
-        weight_decay=cfg.weight_decay,
-        fused=True,
-    )
+    given = [{"params": params} for params in groups if params]
+    optimizer = AdamW(given, cfg.lr, cfg.betas, cfg.eps, cfg.weight_decay, fused=True)
     scaler = torch.amp.GradScaler(device, enabled=cfg.dtype == "float16")
     return optimizer, scaler, Schedule(optimizer, lambda step: lr_factor(step, cfg))
 

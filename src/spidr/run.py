@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import shutil
@@ -10,15 +9,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
-from spidr.checkpoint import Checkpointer, read_checkpoint
+from spidr.checkpoint import Checkpointer
 from spidr.config import Config, read_config, schedule_remark, to_dict
 from spidr.data import Batch
 from spidr.data.loader import SpeechLoader
@@ -28,7 +26,7 @@ from spidr.state import Hooks, Measured, State, build_state, may_differ, model_s
 from spidr.tools.collapse import CollapseWatch
 from spidr.tools.command import write_result
 from spidr.tools.errors import InputError, first_line
-from spidr.tools.files import atomic_write, make_folder, remove_unfinished
+from spidr.tools.files import make_folder, remove_unfinished, write_json
 from spidr.tools.healthy import is_base, unlike_published
 from spidr.tools.lock import Lock
 from spidr.tools.logging import FILE_ONLY, run_log
@@ -48,21 +46,17 @@ LOADING = ("num_workers", "pin_memory", "prefetch_factor", "persistent_workers",
 """Data settings that do not change any batch."""
 
 BASE_MODEL = 50_000_000
-"""Parameters from which on training on a CPU is worth a warning."""
+"""Training a model with more parameters on a CPU is worth a warning."""
 
 CPU_TFLOPS = 0.05
-"""Of a core, roughly."""
+"""What a core computes in a second, roughly."""
 
 
 class Run:
     """A run: its state, its folder and everything that surrounds its training loop.
 
-    Used as a context manager. Every method is called by all processes at the same steps; the main one writes. Nothing
-    but a lock is written before :meth:`begin` has found that the run can be resumed.
-
-    Args:
-        cfg: The configuration.
-        hooks: What to add.
+    A context manager. All processes call every method at the same steps; the main one writes. Nothing but a lock is
+    written before :meth:`begin` has found that the run can be resumed.
 
     Attributes:
         state: What a step reads and changes, from :meth:`begin` on.
@@ -93,21 +87,25 @@ class Run:
             self._stack = stack.pop_all()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if error is not None:
+    def __exit__(self, *error: Any) -> None:
+        if error[0] is not None:
             with suppress(Exception):  # what was measured last; the reason of the end comes first
                 self._write_interval()
-        self._stack.__exit__(kind, error, traceback)
+        self._stack.__exit__(*error)
 
     def _take_folder(self, stack: ExitStack) -> None:
         missing = [folder for folder in (self.folder, *self.folder.parents) if not folder.exists()]
+
+        def remove_empty() -> None:
+            with suppress(OSError):
+                for folder in missing:
+                    folder.rmdir()
+
         try:
             make_folder(self.folder)
         except InputError as error:
             raise InputError(f"run.workdir: {error}") from error
-        stack.callback(_remove_empty, missing)
+        stack.callback(remove_empty)
         self._lock = stack.enter_context(Lock(self.folder, "is training in this folder"))
         remove_unfinished(self.folder)
 
@@ -127,23 +125,14 @@ class Run:
     # ------------------------------------------------------------------------------------------------- beginning
 
     def begin(self) -> None:
-        """Build or restore the state, open the run's files, save and validate what is due before the first step.
-
-        Raises:
-            InputError: The run cannot begin, or not resume with this configuration.
-        """
-        env = self.env
+        """Build or restore the state, open the run's files, save and validate what is due before the first step."""
+        env, run, on_gpu = self.env, self.cfg.run, self.env.device.type == "cuda"
         self.checkpointer = Checkpointer(
-            self.folder,
-            self.cfg.run.save_interval,
-            self.cfg.run.keep_latest,
-            disable=not env.is_main,
-            background=env.device.type == "cuda",
+            self.folder, run.save_interval, run.keep_latest, disable=not env.is_main, background=on_gpu
         )
         latest = self._on_main(self.checkpointer.find_latest)
-        logger.info(
-            "training %s: %s", self.cfg.run.model_type, f"resuming from {latest}" if latest else f"new in {self.folder}"
-        )
+        how = f"resuming from {latest}" if latest else f"new in {self.folder}"
+        logger.info("training %s: %s", run.model_type, how)
         self.cfg = cfg = replace(self.cfg, model=model_settings(self.cfg))
         finished = self._on_main(lambda: latest is not None and self._compare_settings(latest))
         self.profiler = StepProfiler(self.folder / "trace.html", enabled=cfg.run.profile and env.is_main)
@@ -160,7 +149,7 @@ class Run:
         self.state.network = wrap(self.state.model, cfg, env)
         self.stop.immediate = False  # from here on somebody looks at it
         if not finished:
-            self._on_main(lambda: self._write_json("config.json", to_dict(cfg)))
+            self._on_main(lambda: write_json(self.folder / "config.json", to_dict(cfg), indent=2))
         self._open_log(self.folder / f"log_{env.rank}.txt")
         if env.is_main:
             self._open_metrics(latest)
@@ -171,19 +160,11 @@ class Run:
         self._stack.callback(self.checkpointer.wait)
         if latest is None:
             self.save()
-        self._validate()
-        if any(self.env.gather_objects(self.stop.signum)):  # a step of a large model takes long, and none is lost yet
-            raise Preempted(self.stop.signum, agreed=True)
+        self.validate(due=self.state.step == 0)
+        self.env.gather_objects(None, self.stop)  # a step of a large model takes long, and none is lost yet
 
     def _compare_settings(self, latest: Path) -> bool:
-        """Compare the configuration with the one that the run in the folder has.
-
-        Returns:
-            Whether that run is finished.
-
-        Raises:
-            InputError: Something differs that must not.
-        """
+        """Compare the configuration with that of the run in the folder, and return whether that run is finished."""
         path = self.folder / "config.json"
         if not path.exists():
             return False
@@ -212,13 +193,12 @@ class Run:
 
     def _restore(self, path: Path) -> None:
         """Resume from a checkpoint."""
-        state, checkpoint = self.state, read_checkpoint(path)
-        self.checkpointer.restore(path, checkpoint)
-        state.step = checkpoint["step"]
+        state = self.state
+        self.checkpointer.restore(path)
+        state.step, state.epoch, extra = self.checkpointer.step, self.checkpointer.epoch, self.checkpointer.extra
         if path.name == "final.pt":
             self._final_step = state.step
         state.freeze_if_due()
-        state.epoch, extra = checkpoint["epoch"], self.checkpointer.extra
         if "position" not in extra:
             logger.warning("%s does not say which data it had seen: resuming with the next epoch", path)
             state.epoch += 1
@@ -231,10 +211,6 @@ class Run:
                 cast("Tensor", codebook.idle).copy_(idle)
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             raise InputError(f"{path}: 'means' or 'idle' is not what a run has saved ({error})") from error
-
-    def _write_json(self, name: str, document: dict[str, Any]) -> None:
-        with atomic_write(self.folder / name) as file:
-            file.write(json.dumps(document, indent=2).encode())
 
     def _open_metrics(self, latest: Path | None) -> None:
         cfg, step = self.cfg, self.state.step
@@ -254,14 +230,14 @@ class Run:
             self.jobs.submit_again(cfg)
 
     def _remark(self) -> None:
-        """Log what the run will use: data, disk space for its checkpoints and, on a CPU, time."""
+        """Log what the run needs: data, disk space for its checkpoints and, on a CPU, time."""
         cfg, state = self.cfg, self.state
         if (remark := schedule_remark(cfg.optimizer)) is not None:
             logger.warning("%s", remark)
         if isinstance(state.loader, SpeechLoader):  # a fork's own may know nothing of the sort
             summary = state.loader.summary()
             summary.log(logger, cfg.data)
-            self._write_json("data.json", asdict(summary))
+            write_json(self.folder / "data.json", asdict(summary), indent=2)
         steps, interval, keep = cfg.optimizer.max_steps - state.step, cfg.run.save_interval, cfg.run.keep_latest
         trained = sum(p.numel() for group in state.optimizer.param_groups for p in group["params"])
         if interval > 0:
@@ -275,18 +251,16 @@ class Run:
                 count, size, count * size, free, hint,
             )  # fmt: skip
         if self.env.device.type == "cpu" and trained > BASE_MODEL and steps > 0:
-            rows = state.loader.accumulation * cfg.data.max_batch_length / cfg.data.max_sample_size
-            tflop = (
-                rows * step_flops(cfg.model, cfg.data.max_sample_size, 0, frozen=state.model.extractor_frozen) / 1e12
-            )
-            days = steps * tflop / (CPU_TFLOPS * torch.get_num_threads()) / 86_400
+            samples, total = cfg.data.max_sample_size, state.loader.accumulation * cfg.data.max_batch_length
+            flops = total / samples * step_flops(cfg.model, samples, 0, frozen=state.model.extractor_frozen)
+            days = steps * flops / 1e12 / (CPU_TFLOPS * torch.get_num_threads()) / 86_400
             text = "a large model on a CPU: %d steps take about %.2g days; configs/laptop.toml is one for CPUs"
             logger.warning(text, steps, days)
 
     # ------------------------------------------------------------------------------------------------- every step
 
     def rounds(self) -> Iterator[list[Batch]]:
-        """This process's micro-batches, for one optimiser step after the other, until all are done."""
+        """This process's micro-batches, one optimiser step after another, until all are done."""
         rounds = self.state.rounds()
         while self.state.step < self.cfg.optimizer.max_steps:
             start = time.perf_counter()
@@ -295,11 +269,7 @@ class Run:
             yield micro_batches
 
     def record(self, micro_batches: list[Batch], measured: Measured) -> None:
-        """Record a step. Its measurements are read when the device has computed them.
-
-        Raises:
-            InputError: If a loss or gradient was not finite.
-        """
+        """Record a step. Once the device has computed its measurements, raise InputError if they are not finite."""
         self._rows_in_flight[self.state.step] = torch.cat([batch.rows for batch in micro_batches])
         self._readback.put(self.state.step, measured)
         self.progress(1)
@@ -319,7 +289,7 @@ class Run:
             self._interval.add(values)
 
     def _stop_not_finite(self, step: int, values: dict[str, list[float]], rows: Tensor) -> None:
-        """Name the files of the step, of the processes whose own loss was not finite, or else of all."""
+        """Name the step's files, on the processes whose own loss was not finite, or else on all."""
         files = [str(recording) for recording in self.state.loader.dataset.recordings(rows.numpy())]
         everywhere = self.env.gather_objects((bool(values["finite_here"][0]), files))
         guilty = [rank for rank, (finite, _) in enumerate(everywhere) if not finite] or range(len(everywhere))
@@ -333,7 +303,7 @@ class Run:
     # ------------------------------------------------------------------------------------------------- now and then
 
     def log(self) -> None:
-        """Every ``log_interval`` steps, write the means since the last time. Waits for the device."""
+        """Every ``log_interval`` steps, wait for the device and write the means since the last time."""
         if self.state.step % self.cfg.run.log_interval:
             return
         self._absorb(wait=True)
@@ -365,29 +335,30 @@ class Run:
                 logger.warning("step %d, %s: %s", line["step"], line["group"], said)
 
     def save(self) -> None:
-        """Save a checkpoint if it is due or the run must stop. Waits for the device, to be sure that all went well.
-
-        Raises:
-            Preempted: The run must stop.
-        """
+        """Save a checkpoint if it is due or the run must stop, which then raises Preempted. Waits for the device."""
         if not (self.must_stop or self.checkpointer.is_due(self.state.step)):
             return
         self._absorb(wait=True)
-        self._set_extra()
-        self._on_main(self._save)
+        self._save()
         if self.must_stop:
-            self._on_main(self.checkpointer.wait)
             self._write_interval()
             raise Preempted(self.stop.signum, agreed=True)
 
-    def _save(self) -> None:
-        self._lock.check()
-        self.checkpointer.save(self.state.step, self.state.epoch, force=True)
-
-    def _set_extra(self) -> None:
+    def _save(self, *, final: bool = False) -> None:
         position = self.state.position * self._batches_per_step
         idle = [codebook.idle for codebook in self.state.model.codebooks]
         self.checkpointer.extra = {"position": position, "means": self._interval.sums, "idle": idle}
+
+        def write() -> None:
+            self._lock.check()
+            if not final:
+                self.checkpointer.save(self.state.step, self.state.epoch, force=True)
+            elif self.state.step != self._final_step:
+                self.checkpointer.save_final(self.state.step, self.state.epoch)
+            if final or self.must_stop:
+                self.checkpointer.wait()
+
+        self._on_main(write)
 
     @property
     def _batches_per_step(self) -> int:
@@ -397,9 +368,8 @@ class Run:
         """Save and validate the trained model, and print the quality of its units."""
         self._absorb(wait=True)
         self._write_interval()
-        self._set_extra()
-        self._on_main(self._save_final)
-        self._validate()
+        self._save(final=True)
+        self.validate(due=True)
         self._on_main(self._collect_validation)
         logger.info("finished %d steps of %s", self.state.step, self.folder)
         if self.env.is_main:
@@ -408,34 +378,18 @@ class Run:
                 self._print_units(group)
         self.stop.immediate = True
 
-    def _save_final(self) -> None:
-        self._lock.check()
-        if self.state.step != self._final_step:
-            self.checkpointer.save_final(self.state.step, self.state.epoch)
-        self.checkpointer.wait()
-
     # ------------------------------------------------------------------------------------------------- validation
 
-    def validate(self) -> None:
-        """Validate the model if its checkpoint has just been saved, see :meth:`_validate`."""
-        if self.checkpointer.is_due(self.state.step):
-            self._validate()
+    def validate(self, *, due: bool = False) -> None:
+        """Validate the model, if ``due`` or if its checkpoint was due, on every set on which it has not been yet.
 
-    def _validate(self) -> None:
-        """Validate the model on every set on which it has not been, if its step is one whose checkpoint is validated.
-
-        In this process, or in jobs whose results come back later.
-
-        Raises:
-            Preempted: A signal asked to stop; the validation is done after the restart.
+        In this process, or in jobs whose results come back later. Raises Preempted if a signal asks to stop meanwhile.
         """
-        step = self.state.step
-        due = step in (0, self.cfg.optimizer.max_steps) or self.checkpointer.is_due(step)
+        step, cfg = self.state.step, self.cfg
+        due = due or self.checkpointer.is_due(step)
         for group in self._on_main(self._unvalidated) if due else ():
             start = time.perf_counter()
-            values = validate_set(
-                self.state.model, self.cfg.validation[group], self.cfg.masking, self.env, stop=self.stop
-            )
+            values = validate_set(self.state.model, cfg.validation[group], cfg.masking, self.env, stop=self.stop)
             self._write({"step": step, "group": group, **values})
             seconds = time.perf_counter() - start
             logger.info("step %d, %s: loss %.4f (%.0f s)", step, group, values["loss"], seconds)
@@ -469,15 +423,15 @@ class Run:
         if before is None or after is None or f"pnmi_{self.layers[0]}" not in after:
             return
         start = "untrained" if self.cfg.run.init_ckpt is None else "at the start"
-        lines = [f"\nUnits of {group}, {start} -> after {self.state.step} steps"]
-        lines.append("layer  PNMI              active codewords  perplexity")
+        text = f"\nUnits of {group}, {start} -> after {self.state.step} steps\n"
+        text += "layer  PNMI              active codewords  perplexity\n"
         for layer in self.layers:
             pnmi, active, ppl = (
                 f"{before[name]:.{digits}f} -> {after[name]:.{digits}f}"
                 for name, digits in ((f"pnmi_{layer}", 3), (f"active_codewords_{layer}", 0), (f"unit_ppl_{layer}", 1))
             )
-            lines.append(f"{layer[1:]:5}  {pnmi:16}  {active:16}  {ppl}")
-        write_result("\n".join(lines) + "\n")
+            text += f"{layer[1:]:5}  {pnmi:16}  {active:16}  {ppl}\n"
+        write_result(text)
 
 
 @contextmanager
@@ -485,23 +439,17 @@ def _reason_in_log() -> Iterator[None]:
     """Log why the run ended. The command reports it on standard error."""
     try:
         yield
-    except (InputError, Preempted) as error:
-        logger.error("the run ended: %s", error, extra=FILE_ONLY)
-        raise
-    except RunEndedError as error:
-        logger.error("the run ended: %s", error.cause.text, extra=FILE_ONLY)
-        raise
     except BaseException as error:
-        reason = f"{type(error).__name__}: {first_line(error)}"
-        logger.error("the run ended: %s", reason, extra=FILE_ONLY, exc_info=isinstance(error, Exception))
+        match error:
+            case RunEndedError():
+                reason = error.cause.text
+            case InputError() | Preempted():
+                reason = str(error)
+            case _:
+                reason = f"{type(error).__name__}: {first_line(error)}"
+        is_bug = isinstance(error, Exception) and not isinstance(error, InputError)
+        logger.error("the run ended: %s", reason, extra=FILE_ONLY, exc_info=is_bug)
         raise
-
-
-def _remove_empty(folders: list[Path]) -> None:
-    """Remove empty folders, innermost first."""
-    with suppress(OSError):
-        for folder in folders:
-            folder.rmdir()
 
 
 def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -513,7 +461,7 @@ def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _must_stay(name: str, *, finished: bool) -> bool:
-    """Whether a setting must not change: those that shape the model and, once finished, all that made it."""
+    """Whether a setting is fixed: it shapes the model or, once the run has finished, the result."""
     section, _, rest = name.partition(".")
     if section == "model" or name == "run.model_type":
         return finished or not may_differ(rest)
@@ -522,15 +470,15 @@ def _must_stay(name: str, *, finished: bool) -> bool:
     )
 
 
+@dataclass
 class _Clock:
     """Measures what an interval of training costs, starting now."""
 
-    def __init__(self) -> None:
-        self.start = time.perf_counter()
-        self.audio_seconds = 0.0  # trained on, by all processes
-        self.tflop = 0.0  # of the model, on all processes
-        self.waited = 0.0  # for data
-        self.paused = 0.0  # for validation
+    start: float = field(default_factory=time.perf_counter)
+    audio_seconds: float = 0.0  # trained on, by all processes
+    tflop: float = 0.0  # of the model, on all processes
+    waited: float = 0.0  # for data
+    paused: float = 0.0  # for validation
 
     def rates(self, env: Environment, dtype: str) -> dict[str, float]:
         """Rates and memory of the interval; TFLOP/s are per device, ``mfu`` is their share of its peak."""
@@ -547,7 +495,7 @@ class _Clock:
 
 
 def _peak_memory(device: torch.device) -> float:
-    """Peak memory of this process in bytes: the GPU's, else the machine's; NaN if unknown."""
+    """Peak memory of this process in bytes, on the GPU if it has one; NaN if unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:

@@ -29,14 +29,8 @@ from spidr.tools.errors import InputError
 from spidr.tools.meters import Last, Mean, PerCodebook, PerCodebookAndMean, Transport
 
 MAY_DIFFER = (
-    "dropout",
-    "encoder_layer_drop",
-    "ema_",
-    "codebook_decay",
-    "codebook_init",
-    "codebook_revive_after",
-    "freeze_step",
-    "reset",
+    *("dropout", "encoder_layer_drop", "ema_", "codebook_decay", "codebook_init", "codebook_revive_after"),
+    *("freeze_step", "reset"),
 )
 """Beginnings and ends of the names of model settings that do not change the model's shape."""
 
@@ -75,11 +69,11 @@ class Hooks:
     """What a research fork adds to training without touching the package.
 
     Attributes:
-        on_model: Called with the model before anything is built on it, with the weights of ``init_ckpt`` if there are
-            any: add modules, which are then trained and saved along, reset codebooks or heads, register forward hooks.
+        on_model: Called with the model before anything is built on it, with the weights of ``init_ckpt`` if any: add
+            modules, which are then trained and saved too, reset codebooks or heads, register forward hooks.
         extra_loss: Called with (model, batch) after each forward pass. Its result, 0-dim and summed over the masked
-            frames of the micro-batch like the loss itself, is added to the loss. What a layer has put out during the
-            forward pass is at hand through a forward hook on it.
+            frames of the micro-batch like the loss itself, is added to the loss. A forward hook on a layer gives its
+            output.
         after_step: Called with the state after every optimiser step.
         loader: Builds the batches, with the arguments of :func:`spidr.data.build_dataloader`.
     """
@@ -92,7 +86,7 @@ class Hooks:
 
 @dataclass
 class State:
-    """All that a step reads and changes. ``position`` counts the steps whose batches this epoch has given."""
+    """Everything a step reads and changes. ``position``: steps of this epoch whose batches have been taken."""
 
     cfg: Config
     env: Environment
@@ -114,7 +108,7 @@ class State:
         self.upload = Uploader(self.env.device)
 
     def rounds(self) -> Iterator[list[Batch]]:
-        """This process's micro-batches, for one optimiser step after the other, without end."""
+        """This process's micro-batches, one optimiser step after another, without end."""
         while True:
             batches = self.loader.epoch(self.epoch, self.position)
             while micro_batches := list(islice(batches, self.loader.accumulation)):
@@ -130,14 +124,14 @@ class State:
 
 
 def build_state(cfg: Config, env: Environment, stop: StopFlag, hooks: Hooks, *, new: bool) -> State:
-    """Build the run at its beginning, on every process the same.
+    """Build a run's state, the same on every process.
 
     Args:
         cfg: The configuration.
         env: The processes.
         stop: The flag to look at.
         hooks: What to add.
-        new: Whether the run begins here. Otherwise a checkpoint is going to be loaded, so no weights are needed.
+        new: Whether the run begins here. If not, a checkpoint will be loaded, so no weights are needed.
     """
     if env.device.type == "cuda":
         check_batch_length(cfg)
@@ -150,13 +144,9 @@ def build_state(cfg: Config, env: Environment, stop: StopFlag, hooks: Hooks, *, 
         hooks.on_model(model)
     model.to(env.device).train()
     model.reduction = env.all_reduce
+    shapes, channels = model.cfg.extractor_conv_layer_config, model.cfg.encoder_embed_dim
     loader = hooks.loader(
-        cfg.data,
-        cfg.masking,
-        conv_layer_config=model.cfg.extractor_conv_layer_config,
-        channels=model.cfg.encoder_embed_dim,
-        rank=env.rank,
-        world_size=env.world_size,
+        cfg.data, cfg.masking, conv_layer_config=shapes, channels=channels, rank=env.rank, world_size=env.world_size
     )
     if new and cfg.model.reset == "codebooks":
         reset_codebooks(model, loader, env, cfg)
@@ -202,11 +192,7 @@ def model_settings(cfg: Config) -> DinoSRConfig:
 
 
 def check_batch_length(cfg: Config) -> None:
-    """Check that no tensor of a batch has more elements than 32-bit indices can address on a GPU.
-
-    Raises:
-        InputError: ``data.max_batch_length`` is too large.
-    """
+    """Raise InputError if a tensor of a batch would have more elements than 32-bit indices can address on a GPU."""
     model, stride, per_sample = cfg.model, 1, 0.0
     for channels, _, layer_stride in model.extractor_conv_layer_config:
         stride *= layer_stride
@@ -236,7 +222,7 @@ class Replica(nn.Module):
 
 
 def wrap(model: DinoSR, cfg: Config, env: Environment) -> Callable[..., Any]:
-    """The model as the loop calls it: compiled if configured, its gradients averaged over processes if several."""
+    """The model as the loop calls it: compiled if so configured, with gradients averaged over several processes."""
     call = compiled(model, env.device) if cfg.run.compile else model
     if env.world_size == 1:
         return call

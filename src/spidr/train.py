@@ -50,7 +50,7 @@ __all__ = ["Hooks", "State", "main", "train", "train_step"]
 __getattr__ = names_from(__name__, "spidr.compat.training")  # what published packages also have here
 
 MAX_SKIPPED_STEPS = 10
-"""Steps in a row that float16 may skip for want of range before the run stops."""
+"""The run stops after float16 has overflowed in so many steps in a row."""
 
 
 def train(cfg: Config, hooks: Hooks | None = None) -> None:
@@ -81,8 +81,8 @@ def train(cfg: Config, hooks: Hooks | None = None) -> None:
 def train_step(state: State, micro_batches: list[Batch]) -> Measured | None:
     """One optimiser step.
 
-    The loss is summed over micro-batches and processes and divided by all their masked frames, so how a global batch is
-    cut makes no difference. Beside the gradients' there is one reduction over processes, of the statistics.
+    The loss is summed over micro-batches and processes and divided by all their masked frames, so it does not matter
+    how a global batch is divided. Besides the gradients' there is one reduction over processes, of the statistics.
 
     Args:
         state: Changed in place.
@@ -92,7 +92,7 @@ def train_step(state: State, micro_batches: list[Batch]) -> Measured | None:
         What the step measured; None if float16 overflowed and the step was skipped.
 
     Raises:
-        InputError: If float16 overflowed too many times in a row.
+        InputError: float16 has overflowed too many times in a row.
     """
     model, env, optimizer, scaler = state.model, state.env, state.optimizer, state.scaler
     seed_step(state.cfg.run.random_seed, state.step, env.rank)
@@ -167,10 +167,9 @@ def _reduce_statistics(state: State, micro_batches: list[Batch]) -> dict[str, Te
 
 def _tflop(state: State, batch: Batch) -> float:
     """Floating-point operations of the model on a micro-batch, in 10^12."""
-    rows, samples = batch.waveforms.shape
+    (rows, samples), model = batch.waveforms.shape, state.model
     masked = 0 if batch.mask_indices is None else batch.mask_indices.shape[1]
-    model, frozen = state.model, state.frozen
-    kept = {"has_frames": frozen.has_frames, "has_labels": frozen.has_labels(state.step)}
+    kept = {"has_frames": state.frozen.has_frames, "has_labels": state.frozen.has_labels(state.step)}
     return rows * step_flops(model.cfg, samples, masked, frozen=model.extractor_frozen, **kept) / 1e12
 
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from spidr.config import SAMPLE_RATE, Config, DataConfig, MaskingConfig, ResumeC
 from spidr.data import Batch, build_validation_dataloader, speech_dataset
 from spidr.data.alignments import FRAME_STEP, Alignments, fit, read_alignments
 from spidr.data.names import match_rows
-from spidr.environment import Environment, Preempted, StopFlag, environment
+from spidr.environment import Environment, StopFlag, environment
 from spidr.models import DinoSR
 from spidr.models.hub import build_model, load_weights
 from spidr.models.metrics import UnitsQuality, units_quality
@@ -36,16 +37,17 @@ if TYPE_CHECKING:
 
     from spidr.data.dataset import SpeechDataset
 
-T = TypeVar("T")
-Metrics = dict[str, float]
 AnyBatch = Batch | tuple[Tensor, Tensor | None, Tensor | None]
 
+Measured = tuple[float, dict[str, list[float]]]
+"""Masked frames of a batch, and its values."""
 
-def validate(model: nn.Module, loader: Iterable[AnyBatch], device: torch.device | str) -> Metrics:
+
+def validate(model: nn.Module, loader: Iterable[AnyBatch], device: torch.device | str) -> dict[str, float]:
     """Validate on the batches of a loader, in float32.
 
     Args:
-        model: On ``device``, as it is or wrapped for several processes; its mode is as before afterwards.
+        model: On ``device``, as it is or wrapped for several processes; its mode is restored.
         loader: See :func:`spidr.data.build_validation_dataloader`; or any batches (waveforms, attention_mask, mask).
         device: Where to compute.
 
@@ -54,14 +56,10 @@ def validate(model: nn.Module, loader: Iterable[AnyBatch], device: torch.device 
         masked frames.
 
     Raises:
-        InputError: If there is no batch.
+        InputError: There is no batch.
     """
     means = _weighted_means(_measure(cast("DinoSR", getattr(model, "module", model)), loader, device))
     return {name: means[name][0] for name in ("loss", "target_ppl", "pred_ppl")}
-
-
-_Part = tuple[float, dict[str, list[float]]]
-"""Masked frames of a batch, and its values."""
 
 
 @contextmanager
@@ -80,34 +78,27 @@ def _inference(model: DinoSR, device: torch.device | str) -> Iterator[None]:
 
 def _measure(
     model: DinoSR, loader: Iterable[AnyBatch], device: torch.device | str, stop: StopFlag | None = None
-) -> list[_Part]:
+) -> list[Measured]:
     measured = []
     with _inference(model, device):
         for batch in loader:
             if stop is not None and stop.signum:
                 break
-            waveforms, options = _inputs(batch, device)
-            loss, outputs = model(waveforms, **options)
+            if isinstance(batch, Batch):
+                there = batch.to(device, non_blocking=True)
+                loss, outputs = model(there.waveforms, **there.options)
+            else:
+                waveforms, attention_mask, mask = (None if x is None else x.to(device) for x in batch)
+                loss, outputs = model(waveforms, attention_mask=attention_mask, mask=mask)
             if not loss.numel():  # very short recordings, no frame of which is masked
                 continue
             # On the CPU, since MPS has no float64.
             values = {name: value.cpu().double().reshape(-1).tolist() for name, value in outputs.items()}
-            values["loss"] = [loss.cpu().double().mean().item()]
-            measured.append((float(loss.numel()), values))
+            measured.append((float(loss.numel()), values | {"loss": [loss.cpu().double().mean().item()]}))
     return measured
 
 
-def _inputs(batch: AnyBatch, device: torch.device | str) -> tuple[Tensor, dict[str, Tensor | None]]:
-    """The model's arguments, waveforms first, on its device."""
-    if isinstance(batch, Batch):
-        batch = batch.to(device, non_blocking=True)
-        return batch.waveforms, batch.options
-    waveforms, attention_mask, mask = batch
-    options = {"attention_mask": attention_mask, "mask": mask}
-    return waveforms.to(device), {name: None if x is None else x.to(device) for name, x in options.items()}
-
-
-def _weighted_means(measured: list[_Part]) -> dict[str, list[float]]:
+def _weighted_means(measured: list[Measured]) -> dict[str, list[float]]:
     """Means weighted by frames. ``fsum`` rounds once, so the order does not matter."""
     if not measured:
         raise InputError("there is no batch to validate on")
@@ -125,7 +116,7 @@ def layer_names(model: DinoSR) -> list[str]:
 
 def validate_set(
     model: DinoSR, data: DataConfig, masking: MaskingConfig, env: Environment, stop: StopFlag | None = None
-) -> Metrics:
+) -> dict[str, float]:
     """Validate on one ``[validation.NAME]`` set, shared among all processes.
 
     Args:
@@ -133,7 +124,7 @@ def validate_set(
         data: The set.
         masking: Which frames to mask.
         env: The processes to share with.
-        stop: Set if there is no time any more.
+        stop: Set if time is up.
 
     Returns:
         The values of :func:`validate`, ``target_ppl_lN`` and ``pred_ppl_lN`` for each layer N that has a codebook and,
@@ -143,21 +134,13 @@ def validate_set(
     Raises:
         Preempted: On every process, if ``stop`` was set on any.
     """
-    cfg, stop = model.cfg, stop or StopFlag()
+    shapes, channels, names = model.cfg.extractor_conv_layer_config, model.cfg.encoder_embed_dim, layer_names(model)
     loader = build_validation_dataloader(
-        data,
-        masking,
-        conv_layer_config=cfg.extractor_conv_layer_config,
-        channels=cfg.encoder_embed_dim,
-        rank=env.rank,
-        world_size=env.world_size,
+        data, masking, conv_layer_config=shapes, channels=channels, rank=env.rank, world_size=env.world_size
     )
-    try:
+    with closing(loader):
         measured = _measure(model, loader, env.device, stop)
-    finally:
-        loader.close()
-    means = _weighted_means([item for part in _gather(env, measured, stop) for item in part])
-    names = layer_names(model)
+    means = _weighted_means(list(chain.from_iterable(env.gather_objects(measured, stop))))
     metrics = {name: means[name][0] for name in ("loss", "target_ppl", "pred_ppl")}
     for name in ("target_ppl", "pred_ppl"):
         metrics |= {f"{name}_{layer}": value for layer, value in zip(names, means[f"{name}s"], strict=True)}
@@ -166,15 +149,9 @@ def validate_set(
     return metrics
 
 
-def _gather(env: Environment, part: T, stop: StopFlag) -> list[T]:
-    """Gather what each process has measured."""
-    signums, parts = zip(*env.gather_objects((stop.signum, part)), strict=True)
-    if any(signums):
-        raise Preempted(max(signums), agreed=True)
-    return list(parts)
-
-
-def _units_metrics(model: DinoSR, data: DataConfig, alignments_path: str, env: Environment, stop: StopFlag) -> Metrics:
+def _units_metrics(
+    model: DinoSR, data: DataConfig, alignments_path: str, env: Environment, stop: StopFlag | None
+) -> dict[str, float]:
     dataset = speech_dataset(data.manifest, normalize=data.normalize)
     phones = phones_of_rows(dataset.manifest, read_alignments(alignments_path))
     if not phones:
@@ -183,18 +160,14 @@ def _units_metrics(model: DinoSR, data: DataConfig, alignments_path: str, env: E
             "same in both"
         )
     encoded = encode_rows(model, dataset, sorted(phones), data.max_batch_length, env, stop)
-    parts = _gather(env, {row: units for row, units, _ in encoded}, stop)
+    parts = env.gather_objects({row: units for row, units, _ in encoded}, stop)
     units = {row: codebooks for part in parts for row, codebooks in part.items()}
-    metrics: Metrics = {}
+    metrics: dict[str, float] = {}
     for layer, quality in zip(layer_names(model), codebooks_quality(model, phones, units), strict=True):
-        metrics |= {f"{name}_{layer}": float(value) for name, value in _named(quality).items()}
+        values = quality._asdict()
+        values["unit_ppl"] = values.pop("codebook_perplexity")  # not to be confused with that of the targets
+        metrics |= {f"{name}_{layer}": float(value) for name, value in values.items()}
     return metrics
-
-
-def _named(quality: UnitsQuality) -> dict[str, float]:
-    """Metrics by name; ``unit_ppl`` is not to be confused with the targets' perplexity."""
-    values = quality._asdict()
-    return {"pnmi": values.pop("pnmi"), "unit_ppl": values.pop("codebook_perplexity"), **values}
 
 
 def frame_step(model: DinoSR) -> int:
@@ -203,28 +176,16 @@ def frame_step(model: DinoSR) -> int:
 
 
 def codebooks_quality(model: DinoSR, phones: dict[int, list[str]], units: dict[int, Tensor]) -> list[UnitsQuality]:
-    """The quality of each codebook's units.
-
-    Args:
-        model: That the units are of.
-        phones: Of the recordings, by row, one per 10 ms.
-        units: Of the same recordings or some of them, (K, T).
-    """
+    """The quality of each codebook's units (K, T), by row, given the phones of these or more rows, one per 10 ms."""
     frames = {row: codebooks.shape[1] * frame_step(model) // FRAME_STEP for row, codebooks in units.items()}
     phones = {row: fit(phones[row], frames[row]) or phones[row] for row in units}
     num_phones = len({phone for labels in phones.values() for phone in labels})
     qualities = []
     for k in range(model.num_codebooks):
-        aligned = {f"row {row}": (phones[row], codebooks[k].numpy()) for row, codebooks in sorted(units.items())}
-        qualities.append(
-            units_quality(
-                aligned,  # type: ignore[arg-type]  # an array is as good a sequence
-                num_units=model.cfg.codebook_size,
-                num_phones=num_phones,
-                frame_step=frame_step(model),
-                alignment_step=FRAME_STEP,
-            )
-        )
+        aligned: Any = {f"row {row}": (phones[row], codebooks[k].numpy()) for row, codebooks in sorted(units.items())}
+        sizes = {"num_units": model.cfg.codebook_size, "num_phones": num_phones}
+        steps = {"frame_step": frame_step(model), "alignment_step": FRAME_STEP}
+        qualities.append(units_quality(aligned, **sizes, **steps))
     return qualities
 
 
@@ -232,10 +193,6 @@ def phones_of_rows(manifest: pl.DataFrame, alignments: Alignments) -> dict[int, 
     """The phones of those rows of a manifest that are aligned, by their fileid or else their path."""
     matched = match_rows(alignments, manifest["fileid"].to_list(), manifest["path"].to_list())
     return {row: alignments[name] for row, name in matched.items()}
-
-
-Encoded = tuple[int, Tensor, list[Tensor]]
-"""A row of the manifest, its units (K, T) and the outputs of the layers asked for, each (T, D), on the CPU."""
 
 
 def encode_rows(
@@ -246,8 +203,8 @@ def encode_rows(
     env: Environment,
     stop: StopFlag | None = None,
     layers: Sequence[int] = (),
-) -> Iterator[Encoded]:
-    """Encode this process's share of some recordings, whole, padded in batches of like length, the shortest first.
+) -> Iterator[tuple[int, Tensor, list[Tensor]]]:
+    """Encode this process's share of some recordings, whole, in batches of similar length, the shortest first.
 
     Args:
         model: On the device of ``env``.
@@ -255,8 +212,11 @@ def encode_rows(
         rows: Which of them; those too short for a frame are left out.
         max_batch_length: Samples of a batch with its padding.
         env: The processes to share with.
-        stop: Set if there is no time any more.
-        layers: Of which the outputs are wanted, counted from 1; they take a second forward pass.
+        stop: Set if time is up.
+        layers: Whose outputs are wanted, counted from 1; they take a second forward pass.
+
+    Yields:
+        Each row, its units (K, T) and the outputs of those layers, each (T, D), on the CPU.
     """
     shapes = model.cfg.extractor_conv_layer_config
     lengths = dataset.lengths
@@ -293,12 +253,7 @@ def _pack(rows: list[int], lengths: np.ndarray, limit: int) -> list[list[int]]:
 def load_trained(cfg: Config, checkpoint: str | Path) -> DinoSR:
     """The model of a run's checkpoint, in eval mode and without what hooks may have added to it.
 
-    Args:
-        cfg: The run's configuration.
-        checkpoint: See :func:`spidr.models.hub.load_weights`.
-
-    Raises:
-        InputError: It cannot be read or does not fit the configuration.
+    Raises InputError if the checkpoint (see :func:`spidr.models.hub.load_weights`) does not fit the configuration.
     """
     model = build_model(cfg=cfg.model)
     known = model.state_dict().keys()
@@ -307,12 +262,7 @@ def load_trained(cfg: Config, checkpoint: str | Path) -> DinoSR:
 
 
 def run_validation(cfg: Config, resume: ResumeConfig) -> None:
-    """Validate a checkpoint on all validation sets and write the results as JSON lines, complete or not at all.
-
-    Args:
-        cfg: The run's configuration.
-        resume: The checkpoint, its step and where the results go.
-    """
+    """Validate a checkpoint of a run on all validation sets and write the results as JSON lines, or not at all."""
     with environment(cfg.run) as env:
         model = load_trained(cfg, resume.checkpoint).to(env.device)
         lines = [

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
 import sys
-import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +17,7 @@ from spidr.slurm.presets import validation_job_config
 from spidr.slurm.submission import job_state
 from spidr.tools.command import Parser, command, write_result
 from spidr.tools.errors import InputError, first_line
-from spidr.tools.files import atomic_write, make_folder
+from spidr.tools.files import make_folder, write_json
 from spidr.tools.lock import Lock
 from spidr.tools.metrics import Line, MetricsFile, read_metrics
 from spidr.tools.untrusted import parse_json
@@ -40,7 +39,7 @@ class ValidationJobs:
 
     ``step_N.pending`` names a job's checkpoint, id and log; ``step_N.failed`` says why it gave no results;
     ``step_N.jsonl`` holds results to be collected. So a restarted run, or ``spidr metrics`` after its end, knows as
-    much as the process that submitted. Only one process at a time may use them. Jobs are submitted in threads.
+    much as the process that submitted. Only one process at a time may use them. Submitting happens in threads.
 
     Args:
         run_dir: The run folder.
@@ -48,19 +47,11 @@ class ValidationJobs:
 
     def __init__(self, run_dir: Path) -> None:
         self.folder = run_dir / "validation"
-        self._threads: dict[int, threading.Thread] = {}
+        self._submissions: dict[int, Future[None]] = {}
         self._told: set[int] = set()
 
-    # ------------------------------------------------------------------------------------------------- submitting
-
     def submit(self, cfg: Config, step: int, checkpoint: Path) -> None:
-        """Submit the validation of a checkpoint on every validation set, in the background.
-
-        Args:
-            cfg: The run's configuration, with the settings of the model in training.
-            step: The checkpoint's step.
-            checkpoint: Its file, to be kept while the step is :meth:`needed`.
-        """
+        """Submit, in the background, the validation of a step's checkpoint, to be kept while it is :meth:`needed`."""
         make_folder(self.folder)
         self._write(step, ".pending", checkpoint=str(checkpoint), job="")
         self._path(step, ".failed").unlink(missing_ok=True)
@@ -68,9 +59,7 @@ class ValidationJobs:
         # Read the environment now; the thread might find another one.
         slurm = cfg.run.slurm_validation or validation_job_config()
         resume = ResumeConfig(step, str(checkpoint), str(self._path(step, ".jsonl")))
-        thread = threading.Thread(target=self._submit, args=(cfg, resume, slurm), name=f"validation of step {step}")
-        self._threads[step] = thread
-        thread.start()
+        self._submissions[step] = ThreadPoolExecutor(1, "validation").submit(self._submit, cfg, resume, slurm)
 
     def submit_again(self, cfg: Config) -> None:
         """Resubmit what failed, if its checkpoint is still there."""
@@ -83,24 +72,18 @@ class ValidationJobs:
     def _submit(self, cfg: Config, resume: ResumeConfig, slurm: SlurmConfig) -> None:
         try:
             self.find_lost()
-            name = f"{cfg.run.wandb_name}-step{resume.step}"
-            failed = str(self._path(resume.step, ".failed"))
-            calls = [(_validate, (cfg, resume, failed))]
+            name, step = f"{cfg.run.wandb_name}-step{resume.step}", resume.step
+            calls = [(_validate, (cfg, resume, str(self._path(step, ".failed"))))]
             job_id, folder = submit(name, calls, self.folder, slurm, max_restarts=MAX_RESTARTS)
-            if self._path(resume.step, ".pending").exists():  # unless the job is already done
-                self._write(
-                    resume.step, ".pending", checkpoint=resume.checkpoint, job=job_id, log=_log_of(folder, job_id)
-                )
+            if self._path(step, ".pending").exists():  # unless the job is already done
+                self._write(step, ".pending", checkpoint=resume.checkpoint, job=job_id, log=_log_of(folder, job_id))
         except Exception as error:
             self._fail(resume.step, str(error) if isinstance(error, InputError) else repr(error))
 
     def close(self) -> None:
         """Wait until everything is submitted or refused."""
-        for thread in self._threads.values():
-            thread.join()
+        wait(self._submissions.values())
         self.report()
-
-    # ------------------------------------------------------------------------------------------------- results
 
     def pending(self) -> set[int]:
         """Steps whose job has neither given results nor failed."""
@@ -137,16 +120,14 @@ class ValidationJobs:
                 self._path(step, suffix).unlink(missing_ok=True)
 
     def find_lost(self) -> None:
-        """Mark jobs that ended silently as failed: cancelled, out of memory, on a machine that died."""
+        """Mark as failed the jobs that ended silently: cancelled, out of memory, on a machine that died."""
         for step in self.pending():
             job = self._read(step, ".pending")
             if not job.get("job"):
-                if step not in self._threads:
+                if step not in self._submissions:
                     self._fail(step, "the run ended while the job was submitted")
             elif job_state(job["job"]) == "" and not self._path(step, ".jsonl").exists():
                 self._fail(step, f"job {job['job']} ended without results, see {job.get('log', self.folder)}")
-
-    # ------------------------------------------------------------------------------------------------- files
 
     def _fail(self, step: int, reason: str) -> None:
         if not self._path(step, ".failed").exists():  # else the job has said why
@@ -160,7 +141,7 @@ class ValidationJobs:
         return {int(name[1]) for name in names if name}
 
     def _write(self, step: int, suffix: str, **values: str) -> None:
-        _write_json(self._path(step, suffix), values)
+        write_json(self._path(step, suffix), values)
 
     def _read(self, step: int, suffix: str) -> dict[str, str]:
         try:
@@ -168,11 +149,6 @@ class ValidationJobs:
         except (OSError, ValueError):
             return {}
         return values if isinstance(values, dict) else {}
-
-
-def _write_json(path: Path, values: dict[str, str]) -> None:
-    with atomic_write(path) as file:
-        file.write(json.dumps(values).encode())
 
 
 def _log_of(folder: Path, job_id: str) -> str:
@@ -187,22 +163,12 @@ def _validate(cfg: Config, resume: ResumeConfig, failed: str) -> None:
         validate_existing_checkpoint(cfg, resume)
     except Exception as error:
         job, folder = os.environ["SLURM_JOB_ID"], Path(os.environ["SUBMITIT_FOLDER"]).parent
-        _write_json(Path(failed), {"reason": f"job {job} failed: {first_line(error)}; see {_log_of(folder, job)}"})
+        write_json(Path(failed), {"reason": f"job {job} failed: {first_line(error)}; see {_log_of(folder, job)}"})
         raise
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# After the run
-
-
 class Collected(NamedTuple):
-    """The state of a run's validation jobs.
-
-    Attributes:
-        lines: Number of lines added to ``metrics.jsonl``.
-        failures: Step → why it is not validated.
-        pending: Steps whose job waits or runs.
-    """
+    """How many lines ``metrics.jsonl`` got, why which steps are not validated, and which are still to come."""
 
     lines: int
     failures: dict[int, str]
@@ -225,19 +191,13 @@ def collect_metrics(folder: Path) -> Collected:
         jobs = ValidationJobs(folder)
         jobs.find_lost()
         count = sum(metrics.write(line) for line in jobs.collect())
-        if count:
-            _remove_checkpoints(folder, jobs)
+        if count and (run := read_config(folder / "config.json").run).keep_latest > 0:
+            from spidr.checkpoint import Checkpointer
+
+            checkpointer = Checkpointer(folder, run.save_interval, run.keep_latest)
+            checkpointer.needed = jobs.needed
+            checkpointer.remove_old()
         return Collected(count, jobs.failures(), jobs.pending())
-
-
-def _remove_checkpoints(folder: Path, jobs: ValidationJobs) -> None:
-    run = read_config(folder / "config.json").run
-    if run.keep_latest > 0:
-        from spidr.checkpoint import Checkpointer
-
-        checkpointer = Checkpointer(folder, run.save_interval, run.keep_latest)
-        checkpointer.needed = jobs.needed
-        checkpointer.remove_old()
 
 
 def push_metrics(folder: Path, entity: str, run_id: str | None = None) -> int:
@@ -289,9 +249,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("path", type=Path, help="a run's folder, or its metrics.jsonl")
     parser.add_argument("--entity", help="wandb user or team (default: none, nothing is pushed)")
-    parser.add_argument(
-        "--runid", help="wandb's id of the run (default: the one finished run of that project and name)"
-    )
+    parser.add_argument("--runid", help="wandb's id of the run (default: the one finished run of that name)")
     args = parser.parse_args(argv)
     if args.runid is not None and args.entity is None:
         parser.error("--runid needs --entity")

@@ -1,10 +1,9 @@
 """A warm start: ``python -m spidr.warm_start CONFIG OUTPUT.pt`` writes first weights for ``run.init_ckpt``.
 
-An extra of this package, no part of SpidR or DinoSR as published. The first targets of both come from random weights
-and say little about phones, and an hour of speech does not take a training far beyond them. Here extractor, projection
-and student first learn by regression: each layer that has a codebook learns to put out smoothed cepstra (MFCC) and
-their slopes, turned by a random rotation into the model's width. The teacher becomes a copy of the student; heads are
-as when a run of CONFIG begins, and so is the way to first codewords. No labels are used. What is gained:
+An extra of this package, no part of SpidR or DinoSR as published. Their first targets come from random weights and say
+little about phones. Here extractor, projection and student first learn by regression: each layer that has a codebook
+learns smoothed cepstra (MFCC) and their slopes, turned by a random rotation into the model's width. The teacher becomes
+a copy of the student; heads and first codewords are as when a run of CONFIG begins. No labels are used. What is gained:
 docs/decisions.md, "It learns".
 """
 
@@ -15,16 +14,17 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
 from itertools import chain, count, islice
 from pathlib import Path
+from typing import Any
 
 from spidr.config import SAMPLE_RATE, Config, DinoSRConfig, read_config, to_dict
 from spidr.tools.command import Parser, command, write_result
 from spidr.tools.errors import InputError
-from spidr.tools.files import atomic_write, make_folder
+from spidr.tools.files import atomic_write, check_file, make_folder
 from spidr.tools.frames import receptive_field
 from spidr.tools.lazy import command_needs
 
@@ -32,13 +32,13 @@ STEPS = 1500
 """With 600, twice as much of the targets' variance is left."""
 
 LR = 4e-3
-"""Several times what a training takes."""
+"""Several times the rate of a training run."""
 
 
 def _arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(
         "python -m spidr.warm_start",
-        description="First weights for a small model and little speech: its layers learn to put out cepstra. An "
+        description="First weights for a small model and little speech: its layers learn to output cepstra. An "
         "extra, no part of SpidR or DinoSR as published. Name OUTPUT in run.init_ckpt of CONFIG.",
     )
     parser.add_argument("config", metavar="CONFIG", help="the run's configuration: model, data, seed, precision count")
@@ -72,9 +72,6 @@ SLOPE = (-1, -2, 0, 2, 1)
 
 SLOPES_WEIGHT = 0.5
 """Standard deviation of the slopes, as a share of that of the smoothed cepstra."""
-
-MAX_NAME = 200
-"""Bytes of a file's name at most, some fewer than file systems take, for the name that a file has until it is whole."""
 
 MOMENTS_BATCHES = 200
 """Batches of which the mean and variance of the cepstra are taken: an hour of speech at 20 s each."""
@@ -111,7 +108,7 @@ def cepstra(waveforms: Tensor, shapes: Sequence[tuple[int, int, int]]) -> Tensor
 
 
 def smooth_and_slope(x: Tensor, num_frames: Tensor) -> Tensor:
-    """Weighted means over five frames and, beside them, slopes: (B, T, C) to (B, T, 2 C).
+    """Weighted means over five frames, then slopes: (B, T, C) to (B, T, 2 C).
 
     Before the first and after the last of a row's ``num_frames`` (B,), that frame counts again.
     """
@@ -135,7 +132,7 @@ def weights() -> Tensor:
 
 
 class Targets:
-    """What the layers shall put out: smoothed cepstra and slopes as features whose variance is 1 on average."""
+    """What the layers learn to output: smoothed cepstra and slopes, as features with a mean variance of 1."""
 
     def __init__(self, cfg: DinoSRConfig, loader: SpeechLoader, seed: int) -> None:
         self.shapes, dim = cfg.extractor_conv_layer_config, cfg.encoder_embed_dim
@@ -169,8 +166,7 @@ def warm_start(cfg: Config, output: Path, *, steps: int = STEPS, lr: float = LR,
     """Train a new model's extractor, projection and student, in one process; save model and ``config.json``.
 
     Args:
-        cfg: Of the run to start: its model, data, seed, and the optimiser's settings other than its schedule count. A
-            step is one batch, never several.
+        cfg: Of the run to start: its model, data, seed and optimiser count, not the schedule. A step is one batch.
         output: The checkpoint, ``.pt``. It must not exist, nor another run's ``config.json`` beside it.
         steps: How many.
         lr: The highest rate; it rises over the first tenth of the steps and falls to nothing by a cosine.
@@ -190,9 +186,8 @@ def warm_start(cfg: Config, output: Path, *, steps: int = STEPS, lr: float = LR,
     trained = nn.ModuleList([model.feature_extractor, model.feature_projection, model.student])
     skip = len(model.student.layers) - model.num_codebooks
     loader = build_dataloader(cfg.data, None, conv_layer_config=cfg.model.extractor_conv_layer_config)
-    optimizer_cfg = replace(
-        cfg.optimizer, lr=lr, max_steps=steps, warmup_steps=steps // 10, scheduler="cosine", final_lr_scale=0.0
-    )
+    schedule: Any = {"scheduler": "cosine", "max_steps": steps, "warmup_steps": steps // 10, "final_lr_scale": 0.0}
+    optimizer_cfg = replace(cfg.optimizer, lr=lr, **schedule)
     optimizer, scaler, scheduler = build_optimizer(trained, optimizer_cfg)
     dtype = getattr(torch, optimizer_cfg.dtype)
     losses: list[Tensor] = []
@@ -202,7 +197,7 @@ def warm_start(cfg: Config, output: Path, *, steps: int = STEPS, lr: float = LR,
         if draws:
             init_codebooks(model, loader, env, cfg.run.random_seed)  # for what it refuses
         targets = Targets(cfg.model, loader, cfg.run.random_seed)
-        for cpu_batch in _batches(loader, steps):
+        for cpu_batch in islice(chain.from_iterable(map(loader.epoch, count())), steps):
             batch = cpu_batch.to(env.device, non_blocking=True)
             with torch.autocast(env.device.type, dtype, enabled=optimizer_cfg.mixed_precision):
                 features, mask = model.project(batch.waveforms, batch.attention_mask, batch.lengths)
@@ -232,11 +227,6 @@ def warm_start(cfg: Config, output: Path, *, steps: int = STEPS, lr: float = LR,
     return left
 
 
-def _batches(loader: SpeechLoader, steps: int) -> Iterator[Batch]:
-    """So many batches, of as many epochs as that takes."""
-    return islice(chain.from_iterable(map(loader.epoch, count())), steps)
-
-
 def _check_output(output: Path, config: bytes) -> None:
     """Refuse what cannot be written, or what would be taken for another model, before anything is trained."""
     if output.suffix != ".pt":
@@ -244,15 +234,13 @@ def _check_output(output: Path, config: bytes) -> None:
     if os.path.exists(output):  # noqa: PTH110 (this knows no name that is too long)
         raise InputError(f"{output}: exists; choose another output")
     make_folder(output.parent)
-    if len(os.fsencode(output.name)) > MAX_NAME:
+    if len(os.fsencode(output.name)) > 200:  # fewer than file systems take, for the temporary name
         raise InputError(f"{output}: the name is too long; choose another output")
     beside = output.with_name("config.json")
-    try:
-        is_other = beside.exists() and beside.read_bytes() != config
-    except OSError as error:
-        raise InputError(f"{beside}: cannot be read ({error.strerror}); choose another folder") from None
-    if is_other:
-        raise InputError(f"{beside}: is of another run, so the checkpoint needs a folder of its own")
+    if beside.exists():
+        check_file(beside)
+        if beside.read_bytes() != config:
+            raise InputError(f"{beside}: is of another run, so the checkpoint needs a folder of its own")
     if not os.access(output.parent, os.W_OK):
         raise InputError(f"{output.parent}: cannot be written to; choose another output")
 

@@ -99,11 +99,9 @@ def test_published_usage(cfg: DataConfig) -> None:
 @pytest.mark.parametrize("accumulation", [1, 2, 3])
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_processes_interleave_to_one(cfg: DataConfig, world_size: int, accumulation: int) -> None:
-    one = build_dataloader(cfg, MaskingConfig(), accumulation=world_size * accumulation)
-    ranks = [
-        build_dataloader(cfg, MaskingConfig(), rank=rank, world_size=world_size, accumulation=accumulation)
-        for rank in range(world_size)
-    ]
+    cfg = replace(cfg, global_batch_length=world_size * accumulation * cfg.max_batch_length)
+    one = build_dataloader(cfg, MaskingConfig())
+    ranks = [build_dataloader(cfg, MaskingConfig(), rank=rank, world_size=world_size) for rank in range(world_size)]
     assert {loader.accumulation for loader in ranks} == {accumulation}
     assert {loader.steps_in_epoch(0) for loader in ranks} == {one.steps_in_epoch(0)}
     assert {len(loader) for loader in ranks} == {one.steps_in_epoch(0) * accumulation}
@@ -113,7 +111,8 @@ def test_processes_interleave_to_one(cfg: DataConfig, world_size: int, accumulat
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_epochs_can_begin_anywhere(cfg: DataConfig, workers: int) -> None:
-    loader = build_dataloader(replace(cfg, num_workers=workers), MaskingConfig(), rank=1, world_size=2, accumulation=2)
+    cfg = replace(cfg, num_workers=workers, global_batch_length=4 * cfg.max_batch_length)
+    loader = build_dataloader(cfg, MaskingConfig(), rank=1, world_size=2)
     batches = list(loader.epoch(3))
     steps = loader.steps_in_epoch(3)
     assert len(batches) == 2 * steps

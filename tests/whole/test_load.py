@@ -87,8 +87,11 @@ def test_ten_million_recordings(tmp_path: Path) -> None:
     few = pl.read_csv(write_recordings(tmp_path / "data", count=20))
     manifest = tmp_path / "manifest.csv"
     few[np.arange(10_000_000) % few.height].write_csv(manifest)
-    cfg = DataConfig(manifest=str(manifest), max_sample_size=12_000, max_batch_length=200_000, num_workers=0)
-    loader = build_dataloader(cfg, None, rank=15, world_size=16, accumulation=4)
+    cfg = DataConfig(
+        manifest=str(manifest), max_sample_size=12_000, max_batch_length=200_000, num_workers=0,
+        global_batch_length=4 * 16 * 200_000,
+    )  # fmt: skip
+    loader = build_dataloader(cfg, None, rank=15, world_size=16)
     steps = loader.steps_in_epoch(0)
     first = next(loader.epoch(0))
     last = list(loader.epoch(0, steps - 1))

@@ -60,11 +60,8 @@ class SpeechCollatorWithMasking:
         enable_padding: bool,
         rand_crop: bool,
     ) -> None:
-        self.mask_generator = mask_generator
-        self.max_sample_size = max_sample_size
-        self.conv_layer_config = conv_layer_config
-        self.enable_padding = enable_padding
-        self.rand_crop = rand_crop
+        self.mask_generator, self.conv_layer_config = mask_generator, conv_layer_config
+        self.max_sample_size, self.enable_padding, self.rand_crop = max_sample_size, enable_padding, rand_crop
 
     def __call__(self, batch: list[Tensor]) -> tuple[Tensor, Tensor | None, Tensor]:
         """Waveforms (B, S), attention mask (B, 1, 1, T) or None if nothing is padded, and mask (B, T)."""
@@ -117,14 +114,12 @@ class BucketizeBatchSampler(BatchSampler):
         if (max_token_count is None) == (batch_size is None):
             raise InputError("exactly one of max_token_count and batch_size must be set")
         longest = max(lengths, default=1) if max_len is None else max_len
-        cfg = DataConfig(
-            "lengths",
-            num_buckets=num_buckets,
-            min_sample_size=min_len,
-            max_sample_size=longest,
-            max_batch_length=max_token_count or longest,
-            bucket_method=bucket_method,
-        )
+        sizes: Any = {
+            "min_sample_size": min_len,
+            "max_sample_size": longest,
+            "max_batch_length": max_token_count or longest,
+        }
+        cfg = DataConfig("lengths", num_buckets=num_buckets, bucket_method=bucket_method, **sizes)
         self._rows, self._lengths = usable_rows(np.asarray(lengths), cfg)
         self._bucket = np.searchsorted(bucket_boundaries(self._lengths, cfg), self._lengths)
         self.max_token_count, self.seed, self.shuffle = max_token_count, seed, shuffle

@@ -83,11 +83,7 @@ def profiler_context(
 ) -> Iterator[_Profiler]:
     """Record ``active`` steps after the first ``skip_first + warmup`` to an HTML trace; call ``step()`` after each.
 
-    Args:
-        path: The trace; None: nothing is recorded.
-        skip_first: Steps not to record.
-        warmup: More of them.
-        active: Steps to record.
+    Without a ``path``, nothing is recorded.
     """
     profiler = _Profiler(Path(path or "."), enabled=path is not None, first=skip_first + warmup, count=active)
     try:

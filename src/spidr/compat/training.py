@@ -18,7 +18,7 @@ from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-from spidr.environment import choose_device, ranks, use_slurm
+from spidr.environment import choose_device, find_meeting_place, ranks
 from spidr.models.metrics import perplexity
 from spidr.optimizer import lr_factor
 
@@ -26,17 +26,8 @@ if TYPE_CHECKING:
     from spidr.config import Config, OptimizerConfig
 
 __all__ = [
-    "NonFiniteError",
-    "build_scheduler",
-    "find_checkpoints",
-    "init_wandb",
-    "params_norm",
-    "perplexities",
-    "remove_param_group",
-    "set_seed",
-    "setup_environment",
-    "setup_pytorch",
-    "setup_training",
+    *("NonFiniteError", "build_scheduler", "find_checkpoints", "init_wandb", "params_norm", "perplexities"),
+    *("remove_param_group", "set_seed", "setup_environment", "setup_pytorch", "setup_training"),
 ]
 
 
@@ -70,7 +61,7 @@ def setup_training(seed: int, *, use_deterministic: bool = False) -> None:
     """
     rank, local_rank, world_size = ranks()
     if world_size > 1:
-        use_slurm()
+        find_meeting_place()
     else:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -122,11 +113,7 @@ class NonFiniteError(Exception):
 def params_norm(
     params: Tensor | Iterable[Tensor], norm_type: float = 2.0, *, error_if_nonfinite: bool = False
 ) -> Tensor:
-    """Norm of all elements of some tensors, 0-dim.
-
-    Raises:
-        NonFiniteError: It is not finite, and ``error_if_nonfinite`` is set.
-    """
+    """Norm of all elements of some tensors, 0-dim. Raises NonFiniteError if asked to and if it is not finite."""
     tensors = [params] if isinstance(params, Tensor) else list(params)
     norm = get_total_norm(tensors, norm_type)
     if error_if_nonfinite and not norm.isfinite():

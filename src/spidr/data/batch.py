@@ -101,13 +101,10 @@ class Batch:
 
 
 class Uploader:
-    """Copies batches to a device; on a GPU, while that still works on what was asked of it before.
+    """Copies batches to a device; on a GPU, while it is still busy with the step before.
 
-    Batches in pinned memory are copied on a stream of their own: what is computed with them waits for the copy, which
-    waits for nothing.
-
-    Args:
-        device: Where to.
+    Pinned batches are copied on a stream of their own: what is computed with them waits for the copy, which waits for
+    nothing.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -128,7 +125,7 @@ class Uploader:
 
 
 class PackedBatch:
-    """A batch that travels between processes as bytes: tensors need shared memory, and sockets."""
+    """A batch that travels between processes as bytes, as tensors would need shared memory and sockets."""
 
     def __init__(self, batch: Batch) -> None:
         self._arrays = {name: tensor.numpy() for name, tensor in batch.tensors.items()}
@@ -145,23 +142,14 @@ class PackedBatch:
 
 
 class BatchRequest(NamedTuple):
-    """All that a worker process needs to make a batch, so that it holds no manifest.
+    """All that a worker process needs to make a batch, so that it holds no manifest."""
 
-    Attributes:
-        rows: Rows of the manifest (B,).
-        lengths: Their lengths according to the manifest (B,).
-        recordings: Where they are.
-        seed: Seed of the data.
-        key: (epoch, number of the batch) for random draws that are the batch's, None for draws that are each row's.
-        again: The same for the masks of a batch that has come before.
-    """
-
-    rows: NDArray[np.integer[Any]]
-    lengths: NDArray[np.integer[Any]]
+    rows: NDArray[np.integer[Any]]  # of the manifest (B,)
+    lengths: NDArray[np.integer[Any]]  # according to the manifest (B,)
     recordings: list[Recording]
     seed: int
-    key: tuple[int, int] | None
-    again: tuple[int, int] | None = None
+    key: tuple[int, int] | None  # (epoch, number of the batch) for random draws of the batch, None for each row's own
+    again: tuple[int, int] | None = None  # the same for the masks of a batch that has come before
 
     def generators(self, key: tuple[int, int] | None) -> list[np.random.Generator]:
         """One generator for the batch or one for each row."""
@@ -170,13 +158,10 @@ class BatchRequest(NamedTuple):
         return [generator(self.seed, Draw.ROW, int(row)) for row in self.rows]
 
 
-@cache
+@cache  # once
 def _warn_of_wrong_lengths(manifest: str) -> None:
-    logger.warning(
-        "%s: recordings are longer than it says; they are cropped, or batches would exceed "
-        "data.max_batch_length. Write the manifest again.",
-        manifest,
-    )
+    text = "recordings are longer than it says; they are cropped, or batches would exceed data.max_batch_length"
+    logger.warning("%s: %s. Write the manifest again.", manifest, text)
 
 
 # A long recording is decoded whole for its statistics only once per process, however often it is cropped.
@@ -202,11 +187,7 @@ class Loaded(NamedTuple):
 
 
 class UnreadableBatchError(InputError):
-    """With ``on_error = "skip"``, no recording of a batch can be read.
-
-    Attributes:
-        skipped: The files, and why.
-    """
+    """With ``on_error = "skip"``, no recording of a batch can be read; ``skipped`` says which, and why."""
 
     def __init__(self, skipped: dict[str, str]) -> None:
         super().__init__(f"No recording of a batch can be read. {next(iter(skipped.values()))}")
@@ -222,8 +203,8 @@ class Collator:
     Args:
         cfg: How. ``min_sample_size`` gives one frame at least.
         masking: Which masks to draw; None: none.
-        conv_layer_config: (out_channels, kernel, stride) of the feature extractor's convolutions.
-        channels: Number of feature channels, needed when channels are masked.
+        conv_layer_config: (out_channels, kernel, stride) of the extractor's convolutions.
+        channels: Number of feature channels, if they are masked.
     """
 
     def __init__(
@@ -233,18 +214,16 @@ class Collator:
         conv_layer_config: Sequence[tuple[int, int, int]],
         channels: int | None,
     ) -> None:
-        self.cfg = cfg
+        self.cfg, self.conv_layer_config, self.channels = cfg, list(conv_layer_config), channels
         self.masks = None if masking is None else MaskGenerator(masking)
-        self.conv_layer_config = list(conv_layer_config)
-        self.channels = channels
         if self.masks is not None and self.masks.masks_channels and channels is None:
             raise InputError("mask_channel_prob is above 0: the number of channels is needed (`channels=`).")
 
     def __call__(self, request: BatchRequest) -> Batch:
-        """Make a batch: a function of the request and the recordings only.
+        """Make a batch, a function of the request and the recordings only.
 
         Raises:
-            InputError: A recording cannot be read or is too short; with ``on_error = "skip"``, none can be read.
+            InputError: A recording is unreadable or too short; with ``on_error = "skip"``, all are.
         """
         rows = request.rows.astype(np.int64)
         skipped: dict[str, str] = {}
@@ -297,12 +276,7 @@ class Collator:
     def _lengths(
         self, available: NDArray[np.int64], promised: NDArray[np.integer[Any]]
     ) -> tuple[NDArray[np.int64], int]:
-        """Samples to take of each recording, and samples of the batch's rows.
-
-        Args:
-            available: Samples of each recording (B,).
-            promised: The same by the manifest.
-        """
+        """Samples to take of each recording (B,), and samples of a row; ``promised`` are those of the manifest."""
         cfg, shapes = self.cfg, self.conv_layer_config
         lengths = np.minimum(available, cfg.max_sample_size)
         # Lengths by spidr 0.1.2 are one sample off at most.
@@ -342,11 +316,7 @@ class Collator:
         return replace(batch, mask=mask, mask_indices=indices, channel_mask=channel_mask)
 
     def load(self, recording: Recording, length: int) -> Loaded:
-        """A recording, of which the manifest gives the length.
-
-        Raises:
-            InputError: It cannot be read or is too short.
-        """
+        """A recording, of which the manifest gives the length. Raises InputError if it is unreadable or too short."""
         cfg = self.cfg
         moments = None if recording.mean is None or recording.std is None else (recording.mean, recording.std)
         if length > cfg.max_sample_size and (seekable := seekable_length(recording)) is not None:
@@ -357,8 +327,6 @@ class Collator:
             length = len(samples)
             moments = (moments or statistics_of(samples)) if cfg.normalize else None
         if length < cfg.min_sample_size:
-            raise InputError(
-                f"{recording}: {length} samples, fewer than min_sample_size ({cfg.min_sample_size}) and than the "
-                "manifest says; write the manifest again."
-            )
+            shorter = f"{length} samples, fewer than min_sample_size ({cfg.min_sample_size}) and than the manifest says"
+            raise InputError(f"{recording}: {shorter}; write the manifest again.")
         return Loaded(recording, length, samples, moments)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import torch
 import torch.distributed as dist
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from spidr.config import DEFAULT_CONV_LAYER_CONFIG, DataConfig, MaskingConfig
 from spidr.data.batch import Batch, BatchRequest, Collator, PackedBatch, UnreadableBatchError
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MAX_REPLACEMENTS = 1000
-"""Batches looked at for one that can stand in for an unreadable one."""
+"""How many batches to try in place of an unreadable one."""
 
 MAX_TEMPORARY_NAME = 60
 """Bytes of the temporary folder's name, in which torch and Python make sockets with names of at most 108."""
@@ -55,13 +55,12 @@ def build_dataloader(
     channels: int | None = None,
     rank: int | None = None,
     world_size: int | None = None,
-    accumulation: int | None = None,
     start_method: str | None = None,
 ) -> SpeechLoader:
     """Build the batches to train on.
 
-    Batches, crops and masks are functions of (seed, epoch, number of the batch), whatever the number of workers. The
-    order of the batches is that of :class:`spidr.data.sampler.BatchSampler`, dealt in turn to the processes.
+    Batches, crops and masks are functions of (seed, epoch, number of the batch), whatever the number of workers. Their
+    order is that of :class:`spidr.data.sampler.BatchSampler`; they are dealt in turn to the processes.
 
     Args:
         data_cfg: The manifests and how batches are made from them.
@@ -70,25 +69,17 @@ def build_dataloader(
         channels: Number of feature channels, needed when ``mask_channel_prob`` is above 0.
         rank: This process's number; None: that in the process group, 0 without one.
         world_size: Number of processes; None: that of the process group.
-        accumulation: Batches of this process per optimiser step; None: derived from ``data_cfg.global_batch_length``.
         start_method: How workers are started: "fork", "spawn" or "forkserver"; None: Python's default.
 
     Raises:
         InputError: A manifest cannot be read or gives no batch, or ``global_batch_length`` cannot be had.
     """
     processes = Processes.of(rank, world_size)
-    if accumulation is None:
-        accumulation = _accumulation(data_cfg, processes.world_size)
-    processes = processes._replace(accumulation=accumulation)
+    accumulation = _accumulation(data_cfg, processes.world_size)
     dataset, sources, collator = _parts(data_cfg, mask_cfg, conv_layer_config, channels)
-    sampler = BatchSampler(
-        dataset.lengths,
-        data_cfg,
-        shortest=collator.cfg.min_sample_size,
-        world_size=processes.world_size,
-        accumulation=accumulation,
-        sources=sources.to_numpy(),
-    )
+    sizes = {"shortest": collator.cfg.min_sample_size, "world_size": processes.world_size, "accumulation": accumulation}
+    sampler = BatchSampler(dataset.lengths, data_cfg, sources=sources.to_numpy(), **sizes)
+    processes = processes._replace(accumulation=accumulation)
     return SpeechLoader(dataset, collator, sampler.epoch, processes, start_method=start_method)
 
 
@@ -105,7 +96,7 @@ def build_validation_dataloader(
     """Build the batches to validate on: always the same, each recording once, from the shortest to the longest.
 
     Crops and masks are seeded by the row of the manifest. Batch i goes to process ``i % world_size``, so a process may
-    get one batch less than another. Arguments and errors are those of :func:`build_dataloader`.
+    get one batch less than another. For the rest, see :func:`build_dataloader`.
     """
     dataset, _, collator = _parts(data_cfg, mask_cfg, conv_layer_config, channels)
     batches = sorted_batches(dataset.lengths, collator.cfg)
@@ -119,19 +110,16 @@ def _parts(
     conv_layer_config: Sequence[tuple[int, int, int]] | None,
     channels: int | None,
 ) -> tuple[SpeechDataset, pl.Series, Collator]:
+    """The recordings, which manifest each is from, and what makes batches: of those long enough for a frame."""
     conv_layer_config = conv_layer_config or DEFAULT_CONV_LAYER_CONFIG
-    collator = Collator(_with_one_frame(cfg, conv_layer_config), mask_cfg, conv_layer_config, channels)
-    manifest, sources = read_manifests(cfg.manifests, needs_audio=True)
-    manifest = with_lengths(manifest, " ".join(cfg.manifests))
-    return SpeechDataset(manifest, normalize=cfg.normalize), sources, collator
-
-
-def _with_one_frame(cfg: DataConfig, conv_layer_config: Sequence[tuple[int, int, int]]) -> DataConfig:
-    """Leave out recordings too short for a frame of the model."""
     samples = receptive_field(conv_layer_config)
     if cfg.max_sample_size < samples:
         raise InputError(f"max_sample_size is {cfg.max_sample_size}; one frame of the model needs {samples} samples.")
-    return replace(cfg, min_sample_size=max(cfg.min_sample_size, samples))
+    cfg = replace(cfg, min_sample_size=max(cfg.min_sample_size, samples))
+    collator = Collator(cfg, mask_cfg, conv_layer_config, channels)
+    manifest, sources = read_manifests(cfg.manifests, needs_audio=True)
+    manifest = with_lengths(manifest, " ".join(cfg.manifests))
+    return SpeechDataset(manifest, normalize=cfg.normalize), sources, collator
 
 
 def _accumulation(cfg: DataConfig, world_size: int) -> int:
@@ -150,7 +138,7 @@ def _accumulation(cfg: DataConfig, world_size: int) -> int:
 
 
 class Processes(NamedTuple):
-    """How batches are dealt: a round has ``accumulation`` batches for each of ``world_size`` processes."""
+    """Who gets which batches: a round has ``accumulation`` of them for each of ``world_size`` processes."""
 
     rank: int
     world_size: int
@@ -173,8 +161,7 @@ class SpeechLoader:
         dataset: The recordings.
         accumulation: Batches of this process per optimiser step.
         skipped: With ``on_error = "skip"``, how often each unreadable file was replaced in this process's batches.
-        generator: Its ``initial_seed()`` seeds crops and masks: ``manual_seed`` with another one gives others, with the
-            same one the same again.
+        generator: Its ``initial_seed()`` seeds crops and masks, so ``manual_seed`` changes or repeats them.
         batch_sampler: The loader itself, whose :meth:`set_epoch` is looked for there.
     """
 
@@ -188,17 +175,15 @@ class SpeechLoader:
         seed_by_row: bool = False,
         start_method: str | None = None,
     ) -> None:
-        self.dataset = dataset
-        self.accumulation = processes.accumulation
+        self.dataset, self.accumulation = dataset, processes.accumulation
         self.skipped: Counter[str] = Counter()
-        self._processes = processes
-        self._lengths = dataset.lengths
+        self._processes, self._lengths = processes, dataset.lengths
         self.generator = torch.Generator().manual_seed(collator.cfg.random_seed)
         self._collator, self._seed_by_row = collator, seed_by_row
         # An epoch's list is needed several times in a row, and large.
         self._list = lru_cache(maxsize=1)(batches)
         self._workers = _Workers(collator, processes.world_size, start_method)
-        # Also at exit, and then before Python would wait for processes that nobody told to end.
+        # At exit too, before Python would wait for processes that nobody told to end.
         weakref.finalize(self, self._workers.close)
         self._epoch = 0
 
@@ -220,10 +205,8 @@ class SpeechLoader:
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """This process's batches of an epoch, ``accumulation`` for each step, from step ``start`` on.
 
-        One epoch at a time: a new one ends the one before.
-
-        Raises:
-            InputError: A recording cannot be read, unless ``on_error`` is "skip".
+        One epoch at a time: a new one ends the one before. A recording that cannot be read is an InputError, unless
+        ``on_error`` is "skip".
         """
         made = self._workers.make(self.requests(epoch, start))
         for number, batch in zip(self._numbers(epoch, start), made, strict=False):
@@ -250,7 +233,7 @@ class SpeechLoader:
         return error
 
     def summary(self) -> DataSummary:
-        """Summarise what epoch 0 hears of the recordings."""
+        """Summarise what epoch 0 uses of the recordings."""
         return summarise(self._lengths, self._collator.cfg, self._collator.cfg.min_sample_size, self._batches(0))
 
     @property
@@ -271,7 +254,7 @@ class SpeechLoader:
         return self._list(self._original(epoch))
 
     def _original(self, epoch: int) -> int:
-        """The epoch of which a later one repeats the batches."""
+        """The epoch whose batches this one repeats."""
         distinct = self._collator.cfg.num_distinct
         return epoch % distinct if distinct else epoch
 
@@ -313,26 +296,18 @@ class _Maker(Dataset[Batch | PackedBatch | InputError]):
             return error
 
 
-class _Queue(Sampler[BatchRequest]):
-    """The requests that the workers get next. Each is complete, so workers do not depend on the epoch."""
-
-    def __init__(self) -> None:
-        self.requests: Iterator[BatchRequest] = iter(())
-
-    def __iter__(self) -> Iterator[BatchRequest]:
-        return self.requests
-
-
 class _Workers:
-    """The processes that make batches, started on first use."""
+    """The processes that make batches, started on first use. Requests are complete: workers do not know the epoch."""
 
     def __init__(self, collator: Collator, processes: int, start_method: str | None) -> None:
-        self._collator, self._processes = collator, processes
-        self._start_method = start_method
-        self._queue = _Queue()
+        self._collator, self._processes, self._start_method = collator, processes, start_method
+        self._requests: Iterator[BatchRequest] = iter(())
         self._dataloader: DataLoader[Batch | PackedBatch | InputError] | None = None
         self._running: Generator[Batch | InputError] | None = None
         self._watched: Callable[[], Any] = lambda: None
+
+    def __iter__(self) -> Iterator[BatchRequest]:
+        return self._requests  # the loader's sampler
 
     def make(self, requests: Iterator[BatchRequest]) -> Iterator[Batch | InputError]:
         """Make batches; this ends the previous call's."""
@@ -344,7 +319,7 @@ class _Workers:
     def _make(self, requests: Iterator[BatchRequest]) -> Generator[Batch | InputError]:
         if self._dataloader is None:
             self._dataloader = self._build()
-        self._queue.requests = requests
+        self._requests = requests
         batches: Any = iter(self._dataloader)
         self._watch(batches)
         try:
@@ -380,7 +355,7 @@ class _Workers:
         return DataLoader(
             _Maker(self._collator, packed=packed),
             batch_size=None,
-            sampler=self._queue,
+            sampler=self,
             num_workers=cfg.num_workers,
             prefetch_factor=cfg.prefetch_factor if cfg.num_workers else None,
             persistent_workers=cfg.persistent_workers and cfg.num_workers > 0,
@@ -401,12 +376,9 @@ class _Workers:
 
 
 def _end_with_worker(batches: Callable[[], Any], workers: list[Any], results: Any) -> None:
-    """When one worker has died, end all: whoever reads finds the end of what they send.
+    """When one worker has died, end all: whoever reads ``results``, their queue, then finds the end of what they send.
 
-    Args:
-        batches: Torch's iterator, None if it is gone.
-        workers: Its processes.
-        results: The queue into which they put what they have made.
+    ``batches`` gives torch's iterator, or None if it is gone.
     """
     multiprocessing.connection.wait([worker.sentinel for worker in workers])
     if (iterator := batches()) is not None and not iterator._shutdown:
@@ -432,7 +404,7 @@ def _begin_worker(_: int) -> None:
 
 
 def _end_with_parent() -> None:
-    """Torch looks for the process that started this one, which may be a server that goes on."""
+    """Torch only looks at the process that started this one, which may be a server that lives on."""
     if parent := multiprocessing.parent_process():
         parent.join()
         os._exit(1)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class BatchList(Sequence["Integers"]):
+class BatchList:
     """Batches of rows. ``batches[n]`` costs the same for every n.
 
     Attributes:
@@ -35,13 +34,7 @@ class BatchList(Sequence["Integers"]):
     def __len__(self) -> int:
         return len(self.order)
 
-    @overload
-    def __getitem__(self, n: int) -> Integers: ...
-    @overload
-    def __getitem__(self, n: slice) -> list[Integers]: ...
-    def __getitem__(self, n: int | slice) -> Integers | list[Integers]:
-        if isinstance(n, slice):
-            return [self[i] for i in range(*n.indices(len(self)))]
+    def __getitem__(self, n: int) -> Integers:
         batch = self.order[n]
         return self.rows[self.bounds[batch] : self.bounds[batch + 1]]
 
@@ -74,9 +67,7 @@ class BatchSampler:
         accumulation: int = 1,
         sources: Integers | None = None,
     ) -> None:
-        self.cfg = cfg
-        self.world_size = world_size
-        self.round_size = world_size * accumulation
+        self.cfg, self.world_size, self.round_size = cfg, world_size, world_size * accumulation
         self._rows, self._lengths = usable_rows(lengths, cfg, shortest)
         self._times = None if cfg.weights is None or sources is None else self._shares(sources[self._rows], cfg.weights)
         boundaries = bucket_boundaries(self._lengths, cfg)
@@ -117,8 +108,7 @@ class BatchSampler:
                 f"smaller max_batch_length ({self.cfg.max_batch_length})."
             )
         if not self.cfg.drop_last:
-            rounds = -(-count // self.round_size)
-            return np.resize(order, rounds * self.round_size)
+            return np.resize(order, -(-count // self.round_size) * self.round_size)
         if count < self.round_size:
             raise InputError(
                 f"{name}: {count} batches do not fill one step of {self.round_size}, and drop_last drops the rest."
@@ -155,15 +145,7 @@ def bucket_boundaries(lengths: Integers, cfg: DataConfig) -> NDArray[np.float64]
 
 
 def pack(lengths: Integers, max_batch_length: int) -> Integers:
-    """Fill batches in the order given, as many as fit into each.
-
-    Args:
-        lengths: Lengths (N,), none above ``max_batch_length``.
-        max_batch_length: The most that the lengths of a batch may add up to.
-
-    Returns:
-        Where batches begin, and N.
-    """
+    """Fill batches in the order of ``lengths`` (N,), up to ``max_batch_length`` each: where batches begin, and N."""
     ends = np.cumsum(lengths, dtype=np.int64)
     # following[i]: where the next batch begins if one begins at i. Found for all i at once, then followed from 0.
     following = np.searchsorted(ends, ends - lengths + max_batch_length, side="right")

@@ -8,9 +8,4 @@ requeues the job. Job folders are laid out as submitit's: ``submitit.SlurmJob(FO
 from spidr.slurm.launch import launch_with_submitit, slurm_config_parse_args
 from spidr.slurm.presets import default_train_job_config, validation_job_config
 
-__all__ = [
-    "default_train_job_config",
-    "launch_with_submitit",
-    "slurm_config_parse_args",
-    "validation_job_config",
-]
+__all__ = ["default_train_job_config", "launch_with_submitit", "slurm_config_parse_args", "validation_job_config"]

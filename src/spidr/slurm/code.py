@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def is_installed() -> bool:
-    """Whether this package is installed, rather than a working tree that may change."""
+    """Whether this package is installed, not in a working tree, which may change."""
     return not {"site-packages", "dist-packages"}.isdisjoint(PACKAGE.parts)
 
 

@@ -19,10 +19,7 @@ PREEMPTED = 75
 
 
 def run_task(folder: Path) -> int:
-    """Run this task's call.
-
-    Returns:
-        The exit status: 0, or 2 after wrong input.
+    """Run this task's call, and return its exit status: 0, or 2 after wrong input.
 
     Raises:
         SystemExit: With status 75 to requeue the job. Only the first task ends with it, since srun kills the others

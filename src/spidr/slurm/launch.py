@@ -66,21 +66,19 @@ def submit(
     ``max_restarts`` limits how often a job is requeued; None: no limit.
 
     Raises:
-        InputError: The job folder cannot be written, or sbatch refuses. Nothing is left behind, unless sbatch did not
-            answer: the job may exist.
+        InputError: The job folder cannot be written, or sbatch refuses. Nothing is left behind unless sbatch did not
+            answer, as the job may exist.
     """
     with needs_extra("train"):
         from submitit.helpers import DelayedSubmission
     settings = slurm if isinstance(slurm, SlurmConfig) else from_table(SlurmConfig, slurm)
-    launch_time = datetime.now(UTC)
-    folder = make_job_folder(dump, job_name, launch_time)
+    folder = make_job_folder(dump, job_name)
     try:
         if copy_code:
             copy_package(folder / "code")
-        info = {"job_name": job_name, "launch_time": launch_time.isoformat(timespec="seconds")}
-        (folder / "job-info.json").write_text(
-            json.dumps(info | dataclasses.asdict(settings), indent=2) + "\n", encoding="utf-8"
-        )
+        info = {"job_name": job_name, "launch_time": datetime.now(UTC).isoformat(timespec="seconds")}
+        info |= dataclasses.asdict(settings)
+        (folder / "job-info.json").write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
         for name, content in describe_checkout().items():
             (folder / name).write_bytes(content)
         for index, (function, arguments) in enumerate(jobs):

@@ -14,15 +14,12 @@ KEYS = ("time", "cpus_per_task", "mem_per_gpu", "constraint", "partition", "qos"
 
 
 def default_train_job_config(cluster_name: str | None) -> dict[str, Any]:
-    """Look up the SLURM settings of a cluster.
+    """The SLURM settings of a cluster; none if ``cluster_name`` is None.
 
     ``$SPIDR_CLUSTERS_FILE`` (default ``~/.config/spidr/clusters.toml``) overrides the package's ``clusters.toml``.
 
-    Args:
-        cluster_name: A table of these files. None: no settings.
-
     Raises:
-        InputError: No file has that cluster, or it has a wrong setting.
+        InputError: No file has a table of that name, or it has a wrong setting.
     """
     if not cluster_name:
         return {}
@@ -47,18 +44,8 @@ def default_train_job_config(cluster_name: str | None) -> dict[str, Any]:
 
 
 def validation_job_config() -> SlurmConfig:
-    """Request an hour of one GPU, with the account and the CPUs of the job that this process runs in.
-
-    Raises:
-        InputError: Outside a job.
-    """
+    """An hour of one GPU, with the account and the CPUs of this process's job. Raises InputError outside a job."""
     if "SLURM_JOB_ID" not in os.environ:
         raise InputError("not in a SLURM job: run.slurm_validation says what validation jobs ask for")
-    cpus = os.environ.get("SLURM_CPUS_PER_TASK")
-    return SlurmConfig(
-        account=os.environ.get("SLURM_JOB_ACCOUNT"),
-        nodes=1,
-        gpus_per_node=1,
-        time=60,
-        cpus_per_task=int(cpus) if cpus else None,
-    )
+    account, cpus = os.environ.get("SLURM_JOB_ACCOUNT"), os.environ.get("SLURM_CPUS_PER_TASK")
+    return SlurmConfig(account, nodes=1, gpus_per_node=1, time=60, cpus_per_task=int(cpus) if cpus else None)

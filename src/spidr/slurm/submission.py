@@ -52,33 +52,20 @@ class NoAnswerError(InputError):
 
 @dataclass(frozen=True)
 class Submission:
-    """A job, or an array of them.
-
-    Attributes:
-        name: Its name.
-        folder: The job folder.
-        command: The ``sbatch`` command line; it reads the script from its standard input.
-        script: What runs on the first node of each job.
-    """
+    """A job, or an array of them."""
 
     name: str
     folder: Path
-    command: list[str]
-    script: str
+    command: list[str]  # sbatch, which reads the script from its standard input
+    script: str  # what runs on the first node of each job
 
 
 def prepare(
-    job_name: str,
-    count: int,
-    folder: Path,
-    slurm: SlurmConfig,
-    *,
-    copy_code: bool = False,
-    max_restarts: int | None = None,
+    name: str, count: int, folder: Path, slurm: SlurmConfig, *, copy_code: bool = False, max_restarts: int | None = None
 ) -> Submission:
     """Put together a submission of ``count`` jobs, without running or writing anything."""
     job, variable = ("%j", "$SLURM_JOB_ID") if count == 1 else ("%A_%a", "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID")
-    name = re.sub(r"[^\w.,:=+@-]+", "_", job_name)[:128]
+    name = re.sub(r"[^\w.,:=+@-]+", "_", name)[:128]
     options = {
         "job-name": name,
         "account": slurm.account or None,
@@ -107,25 +94,14 @@ def prepare(
     # Run this very package, whatever lies in the current folder (-P) or is installed.
     package = folder / "code" / PACKAGE.name if copy_code else PACKAGE
     python = [sys.executable, "-P", "-u", str(package / "slurm" / "job.py"), str(folder)]
-    script = SCRIPT.format(
-        folder=shlex.quote(str(folder)),
-        job=variable,
-        srun=shlex.join(srun + python),
-        limit="" if max_restarts is None else f' && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {max_restarts} ]',
-    )
+    limit = "" if max_restarts is None else f' && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {max_restarts} ]'
+    quoted = shlex.quote(str(folder))
+    script = SCRIPT.format(folder=quoted, job=variable, srun=shlex.join(srun + python), limit=limit)
     return Submission(name, folder, command, script)
 
 
 def sbatch(submission: Submission) -> str:
-    """Hand a submission to SLURM.
-
-    Returns:
-        The job id.
-
-    Raises:
-        InputError: SLURM refuses it.
-        NoAnswerError: SLURM does not answer.
-    """
+    """Hand a submission to SLURM, and return the job id. Raises InputError if SLURM refuses it or does not answer."""
     try:
         done = run_program(submission.command, environment=clean_environment(), text=submission.script, limit=LIMIT)
     except OSError as error:
@@ -139,24 +115,17 @@ def sbatch(submission: Submission) -> str:
             f"{submission.folder}"
         ) from None
     if done.returncode:
-        lines = done.stderr.decode(errors="replace").splitlines()
-        said = "; ".join(line.strip() for line in lines if line.strip())
+        said = "; ".join(line.strip() for line in done.stderr.decode(errors="replace").splitlines() if line.strip())
         raise InputError(f"sbatch refused the job: {said or f'exit status {done.returncode}'}", guide="slurm.md")
     return done.stdout.decode().strip().split(";")[0]
 
 
 def clean_environment() -> dict[str, str]:
-    """This process's environment without the variables of an enclosing job or torchrun.
-
-    SLURM would take the enclosing job's memory, GPUs and tasks for the new one's.
-    """
+    """This process's environment without the variables of an enclosing job, which SLURM would obey, or of torchrun."""
     prefixes = ("SLURM_", "SLURMD_", "SRUN_", "SUBMITIT_", "TORCHELASTIC_")
     ranks = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT"}
-    return {
-        name: value
-        for name, value in os.environ.items()
-        if name == "SLURM_CONF" or not (name.startswith(prefixes) or name in ranks)
-    }
+    kept = (n for n in os.environ if n == "SLURM_CONF" or not (n.startswith(prefixes) or n in ranks))
+    return {name: os.environ[name] for name in kept}
 
 
 def job_state(job_id: str) -> str | None:
@@ -170,8 +139,8 @@ def job_state(job_id: str) -> str | None:
     return "" if b"Invalid job id" in asked.stderr else None
 
 
-def job_folders(dump: str | Path, job_name: str, launch_time: datetime) -> Iterator[Path]:
-    """Yield names for the job folder, without end, the best first. Raises InputError if SLURM cannot log there."""
+def job_folders(dump: str | Path, job_name: str) -> Iterator[Path]:
+    """Yield names for the job folder without end, the best first. Raises InputError if SLURM cannot log there."""
     dump = Path(dump).expanduser().absolute()
     if found := re.search(r"%[jtAa]|\\", str(dump)):
         raise InputError(f"{dump}: {found[0]} has a meaning of its own in SLURM's paths; choose another folder")
@@ -179,21 +148,20 @@ def job_folders(dump: str | Path, job_name: str, launch_time: datetime) -> Itera
     name = "_" if name in ("", ".", "..") else name
     yield dump / name
     while True:
-        yield dump / f"{name}_{launch_time:%Y%m%d-%H%M%S}"
-        launch_time = datetime.now(UTC)
+        yield dump / f"{name}_{datetime.now(UTC):%Y%m%d-%H%M%S}"
 
 
-def make_job_folder(dump: str | Path, job_name: str, launch_time: datetime) -> Path:
+def make_job_folder(dump: str | Path, job_name: str) -> Path:
     """Make a new job folder. Raises InputError if it cannot be made."""
-    for folder in job_folders(dump, job_name, launch_time):
+    folders = job_folders(dump, job_name)
+    while True:
+        folder = next(folders)
         try:
             folder.mkdir(parents=True)
+            return folder
         except FileExistsError:
             if not folder.parent.is_dir():
                 raise InputError(f"--dump {folder.parent}: not a folder") from None
             time.sleep(0.1)
         except OSError as error:
             raise InputError(f"{folder}: cannot make the job folder: {error.strerror}; choose another --dump") from None
-        else:
-            return folder
-    raise AssertionError

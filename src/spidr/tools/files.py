@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import itertools
+import json
 import logging
 import os
 import re
@@ -12,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from spidr.tools.errors import InputError
 from spidr.tools.lock import Process
@@ -99,6 +100,12 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
         if cause is not None and cause.filename in (None, str(aside), aside):
             raise why_not_written(path, cause) from error
         raise
+
+
+def write_json(path: Path, document: Any, *, indent: int | None = None) -> None:
+    """Write a JSON file with :func:`atomic_write`."""
+    with atomic_write(path) as file:
+        file.write(json.dumps(document, indent=indent).encode())
 
 
 def make_folder(path: Path) -> None:

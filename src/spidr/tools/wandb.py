@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import secrets
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from spidr.tools.errors import InputError, first_line
-from spidr.tools.files import atomic_write
+from spidr.tools.files import write_json
 from spidr.tools.lazy import needs_extra
 from spidr.tools.metrics import Line
 from spidr.tools.untrusted import parse_json
@@ -121,8 +120,7 @@ class WandbSink:
             self.run = None  # later lines would hide that this one is missing
 
     def _save(self) -> None:
-        with atomic_write(self.state_path) as file:
-            file.write(json.dumps(self._state).encode())
+        write_json(self.state_path, self._state)
 
     def close(self) -> None:
         """End the session, or abandon it if wandb cannot be reached."""
