@@ -307,12 +307,14 @@ def convolve_by_products(x: Tensor, conv: nn.Conv1d, chunk: int = 16) -> Tensor:
 # ------------------------------------------------------------------------------------------- for training on a CPU
 
 
-def convolve(x: Tensor, conv: nn.Conv1d) -> Tensor:
-    """Call a grouped convolution of stride 1. In bfloat16 it gets a backward pass that is twice as fast."""
-    if is_lean(x) and untouched(conv) and multiplies_fast((low := _autocast(x)).dtype) and low.dtype == torch.bfloat16:
-        bias = None if conv.bias is None else _autocast(conv.bias)
-        return _GroupedConv.apply(low, _autocast(conv.weight), bias, conv.padding[0], conv.groups)
-    return conv(x)
+def convolve(x: Tensor, conv: nn.Module) -> Tensor:
+    """Call a grouped convolution of stride 1. In bfloat16, its backward pass takes half the time of PyTorch's."""
+    if not (type(conv) is nn.Conv1d and is_lean(x) and untouched(conv)):
+        return conv(x)
+    x, bias = _autocast(x), None if conv.bias is None else _autocast(conv.bias)
+    if x.dtype != torch.bfloat16 or not multiplies_fast(x.dtype):
+        return conv(x)
+    return _GroupedConv.apply(x, _autocast(conv.weight), bias, conv.padding[0], conv.groups)
 
 
 class _GroupedConv(torch.autograd.Function):
@@ -462,12 +464,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float)
         mask = mask.expand(batch, heads, mask.shape[-2], frames).flatten(0, 1)
         bias = torch.zeros(mask.shape, dtype=q.dtype).masked_fill_(~mask, torch.finfo(q.dtype).min)
         alive = mask.any(-1, keepdim=True).to(torch.int8)  # the weights of a row without any key are zero
-    rows = [x.flatten(0, 1).contiguous() for x in (q, k, v)]
+    q, k, v = (x.flatten(0, 1).contiguous() for x in (q, k, v))
     by_head = faster and q.dtype == torch.float32  # batched products are MKL's; those of bfloat16 are oneDNN's
     together = 0 if by_head else max(1, WEIGHTS_AT_A_TIME // frames**2)
-    return _Attention.apply(
-        rows[0] * dim**-0.5, rows[1], rows[2] * scale if drops else rows[2], kept, bias, alive, together
-    ).unflatten(0, (batch, heads))
+    out = _Attention.apply(q * dim**-0.5, k, v * scale if drops else v, kept, bias, alive, together)
+    return out.unflatten(0, (batch, heads))
 
 
 class _Attention(torch.autograd.Function):
@@ -690,8 +691,9 @@ class _GroupNorm(torch.autograd.Function):
         along = rstd * torch.stack([((x - mean) * part).sum(1, keepdim=True) for x, part in parts]).sum(0)
         scale = rstd * weight
         shift, slope = scale * total / -ctx.count, scale * rstd * along / -ctx.count
-        grad_rows = [torch.addcmul(shift, x - mean, slope).addcmul_(part, scale).to(x.dtype) for x, part in parts]
-        grad_rows = torch.cat(grad_rows, 1)
+        grad_rows = torch.cat(
+            [torch.addcmul(shift, x - mean, slope).addcmul_(part, scale).to(x.dtype) for x, part in parts], dim=1
+        )
         grad_rows[:, ctx.count :] = grad[:, ctx.count :] * scale  # these rows are not in the statistics
         return grad_rows, along.sum((0, 1)), total.sum((0, 1)), None, None
 
