@@ -26,13 +26,12 @@ _OLD = 24 * 3600
 """Age in seconds at which a temporary file of another machine counts as left behind."""
 
 _REMEDIES = {
-    errno.ENOSPC: "make room or choose another folder, then run the same command again",
-    errno.EDQUOT: "make room or choose another folder, then run the same command again",
+    **dict.fromkeys(
+        (errno.ENOSPC, errno.EDQUOT), "make room or choose another folder, then run the same command again"
+    ),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "choose a folder that you may write to"),
     errno.ENOENT: "the folder is missing: make it or choose another one",
     errno.ENOTDIR: "a part of the path is a file: choose another folder",
-    errno.EACCES: "choose a folder that you may write to",
-    errno.EPERM: "choose a folder that you may write to",
-    errno.EROFS: "choose a folder that you may write to",
     errno.ENAMETOOLONG: "choose a shorter name",
     errno.EISDIR: "there is a folder of that name: choose another one",
     errno.EIO: "look at the disk, then run the same command again",
