@@ -38,12 +38,7 @@ SLACK = 1.25
 
 @dataclass(frozen=True)
 class KMeans:
-    """Centroids of features.
-
-    Attributes:
-        centroids: float32 (K, D).
-        made: Model, layer and settings of the features.
-    """
+    """Centroids of features, float32 (K, D), and the model, layer and settings that they were made with."""
 
     centroids: NDArray[np.float32]
     made: dict[str, Any]
@@ -85,11 +80,7 @@ class KMeans:
             np.savez(file, centroids=self.centroids, made=json.dumps(self.made))
 
     def check(self, session: Session) -> None:
-        """Check that a session gives the features that the centroids were fitted to.
-
-        Raises:
-            InputError: It gives others.
-        """
+        """Check that a session gives the features that the centroids were fitted to. Raises InputError if not."""
         settings, dim = session.settings(), session.model.cfg.encoder_embed_dim
         for key in ("layer", "weights"):
             if settings[key] != self.made[key]:
@@ -104,12 +95,8 @@ class KMeans:
 class _Draw:
     """A random sample of the frames of recordings that come one by one: the frames with the lowest random numbers.
 
-    Those are seeded by the recording's name, so neither order nor batches matter.
-
-    Args:
-        limit: Frames to draw.
-        share: About what part of all frames that is.
-        seed: Of the random numbers.
+    Those are seeded by the recording's name, so neither order nor batches matter. ``share`` is about what part of all
+    frames the ``limit`` is.
     """
 
     def __init__(self, limit: int, share: float, seed: int) -> None:

@@ -97,11 +97,11 @@ Band = tuple[Sequence[float], Sequence[float], Sequence[float]]
 
 
 def curves(name: str, panels: Mapping[str, Curves], bands: Mapping[str, Band] | None = None) -> Drawn:
-    """Lines over steps, one panel beside the other.
+    """Draw lines over steps, one panel beside the other.
 
     Args:
         name: Of the figure.
-        panels: Title → curves. A panel of one curve has no legend, and panels of the same curves have one in common.
+        panels: Title → curves. A panel of one curve has no legend, and panels of the same curves share one.
         bands: Title → what lies behind the curves.
     """
     columns = min(len(panels), 3)
@@ -162,15 +162,9 @@ def utterance(
     units: Mapping[str, Sequence[tuple[int, float, float]]],
     title: str,
 ) -> Drawn:
-    """A spectrogram, the phones, and the units of each codebook below it.
+    """Draw a spectrogram in dB (frequencies up to 8 kHz, frames), the phones, and the units of each codebook below it.
 
-    Args:
-        name: Of the figure.
-        spectrogram: In dB, (frequencies up to 8 kHz, frames).
-        duration: In seconds, of what is shown.
-        phones: (phone, start, end) in seconds.
-        units: Row label → (unit, start, end).
-        title: Above.
+    Phones and units, the latter by row label, are (label, start, end) in seconds of the ``duration`` shown.
     """
     rows = {"phones": phones, **units} if phones else dict(units)
 

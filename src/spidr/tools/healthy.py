@@ -49,7 +49,7 @@ def expected_loss(step: float) -> tuple[float, float]:
 
 
 def unlike_published(step: int, loss: float | None, active: Sequence[float] = ()) -> str:
-    """Say in what a run of the base model is outside the published ones; empty if in nothing.
+    """Say how a run of the base model differs from the published ones at a step; empty if it does not.
 
     Args:
         step: Of the optimiser.

@@ -127,11 +127,7 @@ def hints_of(cls: type) -> dict[str, Any]:
 
 
 def _convert(value: Any, hint: Any) -> Any:
-    """Convert a value to its annotation: integers to floats, lists to tuples, tables to dataclasses.
-
-    Raises:
-        ProblemsError: The annotation does not accept it.
-    """
+    """Convert integers to floats, lists to tuples, tables to dataclasses. Raises ProblemsError if that fails."""
     if value is REQUIRED:
         raise ProblemsError([("", f"missing, required: {describe(hint)}")])
     if dataclasses.is_dataclass(hint):

@@ -22,7 +22,7 @@ def check_memory(size: int, place: str) -> None:
         place: Where they are asked for.
 
     Raises:
-        InputError: There are not enough.
+        InputError: There is not enough.
     """
     if size > _memory() // 2:
         raise InputError(f"{place}: would take {size / 2**30:,.1f} GiB, more than half of the memory there is.")
