@@ -44,11 +44,6 @@ class KMeans:
     made: dict[str, Any]
 
     @property
-    def layer(self) -> int:
-        """The layer, counted from 1."""
-        return int(self.made["layer"])
-
-    @property
     def fingerprint(self) -> str:
         """Start of the SHA-256 of the centroids."""
         return hashlib.sha256(np.ascontiguousarray(self.centroids).data).hexdigest()[:16]
@@ -81,13 +76,11 @@ class KMeans:
 
     def check(self, session: Session) -> None:
         """Check that a session gives the features that the centroids were fitted to. Raises InputError if not."""
-        settings, dim = session.settings(), session.model.cfg.encoder_embed_dim
+        made, settings, dim = self.made, session.settings(), session.model.cfg.encoder_embed_dim
         for key in ("layer", "weights"):
-            if settings[key] != self.made[key]:
-                raise InputError(
-                    f"the centroids are of {key} {self.made[key]} of {self.made['model']}, not of {settings[key]} of "
-                    f"{settings['model']}"
-                )
+            if settings[key] != made[key]:
+                of = f"the centroids are of {key} {made[key]} of {made['model']}"
+                raise InputError(f"{of}, not of {settings[key]} of {settings['model']}")
         if self.centroids.shape[1] != dim:
             raise InputError(f"the centroids have {self.centroids.shape[1]} dimensions, the features {dim}")
 
@@ -121,9 +114,8 @@ class _Draw:
     def reduce(self) -> None:
         """Keep no more than the limit."""
         if self.count > self.limit:
-            self.share = float(
-                np.partition(np.concatenate([lots for lots, _ in self.drawn.values()]), self.limit)[self.limit]
-            )
+            all_lots = np.concatenate([lots for lots, _ in self.drawn.values()])
+            self.share = float(np.partition(all_lots, self.limit)[self.limit])
             for name, (lots, frames) in self.drawn.items():
                 chosen = lots < self.share
                 self.drawn[name] = lots[chosen], frames[chosen]
