@@ -86,9 +86,9 @@ with command_needs("train", __name__):
 
     from spidr.config import SAMPLE_RATE, DataConfig
     from spidr.data.audio import num_samples, statistics
-    from spidr.data.decoders import AUDIO
     from spidr.data.manifest import ARCHIVE, SCHEMA, SPAN, is_table, iter_recordings, read_manifest, stem
     from spidr.data.measure import measure, problems_of
+    from spidr.data.names import AUDIO
     from spidr.data.summary import duration, summarise
 
     if TYPE_CHECKING:

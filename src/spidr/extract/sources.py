@@ -21,9 +21,9 @@ from spidr.data.audio import (
     seekable_length,
     stream,
 )
-from spidr.data.decoders import AUDIO
 from spidr.data.manifest import is_table, read_manifest, recordings_of
 from spidr.data.measure import measure, problems_of
+from spidr.data.names import AUDIO
 from spidr.data.recording import Recording
 from spidr.extract.options import Options
 from spidr.tools.errors import InputError
