@@ -191,10 +191,11 @@ def decoder(source: Source) -> Iterator[Decoder]:
 
 def resampled(blocks: Iterable[Samples], sample_rate: int) -> Iterator[Samples]:
     """Mix blocks of samples (N, channels) down to one channel and resample them to 16 kHz, float32 (M,) each."""
-    with needs_extra("extract"):
-        import soxr
-
-    stream = soxr.ResampleStream(sample_rate, SAMPLE_RATE, 1, dtype="float32") if sample_rate != SAMPLE_RATE else None
+    stream = None
+    if sample_rate != SAMPLE_RATE:
+        with needs_extra("extract"):
+            import soxr
+        stream = soxr.ResampleStream(sample_rate, SAMPLE_RATE, 1, dtype="float32")
     for block in blocks:
         mono = block[:, 0] if block.shape[1] == 1 else block.mean(1, dtype=np.float32)
         yield mono if stream is None else stream.resample_chunk(np.ascontiguousarray(mono))
