@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -137,8 +136,8 @@ class ValidationJobs:
         return self.folder / f"step_{step}{suffix}"
 
     def _steps(self, suffix: str) -> set[int]:
-        names = (re.fullmatch(rf"step_(\d+){re.escape(suffix)}", path.name) for path in self.folder.glob("step_*"))
-        return {int(name[1]) for name in names if name}
+        paths = self.folder.glob(f"step_*{suffix}")
+        return {int(path.stem[5:]) for path in paths if path.stem[5:].isdecimal()}
 
     def _write(self, step: int, suffix: str, **values: str) -> None:
         write_json(self._path(step, suffix), values)

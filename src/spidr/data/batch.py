@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
@@ -93,8 +93,7 @@ class Batch:
     @property
     def tensors(self) -> dict[str, Tensor]:
         """The attributes that are tensors, by name."""
-        values = {item.name: getattr(self, item.name) for item in fields(self)}
-        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Self:
         return replace(self, **{name: function(tensor) for name, tensor in self.tensors.items()})  # type: ignore[arg-type]
@@ -128,13 +127,12 @@ class PackedBatch:
     """A batch that travels between processes as bytes, as tensors would need shared memory and sockets."""
 
     def __init__(self, batch: Batch) -> None:
-        self._arrays = {name: tensor.numpy() for name, tensor in batch.tensors.items()}
-        self._others = {item.name: getattr(batch, item.name) for item in fields(batch) if item.name not in self._arrays}
+        self._values = vars(batch) | {name: tensor.numpy() for name, tensor in batch.tensors.items()}
 
     def open(self) -> Batch:
         """The batch."""
-        tensors: dict[str, Any] = {name: torch.from_numpy(array) for name, array in self._arrays.items()}
-        return Batch(**tensors, **self._others)
+        values = self._values.items()
+        return Batch(**{name: torch.from_numpy(x) if isinstance(x, np.ndarray) else x for name, x in values})
 
     def pin_memory(self) -> Batch:
         """The batch in page-locked memory; called by torch's loader."""
