@@ -287,7 +287,7 @@ def copy_to_host(state: Any) -> Any:
 
     copied = copy(state)
     if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
+        torch.cuda.current_stream().synchronize()
     return copied
 
 
