@@ -99,7 +99,7 @@ def test_share_with_the_defaults() -> None:
     masks = MaskGenerator(MaskingConfig())
     rng = [np.random.default_rng(0)]
     for rows, frames, expected in ((4, 999, 0.545), (12, 999, 0.53), (48, 250, 0.468)):
-        shares = [masks.draw(np.full(rows, frames), rng).shape[1] / frames for _ in range(200)]
+        shares = [masks.frames.draw(np.full(rows, frames), rng).shape[1] / frames for _ in range(200)]
         assert np.mean(shares) == pytest.approx(expected, abs=0.007)
 
 

@@ -69,12 +69,11 @@ def test_units_are_the_same_or_not(tmp_path: Path) -> None:
 
 
 @needs_fastabx
-def test_context_and_sampling(tmp_path: Path) -> None:
+def test_another_context(tmp_path: Path) -> None:
     lines = ["r 0.00 0.04 A x y s", "r 0.04 0.08 A x y s", "r 0.08 0.12 B z y s", "r 0.12 0.16 B z y s"]
     items = read_items(write_items(tmp_path / "a.item", *lines))
     features = frames(r=[[1, 0], [1, 0], [0, 1], [0, 1]])
     assert Scorer(items).score(features).within is None  # no B in the context of the A
-    assert Scorer(items, context="any").score(features).within == 0.0
 
 
 @needs_fastabx
@@ -110,7 +109,7 @@ def test_items_without_a_frame(tmp_path: Path) -> None:
     """The middle of a frame must be inside, at its ends too; the last frames of a recording may be missing."""
     lines = ["r 0.031 0.049 A x y s", "r 0.05 0.05 B x y s", "r 0.10 0.14 A x y s", "r 0.13 0.15 A x y s"]
     items = read_items(write_items(tmp_path / "a.item", *lines))
-    scorer = Scorer(items, context="any")
+    scorer = Scorer(items)
     features = {"r": np.ones((6, 2), np.float32)}
     assert scorer.score(features)[2:] == (2, 2)  # the first has no frame, the last one lies behind the end
     with pytest.raises(InputError, match=r"a\.item: an item ends at frame 8 of r, which has 5 frames; is the frame"):

@@ -787,7 +787,7 @@ COMMANDS: dict[str, tuple[list[list[str]], list[str]]] = {
     "spidr.evaluate units": ([FILES, FILES], ["--num-units=NUMBER", "--frame-step=NUMBER", "--tier=x", "--json"]),
     "spidr.evaluate abx": (
         [FILES, FILES],
-        ["--frame-rate=NUMBER", "--max-size-group=NUMBER", "--max-x-across=NUMBER", "--context=any",
+        ["--frame-rate=NUMBER", "--max-size-group=NUMBER", "--max-x-across=NUMBER",
          "--distance=euclidean", "--distance=identical"],
     ),
     "spidr.evaluate model": (

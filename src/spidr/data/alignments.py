@@ -6,7 +6,7 @@ import codecs
 import os
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -72,11 +72,18 @@ def read_alignments(
         InputError: The file is missing, a line is not of this form, a TextGrid has no such tier, or a recording occurs
             twice.
     """
-    path, phones = expand(path), _Phones(silence)
+    path, silent = expand(path), {label.strip().lower() for label in silence}
+
+    @cache  # one object for all frames of a phone
+    def phone(label: str) -> str:
+        if not isinstance(label, str):
+            raise TypeError
+        return SILENCE if label.strip().lower() in silent else label.strip()
+
     alignments: Alignments = {}
     problems: Skipped = {} if skipped is None else skipped
     frames = 0
-    for place, read in _entries(path, tier, phones):
+    for place, read in _entries(path, tier, phone):
         try:
             name, labels = read()
             frames += len(labels)
@@ -95,11 +102,10 @@ def read_alignments(
     return alignments
 
 
-Entry = tuple[str, Callable[[], tuple[str, list[str]]]]
-"""The place of an alignment, for messages, and a function that reads its name and phones."""
-
-
-def _entries(path: Path, tier: str | None, phones: _Phones) -> Iterator[Entry]:
+def _entries(
+    path: Path, tier: str | None, phone: Callable[[str], str]
+) -> Iterator[tuple[str, Callable[[], tuple[str, list[str]]]]]:
+    """Yield the place of each alignment, for messages, and a function that reads its name and phones."""
     is_folder = os.path.isdir(path)  # noqa: PTH112 (False for all that cannot be a folder)
     if is_folder or path.suffix.lower() == ".textgrid":
         with needs_extra("train"):
@@ -108,11 +114,8 @@ def _entries(path: Path, tier: str | None, phones: _Phones) -> Iterator[Entry]:
             check_file(path)
         files = find_files(path, lambda name: name.lower().endswith(".textgrid")) if is_folder else [str(path)]
         for file in files:
-            name = os.path.splitext(os.path.relpath(file, path if is_folder else path.parent))[0]  # noqa: PTH122
-            yield (
-                file,
-                partial(_read_grid, Path(file), name.replace(os.sep, "/"), tier, phones, textgrid_io.parseTextgridStr),
-            )
+            name = Path(file).relative_to(path if is_folder else path.parent).with_suffix("").as_posix()
+            yield file, partial(_read_grid, Path(file), name, tier, phone, textgrid_io.parseTextgridStr)
         return
     header: list[str] = []
     table: dict[str, list[Interval]] = {}
@@ -121,45 +124,31 @@ def _entries(path: Path, tier: str | None, phones: _Phones) -> Iterator[Entry]:
         if header:
             row = split_row(header, line)
             try:
-                interval = (phones[row["#phone"]], float(row["onset"]), float(row["offset"]))
+                interval = (phone(row["#phone"]), float(row["onset"]), float(row["offset"]))
                 table.setdefault(row["#file"], []).append(interval)
             except (KeyError, ValueError):
                 raise InputError(f"{place}: expected #file onset offset #phone; found {line[:80]!r}.") from None
         elif line.startswith("#file"):
             header = line.split()
         else:
-            yield place, partial(_read_line, line, phones)
+            yield place, partial(_read_line, line, phone)
     for name, intervals in table.items():
         yield f"{path}: {name}", partial(_read_table, name, sorted(intervals, key=lambda interval: interval[1:]))
-
-
-class _Phones(dict[str, str]):
-    """Label → phone: one object for all its frames, and one for all labels of silence."""
-
-    def __init__(self, silence: Collection[str]) -> None:
-        super().__init__()
-        self._silence = {label.strip().lower() for label in silence}
-
-    def __missing__(self, label: str) -> str:
-        if not isinstance(label, str):
-            raise TypeError
-        self[label] = SILENCE if label.strip().lower() in self._silence else label.strip()
-        return self[label]
 
 
 def _read_table(name: str, intervals: list[Interval]) -> tuple[str, list[str]]:
     return name, _frames(intervals)
 
 
-def _read_line(line: str, phones: _Phones) -> tuple[str, list[str]]:
+def _read_line(line: str, phone: Callable[[str], str]) -> tuple[str, list[str]]:
     try:
         row = parse_json(line)
         name, labels = row["fileid"] if "fileid" in row else row["name"], row["phones"]
         if not isinstance(name, str) or not isinstance(labels, list) or not labels:
             raise TypeError
         if all(isinstance(label, str) for label in labels):
-            return name, [phones[label] for label in labels]
-        intervals = [(phones[label], float(start), float(end)) for label, start, end in labels]
+            return name, list(map(phone, labels))
+        intervals = [(phone(label), float(start), float(end)) for label, start, end in labels]
         duration = float(row.get("duration", 0))
     except (ValueError, TypeError, KeyError, AttributeError):
         raise InputError(
@@ -173,7 +162,7 @@ _EXPONENT = re.compile(r"^(.*?=\s*|\s*)([-+]?\d*\.?\d+[eE][-+]?\d+)(\s*)$", re.M
 
 
 def _read_grid(
-    path: Path, recording: str, tier: str | None, phones: _Phones, parse: Callable[[str, bool], Any]
+    path: Path, recording: str, tier: str | None, phone: Callable[[str], str], parse: Callable[[str, bool], Any]
 ) -> tuple[str, list[str]]:
     try:
         check_file(path)
@@ -199,7 +188,7 @@ def _read_grid(
         wanted = f"{count} {tier!r}" if tier is not None else "cannot tell the tier of the phones"
         raise InputError(f"{wanted}; tiers of intervals found: {', '.join(names) or 'none'}.")
     try:
-        intervals = [(phones[label], float(start), float(end)) for start, end, label in dict(tiers)[chosen[0]]]
+        intervals = [(phone(label), float(start), float(end)) for start, end, label in dict(tiers)[chosen[0]]]
         return recording, _frames(intervals, float(grid["xmax"]))
     except ValueError as error:
         message = error if isinstance(error, InputError) else f"not a number ({first_line(error)})"

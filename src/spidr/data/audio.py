@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from spidr.config import SAMPLE_RATE
-from spidr.data.decoders import OVERSHOOT, Decoded, Decoder, decoder, resampled
+from spidr.data.decoders import Decoder, decoder, resampled
 from spidr.data.recording import Recording, Source
 from spidr.tools.errors import InputError
 
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 BLOCK = 1 << 16
 """Samples per block of statistics: small enough for the cache and for exact sums."""
+
+OVERSHOOT = 0.5
+"""Seconds by which a span may overshoot its recording, as in Kaldi's extract-segments."""
 
 EPS = 1e-5
 """Added to the variance when an utterance is standardised."""
@@ -154,7 +157,7 @@ def _moments(blocks: Iterable[Samples]) -> tuple[float, float]:
     return mean, float(np.sqrt(squares / count))
 
 
-def _samples(file: Decoder | Decoded, start: int, stop: int | None) -> Samples:
+def _samples(file: Decoder, start: int, stop: int | None) -> Samples:
     samples = file.read(start, stop)[:, 0]
     if len(samples) == 0:
         raise _no_samples(file.name)
@@ -162,9 +165,9 @@ def _samples(file: Decoder | Decoded, start: int, stop: int | None) -> Samples:
     return samples
 
 
-def _range(file: Decoder | Decoded, start: int, stop: int | None) -> tuple[int, int | None]:
+def _range(file: Decoder, start: int, stop: int | None) -> tuple[int, int | None]:
     """Translate a range of a recording into one of its file."""
-    if isinstance(file.source, bytes) or file.source.start is file.source.end is None:
+    if file.recording.start is file.recording.end is None:
         return start, stop
     begin, end = _span(file)
     if stop is not None and begin + stop > end:
@@ -172,29 +175,26 @@ def _range(file: Decoder | Decoded, start: int, stop: int | None) -> tuple[int, 
     return begin + start, end if stop is None else begin + stop
 
 
-def _span(file: Decoder | Decoded) -> tuple[int, int]:
+def _span(file: Decoder) -> tuple[int, int]:
     """Where a recording begins and ends in its file, in samples of the file."""
-    whole = file.source if isinstance(file.source, bytes) else file.source._replace(start=None, end=None)
-    frames = _count(whole) if (known := file.length()) is None else known
+    recording, known = file.recording, file.length()
+    frames = _count(recording._replace(start=None, end=None)) if known is None else known
     if frames <= 0:
         raise _no_samples(file.name)
-    begin, end = 0, frames
-    if not isinstance(file.source, bytes):
-        begin = round((file.source.start or 0) * file.sample_rate)
-        end = frames if file.source.end is None else round(file.source.end * file.sample_rate)
-        if end > frames + OVERSHOOT * file.sample_rate or begin >= min(end, frames):
-            raise InputError(f"{file.name}: not within the {frames / file.sample_rate:g} s that the recording lasts.")
+    begin = round((recording.start or 0) * file.sample_rate)
+    end = frames if recording.end is None else round(recording.end * file.sample_rate)
+    if end > frames + OVERSHOOT * file.sample_rate or begin >= min(end, frames):
+        raise InputError(f"{file.name}: not within the {frames / file.sample_rate:g} s that the recording lasts.")
     return begin, min(end, frames)
 
 
-# Once per process: a long recording may be cropped often.
-@lru_cache(maxsize=1 << 16)
-def _count(source: Recording | bytes) -> int:
-    with decoder(source) as file:
+@lru_cache(maxsize=1 << 16)  # a long recording may be cropped often
+def _count(recording: Recording) -> int:
+    with decoder(recording) as file:
         return len(file.read())
 
 
-def _check_format(file: Decoder | Decoded) -> None:
+def _check_format(file: Decoder) -> None:
     if file.sample_rate != SAMPLE_RATE:
         raise FormatError(f"{file.name}: the sample rate is {file.sample_rate} Hz; resample it to {SAMPLE_RATE} Hz.")
     if file.channels != 1:

@@ -293,7 +293,7 @@ class Collator:
         if self.masks.masks_channels and self.channels is not None:
             # Before the frames: how much is drawn for those depends on the batch that a row was cropped in.
             channel_mask = torch.from_numpy(self.masks.draw_channels(len(frames), self.channels, rngs))
-        indices = torch.from_numpy(self.masks.draw(frames, rngs))
+        indices = torch.from_numpy(self.masks.frames.draw(frames, rngs))
         mask = torch.zeros(len(frames), batch.max_frames, dtype=torch.bool).scatter_(1, indices, value=True)
         return replace(batch, mask=mask, mask_indices=indices, channel_mask=channel_mask)
 

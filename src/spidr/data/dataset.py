@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from spidr.data.audio import read_audio, standardize, statistics_of
-from spidr.data.manifest import read_manifest, recordings_of
+from spidr.data.manifest import PLACE, read_manifest, recordings_of
 from spidr.data.measure import with_lengths
 from spidr.data.recording import Recording
 from spidr.tools.frames import conv_length
@@ -63,8 +63,8 @@ class SpeechDataset(Dataset[Tensor]):
         if not -len(self) <= row < len(self):
             raise IndexError(f"row {row} of a manifest of {len(self)} rows")
         # One value at a time: in a forked worker, polars' threads would wait for ever.
-        fields = [name for name in Recording._fields if name in self.manifest.columns]
-        samples = read_audio(Recording(**{name: self.manifest[name][row % len(self)] for name in fields}))
+        place = {name: self.manifest[name][row % len(self)] for name in PLACE if name in self.manifest.columns}
+        samples = read_audio(Recording(**place))
         if self.normalize:
             standardize(samples, *statistics_of(samples), out=samples)
         return torch.from_numpy(samples)

@@ -6,7 +6,8 @@ import io
 import logging
 import os
 import re
-from contextlib import contextmanager
+from bisect import bisect_left
+from contextlib import closing, contextmanager, suppress
 from functools import cache
 from importlib import import_module
 from typing import IO, TYPE_CHECKING, Any
@@ -47,37 +48,41 @@ UNKNOWN_LENGTH = 1 << 40
 PLACEHOLDER = 0x7FF00000
 """Sizes from here on mean "unknown" in headers that FFmpeg and SoX write to pipes."""
 
-OVERSHOOT = 0.5
-"""Seconds by which a span may overshoot its recording, as in Kaldi's extract-segments."""
-
-
 _SIZES = re.compile(r"^ *(?:data|Data Size|SSND|riff|Riff size) *: (\d+) \(should be (\d+)\)", re.MULTILINE)
 """libsndfile's log of a file that is shorter, or longer, than its header says."""
 
 
 class Decoder:
-    """A recording opened with libsndfile.
+    """A recording opened with libsndfile, if need be after TorchCodec has decoded it.
 
     Attributes:
+        recording: What was opened.
         name: What messages call it.
-        source: What was opened.
         sample_rate: In Hz.
         channels: How many.
         frames: Samples per channel by the header; None if only decoding can tell.
         seekable: Whether a part can be read without decoding what comes before.
     """
 
-    def __init__(self, source: Recording | bytes) -> None:
-        self.name, self.source = _name(source), source
-        self._file = _open(source)
+    def __init__(self, recording: Recording) -> None:
+        self.recording, self.name = recording, str(recording)
+        self._opened = recording
+        try:
+            self._file = _open(recording)
+        except soundfile.LibsndfileError as error:
+            self._opened = _by_torchcodec(recording, error)
+            self._file = _open(self._opened)
         self.sample_rate, self.channels = int(self._file.samplerate), int(self._file.channels)
         self._header, self._position = int(self._file.frames), 0
         # The header of an MP3 says nothing, or nothing reliable.
         self.frames = self._header if self._header < UNKNOWN_LENGTH and self._file.format != "MP3" else None
         # After a seek in MP3, Vorbis and Opus, libsndfile decodes wrong samples.
-        self.seekable = bool(soundfile.SoundFile.seekable(self._file)) and self._file.format not in ("MP3", "OGG")
-        if promised := self._promised():
-            _warn(self.name, "truncated: its header promises {} bytes, there are {}".format(*promised))
+        is_exact = bool(soundfile.SoundFile.seekable(self._file)) and self._file.format not in ("MP3", "OGG")
+        self.seekable = is_exact and self._opened is recording
+        for promised, there in re.findall(_SIZES, self._file.extra_info):
+            if int(there) < int(promised) < PLACEHOLDER:
+                _warn(self.name, f"truncated: its header promises {promised} bytes, there are {there}")
+                break
 
     def close(self) -> None:
         """Close the file."""
@@ -89,7 +94,7 @@ class Decoder:
         libsndfile takes FLAC's header at its word, so read the last sample; for other formats it looks at the file.
         """
         if self._file.format == "FLAC" and self.frames is not None and self.frames > 0:
-            self._read(self.frames - 1, self.frames, clip=True)
+            self._read(self.frames - 1, self.frames)
         return self.frames
 
     def read(self, start: int = 0, stop: int | None = None) -> Samples:
@@ -100,51 +105,52 @@ class Decoder:
         Raises:
             InputError: The file is damaged, or has no such samples.
         """
-        return self._read(start, stop, clip=stop is None)
+        samples = self._read(start, stop)
+        if stop is not None and len(samples) < stop - start:
+            there = self._position if self.frames is None else self.frames
+            raise InputError(f"{self.name}: has {there} samples; asked for were those up to {stop}.")
+        return samples
 
     def blocks(self, size: int, start: int = 0, stop: int | None = None) -> Iterator[Samples]:
         """Yield samples ``start`` to ``stop`` in blocks of ``size``."""
         while stop is None or start < stop:
-            end = start + size if stop is None else min(start + size, stop)
-            block = self._read(start, end, clip=stop is None)
+            block = self._read(start, start + size) if stop is None else self.read(start, min(start + size, stop))
             yield block
             if len(block) < size:
                 break
-            start = end
+            start += size
 
-    def _read(self, start: int, stop: int | None, *, clip: bool) -> Samples:
-        """Read as :meth:`read`; with ``clip``, up to the end at most."""
-        if stop is not None and not clip and self.frames is not None and stop > self.frames:
-            raise InputError(f"{self.name}: has {self.frames} samples; asked for were those up to {stop}.")
-        end = stop if self.frames is None or not clip else min(self.frames, stop or self.frames)
-        if clip and end is not None and start >= end:
-            return np.empty((0, self.channels), np.float32)
+    def _read(self, start: int, stop: int | None) -> Samples:
+        """Read samples ``start`` to ``stop``, or to the end if that comes first."""
+        end = stop
+        if self.frames is not None:
+            end = self.frames if stop is None else min(self.frames, stop)
+            if start >= end:
+                return np.empty((0, self.channels), np.float32)
         begin = start if self.seekable or start == self._position else 0
         # libsndfile decodes int16 several times as fast as float; scaled here, the bits are the same.
         dtype = "int16" if self._file.subtype == "PCM_16" else "float32"
+        samples, broken = np.empty((0, self.channels), dtype), ""
         try:
             if begin != self._position and self.seekable:
                 self._file.seek(begin)
             elif begin != self._position:
                 self._file.close()
-                self._file = _open(self.source)
+                self._file = _open(self._opened)
             samples = self._pieces(None if end is None else end - begin, dtype)
             self._position = begin + len(samples)
-            broken = ""
         except soundfile.LibsndfileError as error:
-            broken, samples = error.error_string or "libsndfile says no more", np.empty((0, self.channels), dtype)
-        if self.frames is not None and end is not None and (broken or len(samples) < end - begin):
-            there = self._readable()
+            broken = error.error_string or "libsndfile says no more"
+        is_short = end is not None and begin + len(samples) < end
+        if self.frames is not None and (broken or is_short):
+            there = self._readable(self.frames)
             if there not in (0, self.frames):
                 _warn(self.name, f"shorter than its header says: {there} of {self.frames} samples")
-                self._file, self._position, self.frames = _open(self.source), 0, there
-                return self._read(min(start, there), stop, clip=clip)
+                self._file, self._position, self.frames = _open(self._opened), 0, there
+                return self._read(start, stop)
         if broken:
             raise InputError(f"{self.name}: damaged or truncated near sample {start} ({broken}).")
-        if stop is not None and not clip and begin + len(samples) < stop:
-            raise InputError(f"{self.name}: has {begin + len(samples)} samples; asked for were those up to {stop}.")
-        at_end = clip and (end is None or begin + len(samples) < end)
-        if self.frames is None and at_end and self._position < 0.98 * self._header < UNKNOWN_LENGTH:
+        if self.frames is None and (end is None or is_short) and self._position < 0.98 * self._header < UNKNOWN_LENGTH:
             _warn(self.name, f"shorter than its header says: {self._position} of {self._header} samples")
         samples = samples[start - begin :]
         return np.multiply(samples, np.float32(2**-15), dtype=np.float32) if dtype == "int16" else samples
@@ -152,93 +158,30 @@ class Decoder:
     def _pieces(self, count: int | None, dtype: str) -> NDArray[Any]:
         """Read up to ``count`` samples from the file's position (None: all)."""
         pieces: list[NDArray[Any]] = []
-        length, piece = 0, max(1, PIECE // self.channels)
-        while not pieces or len(pieces[-1]) > 0:
-            left = piece if count is None else min(piece, count - length)
-            pieces.append(self._file.read(left, dtype=dtype, always_2d=True))
+        length, most = 0, max(1, PIECE // self.channels)
+        while not pieces or (len(pieces[-1]) > 0 and length != count):
+            size = most if count is None else min(most, count - length)
+            pieces.append(self._file.read(size, dtype=dtype, always_2d=True))
             length += len(pieces[-1])
             check_memory(8 * length * self.channels, self.name)
-            if length == count:
-                break
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
-    def _promised(self) -> tuple[int, int] | None:
-        """Bytes that the header promises and bytes that there are, if those are fewer."""
-        for promised, there in re.findall(_SIZES, self._file.extra_info):
-            if int(there) < int(promised) < PLACEHOLDER:
-                return int(promised), int(there)
-        return None
+    def _readable(self, frames: int) -> int:
+        """Count the samples that can be read from the beginning; if the last one can, all: the damage is in between."""
 
-    def _readable(self) -> int:
-        """How many samples can be read from the beginning: all if the last one can, else found by bisection."""
+        def is_missing(position: int) -> bool:
+            with _open(self._opened) as file:
+                try:
+                    file.seek(position)
+                    return len(file.read(1)) == 0
+                except soundfile.LibsndfileError:
+                    return True
 
-        def has(position: int) -> bool:
-            file = _open(self.source)
-            try:
-                file.seek(position)
-                return len(file.read(1)) == 1
-            except soundfile.LibsndfileError:
-                return False
-            finally:
-                file.close()
-
-        assert self.frames is not None
-        low, high = 0, self.frames
-        if has(high - 1):
-            return high
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if has(middle - 1) else (low, middle)
-        return low
-
-
-class Decoded:
-    """A recording that only TorchCodec reads: decoded whole, with the attributes and methods of :class:`Decoder`."""
-
-    seekable = False
-
-    def __init__(self, source: Recording | bytes, reason: str) -> None:
-        self.name, self.source = _name(source), source
-        with _raw(source) as file:
-            data = file.read()
-        try:
-            decoder_class = import_module("torchcodec.decoders").AudioDecoder
-            decoder = decoder_class(data)
-            if decoder.metadata.codec == "opus":  # FFmpeg would decode Opus to 48 kHz.
-                decoder = decoder_class(data, sample_rate=SAMPLE_RATE)
-            samples = decoder.get_all_samples()
-        except (ImportError, OSError, RuntimeError, ValueError) as error:
-            if isinstance(error, (ImportError, OSError)) or "libtorchcodec" in str(error):
-                raise InputError(
-                    f"{self.name}: libsndfile cannot read it ({reason}); if it is M4A, WebM or the like, install "
-                    "TorchCodec (`pip install 'spidr[extract]'`) and FFmpeg, or convert it to WAV or FLAC.",
-                    guide="questions.md#do-i-need-ffmpeg",
-                ) from None
-            raise InputError(f"{self.name}: neither libsndfile nor FFmpeg can read it ({reason}).") from None
-        self._samples = np.ascontiguousarray(samples.data.numpy().T)
-        self.sample_rate, self.channels, self.frames = samples.sample_rate, self._samples.shape[1], len(self._samples)
-
-    def close(self) -> None:
-        """Nothing is open."""
-
-    def length(self) -> int:
-        """As :meth:`Decoder.length`."""
-        return self.frames
-
-    def read(self, start: int = 0, stop: int | None = None) -> Samples:
-        """As :meth:`Decoder.read`."""
-        if stop is not None and stop > self.frames:
-            raise InputError(f"{self.name}: has {self.frames} samples; asked for were those up to {stop}.")
-        return self._samples[start:stop]
-
-    def blocks(self, size: int, start: int = 0, stop: int | None = None) -> Iterator[Samples]:
-        """As :meth:`Decoder.blocks`."""
-        samples = self.read(start, stop)
-        yield from (samples[i : i + size] for i in range(0, len(samples), size))
+        return bisect_left(range(frames), True, key=is_missing) if is_missing(frames - 1) else frames
 
 
 @contextmanager
-def decoder(source: Source) -> Iterator[Decoder | Decoded]:
+def decoder(source: Source) -> Iterator[Decoder]:
     """Open a recording with whatever reads it.
 
     Raises:
@@ -246,30 +189,10 @@ def decoder(source: Source) -> Iterator[Decoder | Decoded]:
     """
     recording = as_recording(source)
     try:
-        try:
-            opened: Decoder | Decoded = Decoder(recording)
-        except soundfile.LibsndfileError as error:
-            opened = Decoded(recording, _why(recording, error))
-        try:
+        with closing(Decoder(recording)) as opened:
             yield opened
-        finally:
-            opened.close()
     except OSError as error:
-        raise InputError(f"{_name(recording)}: cannot be read ({error.strerror or error}).") from None
-
-
-def _name(source: Recording | bytes) -> str:
-    return f"<{len(source)} bytes of audio>" if isinstance(source, bytes) else str(source)
-
-
-def _raw(source: Recording | bytes) -> IO[bytes] | Member:
-    """The bytes of a recording's file, as a file."""
-    if isinstance(source, bytes):
-        return io.BytesIO(source)
-    if source.archive is not None:
-        return Member(source)
-    check_exists(source.path)
-    return open(source.path, "rb")  # noqa: PTH123
+        raise InputError(f"{recording}: cannot be read ({error.strerror or error}).") from None
 
 
 def resampled(blocks: Iterable[Samples], sample_rate: int) -> Iterator[Samples]:
@@ -285,12 +208,30 @@ def resampled(blocks: Iterable[Samples], sample_rate: int) -> Iterator[Samples]:
         yield stream.resample_chunk(np.empty(0, np.float32), last=True)
 
 
-def _why(source: Recording | bytes, error: soundfile.LibsndfileError) -> str:
-    """Why libsndfile does not read a file. Raises InputError if it is empty."""
-    with _raw(source) as file:
-        if not file.read(1):
-            raise InputError(f"{_name(source)}: the file is empty.")
-    return "format not recognised" if error.code in (1, 7) else error.error_string.rstrip(".").lower()
+def _by_torchcodec(recording: Recording, error: soundfile.LibsndfileError) -> Recording:
+    """Decode what libsndfile cannot read, whole, into something that it can."""
+    with _raw(recording) as file:
+        data = file.read()
+    if not data:
+        raise InputError(f"{recording}: the file is empty.")
+    reason = "format not recognised" if error.code in (1, 7) else error.error_string.rstrip(".").lower()
+    try:
+        decoder_class = import_module("torchcodec.decoders").AudioDecoder
+        opened = decoder_class(data)
+        if opened.metadata.codec == "opus":  # FFmpeg would decode Opus to 48 kHz.
+            opened = decoder_class(data, sample_rate=SAMPLE_RATE)
+        samples = opened.get_all_samples()
+    except (ImportError, OSError, RuntimeError, ValueError) as failure:
+        if isinstance(failure, (ImportError, OSError)) or "libtorchcodec" in str(failure):
+            raise InputError(
+                f"{recording}: libsndfile cannot read it ({reason}); if it is M4A, WebM or the like, install "
+                "TorchCodec (`pip install 'spidr[extract]'`) and FFmpeg, or convert it to WAV or FLAC.",
+                guide="questions.md#do-i-need-ffmpeg",
+            ) from None
+        raise InputError(f"{recording}: neither libsndfile nor FFmpeg can read it ({reason}).") from None
+    wave = io.BytesIO()
+    soundfile.write(wave, samples.data.numpy().T, samples.sample_rate, format="W64", subtype="FLOAT")
+    return Recording(recording.path, content=wave.getvalue())
 
 
 @cache
@@ -307,19 +248,34 @@ class _File(soundfile.SoundFile):  # type: ignore[misc]
         return False
 
 
-def _open(source: Recording | bytes) -> _File:
-    if isinstance(source, bytes) or source.archive is not None:
-        file = _File(_for_libsndfile(_raw(source)))
+def _open(recording: Recording) -> _File:
+    if recording.content is None and recording.archive is None:
+        check_exists(recording.path)
+        file = _File(os.fsencode(recording.path))  # soundfile takes no name that is not UTF-8
     else:
-        check_exists(source.path)
-        file = _File(os.fsencode(source.path))  # soundfile takes no name that is not UTF-8
+        raw: Any = _raw(recording)
+        size = raw.seek(0, os.SEEK_END)
+        raw.seek(0)
+        # libsndfile asks for a few kilobytes at a time: fastest from memory.
+        in_memory = recording.content is not None or size <= READ_AT_ONCE
+        file = _File(_Bytes(raw.read(size)) if in_memory else _Buffered(raw))
     if file.frames == 0 and file.format in ("WAV", "WAVEX"):
-        with _raw(source) as raw:
+        with _raw(recording) as raw:
             data = raw.read()
         if whole := _with_open_end(data):
             file.close()
             return _File(_Bytes(whole))
     return file
+
+
+def _raw(recording: Recording) -> IO[bytes] | Member:
+    """The bytes of a recording's file, as a file."""
+    if recording.content is not None:
+        return io.BytesIO(recording.content)
+    if recording.archive is not None:
+        return Member(recording)
+    check_exists(recording.path)
+    return open(recording.path, "rb")  # noqa: PTH123
 
 
 def _with_open_end(data: bytes) -> bytes | None:
@@ -328,13 +284,6 @@ def _with_open_end(data: bytes) -> bytes | None:
     if position < 0 or len(data) <= position + 8:
         return None
     return data[: position + 4] + b"\xff\xff\xff\xff" + data[position + 8 :]
-
-
-def _for_libsndfile(file: Any) -> Any:
-    # libsndfile asks for a few kilobytes at a time: fastest from memory.
-    small = isinstance(file, io.BytesIO) or file.seek(0, os.SEEK_END) <= READ_AT_ONCE
-    file.seek(0)
-    return _Bytes(file.read()) if small else _Buffered(file)
 
 
 class _Unfailing:
@@ -346,11 +295,9 @@ class _Unfailing:
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         """Go to a position if it is valid, and return the current one."""
         file: Any = super()
-        try:
+        with suppress(OSError, ValueError):
             if abs(offset) < UNKNOWN_LENGTH:
                 file.seek(offset, whence)
-        except (OSError, ValueError):
-            pass
         position: int = file.tell()
         return position
 

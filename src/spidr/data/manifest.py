@@ -33,6 +33,8 @@ ARCHIVE = {"archive": pl.String, "byte_offset": pl.Int64, "byte_size": pl.Int64}
 SPAN = {"start": pl.Float64, "end": pl.Float64}
 STATISTICS = {"mean": pl.Float64, "std": pl.Float64}
 SCHEMA: dict[str, Any] = REQUIRED | ARCHIVE | SPAN | STATISTICS
+PLACE = tuple(name for name in Recording._fields if name in SCHEMA)
+"""Columns that say where a recording is."""
 
 GUIDE = "pretrain.md#2-list-the-recordings"
 TABLES = {".csv", ".tsv", ".jsonl", ".ndjson", ".txt", ".lst", ".list", ".scp"}
@@ -107,15 +109,9 @@ def read_manifests(paths: Sequence[str | Path], *, needs_audio: bool = False) ->
 
 def recordings_of(manifest: pl.DataFrame, rows: NDArray[np.integer[Any]] | None = None) -> list[Recording]:
     """Take the recordings out of some rows (None: all)."""
-    fields = [name for name in Recording._fields if name in manifest.columns]
-    if "path" not in fields:
-        raise InputError("The manifest has no column 'path'.")
-    chosen = manifest.select(fields) if rows is None else manifest.select(fields)[rows]
-    defaults = Recording._field_defaults
-    columns = [
-        chosen[name].to_list() if name in fields else [defaults[name]] * chosen.height for name in Recording._fields
-    ]
-    return list(map(Recording._make, zip(*columns, strict=True)))
+    columns = manifest.select(name for name in PLACE if name in manifest.columns)
+    chosen = columns if rows is None else columns[rows]
+    return [Recording(**row) for row in chosen.iter_rows(named=True)]
 
 
 def iter_recordings(manifest: pl.DataFrame) -> Iterator[Recording]:
@@ -168,12 +164,12 @@ def _read_csv(path: Path) -> pl.DataFrame:
     separator = max("\t;,", key=header.count)
     names = next(csv.reader([header], delimiter=separator))
     strings = {name: pl.String for name in names if name.strip() in SCHEMA}
-    table = None
-    for inferred in ({"infer_schema_length": 1000}, {"infer_schema": False}):  # where later values are unlike the first
+    options: dict[str, Any] = {"separator": separator, "schema_overrides": strings}
+    for first in (1000, None):  # all rows where later values are unlike the first
         with suppress(pl.exceptions.ComputeError):
-            table = pl.read_csv(escape(str(path)), separator=separator, schema_overrides=strings, **inferred)
+            table = pl.read_csv(escape(str(path)), infer_schema_length=first, **options)
             break
-    if table is None:
+    else:
         table = _read_odd_csv(path, separator)
     if any(name != name.strip() for name in table.columns):  # a header like "path, num_samples"
         table = table.with_columns(pl.col(pl.String).str.strip_chars()).rename(str.strip)
@@ -198,13 +194,8 @@ def _read_jsonl(path: Path) -> pl.DataFrame:
     with path.open("rb") as file:
         if file.read(3) == codecs.BOM_UTF8:
             source = file.read()
-    for first in (1000, None):  # all rows where later values are unlike the first
-        with suppress(pl.exceptions.PolarsError, pl.exceptions.PanicException):
-            schema = pl.read_ndjson(source, n_rows=first, infer_schema_length=first).schema
-            # A column we know may first occur in a later row.
-            table = pl.read_ndjson(source, schema=schema | dict.fromkeys(SCHEMA, pl.String))
-            absent = (name for name in SCHEMA if name not in schema and table[name].null_count() == table.height)
-            return table.drop(absent)
+    with suppress(pl.exceptions.PolarsError, pl.exceptions.PanicException):
+        return pl.read_ndjson(source, infer_schema_length=None)  # of all rows, or columns that begin late would be lost
     rows = [_json_row(path, number, line) for number, (_, line) in enumerate(read_lines(path), start=1)]
     for row in rows:
         row |= {name: str(row[name]) for name in SCHEMA if row.get(name) is not None}
@@ -288,35 +279,36 @@ def _typed(path: Path, manifest: pl.DataFrame, *, needs_audio: bool) -> pl.DataF
     if missing := [column for column in [*needed, *(ARCHIVE if "archive" in columns else ())] if column not in columns]:
         found = ", ".join(columns) or "none"
         raise InputError(f"{path}: column {missing[0]!r} is missing. Columns found: {found}.", guide=GUIDE)
-    in_archive = manifest["archive"].is_not_null() if "archive" in columns else False
     optional = {*SPAN, *STATISTICS} | ({"num_samples"} if not SPAN.keys().isdisjoint(columns) else set())
     typed = {}
     for column, kind in SCHEMA.items():
         if column not in columns:
             continue
-        given = manifest[column]
-        if given.dtype.is_nested():
-            raise InputError(f"{path}: column {column!r}: found {_cut(given[0])}, expected {_expected(column)}.")
-        values = given.cast(pl.String)
-        bad = values.is_null() & (column not in optional) & (in_archive if column in ARCHIVE else True)
+        if manifest[column].dtype.is_nested():
+            found = _cut(manifest[column][0])
+            raise InputError(f"{path}: column {column!r}: found {found}, expected {_expected(column)}.")
+        values = text = manifest[column].cast(pl.String)
+        bad = text.is_null() & (column not in optional)
+        if column in ARCHIVE:
+            bad &= manifest["archive"].is_not_null() if "archive" in columns else False
         if kind is pl.String:
-            bad |= values.str.contains("\0", literal=True).fill_null(value=False)
+            bad |= text.str.contains("\0", literal=True).fill_null(value=False)
         else:
-            values = values.str.strip_chars().cast(pl.Float64, strict=False)
+            values = text.str.strip_chars().cast(pl.Float64, strict=False)
             wrong = ~values.is_finite() | (values < (-1e308 if column == "mean" else 0))
             if kind is pl.Int64:
                 wrong |= (values != values.floor()) | (values >= 2**53)
-            bad |= given.is_not_null() & wrong.fill_null(value=True)
+            bad |= text.is_not_null() & wrong.fill_null(value=True)
         if bad.any():
             row = int(bad.arg_max() or 0)
-            found = "nothing" if given[row] is None else _cut(given[row])
+            found = "nothing" if text[row] is None else _cut(text[row])
             raise InputError(f"{path}: row {row + 1}, column {column!r}: found {found}, expected {_expected(column)}.")
         typed[column] = values.cast(kind)
     if "start" in typed and "end" in typed:
         empty = (typed["start"].fill_null(0.0) >= typed["end"]).fill_null(value=False)
         if empty.any():
             raise InputError(f"{path}: row {int(empty.arg_max() or 0) + 1}: the span ends before it begins.")
-    return pl.DataFrame({**typed, **{name: manifest[name] for name in columns if name not in SCHEMA}})
+    return pl.DataFrame(typed | {name: manifest[name] for name in columns if name not in SCHEMA})
 
 
 def _expected(column: str) -> str:
@@ -339,16 +331,16 @@ def _named(manifest: pl.DataFrame) -> pl.DataFrame:
     """Add ``fileid`` if it is missing, and take lengths from spans."""
     if "fileid" not in manifest.columns:
         manifest = manifest.select(stem(pl.col("path")).alias("fileid"), pl.all())
-    if not SPAN.keys().isdisjoint(manifest.columns):
-        absent = [pl.lit(None).alias(name) for name in (*SPAN, "num_samples") if name not in manifest.columns]
-        start, end = pl.col("start").fill_null(0.0), pl.col("end")
-        length = ((end * SAMPLE_RATE).round() - (start * SAMPLE_RATE).round()).cast(pl.Int64)
-        known = pl.when(end.is_not_null()).then(length).when(start == 0).then("num_samples")
-        lengths = manifest.with_columns(absent).select(num_samples=known.cast(pl.Int64))["num_samples"]
-        # Without an end, only the recording tells how long the span is.
-        manifest = manifest.drop("num_samples", strict=False)
-        manifest = manifest if lengths.null_count() else manifest.with_columns(lengths)
-    return manifest
+    if SPAN.keys().isdisjoint(manifest.columns):
+        return manifest
+    absent = [pl.lit(None).alias(name) for name in (*SPAN, "num_samples") if name not in manifest.columns]
+    start, end = pl.col("start").fill_null(0.0), pl.col("end")
+    length = (end * SAMPLE_RATE).round() - (start * SAMPLE_RATE).round()
+    known = pl.when(end.is_not_null()).then(length).when(start == 0).then("num_samples").cast(pl.Int64)
+    lengths = manifest.with_columns(absent).select(num_samples=known)["num_samples"]
+    # Without an end, only the recording tells how long the span is.
+    manifest = manifest.drop("num_samples", strict=False)
+    return manifest if lengths.null_count() else manifest.with_columns(lengths)
 
 
 def _located(manifest: pl.DataFrame, folder: Path) -> pl.DataFrame:
@@ -356,12 +348,9 @@ def _located(manifest: pl.DataFrame, folder: Path) -> pl.DataFrame:
 
     @cache
     def roots(parent: str) -> list[str]:
-        candidates = ["", str(folder)] if str(folder) not in ("", ".") else [""]
-        return [root for root in candidates if os.path.isdir(os.path.join(root, parent) or ".")]  # noqa: PTH112, PTH118
+        return [root for root in dict.fromkeys(["", str(folder)]) if os.path.isdir(os.path.join(root, parent) or ".")]  # noqa: PTH112, PTH118
 
-    def locate(path: str | None) -> str | None:
-        if path is None:
-            return None
+    def locate(path: str) -> str:
         if path.startswith("~") or "$" in path:
             path = str(expand(path))
         found = roots(os.path.dirname(path))  # noqa: PTH120
@@ -369,15 +358,11 @@ def _located(manifest: pl.DataFrame, folder: Path) -> pl.DataFrame:
             found = [root for root in found if os.path.exists(os.path.join(root, path))]  # noqa: PTH110, PTH118
         return os.path.join(found[0], path) if found else path  # noqa: PTH118
 
-    for column in ("path", "archive"):
-        if column not in manifest.columns:
-            continue
-        values = manifest[column]
-        is_open = ~values.str.contains(r"^(/[^$]*)?$").fill_null(value=True)
+    for column in {"path", "archive"}.intersection(manifest.columns):
+        is_open = ~pl.col(column).str.contains(r"^(/[^$]*)?$")
         if column == "path" and "archive" in manifest.columns:
-            is_open &= manifest["archive"].is_null()
-        if is_open.any():
-            rows = zip(values.to_list(), is_open.to_list(), strict=True)
-            located = pl.Series(column, [locate(value) if look else value for value, look in rows], dtype=pl.String)
-            manifest = manifest.with_columns(located)
+            is_open &= pl.col("archive").is_null()
+        if (rows := manifest.select(is_open.fill_null(value=False).arg_true()).to_series()).len():
+            located = [locate(path) for path in manifest[column].gather(rows)]
+            manifest = manifest.with_columns(manifest[column].scatter(rows, located))
     return manifest

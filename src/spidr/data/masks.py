@@ -31,10 +31,13 @@ class MaskGenerator:
     for channels, without the minimum of 2; but rows with generators of their own keep all their channels. The
     strategies for span lengths and ``no_mask_overlap`` are those of wav2vec 2.0 (https://arxiv.org/abs/2006.11477) in
     fairseq.
+
+    Attributes:
+        frames: The spans of frames.
     """
 
     def __init__(self, cfg: MaskingConfig) -> None:
-        self._frames = Spans.of(cfg, "mask", min_spans=2)
+        self.frames = Spans.of(cfg, "mask", min_spans=2)
         self._channels = Spans.of(cfg, "mask_channel", min_spans=0)
 
     @property
@@ -60,23 +63,11 @@ class MaskGenerator:
         rng = [np.random.default_rng(seed)]
         lengths = (~padding_mask).sum(1).cpu().numpy()
         mask = torch.zeros(padding_mask.shape, dtype=torch.bool)
-        mask.scatter_(1, torch.from_numpy(self.draw(lengths, rng)), value=True)
+        mask.scatter_(1, torch.from_numpy(self.frames.draw(lengths, rng)), value=True)
         if channels is None or not self.masks_channels:
             return mask.to(padding_mask.device), None
         channel_mask = torch.from_numpy(self.draw_channels(len(lengths), channels, rng))
         return mask.to(padding_mask.device), channel_mask.to(padding_mask.device)
-
-    def draw(self, lengths: Integers, rngs: Generators) -> NDArray[np.int64]:
-        """Draw the masked frames of each row, ascending.
-
-        Args:
-            lengths: Number of frames of each row (B,).
-            rngs: One generator, or one for each row.
-
-        Returns:
-            int64 (B, M), M the same for all rows.
-        """
-        return self._frames.draw(lengths, rngs)
 
     def draw_channels(self, rows: int, channels: int, rngs: Generators) -> NDArray[np.bool_]:
         """Draw the masked channels of each row: bool (rows, channels)."""
@@ -105,7 +96,15 @@ class Spans:
         return cls(**same, no_overlap=getattr(cfg, f"no_{name}_overlap"), min_spans=min_spans)
 
     def draw(self, lengths: Integers, rngs: Generators) -> NDArray[np.int64]:
-        """Draw positions inside spans, ascending (B, M), as many in each row as in the row with the fewest."""
+        """Draw positions inside spans, as many in each row as in the row with the fewest.
+
+        Args:
+            lengths: Length of each row (B,).
+            rngs: One generator, or one for each row.
+
+        Returns:
+            int64 (B, M), ascending.
+        """
         width = int(np.max(lengths))
         masks, keys = [], []
         for part, rng in zip(np.split(lengths, len(rngs)), rngs, strict=True):
@@ -184,17 +183,13 @@ def _place_apart(
 def _place_row(length: int, spans: list[int], min_space: int, shares: list[float], waits: list[float]) -> list[int]:
     """Place the spans of a row, the longest first, up to the first that fits nowhere, and return their starts.
 
+    ``shares`` are numbers in [0, 1), one for each span, that choose its place within a part; ``waits`` are standard
+    exponential draws, one per part.
+
     The free parts race: each waits for a time that is exponentially distributed with its length as the rate, and the
     first takes the next span. That draws in proportion to the lengths without summing them for each span
     (https://en.wikipedia.org/wiki/Exponential_distribution, distribution of the minimum). For so few numbers at a time,
     Python's lists are faster than arrays.
-
-    Args:
-        length: Frames of the row.
-        spans: Lengths of the spans, the longest first.
-        min_space: Frames to leave between spans.
-        shares: For each span a number in [0, 1) that chooses its place within the part.
-        waits: Standard exponential draws, one per part.
     """
     starts: list[int] = []
     now = 0.0
@@ -211,15 +206,11 @@ def _place_row(length: int, spans: list[int], min_space: int, shares: list[float
         before = int(share * (room - span + 1))
         starts.append(begin + before)
         after = room - before - span - min_space
-        before -= min_space
-        if before >= span:
-            heappush(racing, (now + next(wait) / before, begin, before))
-        elif before >= spans[-1]:
-            heappush(aside, (-before, begin))
-        if after >= span:
-            heappush(racing, (now + next(wait) / after, begin + room - after, after))
-        elif after >= spans[-1]:
-            heappush(aside, (-after, begin + room - after))
+        for part_begin, part_room in ((begin, before - min_space), (begin + room - after, after)):
+            if part_room >= span:
+                heappush(racing, (now + next(wait) / part_room, part_begin, part_room))
+            elif part_room >= spans[-1]:
+                heappush(aside, (-part_room, part_begin))
     return starts
 
 

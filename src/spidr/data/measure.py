@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
+from multiprocessing.pool import ThreadPool
 from typing import TYPE_CHECKING, TypeVar
 
 import polars as pl
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 R = TypeVar("R")
 T = TypeVar("T")
 
-PER_TASK = 64
-"""Recordings per task of a thread."""
+AT_ONCE = 1 << 14
+"""Recordings in memory at once."""
 
 LISTED = 20
 """Most problems that a message lists."""
@@ -51,19 +51,15 @@ def measure(
         except InputError as error:
             return error
 
-    def of_all(recordings: list[R]) -> list[T | InputError]:
-        return [of(recording) for recording in recordings]
-
-    remaining, threads = iter(recordings), min(32, (os.cpu_count() or 1) + 4)
-    pool = ThreadPoolExecutor(threads)
-    try:
-        with tqdm(total=total, desc=description, unit="file", disable=None if progress else True) as bar:
-            while tasks := [task for _ in range(4 * threads) if (task := list(islice(remaining, PER_TASK)))]:
-                for results in pool.map(of_all, tasks):
-                    bar.update(len(results))
-                    yield from results
-    finally:
-        pool.shutdown(cancel_futures=True)
+    remaining = iter(recordings)
+    with (
+        ThreadPool(min(32, (os.cpu_count() or 1) + 4)) as pool,
+        tqdm(total=total, desc=description, unit="file", disable=None if progress else True) as bar,
+    ):
+        while part := list(islice(remaining, AT_ONCE)):
+            for result in pool.imap(of, part, chunksize=64):
+                bar.update()
+                yield result
 
 
 def problems_of(errors: list[InputError], total: int, remedy: str) -> InputError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import PurePosixPath
 
@@ -30,35 +31,26 @@ def match_names(names: Collection[str], wanted: Iterable[str]) -> dict[str, str]
     Raises:
         InputError: A wanted recording matches several names, or a name several of them.
     """
-    by_tail: dict[Parts, list[str]] = {}
+    whole, by_tail = defaultdict[Parts, list[str]](list), defaultdict[Parts, list[str]](list)
     for name in names:
         parts = _parts(name)
-        for first in range(len(parts)):
-            by_tail.setdefault(parts[first:], []).append(name)
+        whole[parts].append(name)
+        for first in range(1, len(parts)):
+            by_tail[parts[first:]].append(name)
     matched: dict[str, str] = {}
     meant_by: dict[str, str] = {}
     for want in wanted:
-        if (found := _find(want, names, by_tail)) is None:
-            continue
-        if meant_by.setdefault(found, want) != want:
-            raise InputError(
-                f"{found}: several recordings could be meant: {', '.join(sorted((meant_by[found], want)))}."
-            )
-        matched[want] = found
+        parts = _parts(want)
+        with_fewer_folders = [name for first in range(1, len(parts)) for name in whole[parts[first:]]]
+        found = [want] if want in names else whole[parts] or by_tail[parts] + with_fewer_folders
+        if len(found) > 1:
+            raise InputError(f"{want}: several recordings could be meant: {some(sorted(found), 3)}.")
+        for name in found:
+            if meant_by.setdefault(name, want) != want:
+                both = ", ".join(sorted((meant_by[name], want)))
+                raise InputError(f"{name}: several recordings could be meant: {both}.")
+            matched[want] = name
     return matched
-
-
-def _find(want: str, names: Collection[str], by_tail: dict[Parts, list[str]]) -> str | None:
-    if want in names:
-        return want
-    parts = _parts(want)
-    with_folders = by_tail.get(parts, [])
-    same = [name for name in with_folders if len(_parts(name)) == len(parts)]
-    without = [name for i in range(1, len(parts)) for name in by_tail.get(parts[i:], []) if _parts(name) == parts[i:]]
-    found = same or [*with_folders, *without]
-    if len(found) > 1:
-        raise InputError(f"{want}: several recordings could be meant: {some(sorted(found), 3)}.")
-    return found[0] if found else None
 
 
 def _parts(name: str) -> Parts:
@@ -71,10 +63,8 @@ def match_rows(names: Collection[str], fileids: Sequence[str], paths: Sequence[s
     See :func:`match_names`.
     """
     by_fileid = match_names(names, fileids) if len(set(fileids)) == len(fileids) else {}
-    others = [path for fileid, path in zip(fileids, paths, strict=True) if fileid not in by_fileid]
+    rows = list(enumerate(zip(fileids, paths, strict=True)))
+    others = [path for _, (fileid, path) in rows if fileid not in by_fileid]
     by_path = match_names(set(names) - set(by_fileid.values()), others)
-    return {
-        row: by_fileid.get(fileid) or by_path[path]
-        for row, (fileid, path) in enumerate(zip(fileids, paths, strict=True))
-        if fileid in by_fileid or path in by_path
-    }
+    found = {row: by_fileid.get(fileid) or by_path.get(path) for row, (fileid, path) in rows}
+    return {row: name for row, name in found.items() if name is not None}

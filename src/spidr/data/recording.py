@@ -24,6 +24,7 @@ class Recording(NamedTuple):
         end: Where it ends; None: at the end.
         mean: Mean of the samples, if known.
         std: Their standard deviation, if known.
+        content: The file's bytes, if they are in memory.
     """
 
     path: str
@@ -34,6 +35,7 @@ class Recording(NamedTuple):
     end: float | None = None
     mean: float | None = None
     std: float | None = None
+    content: bytes | None = None
 
     def __str__(self) -> str:
         name = self.path if self.archive is None else f"{self.archive}:{self.path}"
@@ -46,9 +48,11 @@ Source = str | Path | bytes | Recording
 """A path, the bytes of an audio file, or a recording of a manifest."""
 
 
-def as_recording(source: Source) -> Recording | bytes:
-    """Turn a path into a recording."""
-    return source if isinstance(source, (Recording, bytes)) else Recording(os.fspath(source))
+def as_recording(source: Source) -> Recording:
+    """Turn a path or bytes into a recording."""
+    if isinstance(source, bytes):
+        return Recording(f"<{len(source)} bytes of audio>", content=source)
+    return source if isinstance(source, Recording) else Recording(os.fspath(source))
 
 
 def check_exists(path: str) -> None:
@@ -80,11 +84,11 @@ class Member(io.RawIOBase):
             raise InputError(f"{recording}: lies past the end of the archive; write the manifest again.")
 
     def readable(self) -> bool:
-        """Whether it can be read."""
+        """Say yes."""
         return True
 
     def seekable(self) -> bool:
-        """Whether the position can be changed."""
+        """Say yes."""
         return True
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
@@ -93,35 +97,19 @@ class Member(io.RawIOBase):
         self._position = max(0, base + offset)
         return self._position
 
-    def readall(self) -> bytes:
-        """Read from the current position to the member's end."""
-        pieces = []
-        while self._position < self._size:  # Linux reads at most 2 GiB at once
-            count = self._size - self._position
-            piece = os.pread(self._archive.descriptor, count, self._offset + self._position)
-            if not piece:
-                break
-            pieces.append(piece)
-            self._position += len(piece)
-        return b"".join(pieces)
-
     def readinto(self, buffer: Any) -> int:
         """Fill a buffer from the current position, up to the member's end."""
         view = memoryview(buffer)[: max(0, self._size - self._position)]
-        count = os.preadv(self._archive.descriptor, [view], self._offset + self._position) if len(view) else 0
+        count = os.preadv(self._archive.fileno(), [view], self._offset + self._position) if len(view) else 0
         self._position += count
         return count
 
 
-class _Archive:
+class _Archive(io.FileIO):
     """An open archive, closed with its last reference."""
 
-    def __init__(self, path: str) -> None:
-        self.descriptor = os.open(path, os.O_RDONLY)
-
     def __del__(self) -> None:
-        if hasattr(self, "descriptor"):
-            os.close(self.descriptor)
+        self.close()
 
 
 @lru_cache(maxsize=64)

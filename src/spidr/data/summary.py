@@ -59,40 +59,37 @@ class DataSummary:
             f"{duration(self.hours_cropped)} cropped to the shortest of a batch": self.hours_cropped,
             f"{duration(self.hours_dropped)} of the last batches": self.hours_dropped,
         }
-        parts = [text for text, amount in lost.items() if amount]
-        return (
-            f"{self.recordings:,} recordings, {duration(self.hours)}; an epoch hears {duration(self.hours_used)} in "
-            f"{self.batches:,} batches" + (f"; not heard: {', '.join(parts)}" if parts else "")
-        )
+        parts = ", ".join(text for text, amount in lost.items() if amount)
+        heard = f"an epoch hears {duration(self.hours_used)} in {self.batches:,} batches"
+        not_heard = f"; not heard: {parts}" if parts else ""
+        return f"{self.recordings:,} recordings, {duration(self.hours)}; {heard}{not_heard}"
 
     def warnings(self, cfg: DataConfig) -> list[str]:
         """Say where more than 5 % of the recordings or hours are lost, and which setting to change."""
         shortest, longest = (f"{n} samples ({n / SAMPLE_RATE:g} s)" for n in (cfg.min_sample_size, cfg.max_sample_size))
+        left_out = max(self.too_short / self.recordings, self.hours_too_short / self.hours)
+        cropped = self.hours_cropped / ((self.hours_used + self.hours_cropped) or 1)
         losses = [
             (
-                max(self.too_short / self.recordings, self.hours_too_short / self.hours),
-                "recordings are left out",
-                f"shorter than data.min_sample_size = {shortest}, or than a frame of the model",
+                left_out,
+                f"recordings are left out: shorter than data.min_sample_size = {shortest} or a frame of the model",
             ),
             (
                 self.hours_above_maximum / self.hours,
-                "hours are not heard in an epoch",
-                f"beyond data.max_sample_size = {longest}; cut long recordings into pieces (`start`, `end` in the "
-                "manifest) or raise it",
+                f"hours are not heard in an epoch: beyond data.max_sample_size = {longest}; cut long recordings into "
+                "pieces (`start`, `end` in the manifest) or raise it",
             ),
             (
-                self.hours_cropped / ((self.hours_used + self.hours_cropped) or 1),
-                "audio in batches is cut off",
-                "all recordings of a batch are cropped to its shortest; set data.enable_padding = true, raise "
-                "data.num_buckets, or leave out short ones with data.min_sample_size",
+                cropped,
+                "audio in batches is cut off: all recordings of a batch are cropped to its shortest; set "
+                "data.enable_padding = true, raise data.num_buckets, or leave out short ones with data.min_sample_size",
             ),
             (
                 self.hours_dropped / self.hours,
-                "hours are in the last batches, which are dropped",
-                "set data.drop_last = false",
+                "hours are in the last batches, which are dropped: set data.drop_last = false",
             ),
         ]
-        return [f"{100 * share:.0f} % of the {what}: {remedy}" for share, what, remedy in losses if share > MUCH]
+        return [f"{100 * share:.0f} % of the {what}" for share, what in losses if share > MUCH]
 
     def log(self, logger: logging.Logger, cfg: DataConfig) -> None:
         """Log the summary and its warnings."""

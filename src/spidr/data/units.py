@@ -88,43 +88,39 @@ def read_record(path: Path) -> dict[str, Any]:
 def _rows(path: Path, names: Sequence[str] | None) -> Iterator[tuple[str, Any]]:
     """Yield each recording's place in the file, for messages, and its row."""
     if os.path.isdir(path):  # noqa: PTH112 (False for all that cannot be a folder)
-        yield from _arrays(path)
-    elif path.suffix == ".parquet":
-        yield from _parquet(path)
-    else:
-        yield from _named(path, list(_lines(path)), names) if path.suffix == ".km" else _lines(path)
+        return _arrays(path)
+    if path.suffix == ".parquet":
+        return _parquet(path)
+    return _named(path, names) if path.suffix == ".km" else _lines(path)
 
 
 def _lines(path: Path) -> Iterator[tuple[str, Any]]:
     for number, line in read_lines(path):
-        place = f"row {number}"
+        name, bar, sequence = line.rpartition("|")
+        row: Any = {"name": name.strip(), "units": sequence} if bar else {"units": line}
         if line[0] in "{[":
             try:
-                yield place, parse_json(line)
+                row = parse_json(line)
             except ValueError as error:
-                raise InputError(f"{path}: {place}: not JSON ({error}).") from None
-        else:
-            name, bar, sequence = line.rpartition("|")
-            yield place, {"name": name.strip(), "units": sequence} if bar else {"units": line}
+                raise InputError(f"{path}: row {number}: not JSON ({error}).") from None
+        yield f"row {number}", row
 
 
-def _named(
-    path: Path, lines: list[tuple[str, Any]], names: Sequence[str] | None
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    manifest = path.with_suffix(".tsv")
+def _named(path: Path, names: Sequence[str] | None) -> Iterator[tuple[str, Any]]:
+    lines, manifest = list(read_lines(path)), path.with_suffix(".tsv")
     if names is None and not manifest.exists():
         raise InputError(f"{path}: lines without names: whose they are, say --manifest or {manifest.name} beside it.")
     if names is None:  # fairseq's: the folder, then a path and a number of samples per line
         names = [plain_name(line.split("\t")[0]) for _, line in list(read_lines(manifest))[1:]]
     if len(names) != len(lines):
         raise InputError(f"{path}: {len(lines)} lines, but {len(names)} recordings in the manifest.")
-    for name, (place, row) in zip(names, lines, strict=True):
-        yield place, row | {"name": name}
+    named = zip(names, lines, strict=True)
+    return ((f"row {number}", {"name": name, "units": line.rpartition("|")[2]}) for name, (number, line) in named)
 
 
-def _arrays(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _arrays(folder: Path) -> Iterator[tuple[str, Any]]:
     for file in find_files(folder, lambda name: name.endswith(".npy")):
-        name = os.path.relpath(file, folder).removesuffix(".npy").replace(os.sep, "/")
+        name = Path(file).relative_to(folder).with_suffix("").as_posix()
         try:
             check_file(file)
             array = np.load(file, mmap_mode="r")
@@ -148,7 +144,7 @@ def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
         raise InputError(f"{path}: the units cannot be read ({error.strerror or error}).") from None
     except (ValueError, pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
         raise InputError(f"{path}: not Parquet ({first_line(error)}).") from None
-    yield from ((f"row {number}", row) for number, row in enumerate(rows, start=1))
+    return ((f"row {number}", row) for number, row in enumerate(rows, start=1))
 
 
 def _parse(row: dict[str, Any]) -> tuple[str, NDArray[np.int64], NDArray[np.int64] | None]:
@@ -156,13 +152,9 @@ def _parse(row: dict[str, Any]) -> tuple[str, NDArray[np.int64], NDArray[np.int6
     units = _integers(next((row[key] for key in UNIT_KEYS if key in row), None))
     # A single number is the recording's length in seconds, as unit vocoders have it.
     durations = next((row[key] for key in DURATION_KEYS if isinstance(row.get(key), (list, str, np.ndarray))), None)
-    if not isinstance(name, str):
+    counts = None if durations is None else _integers(durations)
+    if not isinstance(name, str) or (counts is not None and (counts.shape != units.shape or (counts < 0).any())):
         raise TypeError
-    if durations is None:
-        return name, units, None
-    counts = _integers(durations)
-    if counts.shape != units.shape or (counts < 0).any():
-        raise ValueError
     return name, units, counts
 
 

@@ -87,7 +87,7 @@ with command_needs("train", __name__):
     from spidr.config import SAMPLE_RATE, DataConfig
     from spidr.data.audio import num_samples, statistics
     from spidr.data.decoders import AUDIO
-    from spidr.data.manifest import SCHEMA, SPAN, is_table, iter_recordings, read_manifest, stem
+    from spidr.data.manifest import ARCHIVE, SCHEMA, SPAN, is_table, iter_recordings, read_manifest, stem
     from spidr.data.measure import measure, problems_of
     from spidr.data.summary import duration, summarise
 
@@ -150,11 +150,16 @@ def write_manifest(
     nested = [name for name, kind in table.schema.items() if kind.is_nested()]
     if nested and output.suffix.lower() == ".csv":
         raise InputError(f"{output}: column {nested[0]!r} holds lists; write a .jsonl.")
-    lines = _fairseq(sources[0], table) if fairseq else []
+    if fairseq:
+        paths = pl.Series([sources[0], *table["path"]])
+        for bad_path in paths.filter(paths.str.contains(r"[\t\n\r]")):
+            raise InputError(f"{bad_path!r}: fairseq's manifests cannot hold tabs and line breaks; write a .csv.")
+        table = table.select(pl.col("path").str.strip_prefix(f"{sources[0]}/"), "num_samples")
     make_folder(output.parent)
     with atomic_write(output) as file:
         if fairseq:
-            file.writelines(lines)
+            file.write(f"{sources[0]}\n".encode())
+            table.write_csv(file, include_header=False, separator="\t", quote_style="never")
         elif output.suffix.lower() == ".csv":
             table.write_csv(file)
         else:
@@ -177,14 +182,6 @@ def write_manifest_fairseq(
     write_manifest(dataset, output, file_extension, fairseq=True, on_error=on_error)
 
 
-def _fairseq(root: str, table: pl.DataFrame) -> list[bytes]:
-    for path in [root, *table["path"]]:
-        if any(character in path for character in "\t\n\r"):
-            raise InputError(f"{path!r}: fairseq's manifests cannot hold tabs and line breaks; write a .csv.")
-    rows = table.select("path", "num_samples").iter_rows()
-    return [f"{root}\n".encode(), *(f"{os.path.relpath(path, root)}\t{count}\n".encode() for path, count in rows)]
-
-
 # --------------------------------------------------------------------------------------------------------------------
 # Find recordings: a manifest's columns that say where they are, and "relative", the path below the source
 
@@ -193,11 +190,11 @@ def _find(source: str, suffixes: tuple[str, ...], bad: list[InputError]) -> pl.D
     """List the recordings of a source; add those that no row can name to ``bad``."""
     if not os.path.exists(source):  # noqa: PTH110
         raise InputError(f"{source}: does not exist; expected a folder, a .tar or a list.")
-    name = source.lower()
     if os.path.isdir(source):  # noqa: PTH112
         return _in_folder(source, suffixes, bad)
     check_file(source)
-    if ".tar" in os.path.basename(name) or name.endswith((".tgz", ".tbz2")):  # noqa: PTH119
+    name = os.path.basename(source).lower()  # noqa: PTH119
+    if ".tar" in name or name.endswith((".tgz", ".tbz2")):
         return _in_archives([source], suffixes, bad)
     if is_table(source) and not name.endswith(AUDIO):
         table = read_manifest(source, needs_audio=True)
@@ -208,25 +205,24 @@ def _find(source: str, suffixes: tuple[str, ...], bad: list[InputError]) -> pl.D
 def _in_folder(root: str, suffixes: tuple[str, ...], bad: list[InputError]) -> pl.DataFrame:
     audio = find_files(root, lambda name: name.lower().endswith((*suffixes, *AUDIO)))
     found = [path for path in audio if path.lower().endswith(suffixes)]
-    endings = Counter(os.path.splitext(path)[1].lower() for path in audio)  # noqa: PTH122
-    counts = {ending: f"{count:,} {ending}" for ending, count in endings.most_common()}
+    endings = Counter(os.path.splitext(path)[1].lower() for path in audio).most_common()  # noqa: PTH122
     if found:
         # Those of the same kind are left out on purpose, as _mic2.flac beside _mic1.flac.
-        if others := [text for ending, text in counts.items() if not any(name.endswith(ending) for name in suffixes)]:
+        others = [f"{count:,} {end}" for end, count in endings if not any(name.endswith(end) for name in suffixes)]
+        if others:
             logger.warning("%s: also holds %s, left out; name their extension with --ext", root, ", ".join(others))
         return _in_files(found, root, bad)
     if archives := find_files(root, lambda name: name.lower().endswith(".tar")):
         return _in_archives(archives, suffixes, bad)
+    there = f" (there are {', '.join(f'{count:,} {end}' for end, count in endings)})" if endings else ""
     raise InputError(
-        f"{root}: no file's name ends in {' or '.join(suffixes)}. Choose another extension with --ext"
-        + (f" (there are {', '.join(counts.values())})." if counts else ".")
+        f"{root}: no file's name ends in {' or '.join(suffixes)}. Choose another extension with --ext{there}."
     )
 
 
 def _in_files(paths: list[str], root: str, bad: list[InputError]) -> pl.DataFrame:
-    named = [path for path in paths if _has_a_name(path, path, bad)]
-    relative = [path[len(root) :].lstrip("/") for path in named]
-    return pl.DataFrame({"path": named, "relative": relative}, schema={"path": pl.String, "relative": pl.String})
+    named = pl.Series([path for path in paths if _has_a_name(path, path, bad)], dtype=pl.String)
+    return pl.DataFrame({"path": named, "relative": named.str.strip_prefix(root).str.strip_chars_start("/")})
 
 
 def _in_archives(archives: list[str], suffixes: tuple[str, ...], bad: list[InputError]) -> pl.DataFrame:
@@ -236,17 +232,15 @@ def _in_archives(archives: list[str], suffixes: tuple[str, ...], bad: list[Input
             f"{archives[0]}: no file in it has a name that ends in {' or '.join(suffixes)}. Choose another extension "
             "with --ext; if they are links, pack the archive with --dereference --hard-dereference."
         )
-    columns = ["path", "archive", "byte_offset", "byte_size"]
-    table = pl.DataFrame(rows, schema={name: SCHEMA[name] for name in columns}, orient="row")
+    table = pl.DataFrame(rows, schema={name: SCHEMA[name] for name in ("path", *ARCHIVE)}, orient="row")
     return table.with_columns(relative="path").sort("archive", "path", "byte_offset")
 
 
 def _has_a_name(name: str, place: str, bad: list[InputError]) -> bool:
     """Whether a table can hold a file's name."""
-    valid = "\0" not in name and not any("\ud800" <= character <= "\udfff" for character in name)
-    if not valid:
+    if is_wrong := bool(re.search("[\0\ud800-\udfff]", name)):
         bad.append(InputError(f"{place!r}: the name is not valid UTF-8; rename the file."))
-    return valid
+    return not is_wrong
 
 
 def _named(found: pl.DataFrame, suffixes: tuple[str, ...]) -> pl.DataFrame:
@@ -255,9 +249,8 @@ def _named(found: pl.DataFrame, suffixes: tuple[str, ...]) -> pl.DataFrame:
     path, relative = (pl.col(name).str.replace(ending, ".") for name in ("path", "relative"))
     if "fileid" not in found.columns:
         found = found.with_columns(fileid=pl.lit(None, pl.String))
-    place = pl.concat_str(
-        pl.col(*(name for name in ("archive", "path") if name in found.columns)), separator="/", ignore_nulls=True
-    )
+    where = [name for name in ("archive", "path") if name in found.columns]
+    place = pl.concat_str(where, separator="/", ignore_nulls=True)
     choices = [relative.str.replace(r"\.[^./]*$", ""), pl.col("relative"), place.str.strip_prefix("/")]
     own = found["fileid"].is_not_null()
     found = found.with_columns(fileid=pl.coalesce("fileid", stem(path)))
@@ -271,33 +264,14 @@ def _named(found: pl.DataFrame, suffixes: tuple[str, ...]) -> pl.DataFrame:
 class _Archive(io.FileIO):
     """A guard against tarfile, which believes every size in a header: no large reads, no going back."""
 
-    def __init__(self, path: str) -> None:
-        super().__init__(path)
-        self._size = os.fstat(self.fileno()).st_size
-
     def read(self, size: int | None = -1, /) -> bytes:
         """Read a header."""
         if size is None or not 0 <= size <= MAX_HEADER:
             raise tarfile.ReadError("a header that is too long")
         return super().read(size)
 
-    def rewind(self, position: int) -> None:
-        """Go to the beginning of an archive."""
-        super().seek(position)
-
-    def after_zeros(self, position: int) -> int | None:
-        """Find the next archive after the zeros that end one; None at the end of the file."""
-        super().seek(position)
-        while block := super().read(1 << 20):
-            if rest := block.lstrip(b"\0"):
-                return position + (len(block) - len(rest)) // tarfile.BLOCKSIZE * tarfile.BLOCKSIZE
-            position += len(block)
-        return None
-
     def seek(self, position: int, whence: int = os.SEEK_SET, /) -> int:
         """Go to the next header."""
-        if position > self._size:
-            raise tarfile.ReadError("unexpected end of data")
         if position < self.tell():
             raise tarfile.ReadError("a member of negative size")
         return super().seek(position, whence)
@@ -305,40 +279,47 @@ class _Archive(io.FileIO):
 
 def _members(archive: str, suffixes: tuple[str, ...], bad: list[InputError]) -> Iterator[tuple[str, str, int, int]]:
     """Yield name, archive, offset and size of each recording, through all archives joined with ``cat``."""
+    begin: int | None = 0
     try:
-        with _Archive(archive) as file:
-            begin: int | None = 0
-            while begin is not None:
-                file.rewind(begin)
-                with tarfile.open(fileobj=file, mode="r:") as tar:
-                    for member in tar:
-                        name, place = member.name.lower(), f"{archive}:{member.name}"
-                        if not member.isreg() or not name.endswith(suffixes) or name.rpartition("/")[2].startswith("."):
-                            continue
-                        if member.issparse():
-                            bad.append(InputError(f"{place}: a sparse member; pack the archive without --sparse."))
-                        elif _has_a_name(member.name, place, bad):
-                            yield member.name, archive, member.offset_data, member.size
-                        tar.members = []  # type: ignore[attr-defined]  # or it keeps the whole table of contents
-                    begin = file.after_zeros(tar.offset)
-                    # tarfile stops at a damaged header without an error, but an archive ends with zeros.
-                    if begin == tar.offset:
-                        raise InputError(f"{archive}: damaged after byte {tar.offset}; pack the archive once more.")
+        while begin is not None:
+            with _Archive(archive) as file:
+                file.seek(begin)
+                tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115
+                for member in tar:
+                    name, place = member.name.lower(), f"{archive}:{member.name}"
+                    if not member.isreg() or not name.endswith(suffixes) or name.rpartition("/")[2].startswith("."):
+                        continue
+                    if member.issparse():
+                        bad.append(InputError(f"{place}: a sparse member; pack the archive without --sparse."))
+                    elif _has_a_name(member.name, place, bad):
+                        yield member.name, archive, member.offset_data, member.size
+                    tar.members = []  # type: ignore[attr-defined]  # or it keeps the whole table of contents
+            begin = _after_zeros(archive, tar.offset)
+            # tarfile stops at a damaged header without an error, but an archive ends with zeros.
+            if begin == tar.offset:
+                raise InputError(f"{archive}: damaged after byte {tar.offset}; pack the archive once more.")
     except InputError:
         raise
     except (tarfile.TarError, OverflowError, ValueError) as error:  # the last two: absurd numbers in a PAX header
-        if _is_compressed(archive):
+        with Path(archive).open("rb") as raw:
+            is_compressed = raw.read(6).startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd"))
+        reason = f"not a complete tar archive ({first_line(error)})"
+        if is_compressed:
             reason = "a compressed archive; decompress it first, recordings are read from where they lie in it"
-        else:
-            reason = f"not a complete tar archive ({first_line(error)})"
         raise InputError(f"{archive}: {reason}.") from None
     except OSError as error:
         raise InputError(f"{archive}: the archive cannot be read ({error.strerror}).") from None
 
 
-def _is_compressed(path: str) -> bool:
-    with Path(path).open("rb") as file:
-        return file.read(6).startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd"))
+def _after_zeros(archive: str, position: int) -> int | None:
+    """Find the next archive after the zeros that end one; None at the end of the file."""
+    with Path(archive).open("rb") as file:
+        file.seek(position)
+        while block := file.read(1 << 20):
+            if rest := block.lstrip(b"\0"):
+                return position + (len(block) - len(rest)) // tarfile.BLOCKSIZE * tarfile.BLOCKSIZE
+            position += len(block)
+    return None
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -37,21 +37,22 @@ COLUMNS = {
 """What is measured, its heading, and how its numbers are written."""
 
 
-def format_table(rows: Sequence[Row], first: str) -> str:
-    """A table in Markdown; a value that does not exist is empty."""
+def format_table(rows: Sequence[Row]) -> str:
+    """A table in Markdown, of which the first column names the rows; a value that does not exist is empty."""
+    first, *others = rows[0]
     names = [name for name in COLUMNS if any(name in row for row in rows)]
-    names += [name for name in rows[0] if name not in COLUMNS and name != first]
+    names += [name for name in others if name not in COLUMNS]
     lines = [[first, *(COLUMNS.get(name, (name,))[0] for name in names)]]
     for row in rows:
         values = ((row.get(name), COLUMNS.get(name, ("", ".2%"))[1]) for name in names)
         lines.append([str(row[first]), *("" if value is None else format(value, form) for value, form in values)])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     lines.insert(1, ["-" * width for width in widths])
-    text = (
-        " | ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True)))
-        for line in lines
-    )
-    return "".join(f"| {line} |\n" for line in text)
+    text = ""
+    for name, *cells in lines:
+        padded = [name.ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(cells, widths[1:], strict=True))]
+        text += f"| {' | '.join(padded)} |\n"
+    return text
 
 
 @command
@@ -60,10 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = vars(_parser().parse_args(argv))
     run, as_json = options.pop("run"), options.pop("json")
     rows: list[Row] = run(**options)
-    if as_json:
-        write_result("".join(json.dumps(row) + "\n" for row in rows))
-    else:
-        write_result(format_table(rows, next(iter(rows[0]))))
+    write_result("".join(json.dumps(row) + "\n" for row in rows) if as_json else format_table(rows))
 
 
 # Each subcommand's function takes the arguments by the names that they have in the parser.
@@ -157,8 +155,6 @@ def _parser() -> argparse.ArgumentParser:
         choices=("angular", "euclidean", "kl_symmetric", "identical"),
         help="between two frames (default: angular for features, identical for units)",
     )
-    text = "neighbours of A, B and X: the same, or any (default: within)"
-    abx("--context", choices=("within", "any"), default="within", help=text)
     text = "most A, B and X in a cell; 0: all (default: 10)"
     abx("--max-size-group", type=number, default=10, metavar="N", help=text)
     abx("--max-x-across", type=number, default=5, metavar="N", help="most speakers of X; 0: all (default: 5)")

@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -80,16 +81,16 @@ def read_items(path: str | Path) -> Items:
             if missing := [name for name in COLUMNS if name not in header]:
                 raise InputError(f"{path}: no item file: the first line lacks {', '.join(missing)}.")
             continue
-        row = split_row(header, line)
+        row, found = split_row(header, line), f"found {line[:80]!r}"
         try:
-            times = _seconds(row["onset"]), _seconds(row["offset"])
+            onset, offset = _seconds(row["onset"]), _seconds(row["offset"])
         except (KeyError, ValueError):
-            raise InputError(f"{path}: line {number}: expected {' '.join(header)}; found {line[:80]!r}.") from None
-        if times[0] < EARLIEST:
-            raise InputError(f"{path}: line {number}: the onset is before the recording; found {line[:80]!r}.")
-        if times[0] > times[1]:
-            raise InputError(f"{path}: line {number}: the offset is before the onset; found {line[:80]!r}.")
-        rows.append((row, times))
+            raise InputError(f"{path}: line {number}: expected {' '.join(header)}; {found}.") from None
+        if onset < EARLIEST:
+            raise InputError(f"{path}: line {number}: the onset is before the recording; {found}.")
+        if onset > offset:
+            raise InputError(f"{path}: line {number}: the offset is before the onset; {found}.")
+        rows.append((row, (onset, offset)))
     if not rows:
         raise InputError(f"{path}: no item in the file.")
     labels = {name: [row[name] for row, _ in rows] for name in COLUMNS[3:]}
@@ -114,7 +115,6 @@ class Scorer:
         frame_rate: Frames per second.
         max_size_group: Most A, B and X in a cell, drawn with a fixed seed (10 in ZeroSpeech); None: all.
         max_x_across: Most speakers of X for given A and B (5 in ZeroSpeech); None: all.
-        context: "within": A, B and X have the same neighbours. "any": any neighbours.
 
     Raises:
         InputError: fastabx is not installed.
@@ -127,7 +127,6 @@ class Scorer:
         frame_rate: Fraction | int = 50,
         max_size_group: int | None = 10,
         max_x_across: int | None = 5,
-        context: Literal["within", "any"] = "within",
     ) -> None:
         with needs_extra("abx", " (Python 3.12 or newer)"):
             import fastabx
@@ -143,7 +142,6 @@ class Scorer:
             for onset, offset in items.times
         ]
         self._subsampler = fastabx.Subsampler(max_size_group, max_x_across)
-        self._context = ["prev-phone", "next-phone"] if context == "within" else []
         self._cells: dict[tuple[bytes, str], pl.DataFrame | None] = {}
 
     def score(self, features: Mapping[str, NDArray[Any]], distance: Distance = "angular") -> ABX:
@@ -159,35 +157,28 @@ class Scorer:
                 distance.
         """
         slices, used = self._slices(features)
-        ends = np.cumsum([len(part) for part in slices]).tolist()
         shapes = {part.shape[1:] for part in slices}
         if len(shapes) > 1:
             raise InputError(f"the features have different dimensions: {', '.join(sorted(map(str, shapes)))}")
         data = torch.from_numpy(np.concatenate(slices))
-        data = data.unsqueeze(1) if data.ndim == 1 else data
-        data = _comparable(data, distance)
-        spans = dict(enumerate(zip([0, *ends], ends, strict=False)))
+        data = _comparable(data.unsqueeze(1) if data.ndim == 1 else data, distance)
+        ends = np.cumsum([len(part) for part in slices]).tolist()
+        spans = dict(enumerate(pairwise([0, *ends])))
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         accessor = self._fastabx.InMemoryAccessor(spans, data, device)
-        return ABX(
-            within=self._rate(accessor, used, distance, "within"),
-            across=self._rate(accessor, used, distance, "across"),
-            items=int(used.sum()),
-            too_short=int((~used).sum()),
-        )
+        within, across = (self._rate(accessor, used, distance, speaker) for speaker in ("within", "across"))
+        return ABX(within, across, items=int(used.sum()), too_short=int((~used).sum()))
 
     def _slices(self, features: Mapping[str, NDArray[Any]]) -> tuple[list[NDArray[Any]], NDArray[np.bool_]]:
         """Cut out the frames of each item, and say which items have any."""
-        names = match_names(features, set(self.items.files))
-        if missing := sorted(set(self.items.files) - names.keys()):
-            raise InputError(
-                f"{self.items.path}: no features of {len(missing)} recordings, such as {some(missing, 3)}."
-            )
-        rows_of: dict[str, list[int]] = {}
-        for row, file in enumerate(self.items.files):
-            rows_of.setdefault(file, []).append(row)
+        files = self.items.files
+        names = match_names(features, set(files))
+        if missing := sorted(set(files) - names.keys()):
+            of = f"{len(missing)} recordings, such as {some(missing, 3)}"
+            raise InputError(f"{self.items.path}: no features of {of}.")
         slices: dict[int, NDArray[Any]] = {}
-        for file, rows in rows_of.items():
+        # One recording after the other, since each is read when it is looked up.
+        for file, rows in groupby(sorted(range(len(self._frames)), key=files.__getitem__), key=files.__getitem__):
             frames = features[names[file]]
             for row in rows:
                 start, end = self._frames[row]
@@ -200,7 +191,7 @@ class Scorer:
                     slices[row] = np.array(frames[start:end])
         if not slices:
             raise InputError(f"{self.items.path}: no frame lies within any item; is the frame rate right?")
-        used = np.isin(np.arange(len(self.items.files)), list(slices))
+        used = np.isin(np.arange(len(files)), list(slices))
         return [slices[row] for row in sorted(slices)], used
 
     def _rate(
@@ -211,23 +202,19 @@ class Scorer:
         labels = pl.DataFrame(self.items.labels).filter(pl.Series(used))
         dataset, key = self._fastabx.Dataset(labels, accessor), (used.tobytes(), speaker)
         if key not in self._cells:
-            by, across = (["speaker"], None) if speaker == "within" else (None, ["speaker"])
+            context = ["prev-phone", "next-phone"]
+            groups = {"by": [*context, "speaker"]} if speaker == "within" else {"by": context, "across": ["speaker"]}
             try:
-                self._cells[key] = self._fastabx.Task(
-                    dataset,
-                    on="#phone",
-                    by=[*self._context, *(by or [])],
-                    across=across,
-                    subsampler=self._subsampler,
-                ).cells
+                task = self._fastabx.Task(dataset, on="#phone", subsampler=self._subsampler, **groups)
+                self._cells[key] = task.cells
             except self._fastabx.EmptyTaskError:
                 self._cells[key] = None
         cells = self._cells[key]
         if cells is None:
             return None
         task = self._fastabx.Task.from_cells(dataset, cells, is_symmetric=speaker == "within")
-        levels = ([("next-phone", "prev-phone")] if self._context else []) + ["speaker"]
-        rate = float(self._fastabx.Score(task, distance, progress=False).collapse(levels=levels))
+        score = self._fastabx.Score(task, distance, progress=False)
+        rate = float(score.collapse(levels=[("next-phone", "prev-phone"), "speaker"]))
         if not 0 <= rate <= 1:
             raise InputError(f"the distance {distance!r} between frames of these features is not a number")
         return rate

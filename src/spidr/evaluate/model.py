@@ -24,32 +24,25 @@ if TYPE_CHECKING:
     from spidr.evaluate.abx import Items
     from spidr.models import DinoSR
 
-Row = dict[str, Any]
-
 
 class _Spool:
     """Features of a corpus, in one file per layer since they may not fit in memory."""
 
     def __init__(self, folder: Path, layers: Sequence[int]) -> None:
         self.layers = layers
-        self._files = {layer: (folder / f"{layer}.f32").open("w+b") for layer in layers}
-        self._spans: dict[str, tuple[int, int]] = {}
-        self._frames = 0
+        self._folder, self._frames = folder, 0
+        self._spans: dict[str, slice] = {}
 
     def add(self, name: str, outputs: Sequence[torch.Tensor]) -> None:
         for layer, output in zip(self.layers, outputs, strict=True):
-            self._files[layer].write(output.float().contiguous().numpy().tobytes())
-        self._spans[name] = (self._frames, self._frames + len(outputs[0]))
-        self._frames += len(outputs[0])
+            with (self._folder / str(layer)).open("ab") as file:
+                output.float().contiguous().numpy().tofile(file)
+        begin, self._frames = self._frames, self._frames + len(outputs[0])
+        self._spans[name] = slice(begin, self._frames)
 
     def read(self, layer: int, dim: int) -> dict[str, NDArray[Any]]:
-        self._files[layer].flush()
-        whole = np.memmap(self._files[layer].name, np.float32, "r", shape=(self._frames, dim))
-        return {name: whole[start:end] for name, (start, end) in self._spans.items()}
-
-    def close(self) -> None:
-        for file in self._files.values():
-            file.close()
+        whole = np.memmap(self._folder / str(layer), np.float32, "r", shape=(self._frames, dim))
+        return {name: whole[span] for name, span in self._spans.items()}
 
 
 def evaluate_model(
@@ -64,7 +57,7 @@ def evaluate_model(
     tier: str | None = None,
     silence: Collection[str] = SILENT_LABELS,
     progress: bool = False,
-) -> list[Row]:
+) -> list[dict[str, Any]]:
     """Evaluate every layer and codebook of a model in one pass over the audio.
 
     Args:
@@ -123,7 +116,7 @@ def evaluate_model(
         qualities = codebooks_quality(model, phones, {row: units[row] for row in phones if row in units})
         table = []
         for layer in tqdm(chosen, unit="layer", disable=not progress or scorer is None):
-            result: Row = {"layer": layer}
+            result: dict[str, Any] = {"layer": layer}
             if layer >= first:
                 result |= qualities[layer - first]._asdict()
             if scorer is not None:
@@ -134,7 +127,6 @@ def evaluate_model(
                     score = scorer.score(of_layer, "identical")
                     result |= {"units_abx_within": score.within, "units_abx_across": score.across}
             table.append(result)
-        spool.close()
     return table
 
 

@@ -27,8 +27,6 @@ from spidr.tools.waveforms import standardise
 if TYPE_CHECKING:
     from spidr.models import DinoSR
 
-Row = dict[str, Any]
-
 
 def gain(waveform: Tensor, decibels: float) -> Tensor:
     """A louder or softer waveform (S,)."""
@@ -86,9 +84,7 @@ def pitch(waveform: Tensor, semitones: float) -> Tensor:
     return torch.fft.irfft(cut, length) * length / len(slow)
 
 
-Change = Callable[[Tensor, torch.Generator], Tensor]
-
-CHANGES: dict[str, Change] = {
+CHANGES: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = {
     "gain -20 dB": lambda x, _: gain(x, -20),
     "gain -40 dB": lambda x, _: gain(x, -40),
     "noise 20 dB": lambda x, generator: noise(x, 20, generator),
@@ -129,7 +125,7 @@ def evaluate_robustness(
     seed: int = 0,
     device: str = "auto",
     progress: bool = False,
-) -> list[Row]:
+) -> list[dict[str, Any]]:
     """Compare the units of recordings before and after each of :data:`CHANGES`.
 
     Args:
@@ -158,9 +154,11 @@ def evaluate_robustness(
     if wrong := [layer for layer in chosen if layer not in codebooks]:
         raise InputError(f"layer {wrong[0]} has no codebook; layers {codebooks[0]} to {codebooks[-1]} have one")
     dataset = speech_dataset(manifest, normalize=False)
-    lengths = dataset.lengths
+    lengths, most = dataset.lengths, max_minutes * 60 * SAMPLE_RATE
     shortest = 2 * receptive_field(model.conv_shapes)  # so that there is a frame at any tempo
-    rows = _draw(lengths, shortest, max_minutes, seed)
+    order = np.random.default_rng(seed).permutation(len(lengths))
+    order = order[(lengths[order] >= shortest) & (lengths[order] <= most)]
+    rows = np.sort(order[np.cumsum(lengths[order]) <= most])
     if not len(rows):
         raise InputError(f"{manifest}: no recording is long enough, and as short as --max-minutes {max_minutes:g}")
     target, was_training = torch.device(choose_device(device)), model.training
@@ -180,15 +178,5 @@ def evaluate_robustness(
             changed = units_of(change(waveform, torch.Generator().manual_seed(seed)))
             edits[name] += [edit_distance(a, b) for a, b in zip(clean, changed, strict=True)]
     model.train(was_training)
-    return [
-        {"layer": layer, **{name: float(edits[name][k] / total[k]) for name in CHANGES}}
-        for k, layer in enumerate(chosen)
-    ]
-
-
-def _draw(lengths: NDArray[Any], shortest: int, max_minutes: float, seed: int) -> NDArray[Any]:
-    """Rows of recordings drawn at random, as many as fit into some minutes."""
-    longest = max_minutes * 60 * SAMPLE_RATE
-    order = np.random.default_rng(seed).permutation(len(lengths))
-    order = order[(lengths[order] >= shortest) & (lengths[order] <= longest)]
-    return np.sort(order[np.cumsum(lengths[order]) <= longest])
+    shares = {name: (edits[name] / total).tolist() for name in CHANGES}
+    return [{"layer": layer, **{name: shares[name][k] for name in CHANGES}} for k, layer in enumerate(chosen)]

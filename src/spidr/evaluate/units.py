@@ -5,9 +5,8 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from spidr.data.alignments import FRAME_STEP, SILENT_LABELS, TOLERANCE, Alignments, Skipped, fit, read_alignments
 from spidr.data.names import match_names
@@ -26,32 +25,26 @@ NUM_UNITS, FRAME_MS = 256, 20
 """Size of the codebook and milliseconds per unit, unless they are given or recorded."""
 
 
-@dataclass(frozen=True)
-class Paired:
-    """Units and phones of the same recordings.
+NOT_ALIGNED = "not aligned"
 
-    Attributes:
-        data: Name → phones, one per 10 ms, and units.
-        num_units: Size of the codebook.
-        frame_step: Milliseconds per unit.
-    """
+
+class Paired(NamedTuple):
+    """Units and phones of the same recordings."""
 
     data: Aligned
+    """Name → phones, one per 10 ms, and units."""
     num_units: int
+    """Size of the codebook."""
     frame_step: int
+    """Milliseconds per unit."""
 
     @property
     def quality(self) -> UnitsQuality:
         """The quality of the units. Raises InputError if a unit is outside the codebook."""
         num_phones = len(set().union(*(phones for phones, _ in self.data.values())))
         check_memory(24 * self.num_units * num_phones, f"counting {self.num_units} units")
-        return units_quality(
-            self.data,
-            num_units=self.num_units,
-            num_phones=num_phones,
-            frame_step=self.frame_step,
-            alignment_step=FRAME_STEP,
-        )
+        options = {"num_units": self.num_units, "num_phones": num_phones, "frame_step": self.frame_step}
+        return units_quality(self.data, **options, alignment_step=FRAME_STEP)
 
 
 def evaluate_units(units: str | Path, alignments: str | Path, **options: Any) -> UnitsQuality:
@@ -99,10 +92,10 @@ def pair(
         InputError: A file cannot be read, a recording is not aligned, or does not fit its alignment.
     """
     units, alignments = expand(units), expand(alignments)
-    recorded = _record(units)
-    given = num_units or recorded.get("num_units")
-    num_units = _decide("num_units", num_units, recorded.get("num_units"), NUM_UNITS, units)
-    frame_step = _decide("frame_step", frame_step, recorded.get("frame_step"), FRAME_MS, units)
+    made = read_record(units)
+    assumed = not (num_units or made.get("num_units"))
+    num_units = _decide("num_units", num_units, made.get("num_units"), NUM_UNITS, units)
+    frame_step = _decide("frame_step", frame_step, _recorded_step(units, made), FRAME_MS, units)
     skipped: Skipped = {}
     sequences = read_units(units, names=names)
     aligned = read_alignments(alignments, tier, silence=silence, skipped=skipped if skip else None)
@@ -110,7 +103,7 @@ def pair(
     reasons = some([f"{name}: {reason}" for name, reason in skipped.items()], separator="\n")
     if skip and skipped:
         logger.warning("left out: %s", reasons)
-    elif gone := sorted(name for name in sequences if skipped.get(name) == "not aligned"):
+    elif gone := sorted(name for name in sequences if skipped.get(name) == NOT_ALIGNED):
         of = f"{len(gone)} of the {len(sequences)} recordings of {units}"
         raise InputError(f"{alignments}: {of} are not aligned, such as {some(gone, 3)}", guide=GUIDE)
     elif skipped:
@@ -119,7 +112,7 @@ def pair(
     if not data:
         raise InputError(f"{alignments}: fits no recording of {units}", guide=GUIDE)
     top = max(max(sequence.tolist(), default=0) for sequence in sequences.values())
-    if not given and top < num_units / 2:
+    if assumed and top < num_units / 2:
         logger.warning("%s: a codebook of %d is assumed, but no unit is above %d: --num-units?", units, num_units, top)
     return Paired(data, num_units, frame_step)
 
@@ -166,25 +159,22 @@ def evaluate_all(
         if discophon:
             from spidr.evaluate.quality import discovery
 
-            row |= discovery(paired.data, paired.num_units, paired.frame_step)._asdict()
+            row |= discovery(*paired)._asdict()
         table.append(row)
     return table
 
 
 def _languages(units: Path, alignments: Path) -> list[tuple[Path, Path]]:
     """Pair the files of a folder with their alignments."""
-    files = sorted(units.glob("units-*-*.jsonl"))
-    if not files:
-        return [(units, alignments)]
     pairs = []
-    for file in files:
+    for file in sorted(units.glob("units-*-*.jsonl")):
         name = file.stem.replace("units-", "alignment-", 1)
         folders, names = (alignments, alignments / "alignment"), (name, f"{name}.*")
         found = [path for folder in folders for pattern in names for path in sorted(folder.glob(pattern))]
         if not found:
             raise InputError(f"{alignments}: no {name}.txt or the like for {file}")
         pairs.append((file, found[0]))
-    return pairs
+    return pairs or [(units, alignments)]
 
 
 def _pair(units: Units, aligned: Alignments, frame_step: int, tolerance: int, skipped: Skipped) -> Aligned:
@@ -193,34 +183,31 @@ def _pair(units: Units, aligned: Alignments, frame_step: int, tolerance: int, sk
     changed: list[int] = []
     for name, sequence in units.items():
         if name not in names:
-            skipped[name] = "not aligned"
+            skipped[name] = NOT_ALIGNED
             continue
         phones = aligned[names[name]]
         fitting = fit(phones, len(sequence) * frame_step // FRAME_STEP, tolerance)
         if fitting is None:
-            skipped[name] = (
-                f"the alignment has {len(phones) * FRAME_STEP:,} ms, the units {len(sequence) * frame_step:,} ms; are "
-                "they of the same recording?"
-            )
+            lengths = f"{len(phones) * FRAME_STEP:,} ms, the units {len(sequence) * frame_step:,} ms"
+            skipped[name] = f"the alignment has {lengths}; are they of the same recording?"
             continue
         if len(fitting) != len(phones):
-            changed.append(abs(len(fitting) - len(phones)))
+            changed.append(abs(len(fitting) - len(phones)) * FRAME_STEP)
         data[name] = (fitting, sequence)
     if changed:
-        most = max(changed) * FRAME_STEP
-        logger.warning("%d alignments were filled with silence or cut, by at most %d ms", len(changed), most)
+        count, most = len(changed), max(changed)
+        logger.warning("%d alignments were filled with silence or cut, by at most %d ms", count, most)
     return data
 
 
-def _record(units: Path) -> dict[str, Any]:
-    """Size of the codebook and milliseconds per unit, as recorded."""
-    made = read_record(units)
-    seconds, step = made.get("frame_seconds"), None
-    if isinstance(seconds, float) and 0 < seconds < 1:
-        step = round(seconds * 1000)
-        if abs(step - seconds * 1000) > 1e-6:
-            raise InputError(f"{units}: units of {seconds * 1000:g} ms, expected a multiple of {FRAME_STEP} ms")
-    return {"num_units": made.get("num_units"), "frame_step": step}
+def _recorded_step(units: Path, made: dict[str, Any]) -> int | None:
+    seconds = made.get("frame_seconds")
+    if not isinstance(seconds, float) or not 0 < seconds < 1:
+        return None
+    step = round(seconds * 1000)
+    if abs(step - seconds * 1000) > 1e-6:
+        raise InputError(f"{units}: units of {seconds * 1000:g} ms, expected a multiple of {FRAME_STEP} ms")
+    return step
 
 
 def _decide(name: str, given: int | None, recorded: Any, default: int, source: str | Path) -> int:
