@@ -12,7 +12,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from spidr.tools.command import DEVICE, command
+from spidr.tools.command import DEVICE, Parser, command
 from spidr.tools.lazy import command_needs
 
 with command_needs("paper", __name__):
@@ -22,7 +22,7 @@ with command_needs("paper", __name__):
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("manifest", help="from python -m spidr.data.write_manifest, or a folder")
     parser.add_argument("output", help="a folder")
     parser.add_argument("--layer", type=int, help="counted from 1 (default: 6 for SpidR, 5 for DinoSR)")

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from spidr.tools.command import command, write_result
+from spidr.tools.command import Parser, command, write_result
 from spidr.tools.errors import InputError
 from spidr.tools.lazy import command_needs
 
@@ -47,7 +47,7 @@ NUMBERS = sorted([*ALONE, *NEEDS])
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", type=_numbers, help="numbers of figures, such as 2,7,11 (default: all)")
     parser.add_argument("--output", type=Path, default=Path("runs/paper/figures"), help="folder (default: %(default)s)")
     parser.add_argument(

@@ -61,7 +61,7 @@ def masks(rows: int = 8, seconds: int = 10) -> Figure:
     """Figure 6. Masks of some utterances, and how long the masked stretches are that overlapping spans make."""
     cfg = MaskingConfig()
     frames = int(seconds / FRAME_SECONDS) - 1
-    draw = MaskGenerator(cfg).draw
+    draw = MaskGenerator(cfg).frames.draw
     shown = _dense(draw(np.full(rows, frames), [np.random.default_rng(5)]), frames)
     # One utterance at a time, as cutting rows to the same number of masked frames breaks stretches.
     many = [_dense(draw(np.full(1, frames), [np.random.default_rng(seed)]), frames)[0] for seed in range(2000)]

@@ -23,7 +23,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from spidr.tools.command import DEVICE, command, write_result
+from spidr.tools.command import DEVICE, Parser, command, write_result
 from spidr.tools.errors import InputError
 from spidr.tools.files import atomic_write
 from spidr.tools.lazy import command_needs
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", help="a checkpoint or the name of a published model")
     parser.add_argument("librispeech", type=Path, help="folder with dev-clean, dev-other")
     parser.add_argument("--layer", type=int, help="counted from 1 (default: 6 for SpidR, 5 for DinoSR)")

@@ -229,7 +229,7 @@ def test_wandb_gets_each_line_once_and_keeps_its_run(tmp_path: Path, manifest: P
     train(cfg)
     state = json.loads((cfg.run.dir / "wandb.json").read_text())
     assert state["id"] == first["id"]
-    assert state["pushed"]["offline"] == {"train": 6, "dev": [0, 2, 4, 6]}
+    assert state["pushed"]["offline"] == {"train": [6], "dev": [-1, 0, 2, 4, 6]}
     sessions = sorted(cfg.run.dir.glob("wandb/offline-run-*/*.wandb"))
     assert {path.name for path in sessions} == {f"run-{state['id']}.wandb"}
 

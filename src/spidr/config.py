@@ -441,6 +441,18 @@ def _to_json(value: Any) -> Any:
     return [_to_json(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
+MAY_DIFFER = (
+    *("dropout", "encoder_layer_drop", "ema_", "codebook_decay", "codebook_init", "codebook_revive_after"),
+    *("freeze_step", "reset"),
+)
+"""Beginnings and ends of the names of model settings that do not change the model's shape."""
+
+
+def may_differ(name: str) -> bool:
+    """Whether a model setting leaves the model's shape unchanged."""
+    return name.startswith(MAY_DIFFER) or name.endswith(MAY_DIFFER)
+
+
 def model_config(model_type: str, table: Mapping[str, Any], *, source: str = "model") -> DinoSRConfig:
     """Check a [model] table on its own.
 

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from spidr.checkpoint import Checkpointer
-from spidr.config import Config, read_config, schedule_remark, to_dict
+from spidr.config import Config, may_differ, read_config, schedule_remark, to_dict
 from spidr.data import Batch
 from spidr.data.loader import SpeechLoader
 from spidr.environment import Environment, Preempted, RunEndedError, StopFlag, environment, ranks
 from spidr.models.flops import peak_tflops, step_flops
-from spidr.state import Hooks, Measured, State, build_state, may_differ, model_settings, wrap
+from spidr.state import Hooks, Measured, State, build_state, model_settings, wrap
 from spidr.tools.collapse import CollapseWatch
 from spidr.tools.command import write_result
 from spidr.tools.errors import InputError, first_line

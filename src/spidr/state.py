@@ -16,7 +16,7 @@ from torch.optim import AdamW
 
 from spidr.adapt import FrozenOutputs, first_weights, init_codebooks, reset_codebooks, truncated
 from spidr.compiled import compiled
-from spidr.config import Config, DinoSRConfig
+from spidr.config import Config, DinoSRConfig, may_differ
 from spidr.data import Batch, build_dataloader
 from spidr.data.batch import Uploader
 from spidr.data.loader import SpeechLoader
@@ -27,17 +27,6 @@ from spidr.models.weights import load_into
 from spidr.optimizer import Schedule, build_optimizer, drop_frozen
 from spidr.tools.errors import InputError
 from spidr.tools.meters import Last, Mean, PerCodebook, PerCodebookAndMean, Transport
-
-MAY_DIFFER = (
-    *("dropout", "encoder_layer_drop", "ema_", "codebook_decay", "codebook_init", "codebook_revive_after"),
-    *("freeze_step", "reset"),
-)
-"""Beginnings and ends of the names of model settings that do not change the model's shape."""
-
-
-def may_differ(name: str) -> bool:
-    """Whether a model setting leaves the model's shape unchanged."""
-    return name.startswith(MAY_DIFFER) or name.endswith(MAY_DIFFER)
 
 
 @dataclass

@@ -6,7 +6,6 @@ import json
 import random
 import threading
 import time
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ import torch
 
 from helpers.extraction import LAYER, PROMPTS, QUIET, SHAPES, noise, read, rows, small, units
 from helpers.small_models import tiny_model
-from spidr.config import DinoSRConfig, SpidRConfig
 from spidr.extract import Options, extract_features, extract_units, features, fit_kmeans, session, units as units_module
 from spidr.models import DinoSR, num_frames
 from spidr.tools.errors import InputError
@@ -147,24 +145,6 @@ def test_equal_weights_in_another_model(changes: dict[str, Any], tmp_path: Path)
     else:
         with pytest.raises(InputError, match="made with weights = "):
             extract_features(file, tmp_path / "f", model=other, layer=LAYER, options=QUIET)
-
-
-def test_every_setting_of_a_model_is_of_its_features_or_of_training() -> None:
-    training = {
-        "encoder_projection_dropout",
-        "encoder_attention_dropout",
-        "encoder_ff_interm_dropout",
-        "encoder_dropout",
-        "encoder_layer_drop",
-        "codebook_decay",
-        "codebook_init",
-        "codebook_revive_after",
-        "freeze_step",
-        "reset",
-        "train_layers",
-    }
-    names = {field.name for config in (DinoSRConfig, SpidRConfig) for field in fields(config)}
-    assert {name for name in names - training if not name.startswith("ema_")} == set(session.SHAPING)
 
 
 @pytest.mark.parametrize("kind", ["features", "units"])

@@ -194,6 +194,8 @@ def test_folder_that_knows_no_run_asks_wandb(
     assert main([str(run_dir), "--entity", "team"]) == 0
     assert pushed() == [("online", "dev", 5), ("online", "dev", 10)]
     assert json.loads((run_dir / "wandb.json").read_text())["id"] == "old"
+    assert main([str(run_dir), "--entity", "team"]) == 0
+    assert pushed() == []
 
 
 @pytest.mark.parametrize(
@@ -222,7 +224,7 @@ def test_damaged_state_is_named_and_replaced(run_dir: Path, caplog: pytest.LogCa
     (run_dir / "wandb.json").write_text(text)
     assert main([str(run_dir), "--entity", "team"]) == 0
     assert "wandb.json is damaged and is replaced" in caplog.text
-    assert json.loads((run_dir / "wandb.json").read_text())["pushed"]["offline"]["train"] == 10
+    assert json.loads((run_dir / "wandb.json").read_text())["pushed"]["offline"]["train"] == [10]
 
 
 @pytest.mark.parametrize(

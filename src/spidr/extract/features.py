@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from spidr.extract.job import extract
 from spidr.extract.options import Options, check_choice
 from spidr.extract.outputs import Output
-from spidr.extract.session import Encoded, EncodingError, Session, Skipped
+from spidr.extract.session import Encoded, Session, Skipped
 from spidr.extract.sources import Item
 from spidr.models import DinoSR
 from spidr.models.hub import check_name
@@ -74,13 +74,8 @@ class _FeatureFolder(Output):
     writers = 4
 
     def __init__(self, path: Path, file_format: FileFormat, dtype: OutputDtype, *, tree: bool) -> None:
-        super().__init__(
-            path,
-            path / "extract.json",
-            path / "recordings.json",
-            path / ".unfinished",
-            {"kind": "features", "format": file_format, "stored": dtype},
-        )
+        beside = [path / name for name in ("extract.json", "recordings.json", ".unfinished")]
+        super().__init__(path, beside, {"kind": "features", "format": file_format, "stored": dtype})
         self.file_format, self.dtype, self.tree = file_format, np.dtype(dtype), tree  # type: ignore[misc]
 
     def path_of(self, name: str) -> Path:
@@ -91,59 +86,45 @@ class _FeatureFolder(Output):
 
     def check_new(self) -> None:
         if os.path.isdir(self.path) and any(path.name[0] != "." for path in self.path.iterdir()):  # noqa: PTH112
-            raise InputError(
-                f"{self.path}: is not empty, and there is no {self.record.name} in it. Choose another folder."
-            )
+            raise InputError(f"{self.path}: is not empty, and has no {self.record.name}. Choose another folder.")
 
     def find(self, items: Sequence[Item], session: Session, folders: Sequence[Path]) -> int:  # noqa: ARG002
-        dim, damaged = session.model.cfg.encoder_embed_dim, 0
-        for item in items:
-            path = self.path_of(item.name)
-            if not os.path.exists(path):  # noqa: PTH110 (False for a name that is too long)
-                continue
-            shape = self._shape(path)
-            frames = session.num_frames(item.num_samples)
+        there = [item for item in items if os.path.exists(self.path_of(item.name))]  # noqa: PTH110 (False if too long)
+        for item in there:
+            frames, dim = self._shape(self.path_of(item.name))
             # The manifest may be one sample off; what is resampled or of unknown length, more.
             exact = item.num_samples > 0 and not session.options.resample
-            if shape is not None and shape[1] == dim and (abs(shape[0] - frames) <= 1 or not exact):
+            right = abs(frames - session.num_frames(item.num_samples)) <= 1 or not exact
+            if right and dim == session.model.cfg.encoder_embed_dim:
                 self.done.add(item.name)
-            else:
-                damaged += 1
         for folder in {self.path_of(item.name).parent for item in items}:
             make_folder(folder)
             remove_unfinished(folder)
-        return damaged
+        return len(there) - len(self.done)
 
-    def _shape(self, path: Path) -> tuple[int, int] | None:
-        """Shape (frames, channels) of a file; None if it is damaged."""
+    def _shape(self, path: Path) -> tuple[int, int]:
+        """Frames and channels in a file; none if it is damaged."""
         try:
             if self.file_format == "npy":
                 array = np.load(path, mmap_mode="r", allow_pickle=False)
                 whole = array.offset + array.nbytes == path.stat().st_size
             else:
-                array = torch.load(path, weights_only=True, mmap=True).numpy()
-                whole = True
+                array, whole = torch.load(path, weights_only=True, mmap=True).numpy(), True
         except Exception:  # a damaged file can fail in any way
-            return None
-        return array.shape if whole and array.ndim == 2 and array.dtype == self.dtype else None
+            return 0, 0
+        return array.shape if whole and array.ndim == 2 and array.dtype == self.dtype else (0, 0)
 
     @contextmanager
     def writing(self, session: Session, folder: Path) -> Iterator[Callable[[list[Encoded]], list[Encoded]]]:  # noqa: ARG002
-        yield lambda batch: [self._write(encoded, session) for encoded in batch]
+        yield lambda batch: [session.use(encoded, self._write) for encoded in batch]
 
-    def _write(self, encoded: Encoded, session: Session) -> Encoded:
-        if encoded.pieces is None:
-            return encoded
-        pieces = (piece.astype(self.dtype, copy=False) for piece in encoded.pieces)
-        try:
-            with atomic_write(self.path_of(encoded.item.name)) as file:
-                if self.file_format == "npy":
-                    _save_npy(file, pieces)
-                else:
-                    torch.save(torch.from_numpy(np.concatenate(list(pieces))), file)
-        except EncodingError as error:
-            return Encoded(encoded.item, None, session.or_raise(error))
-        return encoded
+    def _write(self, name: str, pieces: Iterable[NDArray[np.floating]]) -> None:
+        pieces = (piece.astype(self.dtype, copy=False) for piece in pieces)
+        with atomic_write(self.path_of(name)) as file:
+            if self.file_format == "npy":
+                _save_npy(file, pieces)
+            else:
+                torch.save(torch.from_numpy(np.concatenate(list(pieces))), file)
 
 
 def _save_npy(file: IO[bytes], pieces: Iterable[NDArray[np.floating]]) -> None:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 import spidr
 from spidr.environment import environment
 from spidr.extract.options import Options
-from spidr.extract.session import Encoded, EncodingError, Session, Skipped
+from spidr.extract.session import Session, Skipped
 from spidr.extract.sources import Item, find_items, find_lengths, name_items
 from spidr.models import DinoSR
 from spidr.models.hub import check_name
@@ -223,12 +223,6 @@ def _draw(session: Session, items: Sequence[Item], max_frames: int, seed: int) -
     with closing(session.run(session.plan(items), "Features")) as results:
         for batch in results:
             for encoded in batch:
-                result = encoded
-                try:
-                    if encoded.pieces is not None:
-                        draw.add(encoded.item.name, encoded.pieces)
-                except EncodingError as error:
-                    result = Encoded(encoded.item, None, session.or_raise(error))
-                session.count(result)
+                session.count(session.use(encoded, draw.add))
     draw.reduce()
     return draw

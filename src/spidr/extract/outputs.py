@@ -43,9 +43,8 @@ class Output(ABC):
 
     Args:
         path: A folder or a file.
-        record: The file that says how it was made.
-        recordings: The file that says from which recordings: a JSON object, name to place.
-        unfinished: The folder of the jobs' folders.
+        beside: The file that says how it was made; the one that says from which recordings, a JSON object, name to
+            place; the folder of the jobs' folders.
         settings: What the values depend on beside the session's settings.
 
     Attributes:
@@ -57,9 +56,9 @@ class Output(ABC):
     writers: ClassVar[int] = 1
     """Threads that write."""
 
-    def __init__(self, path: Path, record: Path, recordings: Path, unfinished: Path, settings: dict[str, Any]) -> None:
-        self.path, self.record, self.recordings, self.unfinished = path, record, recordings, unfinished
-        self.settings = settings
+    def __init__(self, path: Path, beside: Sequence[Path], settings: dict[str, Any]) -> None:
+        self.path, self.settings = path, settings
+        self.record, self.recordings, self.unfinished = beside
         self.done: set[str] = set()
 
     @abstractmethod
@@ -103,11 +102,8 @@ class Output(ABC):
         """Map every name given so far to the place of its recording."""
         if not os.path.exists(self.recordings):  # noqa: PTH110 (an earlier version wrote none: trust its names)
             return {}
-        return _read_object(
-            self.recordings,
-            "says of which recordings the outputs are",
-            "Choose another output; if the recordings are the same, remove that file.",
-        )
+        remedy = "Choose another output; if the recordings are the same, remove that file."
+        return _read_object(self.recordings, "says of which recordings the outputs are", remedy)
 
     def _check_record(self) -> None:
         """Check that what is there was made in the same way."""

@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from threading import Lock as ThreadLock
 from typing import Any, NamedTuple, Self, TypeVar
@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from spidr.config import SAMPLE_RATE
+from spidr.config import SAMPLE_RATE, may_differ
 from spidr.environment import Environment
 from spidr.extract.options import Options
 from spidr.extract.smooth import NEAR, Decoder
@@ -51,30 +51,12 @@ B = TypeVar("B")
 BATCH_SECONDS = 240.0
 """Seconds of audio in a batch on a GPU, padding included."""
 
-SHAPING = (
-    "extractor_mode",
-    "extractor_conv_bias",
-    "extractor_conv_layer_config",
-    "encoder_embed_dim",
-    "encoder_pos_conv_kernel",
-    "encoder_pos_conv_groups",
-    "encoder_pos_conv_depth",
-    "encoder_num_layers",
-    "encoder_num_heads",
-    "encoder_ff_interm_features",
-    "encoder_layer_norm_first",
-    "encoder_qkv_bias",
-    "codebook_size",
-    "num_codebooks",
-)
-"""Settings of a model that change its features or units; the others matter in training only."""
-
 LONG = 120 * SAMPLE_RATE
 """Longer recordings (in samples) are encoded one after the other, each on all threads of a CPU."""
 
 
-class Skipped(dict[str, str]):
-    """Why recordings could not be encoded, by name."""
+Skipped = dict[str, str]
+"""Why recordings could not be encoded, by name."""
 
 
 class EncodingError(InputError):
@@ -101,7 +83,7 @@ class Summary:
         units: Different units; no more are added once there are two.
     """
 
-    skipped: Skipped = field(default_factory=Skipped)
+    skipped: Skipped = field(default_factory=dict)
     done: int = 0
     samples: int = 0
     quiet: list[str] = field(default_factory=list)
@@ -181,17 +163,15 @@ class Session:
         self.options, self.env, self.discrete, self.penalty = options, env, discrete, penalty
         has_codebook = discrete and centroids is None
         total = len(self.model.student.layers)
-        first = self.model.codebook_layers.start if has_codebook else 1
+        first, having = (self.model.codebook_layers.start, "have a codebook") if has_codebook else (1, "exist")
         if not first <= self.layer <= total:
             lacks = "has no codebook" if 1 <= self.layer <= total else "does not exist"
-            having = "have a codebook" if has_codebook else "exist"
-            given = f"layer {self.layer}, the default," if layer is None else f"layer {self.layer}"
-            raise InputError(f"{given} {lacks}; layers {first} to {total} {having}")
+            default = ", the default," if layer is None else ""
+            raise InputError(f"layer {self.layer}{default} {lacks}; layers {first} to {total} {having}")
         self.shapes = self.model.feature_extractor.shapes
         self.shortest = receptive_field(self.shapes)
-        self.window: tuple[int, int] | None = None
-        if options.window is not None:
-            self.window = window_frames(options.window, options.context, self.model.frame_seconds)
+        frame_seconds, window = self.model.frame_seconds, options.window
+        self.window = None if window is None else window_frames(window, options.context, frame_seconds)
         self.bfloat16 = options.dtype == "bfloat16" or (options.dtype == "auto" and _has_bfloat16(env.device))
         self.summary = Summary()
         self._centroids = None if centroids is None else torch.from_numpy(centroids).to(env.device)
@@ -199,16 +179,8 @@ class Session:
         self._restore = ExitStack()
 
     def __enter__(self) -> Self:
-        model = self.model
-        device, modes = next(model.parameters()).device, {module: module.training for module in model.modules()}
-
-        def restore() -> None:
-            model.to(device)
-            for module, mode in modes.items():
-                module.training = mode
-
-        self._restore.callback(restore)
-        model.eval().to(self.env.device)
+        self._restore.callback(self.model.to, self.model.mask_embedding.device)
+        self._restore.enter_context(self.model.to(self.env.device).inference())
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -250,13 +222,12 @@ class Session:
 
     def _compute(self, waveforms: list[Tensor]) -> list[Tensor]:
         """Values of some recordings, (T, …) each."""
-        dtype, device = self.model.mask_embedding.dtype, self.env.device
-        lengths = torch.tensor([len(waveform) for waveform in waveforms], device=device)
-        padded = pad_sequence(waveforms, batch_first=True).to(device, dtype)
-        given = lengths if len(waveforms) > 1 else None
+        sizes, device = [len(waveform) for waveform in waveforms], self.env.device
+        lengths = torch.tensor(sizes, device=device) if len(sizes) > 1 else None
+        padded = pad_sequence(waveforms, batch_first=True).to(device, self.model.mask_embedding.dtype)
         with self._computing():
-            values = self._values(*self.model.project(standardise(padded, given), lengths=given))
-        return [row[: self.num_frames(len(w))] for row, w in zip(values, waveforms, strict=True)]
+            values = self._values(*self.model.project(standardise(padded, lengths), lengths=lengths))
+        return [row[: self.num_frames(size)] for row, size in zip(values, sizes, strict=True)]
 
     def _windows(self, recording: LongRecording, item: Item) -> Iterator[Tensor]:
         """Values of a recording, (T, …) a window at a time."""
@@ -282,51 +253,54 @@ class Session:
         with self.model.inference(), torch.autocast(self.env.device.type, torch.bfloat16, enabled=self.bfloat16):
             yield
 
-    def _units(self, pieces: Iterable[Tensor], item: Item, *, batched: bool = False) -> tuple[NDArray[np.int32], bool]:
-        """Best units; for a batch also whether other rounding could have changed them."""
+    def _units(self, pieces: Iterable[Tensor], item: Item, batched: Tensor | None = None) -> NDArray[np.int32]:
+        """Best units; of a waveform from a batch, those it has alone."""
         decoder, found, nearly_tied = Decoder(self.penalty), [], False
         for scores in pieces:
             _check_finite(scores, item)
             if self.penalty:
                 decoder.add(scores.cpu().numpy())
                 continue
-            if batched:
+            if batched is not None:
                 first, second = scores.topk(2).values.unbind(-1)
                 nearly_tied |= bool((first - second < NEAR * (1 + first - scores.amin(-1))).any())
             found.append(scores.argmax(-1).cpu().numpy().astype(np.int32))
         units = decoder.units() if self.penalty else np.concatenate(found)
+        if batched is not None and (nearly_tied or decoder.nearly_tied):  # other rounding could have changed them
+            return self._units(self._compute([batched]), item)
         if len(self.summary.units) < 2:
             self.summary.units.update(np.unique(units).tolist())
-        return units, nearly_tied or decoder.nearly_tied
+        return units
 
-    def _encode(self, loaded: list[_Loaded]) -> list[Encoded]:
+    def _encode(self, loaded: list[tuple[Item, Tensor | LongRecording | str]]) -> list[Encoded]:
         """Encode a batch."""
-        waveforms = [source for _, source, _ in loaded if isinstance(source, Tensor)]
+        waveforms = [source for _, source in loaded if isinstance(source, Tensor)]
         values = iter(self._compute(waveforms) if waveforms else [])
-        batched = len(waveforms) > 1 and not self.bfloat16
-        found = []
-        for item, source, error in loaded:
+        batched, found = len(waveforms) > 1 and not self.bfloat16, []
+        for item, source in loaded:
+            if isinstance(source, str):
+                found.append(Encoded(item, None, source))
+                continue
+            whole = source if isinstance(source, Tensor) else None
+            pieces = [next(values)] if isinstance(source, Tensor) else self._windows(source, item)
             try:
-                if isinstance(source, Tensor):
-                    pieces: Iterable[NDArray[Any]] | None = self._of_whole(source, next(values), item, batched=batched)
+                if self.discrete:
+                    arrays: Iterable[NDArray[Any]] = [self._units(pieces, item, whole if batched else None)]
                 else:
-                    pieces = None if source is None else self._of_windows(source, item)
-                found.append(Encoded(item, pieces, error))
-            except InputError as problem:
-                found.append(Encoded(item, None, self.or_raise(problem)))
+                    arrays = _arrays(pieces, item) if whole is None else list(_arrays(pieces, item))
+                found.append(Encoded(item, arrays))
+            except InputError as error:
+                found.append(Encoded(item, None, self.or_raise(error)))
         return found
 
-    def _of_whole(self, waveform: Tensor, values: Tensor, item: Item, *, batched: bool) -> list[NDArray[Any]]:
-        if not self.discrete:
-            return list(_arrays([values], item))
-        units, nearly_tied = self._units([values], item, batched=batched)
-        if batched and nearly_tied:
-            units, _ = self._units(self._compute([waveform]), item)
-        return [units]
-
-    def _of_windows(self, recording: LongRecording, item: Item) -> Iterable[NDArray[Any]]:
-        windows = self._windows(recording, item)
-        return [self._units(windows, item)[0]] if self.discrete else _arrays(windows, item)
+    def use(self, encoded: Encoded, function: Callable[[str, Iterable[NDArray[Any]]], None]) -> Encoded:
+        """Apply a function to a recording's name and pieces. Long recordings are encoded meanwhile, which may fail."""
+        try:
+            if encoded.pieces is not None:
+                function(encoded.item.name, encoded.pieces)
+        except EncodingError as error:
+            return Encoded(encoded.item, None, self.or_raise(error))
+        return encoded
 
     def or_raise(self, error: InputError) -> str:
         """Return an error's message if recordings with errors are skipped; raise it otherwise."""
@@ -376,19 +350,16 @@ class Session:
         batches = batches[self.env.rank :: self.env.world_size]
         threads, on_cpu = torch.get_num_threads(), self.env.device.type == "cpu"
         at_once = (self.options.threads or threads) if on_cpu else 1
-        groups = [batches]
-        if at_once > 1:
-            long = [batch for batch in batches if batch[0].num_samples > LONG]
-            groups = [long, batches[len(long) :]]
+        long = [batch for batch in batches if at_once > 1 and batch[0].num_samples > LONG]
         # Rank 0 shows its own share: that of the others takes about as long.
         shown = self.options.progress and self.env.rank == 0
         total = sum(item.num_samples for batch in batches for item in batch)
         unit, seconds = ("h of audio", 3600) if total >= 3600 * SAMPLE_RATE else ("min of audio", 60)
         try:
             with Progress(description, total, unit, 1 / seconds / SAMPLE_RATE, shown=shown) as advance:
-                for group in groups:
-                    workers = 1 if group is not groups[-1] else min(at_once, len(group))
-                    with closing(self._run_group(group, workers, at_once // max(1, workers))) as results:
+                for group, most in ((long, 1), (batches[len(long) :], at_once)):
+                    workers = max(1, min(most, len(group)))
+                    with closing(self._run_group(group, workers, at_once // workers)) as results:
                         for encoded in results:
                             yield encoded
                             advance(sum(result.item.num_samples for result in encoded))
@@ -396,17 +367,14 @@ class Session:
             torch.set_num_threads(threads)
 
     def _run_group(self, batches: Sequence[list[Item]], workers: int, threads: int) -> Generator[list[Encoded]]:
-        if not batches:
-            return
-
         def begin() -> None:
             if self.env.device.type == "cpu":
                 torch.set_num_threads(threads)
             elif self.env.device.type == "cuda":
                 torch.cuda.set_device(self.env.device)  # is of each thread
 
-        def load(batch: list[Item]) -> list[_Loaded]:
-            return [self._load(item) for item in batch]
+        def load(batch: list[Item]) -> list[tuple[Item, Tensor | LongRecording | str]]:
+            return [(item, self._load(item)) for item in batch]
 
         # Without closing, their threads would live as long as an error is held.
         with (
@@ -415,19 +383,19 @@ class Session:
         ):
             yield from encoded
 
-    def _load(self, item: Item) -> _Loaded:
-        resample = self.options.resample
+    def _load(self, item: Item) -> Tensor | LongRecording | str:
+        """A waveform, a long recording, or why there is none."""
         try:
             if self._is_long(item):
-                long = LongRecording(item, resample=resample)
+                long = LongRecording(item, resample=self.options.resample)
                 self._check_length(item, long.num_samples)
-                return _Loaded(item, long)
-            waveform = torch.from_numpy(read_item(item, resample=resample))
+                return long
+            waveform = torch.from_numpy(read_item(item, resample=self.options.resample))
             self._check_length(item, len(waveform))
         except InputError as error:
-            return _Loaded(item, None, self.or_raise(error))
+            return self.or_raise(error)
         self._note_level(item, float(waveform.std(correction=0)))
-        return _Loaded(item, waveform)
+        return waveform
 
     def _check_length(self, item: Item, num_samples: int) -> None:
         if self.num_frames(num_samples) < 1:
@@ -440,12 +408,6 @@ class Session:
         else:
             self.summary.done += 1
             self.summary.samples += encoded.item.num_samples
-
-
-class _Loaded(NamedTuple):
-    item: Item
-    source: Tensor | LongRecording | None
-    error: str | None = None
 
 
 def ahead(
@@ -494,8 +456,8 @@ def _has_bfloat16(device: torch.device) -> bool:
 
 def _fingerprint(model: DinoSR) -> str:
     """Start of the SHA-256 of all that features and units depend on: weights and settings."""
-    shaping = [getattr(model.cfg, name) for name in SHAPING]
-    digest = hashlib.sha256(json.dumps(shaping).encode())
+    names = [f.name for f in fields(model.cfg) if not may_differ(f.name) and f.name != "train_layers"]
+    digest = hashlib.sha256(json.dumps([getattr(model.cfg, name) for name in names]).encode())
     for name, value in model.state_dict().items():
         if not name.startswith(("teacher.", "codebooks.", "current_step", "mask_embedding")):
             digest.update(name.encode())

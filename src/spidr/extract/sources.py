@@ -8,19 +8,12 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO
 
 import numpy as np
+from numpy.typing import NDArray
 
-from spidr.data.audio import (
-    FormatError,
-    num_samples,
-    read_audio,
-    read_resampled,
-    resampled_length,
-    seekable_length,
-    stream,
-)
+from spidr.data import audio
 from spidr.data.manifest import is_table, read_manifest, recordings_of
 from spidr.data.measure import measure, problems_of
 from spidr.data.names import AUDIO
@@ -28,9 +21,6 @@ from spidr.data.recording import Recording
 from spidr.extract.options import Options
 from spidr.tools.errors import InputError
 from spidr.tools.files import check_file, expand, find_files
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 TOO_SHORT = "too short, they do not fill one frame"
 
@@ -72,14 +62,8 @@ class Item:
 
     def names(self) -> list[str]:
         """Names it may get, from short to long."""
-        relative = _inside(self.relative)
-        return [
-            _inside(self.fileid),
-            os.path.splitext(relative)[0],  # noqa: PTH122
-            relative,
-            _inside(self.place),
-            f"{_inside(self.place)}:{_inside(self.fileid)}",
-        ]
+        fileid, relative, place = _inside(self.fileid), _inside(self.relative), _inside(self.place)
+        return [fileid, os.path.splitext(relative)[0], relative, place, f"{place}:{fileid}"]  # noqa: PTH122
 
 
 def _inside(name: str) -> str:
@@ -105,7 +89,10 @@ def find_items(sources: str | Path | Sequence[str | Path]) -> list[Item]:
 
 def _find(source: Path) -> list[Item]:
     if os.path.isdir(source):  # noqa: PTH112
-        return _in_folder(source)
+        paths = [Path(path) for path in find_files(source, lambda name: name.lower().endswith(AUDIO))]
+        if not paths:
+            raise InputError(f"{source}: no file's name ends like that of a recording ({', '.join(sorted(AUDIO))}).")
+        return [_of_file(path, str(path.relative_to(source))) for path in paths]
     if not os.path.exists(source):  # noqa: PTH110 (False for all that cannot be a file)
         raise InputError(f"{source}: does not exist; expected a manifest, a folder or an audio file.")
     if source.suffix.lower() not in AUDIO and is_table(source):
@@ -114,28 +101,22 @@ def _find(source: Path) -> list[Item]:
         raise InputError(
             f"{source}: write the manifest of an archive first: `python -m spidr.data.write_manifest {source} OUT.csv`."
         )
-    return [Item(Recording(str(source)), source.stem, source.name, speaker=source.absolute().parent.name)]
+    return [_of_file(source, source.name)]
 
 
-def _in_folder(folder: Path) -> list[Item]:
-    paths = [Path(path) for path in find_files(folder, lambda name: name.lower().endswith(AUDIO))]
-    if not paths:
-        raise InputError(f"{folder}: no file's name ends like that of a recording ({', '.join(sorted(AUDIO))}).")
-    return [
-        Item(Recording(str(path)), path.stem, str(path.relative_to(folder)), speaker=path.absolute().parent.name)
-        for path in paths
-    ]
+def _of_file(path: Path, relative: str) -> Item:
+    return Item(Recording(str(path)), path.stem, relative, speaker=path.absolute().parent.name)
 
 
 def _in_manifest(path: Path) -> list[Item]:
     manifest = read_manifest(path, needs_audio=True)
     recordings = recordings_of(manifest)
-    files = [os.path.dirname(os.path.abspath(r.path)) for r in recordings if r.archive is None]  # noqa: PTH100, PTH120
-    root = os.path.commonpath(files) if files else ""
+    folders = [Path(os.path.abspath(r.path)).parent for r in recordings]  # noqa: PTH100
+    in_files = [folder for folder, r in zip(folders, recordings, strict=True) if r.archive is None]
+    root = os.path.commonpath(in_files) if in_files else ""
     relative = [r.path if r.archive is not None else os.path.relpath(r.path, root) for r in recordings]
-    lengths = manifest["num_samples"].fill_null(0).to_list() if "num_samples" in manifest.columns else [0] * len(files)
-    folders = [os.path.basename(os.path.dirname(os.path.abspath(r.path))) for r in recordings]  # noqa: PTH100, PTH119, PTH120
-    speakers = manifest["speaker"].to_list() if "speaker" in manifest.columns else folders
+    lengths = manifest["num_samples"].fill_null(0) if "num_samples" in manifest.columns else [0] * len(recordings)
+    speakers = manifest["speaker"] if "speaker" in manifest.columns else [folder.name for folder in folders]
     # fairseq's manifests name recordings by their relative path.
     names = [
         Path(fileid).stem if r.path.endswith(fileid) and fileid.lower().endswith(AUDIO) else fileid
@@ -160,8 +141,7 @@ def name_items(items: Sequence[Item], known: Mapping[str, str], *, tree: bool) -
     before = defaultdict(set)
     for name, place in known.items():
         before[place].add(name)
-    levels = [0] * len(items)
-    kept = set()
+    levels, kept = [0] * len(items), set()
     for i, item in enumerate(items):
         asked_for = not tree and item.fileid != Path(item.recording.path).stem  # by a table
         for level, name in enumerate(choices[i][:1] if asked_for else choices[i]):
@@ -173,12 +153,10 @@ def name_items(items: Sequence[Item], known: Mapping[str, str], *, tree: bool) -
         names = [names[level] for names, level in zip(choices, levels, strict=True)]
         counts = Counter(names)
         clashing = [i for i, name in enumerate(names) if counts[name] > 1 and levels[i] + 1 < len(choices[i])]
-        clashing = [i for i in clashing if i not in kept] or clashing
         if not clashing:
-            break
-        for i in clashing:
+            return [replace(item, name=name) for item, name in zip(items, names, strict=True)]
+        for i in [i for i in clashing if i not in kept] or clashing:
             levels[i] += 1
-    return [replace(item, name=name) for item, name in zip(items, names, strict=True)]
 
 
 def find_lengths(items: Sequence[Item], options: Options, *, shortest: int) -> tuple[list[Item], dict[str, str]]:
@@ -198,7 +176,7 @@ def find_lengths(items: Sequence[Item], options: Options, *, shortest: int) -> t
             check_file(where.archive or where.path)
             count = item.promised
         else:
-            count = (resampled_length if options.resample else num_samples)(where)
+            count = (audio.resampled_length if options.resample else audio.num_samples)(where)
         # A manifest of spidr 0.1.2 may say one sample too few.
         if 0 < count < shortest - bool(item.promised):
             raise InputError(f"{where}: {count} samples are {TOO_SHORT}")
@@ -220,7 +198,7 @@ def read_item(item: Item, *, resample: bool) -> NDArray[np.float32]:
         InputError: It cannot be read; or, without ``resample``, it is not 16 kHz mono or its length is not the
             manifest's, give or take a sample.
     """
-    samples = (read_resampled if resample else read_audio)(item.recording)
+    samples = (audio.read_resampled if resample else audio.read_audio)(item.recording)
     if not resample:
         _check_length(item, len(samples))
     return samples
@@ -241,19 +219,18 @@ class LongRecording:
     def __init__(self, item: Item, *, resample: bool) -> None:
         self._recording = item.recording
         self._file: IO[bytes] | None = None
-        length = None if resample else seekable_length(item.recording)
-        self.num_samples = self._spool(resample) if length is None else length
+        length = None if resample else audio.seekable_length(item.recording)
+        if length is None:
+            self._file = file = tempfile.TemporaryFile()  # noqa: SIM115 (closed with this object)
+            length = sum(file.write(block.data) for block in audio.stream(item.recording, resample=resample)) // 4
         if not resample:
-            _check_length(item, self.num_samples)
-
-    def _spool(self, resample: bool) -> int:
-        self._file = file = tempfile.TemporaryFile()  # noqa: SIM115 (closed with this object)
-        return sum(file.write(block.data) for block in stream(self._recording, resample=resample)) // 4
+            _check_length(item, length)
+        self.num_samples = length
 
     def read(self, start: int, stop: int) -> NDArray[np.float32]:
         """Samples ``start`` to ``stop``."""
         if self._file is None:
-            return read_audio(self._recording, start, stop)
+            return audio.read_audio(self._recording, start, stop)
         self._file.seek(4 * start)
         return np.frombuffer(bytearray(self._file.read(4 * (stop - start))), dtype=np.float32)
 
@@ -269,4 +246,4 @@ def _check_length(item: Item, found: int) -> None:
 
 def explained(error: InputError) -> InputError:
     """Add the option that helps to an error about a recording's format."""
-    return InputError(f"{error} --resample does it on the way.") if isinstance(error, FormatError) else error
+    return InputError(f"{error} --resample does it on the way.") if isinstance(error, audio.FormatError) else error

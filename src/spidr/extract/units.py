@@ -122,10 +122,8 @@ class _Table(Output):
     """
 
     def __init__(self, path: Path, file_format: UnitFormat, settings: dict[str, Any]) -> None:
-        record, recordings, unfinished = (
-            path.with_name(f"{path.name}.{ending}") for ending in ("json", "recordings.json", "unfinished")
-        )
-        super().__init__(path, record, recordings, unfinished, settings)
+        beside = (path.with_name(f"{path.name}.{ending}") for ending in ("json", "recordings.json", "unfinished"))
+        super().__init__(path, list(beside), settings)
         self.format, self.merge = FORMATS[file_format], bool(settings["dedup"])
         self.is_parquet = path.suffix == ".parquet"
         self.num_units = 0
@@ -249,21 +247,18 @@ class _Table(Output):
 
     def _table(self, folder: Path) -> Path:
         """The existing table as lines."""
-        if not self.is_parquet or not os.path.exists(self.path):  # noqa: PTH110
+        if not self.is_parquet or not self.has_values():
             return self.path
-        lines = folder / "table"
-        with atomic_write(lines) as file:
-            file.writelines(json.dumps(row).encode() + b"\n" for row in self._read_parquet().iter_rows(named=True))
-        return lines
+        try:
+            table = pl.read_parquet(escape(str(self.path))).select(list(self._schema()))
+        except (OSError, ValueError, pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
+            raise InputError(f"{self.path}: cannot be read ({first_line(error)}). Remove it.") from None
+        with atomic_write(folder / "table") as file:
+            table.write_ndjson(file)
+        return folder / "table"
 
     def _schema(self) -> dict[str, Any]:
         return {name: SCHEMA[name] for name in ("fileid", "units", *(["durations"] if self.merge else []))}
-
-    def _read_parquet(self) -> pl.DataFrame:
-        try:
-            return pl.read_parquet(escape(str(self.path))).select(list(self._schema()))
-        except (OSError, ValueError, pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
-            raise InputError(f"{self.path}: cannot be read ({first_line(error)}). Remove it.") from None
 
 
 def _check_utf8(items: Sequence[Item]) -> None:

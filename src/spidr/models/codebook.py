@@ -115,8 +115,9 @@ class Codebook(nn.Module):
 
 def normalise_over_time(x: Tensor, eps: float = 1e-5) -> Tensor:
     """Give every feature mean 0 and population variance 1 over the last dimension but one: (..., T, D), in float32."""
-    var, mean = torch.var_mean(x.float(), dim=-2, correction=0, keepdim=True)
-    return (x - mean) * torch.rsqrt(var + eps)
+    x = x.float()
+    x = x - x.mean(dim=-2, keepdim=True)  # on a CPU, var_mean takes four times as long
+    return x * torch.rsqrt(x.square().mean(dim=-2, keepdim=True) + eps)
 
 
 def assign(targets: Tensor, codewords: Tensor) -> Tensor:

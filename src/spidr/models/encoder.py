@@ -326,7 +326,10 @@ class Encoder(nn.Module):
     @contextmanager
     def inference(self) -> Iterator[None]:
         """No gradient, no dropout, no TF32. Every module's mode is restored at the end."""
-        training = [module for module in self.modules() if module.training]
+        modules: list[nn.Module] = [self]
+        for module in modules:  # `modules()` takes five times as long, a tenth of a small model's call
+            modules += filter(None, module._modules.values())
+        training = [module for module in modules if module.training]
         for module in training:
             module.training = False
         try:

@@ -17,6 +17,7 @@ from spidr.models.extractor import LayerNorm
 from spidr.models.kernels import (
     Dropout,
     attend,
+    convolve,
     convolve_by_products,
     feed_forward,
     feeds_forward,
@@ -70,7 +71,7 @@ class ConvPositionalEmbedding(nn.Module):
             if self.by_products and isinstance(conv, nn.Conv1d) and untouched(conv):
                 x = convolve_by_products(x, conv)
             else:
-                x = conv(x)
+                x = convolve(x, conv)
                 x = x[..., : -self.num_remove] if self.num_remove else x
             x = F.gelu(self.layer_norm(x).transpose(1, 2))
         return x if exists is None else x * exists

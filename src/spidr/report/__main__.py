@@ -27,19 +27,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--layer", type=int, metavar="N", help="of the heat map, counted from 1 (default: the one of the best PNMI)"
     )
     parser.add_argument(
-        "--max-minutes",
-        type=float,
-        default=30.0,
-        metavar="MINUTES",
-        help="audio to encode at most, in minutes (default: 30)",
+        "--max-minutes", type=float, default=30.0, metavar="MINUTES", help="audio to encode at most (default: 30)"
     )
     parser.add_argument("--device", **DEVICE)
-    args = parser.parse_args(argv)
-    options = {"group": args.group, "layer": args.layer, "max_minutes": args.max_minutes, "device": args.device}
+    args = vars(parser.parse_args(argv))
     with needs_extra("train,plot"):
         from spidr.report.contents import make_report
 
-    write_result(f"{make_report(args.run, args.output, **options)}\n")
+    write_result(f"{make_report(**args)}\n")
 
 
 if __name__ == "__main__":

@@ -35,14 +35,15 @@ USER_ERRORS = (
 )
 """Errors of the file system that the user can fix."""
 
-_results: list[TextIO] = []
+_results: list[TextIO | None] = []  # None: standard output was closed
 
 
 def write_result(text: str) -> None:
     """Write to standard output, which holds results only; all other printing goes to standard error."""
     stream = _results[-1] if _results else sys.stdout
-    stream.write(text)
-    stream.flush()
+    if stream is not None:
+        stream.write(text)
+        stream.flush()
 
 
 def command(main: Callable[P, int | None]) -> Callable[P, int]:
@@ -107,26 +108,15 @@ class _Lasting:
         return getattr(self._stream, name)
 
 
-class _Aside(_Lasting):
-    """Standard error in place of standard output, except for a parser's help."""
-
-    def write(self, text: str) -> int:
-        if sys._getframe(1).f_globals.get("__name__") == "argparse":
-            write_result(text)
-            return len(text)
-        return super().write(text)
-
-
 @contextmanager
 def _results_only() -> Iterator[None]:
     """Redirect ``sys.stdout`` to standard error for all but :func:`write_result`."""
-    with Path(os.devnull).open("w", encoding="utf-8") as nowhere:
-        _results.append(_results[-1] if _results else sys.stdout or nowhere)  # None if it was closed
-        try:
-            with redirect_stdout(cast("TextIO", _Aside(sys.stderr))):
-                yield
-        finally:
-            _results.pop()
+    _results.append(_results[-1] if _results else sys.stdout)
+    try:
+        with redirect_stdout(cast("TextIO", _Lasting(sys.stderr))):
+            yield
+    finally:
+        _results.pop()
 
 
 @contextmanager
@@ -170,6 +160,12 @@ class Parser(argparse.ArgumentParser):
         """Format the help with the example at its end."""
         example = "".join(f"  {line}\n" for line in self.example.splitlines())
         return super().format_help() + (f"\nexample:\n{example}" if example else "")
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        if file is sys.stderr:
+            super()._print_message(message, file)
+        else:  # help and versions are results
+            write_result(message)
 
 
 DEVICE: dict[str, Any] = {

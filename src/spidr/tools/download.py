@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import http.client
 import logging
+import math
 import os
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import Any, TypeVar
 from urllib.error import HTTPError
 from urllib.parse import unquote, urljoin, urlparse
 from urllib.request import Request, urlopen
@@ -19,11 +20,7 @@ from urllib.request import Request, urlopen
 import torch.hub
 
 from spidr.tools.errors import InputError, first_line
-
-try:
-    import fcntl
-except ImportError:  # on Windows, two downloads of one file at once are not kept apart
-    fcntl = None  # type: ignore[assignment]
+from spidr.tools.lock import Lock
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -48,7 +45,7 @@ class Remote:
     address: str
     saved_as: str = ""
 
-    def _hugging_face(self) -> tuple[str, str] | None:
+    def _repository(self) -> tuple[str, str] | None:
         """Repository and file on the Hugging Face hub, if it is there."""
         if not self.address.startswith("hf:"):
             return None
@@ -60,7 +57,7 @@ class Remote:
     @property
     def url(self) -> str:
         """Where to download it."""
-        if (repository := self._hugging_face()) is None:
+        if (repository := self._repository()) is None:
             return self.address
         host = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
         return f"{host}/{repository[0]}/resolve/main/{repository[1]}"
@@ -78,7 +75,7 @@ class Remote:
         """The file, if it was downloaded or put there by hand."""
         if self.path.exists():
             return self.path
-        if (repository := self._hugging_face()) and (hub := _huggingface_hub()):
+        if (repository := self._repository()) and (hub := _huggingface_hub()):
             found = hub.try_to_load_from_cache(*repository)
             return Path(found) if isinstance(found, str) else None
         return None
@@ -100,23 +97,19 @@ class Remote:
             except InputError as error:
                 logger.warning("%s; fetching it again", error)
         try:
-            if (repository := self._hugging_face()) and (hub := _huggingface_hub()):
+            if (repository := self._repository()) and (hub := _huggingface_hub()):
                 return read(_from_hub(hub, *repository, force=cached is not None, progress=progress))
             if not self.saved_as:
-                self._fetch_config()
-            return _download(self.url, self.path, read, check_hash, progress)
+                try:
+                    _download(urljoin(self.url, "config.json"), self.path.with_name("config.json"), lambda _: None)
+                except HTTPError as error:  # most have none
+                    if error.code >= 500:
+                        raise
+            return _download(self.url, self.path, read, check_hash=check_hash, progress=progress)
         except (OSError, http.client.HTTPException, InputError) as error:
             reason = first_line(error).replace(f"{_partial(self.path)}: ", "")  # which is gone by then
             where = f"cannot download it to {self.path}, where it may be put by hand"
             raise InputError(f"{self.url}: {where}: {reason}") from None
-
-    def _fetch_config(self) -> None:
-        config = self.path.with_name("config.json")
-        try:
-            _download(urljoin(self.url, "config.json"), config, lambda _: None, False, False)
-        except HTTPError as error:
-            if error.code >= 500:
-                raise
 
 
 def _huggingface_hub() -> Any:
@@ -143,75 +136,53 @@ def _from_hub(hub: Any, repository: str, file: str, *, force: bool, progress: bo
         raise InputError(first_line(error)) from None
 
 
-def _partial(path: Path) -> Path:
-    return path.with_name(f"{path.name}.partial")
-
-
-def _download(url: str, path: Path, read: Callable[[Path], T], check_hash: bool, progress: bool) -> T:
+def _download(
+    url: str, path: Path, read: Callable[[Path], T], *, check_hash: bool = False, progress: bool = False
+) -> T:
     """Download to ``NAME.partial``, resuming an earlier attempt, and rename it to ``path`` if it can be read."""
+    partial, before = _partial(path), _written(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = _partial(path)
-    with _alone(partial) as (file, waited):
-        if waited and path.exists():
+    with Lock(path, "is downloading it", patience=math.inf):
+        if _written(path) != before:
             with suppress(InputError):
-                return _drop(partial, read(path))
+                return read(path)
         while True:
-            resumed = file.tell() > 0
-            try:
-                _append(url, file, progress)
-                file.flush()
-            except BaseException:
-                if not file.tell():
-                    _drop(partial)
-                raise
+            resumed = partial.exists()
+            _append(url, partial, progress)
             try:
                 _check_hash(partial, path.name if check_hash else "")
                 result = read(partial)
             except InputError:
+                _drop(partial)
                 if not resumed:
-                    _drop(partial)
                     raise
-                file.truncate(0)  # the file may have changed meanwhile: start over
-                continue
+                continue  # the file may have changed meanwhile: start over
             partial.replace(path)
-            return _drop(partial, result)
+            _drop(partial)
+            return result
 
 
-def _drop(partial: Path, result: Any = None) -> Any:
-    for path in (partial, _validator(partial)):
-        path.unlink(missing_ok=True)
-    return result
+def _partial(path: Path) -> Path:
+    return path.with_name(f"{path.name}.partial")
 
 
-def _validator(partial: Path) -> Path:
+def _version(partial: Path) -> Path:
     """Where the server's version tag of a partial file is kept."""
     return partial.with_name(f"{partial.name}.version")
 
 
-@contextmanager
-def _alone(path: Path) -> Iterator[tuple[IO[bytes], bool]]:
-    """Open a file for appending by this process alone, and say whether another one had it until now."""
-    waited = False
-    while True:
-        with path.open("ab") as file:
-            if fcntl is not None:
-                with suppress(OSError):  # not every file system has locks
-                    try:
-                        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    except BlockingIOError:
-                        logger.warning("%s: another process is downloading it; waiting", path)
-                        waited = True
-                        fcntl.flock(file, fcntl.LOCK_EX)
-            # The other process may have renamed it meanwhile.
-            if path.exists() and path.stat().st_ino == os.fstat(file.fileno()).st_ino:
-                file.seek(0, os.SEEK_END)
-                yield file, waited
-                return
+def _drop(partial: Path) -> None:
+    for path in (partial, _version(partial)):
+        path.unlink(missing_ok=True)
 
 
-def _append(url: str, file: IO[bytes], progress: bool) -> None:
+def _written(path: Path) -> int | None:
+    return path.stat().st_mtime_ns if path.exists() else None
+
+
+def _append(url: str, partial: Path, progress: bool) -> None:
     """Download the rest of a file, or all of it if it has changed or the server sends no parts."""
-    offset, version = file.seek(0, os.SEEK_END), _validator(Path(file.name))
+    offset, version = partial.stat().st_size if partial.exists() else 0, _version(partial)
     headers = {"User-Agent": "spidr"}
     if offset:
         headers["Range"] = f"bytes={offset}-"
@@ -222,25 +193,22 @@ def _append(url: str, file: IO[bytes], progress: bool) -> None:
     except HTTPError as error:
         if not offset or error.code != http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
             raise
-        file.truncate(0)  # it is as long as the server's
-        _append(url, file, progress)
+        _drop(partial)  # it is as long as the server's
+        _append(url, partial, progress)
         return
-    with response:
-        if offset and response.status != http.HTTPStatus.PARTIAL_CONTENT:
-            offset = 0
-            file.truncate(0)
+    if response.status != http.HTTPStatus.PARTIAL_CONTENT:
+        offset = 0
+    with response, partial.open("ab" if offset else "wb") as file:
         tag = response.headers.get("ETag") or response.headers.get("Last-Modified")
         if tag and not tag.startswith("W/"):
             version.write_text(tag, encoding="utf-8")
         length = response.headers.get("Content-Length")
         total = offset + int(length) if length else None
-        received = offset
         # tqdm if it is installed, else torch.hub's substitute
         with torch.hub.tqdm(total=total, initial=offset, disable=not progress, unit="B", unit_scale=True) as bar:  # type: ignore[attr-defined]
             while chunk := response.read(1 << 20):
-                file.write(chunk)
-                received += len(chunk)
-                bar.update(len(chunk))
+                bar.update(file.write(chunk))
+        received = file.tell()
     # A connection that closes early only ends the stream.
     if total is not None and received != total:
         raise InputError(f"it stopped after {received:,} of {total:,} bytes; try again to resume it")

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
-from types import TracebackType
+from typing import Self
 
 from spidr.tools.errors import InputError
 
@@ -102,7 +102,7 @@ class Lock:
     """A lock on a folder or file, held inside a ``with`` block.
 
     It is a small hidden file beside the file, or in the folder, which says who holds it and is touched every few
-    seconds. It works across machines on a shared file system and depends on no clock.
+    seconds. It works across machines on a shared file system and compares no clocks.
 
     Args:
         target: An existing folder, or a file, which need not exist, in an existing folder.
@@ -121,15 +121,10 @@ class Lock:
         self._successor: Owner | None = None
         self._ended = threading.Event()
 
-    def __enter__(self) -> Lock:
+    def __enter__(self) -> Self:
         self._owner = Owner.current()
-        mine = self.path.with_name(f".spidr-{self._owner.token}.lock")
         try:
-            mine.write_text(json.dumps(asdict(self._owner)), encoding="utf-8")
-            try:
-                self._acquire(mine)
-            finally:
-                mine.unlink(missing_ok=True)
+            self._acquire()
         except OSError as error:
             raise InputError(f"{self.target}: cannot be locked ({error.strerror}); choose another place") from error
         self._ended.clear()
@@ -137,9 +132,7 @@ class Lock:
         self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._ended.set()
         self._thread.join(BEAT)
         with suppress(OSError):
@@ -147,7 +140,7 @@ class Lock:
                 self.path.unlink()
 
     def check(self) -> None:
-        """See that the lock is still held: nothing may be written if it is not.
+        """Check that the lock is still held: nothing may be written if it is not.
 
         Raises:
             InputError: This process seemed dead, because its machine or file system stood still, and another went on.
@@ -157,31 +150,27 @@ class Lock:
                 f"{self.target}: this process gave no sign of life for {SILENCE:g} s; {self._successor} has taken over"
             )
 
-    # ------------------------------------------------------------------------------------------------- internals
-
-    def _acquire(self, mine: Path) -> None:
-        """Put ``mine`` in place of the lock file, if that is absent or its owner is gone."""
-        seen, beat, changed = _UNKNOWN, -1, False
-        first = since = time.monotonic()
-        while not self._create(mine):
+    def _acquire(self) -> None:
+        """Create the lock file, or take over that of an owner that is gone."""
+        seen, beat, moves = None, 0, False
+        first = since = 0.0  # when this owner, and its last sign of life, were seen first
+        while not self._create():
             try:
                 owner, new_beat = self._read()
             except FileNotFoundError:  # released just now
                 continue
             now = time.monotonic()
-            if owner.token == self._owner.token:  # the answer of a file server was lost
-                return
             if owner != seen:
-                seen, beat, changed, since, first = owner, new_beat, False, now, now
+                first = since = now
+                moves = False
             elif new_beat != beat:
-                beat, changed, since = new_beat, True, now
+                since, moves = now, True
+            seen, beat = owner, new_beat
             alive = owner.process.is_alive()
-            if alive is None and now - since > SILENCE:
-                alive = False
-            elif alive is None and changed:
-                alive = True
+            if alive is None:
+                alive = False if now - since > SILENCE else moves or None
             if alive is False:
-                if self._take_over(mine, owner):
+                if self._take_over(owner, stuck=now - since > 2 * SILENCE):
                     logger.warning("%s: taken over from %s, which is gone", self.target, owner)
                     return
             elif alive and now - first > (PATIENCE if owner.job and owner.job == self._owner.job else self.patience):
@@ -189,39 +178,38 @@ class Lock:
                     f"{self.target}: another process {self.doing} ({owner}). Wait for it, or end it first.",
                     guide="questions.md#it-says-that-another-process-is-at-work-in-this-folder",
                 )
-            elif now - first < 0.5:
+            elif now == first:
                 logger.info("%s: waiting to see whether %s is alive", self.target, owner)
             time.sleep(0.5)
 
-    def _create(self, mine: Path) -> bool:
-        """Make the lock file, unless there is one, in one step: on a network file system, too."""
+    def _create(self) -> bool:
+        """Make the lock file, unless there is one. Exclusive on network file systems, too."""
         try:
-            self.path.hardlink_to(mine)
+            file = self.path.open("x", encoding="utf-8")
         except FileExistsError:
             return False
-        except OSError:  # a file system without hard links
-            try:
-                with self.path.open("x", encoding="utf-8") as file:
-                    file.write(json.dumps(asdict(self._owner)))
-            except FileExistsError:
-                return False
+        try:
+            with file:
+                file.write(json.dumps(asdict(self._owner)))
+        except OSError:
+            self.path.unlink()
+            raise
         return True
 
-    def _take_over(self, mine: Path, gone: Owner) -> bool:
-        """Replace the lock file of an owner that is gone, unless another process has been faster."""
+    def _take_over(self, gone: Owner, *, stuck: bool) -> bool:
+        """Overwrite the lock file of an owner that is gone, unless another process has been faster."""
         guard = self.path.with_name(f"{self.path.name}.taking")
         try:
             guard.mkdir()
         except FileExistsError:
-            mine.touch()  # both times are the file server's
-            with suppress(OSError):
-                if mine.stat().st_mtime - guard.stat().st_mtime > SILENCE:  # killed right here
+            if stuck:  # another process was killed right here
+                with suppress(OSError):
                     guard.rmdir()
             return False
         try:
             with suppress(FileNotFoundError):
                 if self._read()[0] == gone:
-                    mine.replace(self.path)
+                    self.path.write_text(json.dumps(asdict(self._owner)), encoding="utf-8")
                     return True
             return False
         finally:
@@ -240,13 +228,10 @@ class Lock:
     def _beat(self) -> None:
         while not self._ended.wait(BEAT):
             with suppress(OSError):  # of a file server that does not answer: later
-                try:
-                    owner, _ = self._read()
-                    if owner.token == self._owner.token:
-                        os.utime(self.path)
-                    else:
-                        self._successor = owner
-                        return
-                except FileNotFoundError:  # somebody took it for an old one
-                    with self.path.open("x", encoding="utf-8") as file:
-                        file.write(json.dumps(asdict(self._owner)))
+                if self._create():  # somebody took it for an old one
+                    continue
+                owner, _ = self._read()
+                if owner.token != self._owner.token:
+                    self._successor = owner
+                    return
+                os.utime(self.path)

@@ -55,34 +55,30 @@ class WandbSink:
     """
 
     def __init__(
-        self,
-        folder: Path,
-        project: str,
-        name: str,
-        mode: WandbMode,
-        config: dict[str, Any],
-        run_id: str | None = None,
+        self, folder: Path, project: str, name: str, mode: WandbMode, config: dict[str, Any], run_id: str | None = None
     ) -> None:
         self.state_path = folder / "wandb.json"
         self.run: Any = None
-        self._pushed: dict[str, Any] = {}  # the last training step, all steps of validation
-        self._until: dict[str, int] = {}
+        self._pushed: dict[str, list[int]] = {}  # group → the step up to which all were pushed, and later ones
         if mode == "disabled":
             return
         try:
             wandb = import_wandb()
-            state = _read_state(self.state_path)
-            if run_id not in (None, state["id"]):
-                state = {"id": run_id, "pushed": {}}
-            pushed = {"online": {}, "offline": {}} | state["pushed"]
-            self._state = {"id": state["id"] or secrets.token_hex(4), "pushed": pushed}
+            known, pushed = _read_state(self.state_path)
+            if run_id not in (None, known):
+                known, pushed = run_id, {}
+            pushed = {"online": {}, "offline": {}} | pushed
+            self._state = {"id": known or secrets.token_hex(4), "pushed": pushed}
             self._pushed = pushed[mode]
             self.run = wandb.init(
                 project=project, name=name, id=self._state["id"], resume="allow", mode=mode, dir=folder, config=config,
                 settings=wandb.Settings(console="off", silent=True, init_timeout=TIMEOUT),
             )  # fmt: skip
-            if mode == "online" and not self._pushed:
-                self._until = _last_steps(self.run)
+            if mode == "online" and not self._pushed:  # the page may have lines that this folder does not know of
+                for key, step in dict(getattr(self.run, "summary", None) or {}).items():
+                    group, _, metric = key.rpartition("/")
+                    if metric == "step" and isinstance(step, int):
+                        self._pushed[group] = [step]
             self._save()
         except InputError as error:
             logger.warning("%s; training continues without wandb", error)
@@ -96,10 +92,8 @@ class WandbSink:
         return sorted((line for line in lines if not self._has(line)), key=lambda line: line["step"])
 
     def _has(self, line: Line) -> bool:
-        group, step = line["group"], line["step"]
-        if group == "train":
-            return bool(step <= max(self._pushed.get(group, -1), self._until.get(group, -1)))
-        return step in self._pushed.get(group, ()) or step <= self._until.get(group, -1)
+        pushed = self._pushed.get(line["group"]) or [-1]
+        return line["step"] <= pushed[0] or line["step"] in pushed
 
     def push(self, line: Line) -> None:
         """Log a line as ``GROUP/NAME`` against ``GROUP/step``, unless it was before."""
@@ -110,9 +104,9 @@ class WandbSink:
             self.run.define_metric(f"{group}/*", step_metric=f"{group}/step")
             self.run.log({f"{group}/{key}": value for key, value in line.items() if key != "group"})
             if group == "train":
-                self._pushed[group] = step
+                self._pushed[group] = [step]
             else:  # results of validation may come late
-                self._pushed.setdefault(group, []).append(step)
+                self._pushed.setdefault(group, [-1]).append(step)
             self._save()
         except Exception:
             logger.warning("wandb refused the metrics of step %d (%s); it gets no more", step, group, exc_info=True)
@@ -130,31 +124,17 @@ class WandbSink:
             finish.join(TIMEOUT)
 
 
-def _read_state(path: Path) -> dict[str, Any]:
-    """Read ``wandb.json``; if it is damaged, warn and start over."""
-    new: dict[str, Any] = {"id": None, "pushed": {}}
+def _read_state(path: Path) -> tuple[str | None, dict[str, dict[str, list[int]]]]:
+    """Read id and pushed steps from ``wandb.json``; if it is damaged, warn and start over."""
     try:
         state = parse_json(path.read_text("utf-8"))
-        pushed = {mode: dict(state["pushed"].get(mode, {})) for mode in ("online", "offline")}
-        for groups in pushed.values():
-            for group, steps in groups.items():
-                int(steps) if group == "train" else sorted(map(int, steps))
-        return {"id": str(state["id"]), "pushed": pushed}
+        modes = {mode: state["pushed"].get(mode, {}) for mode in ("online", "offline")}
+        return str(state["id"]), {mode: {k: list(map(int, v)) for k, v in of.items()} for mode, of in modes.items()}
     except FileNotFoundError:
-        return new
+        return None, {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         logger.warning("%s is damaged and is replaced: the run gets a new id and page on wandb", path)
-        return new
-
-
-def _last_steps(run: Any) -> dict[str, int]:
-    """The last step of each group on the page of a resumed run."""
-    last = {}
-    for key, step in dict(getattr(run, "summary", None) or {}).items():
-        group, _, name = key.rpartition("/")
-        if name == "step" and isinstance(step, int):
-            last[group] = step
-    return last
+        return None, {}
 
 
 def import_wandb() -> Any:
