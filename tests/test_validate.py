@@ -18,7 +18,7 @@ from spidr.environment import Environment, Preempted, StopFlag
 from spidr.models.metrics import units_quality
 from spidr.tools.errors import InputError
 from spidr.tools.metrics import read_metrics
-from spidr.validate import run_validation, validate, validate_set
+from spidr.validate import validate, validate_existing_checkpoint, validate_set
 
 CPU = Environment(0, 0, 1, torch.device("cpu"))
 LAYERS = ("l2", "l3", "l4")
@@ -125,7 +125,7 @@ def test_same_numbers_in_training_in_a_job_and_on_two_processes(cfg: Config, tmp
         numbers.append(next(line for line in lines if line["group"] == "dev"))
     run_dir = tmp_path / "p" / "on_1"
     job = ResumeConfig(0, str(run_dir / "step_0.pt"), str(tmp_path / "results.jsonl"))
-    run_validation(read_config(run_dir / "config.json"), job)
+    validate_existing_checkpoint(read_config(run_dir / "config.json"), job)
     numbers.append(json.loads((tmp_path / "results.jsonl").read_text()))
     assert numbers[0] == numbers[1] == numbers[2]
     assert numbers[0]["step"] == 0

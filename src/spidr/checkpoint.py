@@ -35,6 +35,13 @@ EXTRA = {"position": int, "means": dict, "idle": list}
 """What those of a run hold too, see :class:`spidr.run.Run`."""
 
 
+def find_checkpoints(folder: str | Path) -> list[Path]:
+    """The checkpoints of a run folder: ``step_N.pt`` by step, then ``final.pt``."""
+    numbered = (path for path in Path(folder).glob("step_*.pt") if path.stem.removeprefix("step_").isdecimal())
+    final = Path(folder) / "final.pt"
+    return sorted(numbered, key=_step_of) + [final] * final.exists()
+
+
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a training checkpoint on the CPU, without running code from it.
 
@@ -114,8 +121,7 @@ class Checkpointer:
     @property
     def last(self) -> Path | None:
         """The newest file of the folder, ``final.pt`` if there is one."""
-        final = self.folder / "final.pt"
-        return final if final.exists() else next(reversed(self._saved()), None)
+        return next(reversed(find_checkpoints(self.folder)), None)
 
     def is_due(self, step: int) -> bool:
         """Whether a checkpoint is to be saved after ``step``."""
@@ -171,8 +177,7 @@ class Checkpointer:
 
     def _saved(self) -> list[Path]:
         """The files ``step_N.pt``, oldest step first."""
-        paths = (path for path in self.folder.glob("step_*.pt") if re.fullmatch(r"step_\d+\.pt", path.name))
-        return sorted(paths, key=_step_of)
+        return [path for path in find_checkpoints(self.folder) if path.name != "final.pt"]
 
     def find_latest(self) -> Path | None:
         """Find the newest valid checkpoint of the run. Damaged and foreign files are skipped with a warning.
@@ -282,7 +287,7 @@ def copy_to_host(state: Any) -> Any:
 
     copied = copy(state)
     if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
+        torch.cuda.current_stream().synchronize()
     return copied
 
 

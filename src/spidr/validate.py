@@ -261,7 +261,7 @@ def load_trained(cfg: Config, checkpoint: str | Path) -> DinoSR:
     return model.eval()
 
 
-def run_validation(cfg: Config, resume: ResumeConfig) -> None:
+def validate_existing_checkpoint(cfg: Config, resume: ResumeConfig) -> None:
     """Validate a checkpoint of a run on all validation sets and write the results as JSON lines, or not at all."""
     with environment(cfg.run) as env:
         model = load_trained(cfg, resume.checkpoint).to(env.device)
@@ -272,7 +272,3 @@ def run_validation(cfg: Config, resume: ResumeConfig) -> None:
         if env.is_main:
             with atomic_write(Path(resume.results)) as file:
                 file.writelines(json.dumps(line).encode() + b"\n" for line in lines)
-
-
-validate_existing_checkpoint = run_validation
-"""Its published name."""

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import sys
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
+from threading import Thread
 from typing import NamedTuple
 
 from spidr.config import Config, ResumeConfig, SlurmConfig, read_config, to_dict
@@ -47,7 +46,7 @@ class ValidationJobs:
 
     def __init__(self, run_dir: Path) -> None:
         self.folder = run_dir / "validation"
-        self._submissions: dict[int, Future[None]] = {}
+        self._threads: dict[int, Thread] = {}
         self._told: set[int] = set()
 
     def submit(self, cfg: Config, step: int, checkpoint: Path) -> None:
@@ -59,7 +58,8 @@ class ValidationJobs:
         # Read the environment now; the thread might find another one.
         slurm = cfg.run.slurm_validation or validation_job_config()
         resume = ResumeConfig(step, str(checkpoint), str(self._path(step, ".jsonl")))
-        self._submissions[step] = ThreadPoolExecutor(1, "validation").submit(self._submit, cfg, resume, slurm)
+        self._threads[step] = Thread(target=self._submit, args=(cfg, resume, slurm))
+        self._threads[step].start()
 
     def submit_again(self, cfg: Config) -> None:
         """Resubmit what failed, if its checkpoint is still there."""
@@ -82,7 +82,8 @@ class ValidationJobs:
 
     def close(self) -> None:
         """Wait until everything is submitted or refused."""
-        wait(self._submissions.values())
+        for thread in self._threads.values():
+            thread.join()
         self.report()
 
     def pending(self) -> set[int]:
@@ -124,7 +125,7 @@ class ValidationJobs:
         for step in self.pending():
             job = self._read(step, ".pending")
             if not job.get("job"):
-                if step not in self._submissions:
+                if step not in self._threads:
                     self._fail(step, "the run ended while the job was submitted")
             elif job_state(job["job"]) == "" and not self._path(step, ".jsonl").exists():
                 self._fail(step, f"job {job['job']} ended without results, see {job.get('log', self.folder)}")
@@ -137,8 +138,8 @@ class ValidationJobs:
         return self.folder / f"step_{step}{suffix}"
 
     def _steps(self, suffix: str) -> set[int]:
-        names = (re.fullmatch(rf"step_(\d+){re.escape(suffix)}", path.name) for path in self.folder.glob("step_*"))
-        return {int(name[1]) for name in names if name}
+        paths = self.folder.glob(f"step_*{suffix}")
+        return {int(path.stem[5:]) for path in paths if path.stem[5:].isdecimal()}
 
     def _write(self, step: int, suffix: str, **values: str) -> None:
         write_json(self._path(step, suffix), values)

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from multiprocessing.reduction import ForkingPickler
@@ -53,17 +53,24 @@ def identical(left: list[Batch], right: list[Batch]) -> bool:
     )
 
 
-@pytest.mark.parametrize(("workers", "start_method"), [(1, "fork"), (8, "fork"), (1, "spawn"), (1, "forkserver")])
-@pytest.mark.parametrize("persistent", [True, False])
+@pytest.fixture
+def start_method(request: pytest.FixtureRequest) -> Iterator[None]:
+    before = multiprocessing.get_start_method()
+    multiprocessing.set_start_method(request.param, force=True)
+    yield
+    multiprocessing.set_start_method(before, force=True)
+
+
+@pytest.mark.parametrize(
+    ("workers", "start_method", "persistent"),
+    [(1, "fork", 1), (8, "fork", 1), (1, "fork", 0), (8, "fork", 0), (1, "spawn", 1), (1, "forkserver", 1)],
+    indirect=["start_method"],
+)
 def test_same_batches_for_any_number_of_workers(
-    cfg: DataConfig, workers: int, start_method: str, persistent: bool
+    cfg: DataConfig, workers: int, start_method: None, persistent: int
 ) -> None:
-    if start_method != "fork" and not persistent:
-        return  # Nothing else happens, slowly.
     alone = build_dataloader(cfg, MaskingConfig())
-    other = build_dataloader(
-        replace(cfg, num_workers=workers, persistent_workers=persistent), MaskingConfig(), start_method=start_method
-    )
+    other = build_dataloader(replace(cfg, num_workers=workers, persistent_workers=bool(persistent)), MaskingConfig())
     for epoch in (0, 1, 0):
         assert identical(list(alone.epoch(epoch)), list(other.epoch(epoch)))
     other.close()
@@ -89,7 +96,7 @@ def test_published_usage(cfg: DataConfig) -> None:
     for epoch in range(2):
         loader.set_epoch(epoch)
         batches = list(loader)
-        assert len(loader) == len(batches) == loader.steps_in_epoch(epoch)
+        assert len(loader) == len(batches)
         assert identical(batches, list(loader.epoch(epoch)))
     waveforms, attention_mask, mask = next(iter(loader))
     assert attention_mask is None
@@ -103,8 +110,7 @@ def test_processes_interleave_to_one(cfg: DataConfig, world_size: int, accumulat
     one = build_dataloader(cfg, MaskingConfig())
     ranks = [build_dataloader(cfg, MaskingConfig(), rank=rank, world_size=world_size) for rank in range(world_size)]
     assert {loader.accumulation for loader in ranks} == {accumulation}
-    assert {loader.steps_in_epoch(0) for loader in ranks} == {one.steps_in_epoch(0)}
-    assert {len(loader) for loader in ranks} == {one.steps_in_epoch(0) * accumulation}
+    assert {len(loader) for loader in ranks} == {len(one) // world_size}
     dealt = zip(*(loader.epoch(0) for loader in ranks), strict=True)
     assert identical(list(one.epoch(0)), [batch for turn in dealt for batch in turn])
 
@@ -114,8 +120,8 @@ def test_epochs_can_begin_anywhere(cfg: DataConfig, workers: int) -> None:
     cfg = replace(cfg, num_workers=workers, global_batch_length=4 * cfg.max_batch_length)
     loader = build_dataloader(cfg, MaskingConfig(), rank=1, world_size=2)
     batches = list(loader.epoch(3))
-    steps = loader.steps_in_epoch(3)
-    assert len(batches) == 2 * steps
+    steps, rest = divmod(len(batches), 2)
+    assert rest == 0
     for start in range(steps):
         assert identical(list(loader.epoch(3, start)), batches[2 * start :])
     assert list(loader.epoch(3, steps)) == []
@@ -238,7 +244,7 @@ def test_skipped_files_are_logged_once_and_counted(
 def test_fewer_batches_than_processes(cfg: DataConfig) -> None:
     loader = build_dataloader(cfg, MaskingConfig(), world_size=50)
     with pytest.raises(InputError, match="batches for 50 processes"):
-        loader.steps_in_epoch(0)
+        len(loader)
 
 
 def children() -> set[int]:
@@ -288,13 +294,15 @@ def test_a_failing_program_ends(cfg: DataConfig, tmp_path: Path) -> None:
     script = tmp_path / "program.py"
     script.write_text(
         textwrap.dedent(f"""
+        import multiprocessing
         from spidr.config import DataConfig, MaskingConfig
         from spidr.data import build_dataloader, loader
 
         loader.WORKER_GRACE = 1000
         if __name__ == "__main__":
+            multiprocessing.set_start_method("fork")
             cfg = DataConfig({cfg.manifest!r}, num_workers=2, max_batch_length=20_000, max_sample_size=5000)
-            iterator = iter(build_dataloader(cfg, MaskingConfig(), start_method="fork"))
+            iterator = iter(build_dataloader(cfg, MaskingConfig()))
             next(iterator)
             raise SystemExit(7)
         """)
@@ -304,8 +312,8 @@ def test_a_failing_program_ends(cfg: DataConfig, tmp_path: Path) -> None:
     assert done.stderr == ""
 
 
-@pytest.mark.parametrize("start_method", ["fork", "forkserver"])
-def test_workers_end_with_a_killed_program(cfg: DataConfig, tmp_path: Path, start_method: str) -> None:
+@pytest.mark.parametrize("method", ["fork", "forkserver"])
+def test_workers_end_with_a_killed_program(cfg: DataConfig, tmp_path: Path, method: str) -> None:
     script = tmp_path / "program.py"
     script.write_text(
         textwrap.dedent(f"""
@@ -314,8 +322,9 @@ def test_workers_end_with_a_killed_program(cfg: DataConfig, tmp_path: Path, star
         from spidr.data import build_dataloader
 
         if __name__ == "__main__":
+            multiprocessing.set_start_method({method!r})
             cfg = DataConfig({cfg.manifest!r}, num_workers=2, max_batch_length=20_000, max_sample_size=5000)
-            iterator = iter(build_dataloader(cfg, MaskingConfig(), start_method={start_method!r}))
+            iterator = iter(build_dataloader(cfg, MaskingConfig()))
             next(iterator)
             print(*(process.pid for process in multiprocessing.active_children()), flush=True)
             os.kill(os.getpid(), signal.SIGKILL)

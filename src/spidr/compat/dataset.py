@@ -41,14 +41,9 @@ class SpeechDatasetFromArchive(SpeechDataset):
 
 
 class SpeechCollatorWithMasking:
-    """Makes a batch of waveforms (S,): crops or pads them, and draws masks from torch's default generator.
+    """Makes a batch of waveforms (S,): pads them to the longest or crops them to the shortest, and draws masks.
 
-    Args:
-        mask_generator: Draws the masks.
-        max_sample_size: Waveforms are cut to this many samples.
-        conv_layer_config: (out_channels, kernel, stride) of the feature extractor's convolutions.
-        enable_padding: Pad to the longest waveform instead of cropping to the shortest.
-        rand_crop: Crop at random instead of keeping the beginning.
+    Waveforms are cut to ``max_sample_size``; torch's default generator is the source of randomness.
     """
 
     def __init__(
@@ -81,20 +76,11 @@ class SpeechCollatorWithMasking:
 class BucketizeBatchSampler(BatchSampler):
     """Batches of rows of similar length: (seed, epoch) decide which, and in which order.
 
-    Args:
-        lengths: Length of each row.
-        num_buckets: Rows are shuffled within as many buckets.
-        min_len: Shorter rows are left out.
-        max_len: Longer rows count as that; None: as they are.
-        max_token_count: What the lengths of a batch may add up to, or None;
-        batch_size: then the rows of a batch.
-        seed: Of the shuffling.
-        bucket_method: Buckets of equal range ("uniform") or equally many rows ("percentile").
-        shuffle: Without, rows go from the shortest to the longest.
-        drop_last: With ``batch_size``, leave out a last batch that is not full.
-
-    Attributes:
-        iter_list: The batches of this epoch.
+    Rows shorter than ``min_len`` are left out, longer ones than ``max_len`` count as that. They are shuffled within
+    ``num_buckets`` buckets of equal range ("uniform") or equally many rows ("percentile"). A batch has ``batch_size``
+    rows, or its lengths add up to ``max_token_count`` at most. Without ``shuffle``, rows go from the shortest to the
+    longest. ``drop_last`` leaves out a last batch that has fewer than ``batch_size`` rows. ``iter_list`` are the
+    batches of this epoch.
     """
 
     def __init__(
@@ -151,11 +137,7 @@ class BucketizeBatchSampler(BatchSampler):
 class DistributedBatchSampler(Sampler[list[int]]):
     """Deals the batches of a sampler to the processes of the default group, equally many to each.
 
-    Args:
-        batch_sampler: The sampler.
-        seed: Of the shuffling.
-        shuffle: Shuffle the batches anew in each epoch.
-        drop_last: Leave out the batches that are too few for all; otherwise the first ones are given twice.
+    Leftover batches are dropped with ``drop_last``; without, the first ones are given twice.
     """
 
     def __init__(self, batch_sampler: BucketizeBatchSampler, *, seed: int, shuffle: bool, drop_last: bool) -> None:

@@ -7,7 +7,6 @@ import random
 import socket
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
     from spidr.config import Config, OptimizerConfig
 
 __all__ = [
-    *("NonFiniteError", "build_scheduler", "find_checkpoints", "init_wandb", "params_norm", "perplexities"),
+    *("NonFiniteError", "build_scheduler", "init_wandb", "params_norm", "perplexities"),
     *("remove_param_group", "set_seed", "setup_environment", "setup_pytorch", "setup_training"),
 ]
 
@@ -73,13 +72,6 @@ def setup_training(seed: int, *, use_deterministic: bool = False) -> None:
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     setup_pytorch(use_deterministic=use_deterministic)
     set_seed(seed + rank)
-
-
-def find_checkpoints(folder: str | Path) -> list[Path]:
-    """Checkpoints of a run folder: ``step_N.pt`` by step, then ``final.pt``."""
-    found = [path for path in Path(folder).glob("step_*.pt") if path.stem.removeprefix("step_").isdecimal()]
-    final = Path(folder) / "final.pt"
-    return sorted(found, key=lambda path: int(path.stem[5:])) + [final] * final.exists()
 
 
 def remove_param_group(optim: Optimizer, *scheduler_and_index: Any) -> None:

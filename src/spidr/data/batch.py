@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
@@ -30,36 +30,20 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Batch:
-    """Waveforms and what is masked in them. Unpacks as ``waveforms, attention_mask, mask``.
+    """Waveforms and what is masked in them. Unpacks as ``waveforms, attention_mask, mask``."""
 
-    Attributes:
-        waveforms: float32 (B, S), zero where padded.
-        rows: int64 (B,), rows of the manifest.
-        starts: int64 (B,), the sample of the recording at which each waveform begins.
-        num_samples: Number of samples in the batch, padding excluded.
-        num_frames: Number of frames the model makes of them, padding excluded.
-        max_frames: T, the frames of the longest row.
-        lengths: int64 (B,), samples of each waveform; None when nothing is padded.
-        frame_lengths: int64 (B,), frames of each waveform; None when nothing is padded.
-        mask: bool (B, T), True for masked frames, M in each row; None without masking.
-        mask_indices: int64 (B, M), the masked frames of each row, ascending; None without masking.
-        channel_mask: bool (B, D), True for feature channels to set to zero; None without channel masking.
-        skipped: With ``on_error = "skip"``, the files that could not be read, and why. Other rows of the batch stand
-            in for them.
-    """
-
-    waveforms: Tensor
-    rows: Tensor
-    starts: Tensor
-    num_samples: int
-    num_frames: int
-    max_frames: int
-    lengths: Tensor | None = None
-    frame_lengths: Tensor | None = None
-    mask: Tensor | None = None
-    mask_indices: Tensor | None = None
-    channel_mask: Tensor | None = None
-    skipped: dict[str, str] = field(default_factory=dict)
+    waveforms: Tensor  # float32 (B, S), zero where padded
+    rows: Tensor  # int64 (B,), of the manifest
+    starts: Tensor  # int64 (B,), the sample of the recording at which each waveform begins
+    num_samples: int  # in the batch, padding excluded
+    num_frames: int  # that the model makes of them, padding excluded
+    max_frames: int  # T, the frames of the longest row
+    lengths: Tensor | None = None  # int64 (B,), samples of each waveform; None when nothing is padded
+    frame_lengths: Tensor | None = None  # int64 (B,), frames of each waveform; None when nothing is padded
+    mask: Tensor | None = None  # bool (B, T), True for masked frames, M in each row; None without masking
+    mask_indices: Tensor | None = None  # int64 (B, M), the masked frames of each row, ascending; None without masking
+    channel_mask: Tensor | None = None  # bool (B, D), True for feature channels to set to zero; None without masking
+    skipped: dict[str, str] = field(default_factory=dict)  # unreadable files, for which other rows stand in, and why
 
     @property
     def attention_mask(self) -> Tensor | None:
@@ -93,8 +77,7 @@ class Batch:
     @property
     def tensors(self) -> dict[str, Tensor]:
         """The attributes that are tensors, by name."""
-        values = {item.name: getattr(self, item.name) for item in fields(self)}
-        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Self:
         return replace(self, **{name: function(tensor) for name, tensor in self.tensors.items()})  # type: ignore[arg-type]
@@ -128,13 +111,12 @@ class PackedBatch:
     """A batch that travels between processes as bytes, as tensors would need shared memory and sockets."""
 
     def __init__(self, batch: Batch) -> None:
-        self._arrays = {name: tensor.numpy() for name, tensor in batch.tensors.items()}
-        self._others = {item.name: getattr(batch, item.name) for item in fields(batch) if item.name not in self._arrays}
+        self._values = vars(batch) | {name: tensor.numpy() for name, tensor in batch.tensors.items()}
 
     def open(self) -> Batch:
         """The batch."""
-        tensors: dict[str, Any] = {name: torch.from_numpy(array) for name, array in self._arrays.items()}
-        return Batch(**tensors, **self._others)
+        values: Any = {n: torch.from_numpy(x) if isinstance(x, np.ndarray) else x for n, x in self._values.items()}
+        return Batch(**values)
 
     def pin_memory(self) -> Batch:
         """The batch in page-locked memory; called by torch's loader."""

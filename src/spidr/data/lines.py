@@ -36,9 +36,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
                     yield number, text
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: line {number}: not UTF-8 text ({error.reason}).") from None
-    except (OSError, ValueError, EOFError, zlib.error) as error:  # ValueError: a NUL character in the path
-        if isinstance(error, InputError):
-            raise
+    except (OSError, EOFError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or first_line(error)
         raise InputError(f"{path}: cannot be read ({reason}).") from None
 

@@ -55,7 +55,6 @@ def build_dataloader(
     channels: int | None = None,
     rank: int | None = None,
     world_size: int | None = None,
-    start_method: str | None = None,
 ) -> SpeechLoader:
     """Build the batches to train on.
 
@@ -69,7 +68,6 @@ def build_dataloader(
         channels: Number of feature channels, needed when ``mask_channel_prob`` is above 0.
         rank: This process's number; None: that in the process group, 0 without one.
         world_size: Number of processes; None: that of the process group.
-        start_method: How workers are started: "fork", "spawn" or "forkserver"; None: Python's default.
 
     Raises:
         InputError: A manifest cannot be read or gives no batch, or ``global_batch_length`` cannot be had.
@@ -80,7 +78,7 @@ def build_dataloader(
     sizes = {"shortest": collator.cfg.min_sample_size, "world_size": processes.world_size, "accumulation": accumulation}
     sampler = BatchSampler(dataset.lengths, data_cfg, sources=sources.to_numpy(), **sizes)
     processes = processes._replace(accumulation=accumulation)
-    return SpeechLoader(dataset, collator, sampler.epoch, processes, start_method=start_method)
+    return SpeechLoader(dataset, collator, sampler.epoch, processes)
 
 
 def build_validation_dataloader(
@@ -91,7 +89,6 @@ def build_validation_dataloader(
     channels: int | None = None,
     rank: int | None = None,
     world_size: int | None = None,
-    start_method: str | None = None,
 ) -> SpeechLoader:
     """Build the batches to validate on: always the same, each recording once, from the shortest to the longest.
 
@@ -101,7 +98,7 @@ def build_validation_dataloader(
     dataset, _, collator = _parts(data_cfg, mask_cfg, conv_layer_config, channels)
     batches = sorted_batches(dataset.lengths, collator.cfg)
     processes = Processes.of(rank, world_size)
-    return SpeechLoader(dataset, collator, lambda _: batches, processes, seed_by_row=True, start_method=start_method)
+    return SpeechLoader(dataset, collator, lambda _: batches, processes, seed_by_row=True)
 
 
 def _parts(
@@ -173,7 +170,6 @@ class SpeechLoader:
         processes: Processes,
         *,
         seed_by_row: bool = False,
-        start_method: str | None = None,
     ) -> None:
         self.dataset, self.accumulation = dataset, processes.accumulation
         self.skipped: Counter[str] = Counter()
@@ -182,7 +178,7 @@ class SpeechLoader:
         self._collator, self._seed_by_row = collator, seed_by_row
         # An epoch's list is needed several times in a row, and large.
         self._list = lru_cache(maxsize=1)(batches)
-        self._workers = _Workers(collator, processes.world_size, start_method)
+        self._workers = _Workers(collator, processes.world_size)
         # At exit too, before Python would wait for processes that nobody told to end.
         weakref.finalize(self, self._workers.close)
         self._epoch = 0
@@ -197,10 +193,6 @@ class SpeechLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         return self.epoch(self._epoch)
-
-    def steps_in_epoch(self, epoch: int) -> int:
-        """Number of optimiser steps (rounds) in an epoch."""
-        return -(-len(self._batches(epoch)) // (self._processes.world_size * self.accumulation))
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """This process's batches of an epoch, ``accumulation`` for each step, from step ``start`` on.
@@ -299,8 +291,8 @@ class _Maker(Dataset[Batch | PackedBatch | InputError]):
 class _Workers:
     """The processes that make batches, started on first use. Requests are complete: workers do not know the epoch."""
 
-    def __init__(self, collator: Collator, processes: int, start_method: str | None) -> None:
-        self._collator, self._processes, self._start_method = collator, processes, start_method
+    def __init__(self, collator: Collator, processes: int) -> None:
+        self._collator, self._processes = collator, processes
         self._requests: Iterator[BatchRequest] = iter(())
         self._dataloader: DataLoader[Batch | PackedBatch | InputError] | None = None
         self._running: Generator[Batch | InputError] | None = None
@@ -359,7 +351,6 @@ class _Workers:
             num_workers=cfg.num_workers,
             prefetch_factor=cfg.prefetch_factor if cfg.num_workers else None,
             persistent_workers=cfg.persistent_workers and cfg.num_workers > 0,
-            multiprocessing_context=self._start_method if cfg.num_workers else None,
             # By itself where a model is on a GPU; asked for, wherever there is one.
             pin_memory=torch.cuda.is_available() and (cfg.pin_memory or torch.cuda.is_initialized()),
             collate_fn=_unchanged,

@@ -19,17 +19,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class BatchList:
-    """Batches of rows. ``batches[n]`` costs the same for every n.
+    """Batches of rows. ``batches[n]`` costs the same for every n."""
 
-    Attributes:
-        rows: Manifest rows, those of a batch beside each other.
-        bounds: Batch b is ``rows[bounds[b]:bounds[b + 1]]``.
-        order: Item n of the list is batch ``order[n]``.
-    """
-
-    rows: Integers
-    bounds: Integers
-    order: Integers
+    rows: Integers  # of the manifest, those of a batch beside each other
+    bounds: Integers  # batch b is rows[bounds[b]:bounds[b + 1]]
+    order: Integers  # item n of the list is batch order[n]
 
     def __len__(self) -> int:
         return len(self.order)

@@ -101,8 +101,9 @@ def evaluate_model(
     wanted = set(items.files) if items is not None else ()
     spoken = match_rows(wanted, dataset.manifest["fileid"].to_list(), dataset.manifest["path"].to_list())
     rows = sorted(phones.keys() | spoken.keys())
-    model = model.to(env.device)
+    model, first = model.to(env.device), model.codebook_layers.start
     units: dict[int, torch.Tensor] = {}
+    table = []
     with tempfile.TemporaryDirectory(prefix="spidr-abx-") as folder:
         spool = _Spool(Path(folder), chosen if items is not None else ())
         encoded = encode_rows(model, dataset, rows, max_batch_length, env, layers=spool.layers)
@@ -112,9 +113,7 @@ def evaluate_model(
                 spool.add(spoken[row], outputs)
         if not units:
             raise InputError(f"{manifest}: no recording is long enough for a frame")
-        first = model.codebook_layers.start
         qualities = codebooks_quality(model, phones, {row: units[row] for row in phones if row in units})
-        table = []
         for layer in tqdm(chosen, unit="layer", disable=not progress or scorer is None):
             result: dict[str, Any] = {"layer": layer}
             if layer >= first:
@@ -122,10 +121,10 @@ def evaluate_model(
             if scorer is not None:
                 score = scorer.score(spool.read(layer, model.cfg.encoder_embed_dim))
                 result |= {"abx_within": score.within, "abx_across": score.across}
-                if layer >= first:
-                    of_layer = {name: units[row][layer - first].numpy() for row, name in spoken.items() if row in units}
-                    score = scorer.score(of_layer, "identical")
-                    result |= {"units_abx_within": score.within, "units_abx_across": score.across}
+            if scorer is not None and layer >= first:
+                of_layer = {name: units[row][layer - first].numpy() for row, name in spoken.items() if row in units}
+                score = scorer.score(of_layer, "identical")
+                result |= {"units_abx_within": score.within, "units_abx_across": score.across}
             table.append(result)
     return table
 

@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spidr.data import audio
-from spidr.data.decoders import AUDIO
 from spidr.data.manifest import is_table, read_manifest, recordings_of
 from spidr.data.measure import measure, problems_of
+from spidr.data.names import AUDIO
 from spidr.data.recording import Recording
 from spidr.extract.options import Options
 from spidr.tools.errors import InputError
