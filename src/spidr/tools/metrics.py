@@ -43,15 +43,9 @@ def read_metrics(path: Path) -> list[Line]:
 
 
 def _is_line(line: Any) -> bool:
-    if not isinstance(line, dict):
+    if not isinstance(line, dict) or not isinstance(line.get("step"), int) or not isinstance(line.get("group"), str):
         return False
-    values = {**line}
-    step, group = values.pop("step", None), values.pop("group", None)
-    return (
-        isinstance(step, int)
-        and isinstance(group, str)
-        and all(value is None or isinstance(value, (int, float)) for value in values.values())
-    )
+    return all(isinstance(value, int | float | None) for key, value in line.items() if key != "group")
 
 
 class MetricsFile:
