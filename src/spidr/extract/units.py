@@ -31,7 +31,7 @@ from spidr.extract.sources import Item
 from spidr.models import DinoSR
 from spidr.models.hub import check_name
 from spidr.tools.errors import InputError, first_line
-from spidr.tools.files import atomic_write, expand, why_not_written
+from spidr.tools.files import atomic_write, expand, writing
 
 SCHEMA: dict[str, Any] = {"fileid": pl.String, "units": pl.List(pl.Int32), "durations": pl.List(pl.Int32)}
 ORDER, CHECKSUM = "recordings", "crc32"
@@ -154,17 +154,17 @@ class _Table(Output):
     @contextmanager
     def writing(self, folder: Path, rank: int) -> Iterator[None]:
         path = folder / f"{rank}.jsonl"
-        with _explained(path):
+        with writing(path):
             self._file = path.open("xb")
         try:
             yield
         finally:
-            with _explained(path):
+            with writing(path):
                 self._file.close()  # tries again to write what could not be written
 
     def write(self, item: Item, pieces: Iterable[NDArray[Any]]) -> None:
         row = Row(item.name, np.concatenate(list(pieces)).tolist(), str(item.recording), item.speaker)
-        with _explained(self._file.name):
+        with writing(self._file.name):
             self._file.write(json.dumps(asdict(row)).encode() + b"\n")
             self._file.flush()
 
@@ -268,14 +268,6 @@ def _check_utf8(items: Sequence[Item]) -> None:
                 f"{str(item.recording)!a}: the name is not UTF-8, which Parquet cannot hold. Rename the file, or "
                 "choose an output that ends in .jsonl."
             ) from None
-
-
-@contextmanager
-def _explained(path: str | Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise why_not_written(path, error) from error
 
 
 def _lines(path: Path) -> Iterator[tuple[bytes, int]]:

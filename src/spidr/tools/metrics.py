@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from spidr.tools.errors import InputError
-from spidr.tools.files import atomic_write, why_not_written
+from spidr.tools.files import atomic_write, writing
 from spidr.tools.untrusted import parse_json
 
 logger = logging.getLogger(__name__)
@@ -74,13 +74,10 @@ class MetricsFile:
         key = (line["step"], line["group"])
         if key in self._written:
             return False
-        try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(_to_text(line))
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise why_not_written(self.path, error) from error
+        with writing(self.path), self.path.open("a", encoding="utf-8") as file:
+            file.write(_to_text(line))
+            file.flush()
+            os.fsync(file.fileno())
         self._written.add(key)
         return True
 
