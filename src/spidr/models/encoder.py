@@ -312,7 +312,7 @@ class Encoder(nn.Module):
             context: Frames seen on each side of it.
 
         Yields:
-            The function's values for each window in turn, (1, at most ``size``, …). Compute them :meth:`inference`.
+            The function's values for each window in turn, (1, at most ``size``, …). Iterate under :meth:`inference`.
         """
         extract = frame_reader(self.feature_extractor, read, num_samples)
         yield from windows(

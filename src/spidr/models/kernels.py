@@ -1,7 +1,7 @@
-"""Our own fast operations, and when they may stand in for modules.
+"""Fast operations of our own, and the rule for when they may replace modules.
 
-Three kinds: products by the faster library, those that save time and memory when training on a CPU (elsewhere, and in
-compiled code, PyTorch's own are better and are used), and the feature extractor's convolutions as matrix products.
+There are three kinds: matrix products by the faster library; operations that save time and memory in training on a CPU
+(on GPUs and in compiled code, PyTorch's own are better); and the feature extractor's convolutions as matrix products.
 """
 
 from __future__ import annotations
@@ -167,7 +167,7 @@ def prefers_onednn() -> bool:
 
 
 def processor() -> str:
-    """Text that names the maker of the processor."""
+    """Description of the processor, its vendor included."""
     try:
         return Path("/proc/cpuinfo").read_text("utf-8")
     except OSError:  # not Linux
@@ -344,7 +344,7 @@ class _GroupedConv(torch.autograd.Function):
 
 
 def is_lean(x: Tensor) -> bool:
-    """Whether these operations serve here: in eager mode on a CPU, with a backward pass to come."""
+    """Whether to use these operations: in eager mode on a CPU, with a backward pass to come."""
     return x.device.type == "cpu" and torch.is_grad_enabled() and not _is_transformed()
 
 
@@ -442,9 +442,9 @@ class _FeedForward(torch.autograd.Function):
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
     """``scaled_dot_product_attention``.
 
-    With dropout it materialises the weights of all heads several times and keeps them for the backward pass. Here,
-    there are those of a few heads at a time, and the backward pass computes them again. Without, its products are
-    MKL's, so that here, too, large ones go to oneDNN, head by head.
+    PyTorch's materialises the weights of all heads several times if there is dropout, and keeps them for the backward
+    pass. This one computes the weights of a few heads at a time, and again in the backward pass. Large products go to
+    oneDNN: in float32 head by head, in bfloat16 as a batch of several heads.
 
     Args:
         q: (B, H, T, D), like ``k`` and ``v``.
@@ -530,7 +530,7 @@ def _parts(count: int, together: int) -> Sequence[Any]:
 def _weights(
     q: Tensor, k: Tensor, num_keys: int, bias: Tensor | None, alive: Tensor | None, kept: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Attention weights before and after what makes some of them zero."""
+    """Attention weights before and after masking and dropout."""
     scores = _times(q, k.mT)
     if bias is not None:
         scores[..., : bias.shape[-1]] += bias
@@ -739,7 +739,7 @@ def can_extract(layers: Sequence[nn.Module]) -> bool:
 def extract(
     layers: Sequence[nn.Module], waveforms: Tensor, lengths: Tensor | None = None, moments: Moments | None = None
 ) -> Tensor:
-    """What the convolution blocks make of waveforms.
+    """Run the convolution blocks on waveforms.
 
     Args:
         layers: Blocks that :func:`can_extract` accepts.
@@ -813,14 +813,14 @@ def first_conv(layer: nn.Module, waveforms: Tensor) -> Tensor:
 
 
 def valid_rows(waveforms: Tensor, lengths: Tensor | None, shape: tuple[int, int, int], num_rows: int) -> Tensor:
-    """Which of the first convolution's outputs lie in each utterance, (B, R)."""
+    """Which outputs of the first convolution belong to each utterance, (B, R)."""
     batch, samples = waveforms.shape
     counted = torch.full((batch,), samples, device=waveforms.device) if lengths is None else lengths
     return torch.arange(num_rows, device=waveforms.device) < conv_length([shape], counted).unsqueeze(1)
 
 
 def _first_rows(waveforms: Tensor, shapes: ConvShapes) -> Tensor:
-    """What each output of the first convolution sees, (B * R, kernel), R a multiple of the other strides."""
+    """The samples under each output of the first convolution, (B * R, kernel), R a multiple of the other strides."""
     batch, samples = waveforms.shape
     _, kernel, stride = shapes[0]
     multiple = math.prod([stride for _, _, stride in shapes[1:]])  # a list, for torch.compile

@@ -63,7 +63,7 @@ def _samples(waveforms: Tensor, start: int, stop: int) -> Tensor:
 
 
 def frame_reader(extractor: FeatureExtractor, read: Read, samples: int) -> Callable[[int, int], Tensor]:
-    """What gives the frames (B, stop - start, C) of long waveforms from ``start`` to ``stop``."""
+    """A function that gives the frames (B, stop - start, C) of long waveforms from ``start`` to ``stop``."""
     if untouched(extractor) and can_extract(list(extractor.conv_layers)):
         return Pieces(extractor, read, samples)
     whole = extractor(read(0, samples))
