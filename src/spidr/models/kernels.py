@@ -42,8 +42,8 @@ SAMPLES = 320_000
 """Samples that are convolved at a time without gradients: the first layer's output of an hour would fill 24 GB."""
 
 CPU_SAMPLES = 64_000
-"""The same on CPUs, with gradients too. That output then has 26 MB: it may stay in the cache, and malloc keeps it.
-(glibc gives blocks of more than 32 MB back at once, and the kernel takes long to clear as many pages again.)"""
+"""The same on CPUs, with gradients too; twice as many in 16 bits. That output then has 26 MB, which malloc keeps: glibc
+gives blocks of more than 32 MB back at once, and the kernel takes long to clear as many pages again."""
 
 ROWS_AT_A_TIME = 4096
 """Frames whose squares are summed together: they fit in a core's cache."""
@@ -337,9 +337,11 @@ class _GroupedConv(torch.autograd.Function):
         flipped = weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1).flip(2)
         grad_x = F.conv1d(grad, flipped, padding=kernel - 1 - ctx.padding, groups=groups)
         rows = F.pad(x.transpose(1, 2), (0, 0, ctx.padding, ctx.padding)).unflatten(2, (groups, -1)).permute(2, 0, 1, 3)
-        seen = rows.contiguous().unfold(2, kernel, 1).mT.flatten(1, 2).flatten(2)  # (G, B * T, K * C)
+        windows = rows.contiguous().unfold(2, kernel, 1).mT  # (G, B, T, K, C)
         outputs = grad.unflatten(1, (groups, -1)).permute(1, 2, 0, 3).flatten(2)  # (G, O, B * T)
-        grad_weight = (outputs @ seen).unflatten(2, (kernel, -1)).transpose(2, 3).flatten(0, 1)
+        # Group by group, as the windows of one fit in a cache.
+        grads = [out @ seen.flatten(0, 1).flatten(1) for out, seen in zip(outputs, windows, strict=True)]
+        grad_weight = torch.cat(grads).unflatten(1, (kernel, -1)).transpose(1, 2)
         return grad_x, grad_weight, grad.sum((0, 2)) if ctx.needs_input_grad[2] else None, None, None
 
 
@@ -756,22 +758,23 @@ def extract(
     blocks = [_Block(layer) for layer in layers]
     if any(isinstance(block.norm, nn.GroupNorm) for block in blocks):
         return _extract(blocks, waveforms, lengths, moments)
-    parts = [_extract(blocks, piece) for piece in _pieces(waveforms, [block.shape for block in blocks])]
+    parts = [_extract(blocks, piece) for piece in _pieces(waveforms, blocks)]
     if len(parts) == 1:
         return parts[0]
     return torch.cat([part.flatten(0, 1) for part in parts]).unflatten(0, (len(waveforms), -1))
 
 
-def _pieces(waveforms: Tensor, shapes: ConvShapes) -> Iterator[Tensor]:
+def _pieces(waveforms: Tensor, blocks: Sequence[_Block]) -> Iterator[Tensor]:
     """Parts of a batch, one utterance after the other, whose frames together are the frames of the batch."""
-    samples = waveforms.shape[1]
-    limit = CPU_SAMPLES if waveforms.device.type == "cpu" else SAMPLES
-    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and limit == SAMPLES):
+    samples, on_cpu = waveforms.shape[1], waveforms.device.type == "cpu"
+    limit = CPU_SAMPLES * 4 // blocks[0].taps.itemsize if on_cpu else SAMPLES
+    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and not on_cpu):
         yield waveforms
         return
     if samples <= limit:
         yield from waveforms.split(limit // samples)
         return
+    shapes = [block.shape for block in blocks]
     hop, field = math.prod(stride for _, _, stride in shapes), receptive_field(shapes)
     frames = conv_length(shapes, samples)
     count = -(-frames // max(1, limit // hop))
