@@ -1,19 +1,20 @@
 """Read manifests and lists of recordings: where each is, what it is called and how long it is."""
 
-from __future__ import annotations
-
 import codecs
 import csv
 import os
 import re
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import cache
 from glob import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
 import polars as pl
 import polars.selectors as cs
+from numpy.typing import NDArray
 
 from spidr.config import SAMPLE_RATE
 from spidr.data.lines import read_lines
@@ -21,12 +22,6 @@ from spidr.data.recording import Recording
 from spidr.tools.errors import InputError, first_line, some
 from spidr.tools.files import check_file, expand
 from spidr.tools.untrusted import parse_json
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
-
-    import numpy as np
-    from numpy.typing import NDArray
 
 REQUIRED = {"fileid": pl.String, "path": pl.String, "num_samples": pl.Int64}
 ARCHIVE = {"archive": pl.String, "byte_offset": pl.Int64, "byte_size": pl.Int64}

@@ -1,7 +1,5 @@
 """Match the names of recordings, of alignments, units, features and items alike."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import PurePosixPath
