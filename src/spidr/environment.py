@@ -39,9 +39,6 @@ PREEMPTED_EXIT_CODE = 75
 MEETING_TIMEOUT = timedelta(minutes=10)
 """How long processes wait for each other at the start: a cluster may start them one after the other."""
 
-COLLECTIVE_TIMEOUT = timedelta(hours=1)
-"""Long: slow data or a slow disk is no reason to end the run, and dead processes are found in other ways."""
-
 MAX_PROCESSES = 1_000_000
 
 LAUNCHER_VARIABLES = (
@@ -276,8 +273,10 @@ def _join(peers: Peers, store: Any, device: torch.device) -> None:
     """Wait for all processes, then set up the process group."""
     peers.meet(MEETING_TIMEOUT)
     backend, gpu = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+    # Slow data or a slow disk is no reason to end the run, and dead processes are found in other ways.
+    long = timedelta(hours=1)
     dist.init_process_group(
-        backend, store=store, rank=peers.rank, world_size=peers.world_size, timeout=COLLECTIVE_TIMEOUT, device_id=gpu
+        backend, store=store, rank=peers.rank, world_size=peers.world_size, timeout=long, device_id=gpu
     )
 
 
