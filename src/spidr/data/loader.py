@@ -12,6 +12,7 @@ import tempfile
 import threading
 import weakref
 from collections import Counter
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
@@ -31,8 +32,6 @@ from spidr.tools.errors import InputError, first_line
 from spidr.tools.frames import receptive_field
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterator, Sequence
-
     import polars as pl
 
 logger = logging.getLogger(__name__)
