@@ -1,7 +1,5 @@
 """The command line: the package's programs by name, and the one that trains, here or on SLURM."""
 
-from __future__ import annotations
-
 import argparse
 import logging
 import os

@@ -4,8 +4,6 @@ Configurations are TOML (or JSON) files read by :func:`read_config` into frozen 
 :mod:`spidr.tools.schema`). Building one in Python checks the same.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import operator
 from collections.abc import Mapping, Sequence

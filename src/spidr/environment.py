@@ -1,7 +1,5 @@
 """Processes and devices: which process this is, what it computes on, and how it learns that it must stop."""
 
-from __future__ import annotations
-
 import logging
 import os
 import re
@@ -15,7 +13,7 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import numpy as np
 import torch
@@ -90,7 +88,7 @@ class StopFlag:
             sys.stderr.write("\nstopping after this step, to save; press Ctrl-C again to stop at once\n")
 
     @contextmanager
-    def listening(self) -> Iterator[StopFlag]:
+    def listening(self) -> Iterator[Self]:
         """Handle the stop signals inside the block, in the main thread."""
         if threading.current_thread() is not threading.main_thread():
             logger.warning("training runs in a thread: signals, Ctrl-C too, do not save and stop it")
@@ -119,7 +117,7 @@ class Environment:
         return self.rank == 0
 
     @classmethod
-    def alone(cls, device: str = "auto") -> Environment:
+    def alone(cls, device: str = "auto") -> Self:
         """A single process on a device, see :func:`choose_device`."""
         return cls(0, 0, 1, choose_device(device))
 

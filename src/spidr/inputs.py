@@ -1,7 +1,5 @@
 """Check that everything a configuration names is there, before a job waits for its turn."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor

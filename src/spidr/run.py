@@ -1,7 +1,5 @@
 """A run's folder and record: checkpoints, metrics, validation, progress, and resuming where it stopped."""
 
-from __future__ import annotations
-
 import logging
 import math
 import shutil
@@ -11,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, Self, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -69,7 +67,7 @@ class Run:
         self._rows_in_flight: dict[int, Tensor] = {}
         self._clock = _Clock()
 
-    def __enter__(self) -> Run:
+    def __enter__(self) -> Self:
         with ExitStack() as stack:
             rank, _, processes = ranks()
             self._open_log = stack.enter_context(run_log(rank, processes))

@@ -3,8 +3,6 @@
 ``python -m spidr CONFIG`` is the way in; ``torchrun … -m spidr.train CONFIG`` works too.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import sys

@@ -1,7 +1,5 @@
 """Validation in separate SLURM jobs: submit them, collect results that come late, and push them to wandb."""
 
-from __future__ import annotations
-
 import logging
 import os
 import sys

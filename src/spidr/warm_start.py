@@ -7,8 +7,6 @@ a copy of the student; heads and first codewords are as when a run of CONFIG beg
 docs/decisions.md, "It learns".
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import math

@@ -1,7 +1,5 @@
 """Datasets, samplers and the collator of ``spidr.data.dataset``, to build a ``torch.utils.data.DataLoader`` from."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 

@@ -1,7 +1,5 @@
 """What published training loops import from ``spidr.checkpoint``, ``environment``, ``optimizer`` and other modules."""
 
-from __future__ import annotations
-
 import os
 import random
 import socket

@@ -1,7 +1,5 @@
 """Batches, and how they are made from recordings."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager

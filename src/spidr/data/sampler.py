@@ -1,7 +1,5 @@
 """Which recordings form which batch: a pure function of the seed and the epoch, on arrays only."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The code that a job runs: a copy of the package, and where it comes from."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess
