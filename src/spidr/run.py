@@ -127,7 +127,7 @@ class Run:
         logger.info("training %s: %s", run.model_type, how)
         self.cfg = cfg = replace(self.cfg, model=model_settings(self.cfg))
         finished = self._on_main(lambda: latest is not None and self._compare_settings(latest))
-        self.profiler = StepProfiler(self.folder / "trace.html", enabled=cfg.run.profile and env.is_main)
+        self.profiler = StepProfiler(self.folder / "trace.html" if cfg.run.profile and env.is_main else None)
         self._stack.callback(self.profiler.stop)
         self.state = build_state(cfg, env, self.stop, self._hooks, new=latest is None)
         self._stack.callback(self.state.loader.close)

@@ -66,16 +66,21 @@ def test_quotes_within_values(tmp_path: Path) -> None:
 
 
 def test_columns_that_begin_late(tmp_path: Path) -> None:
-    """Types are taken from the first thousand rows, but no span is lost, nor a value of another type."""
+    """Types are taken from all rows: no span or column of the user's is lost, nor a value of another type."""
     rows = [{"path": f"/{i}.wav", "num_samples": 5, "speaker": 1} for i in range(1500)]
     rows[1400] |= {"start": 1, "end": 2.5, "fileid": "x"}
     rows[1401] |= {"speaker": "f2"}
+    rows[1402] |= {"note": "loud", "units": [1, 2]}
     for row in rows:
         row.setdefault("fileid", "y")
     (tmp_path / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     manifest = read_manifest(tmp_path / "m.jsonl")
-    assert manifest.row(1400, named=True) == rows[1400] | {"num_samples": 24_000, "speaker": "1"}
+    assert manifest.row(1400, named=True) == rows[1400] | {
+        "num_samples": 24_000, "speaker": "1", "note": None, "units": None
+    }  # fmt: skip
     assert manifest["speaker"][1401] == "f2"
+    assert manifest.row(1402, named=True)["note"] == "loud"
+    assert manifest["units"][1402].to_list() == [1, 2]
     assert manifest["start"].null_count() == 1499
 
 

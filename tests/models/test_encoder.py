@@ -200,8 +200,8 @@ def test_samples_that_are_no_numbers_are_refused(bad: float, options: dict[str, 
             method(waveforms, LENGTHS, layer=3, **options)
 
 
-def test_a_quiet_recording_is_mentioned_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(waveform_tools, "_warned", False)
+def test_a_quiet_recording_is_mentioned_once() -> None:
+    waveform_tools._warn_of_quiet_recordings.cache_clear()
     model = tiny_model().eval()
     with warnings.catch_warnings():
         warnings.simplefilter("error")

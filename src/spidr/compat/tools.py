@@ -83,7 +83,7 @@ def profiler_context(
 
     Without a ``path``, nothing is recorded.
     """
-    profiler = _Profiler(Path(path or "."), enabled=path is not None, first=skip_first + warmup, count=active)
+    profiler = _Profiler(None if path is None else Path(path), first=skip_first + warmup, count=active)
     try:
         yield profiler
     finally:

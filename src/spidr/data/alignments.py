@@ -1,7 +1,5 @@
 """Read phone alignments: JSON lines, tables and Praat's TextGrids."""
 
-from __future__ import annotations
-
 import codecs
 import os
 import re

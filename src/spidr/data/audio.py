@@ -1,23 +1,17 @@
 """Read recordings, 16 kHz mono: lengths, samples, streams and statistics."""
 
-from __future__ import annotations
-
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from spidr.config import SAMPLE_RATE
 from spidr.data.decoders import Decoder, decoder, resampled
 from spidr.data.recording import Recording, Source
 from spidr.tools.errors import InputError
 
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
-
-    from numpy.typing import NDArray
-
-    Samples = NDArray[np.float32]
+Samples = NDArray[np.float32]
 
 BLOCK = 1 << 16
 """Samples per block of statistics: small enough for the cache and for exact sums."""
@@ -47,10 +41,10 @@ def num_samples(source: Source, *, verify: bool = False) -> int:
     Raises:
         InputError: The recording is missing, damaged or empty, or not 16 kHz mono.
     """
+    if verify:
+        return len(read_audio(source))
     with decoder(source) as file:
         _check_format(file)
-        if verify:
-            return len(_samples(file, *_range(file, 0, None)))
         begin, end = _span(file)
         return end - begin
 
@@ -79,7 +73,11 @@ def read_audio(source: Source, start: int = 0, stop: int | None = None) -> Sampl
     """
     with decoder(source) as file:
         _check_format(file)
-        return _samples(file, *_range(file, start, stop))
+        samples = file.read(*_range(file, start, stop))[:, 0]
+        _check_finite(file.name, samples)
+        if len(samples) == 0:
+            raise _no_samples(file.name)
+        return samples
 
 
 def read_resampled(source: Source) -> Samples:
@@ -111,19 +109,15 @@ def stream(source: Source, *, resample: bool = False, size: int = BLOCK) -> Iter
         InputError: See :func:`read_audio`.
     """
     with decoder(source) as file:
-        begin, end = _range(file, 0, None)
-        if (file.sample_rate, file.channels) == (SAMPLE_RATE, 1) or not resample:
+        if not resample:
             _check_format(file)
-            blocks: Iterable[Samples] = (block[:, 0] for block in file.blocks(size, begin, end))
-        else:
-            blocks = resampled(file.blocks(size, begin, end), file.sample_rate)
-        empty = True
-        for block in blocks:
+        count = 0
+        for block in resampled(file.blocks(size, *_range(file, 0, None)), file.sample_rate):
             if len(block) > 0:
                 _check_finite(file.name, block)
-                empty = False
+                count += len(block)
                 yield block
-        if empty:
+        if count == 0:
             raise _no_samples(file.name)
 
 
@@ -155,14 +149,6 @@ def _moments(blocks: Iterable[Samples]) -> tuple[float, float]:
         mean += delta * len(block) / total
         count = total
     return mean, float(np.sqrt(squares / count))
-
-
-def _samples(file: Decoder, start: int, stop: int | None) -> Samples:
-    samples = file.read(start, stop)[:, 0]
-    if len(samples) == 0:
-        raise _no_samples(file.name)
-    _check_finite(file.name, samples)
-    return samples
 
 
 def _range(file: Decoder, start: int, stop: int | None) -> tuple[int, int | None]:

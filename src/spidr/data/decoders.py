@@ -1,19 +1,19 @@
 """Decode audio files with libsndfile, or TorchCodec where it cannot, and resample with soxr."""
 
-from __future__ import annotations
-
 import io
 import logging
 import os
 import re
 from bisect import bisect_left
+from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager, suppress
 from functools import cache
 from importlib import import_module
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 import numpy as np
 import soundfile
+from numpy.typing import NDArray
 
 from spidr.config import SAMPLE_RATE
 from spidr.data.recording import Member, Recording, Source, as_recording, check_exists
@@ -21,20 +21,9 @@ from spidr.tools.errors import InputError
 from spidr.tools.lazy import needs_extra
 from spidr.tools.untrusted import check_memory
 
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
-
-    from numpy.typing import NDArray
-
-    Samples = NDArray[np.float32]
+Samples = NDArray[np.float32]
 
 logger = logging.getLogger(__name__)
-
-AUDIO = (
-    *(".wav", ".wave", ".flac", ".mp3", ".ogg", ".oga", ".opus", ".aif", ".aiff", ".aifc", ".au", ".snd", ".caf"),
-    *(".w64", ".rf64", ".sph", ".nist", ".gsm", ".m4a", ".aac", ".wma", ".webm", ".mp4", ".mka", ".amr", ".3gp"),
-)
-"""Suffixes of recordings. How a file is decoded depends on its content only."""
 
 PIECE = 1 << 22
 """Values to read at once: a header may promise more than the file, or the memory, holds."""
@@ -197,10 +186,11 @@ def decoder(source: Source) -> Iterator[Decoder]:
 
 def resampled(blocks: Iterable[Samples], sample_rate: int) -> Iterator[Samples]:
     """Mix blocks of samples (N, channels) down to one channel and resample them to 16 kHz, float32 (M,) each."""
-    with needs_extra("extract"):
-        import soxr
-
-    stream = soxr.ResampleStream(sample_rate, SAMPLE_RATE, 1, dtype="float32") if sample_rate != SAMPLE_RATE else None
+    stream = None
+    if sample_rate != SAMPLE_RATE:
+        with needs_extra("extract"):
+            import soxr
+        stream = soxr.ResampleStream(sample_rate, SAMPLE_RATE, 1, dtype="float32")
     for block in blocks:
         mono = block[:, 0] if block.shape[1] == 1 else block.mean(1, dtype=np.float32)
         yield mono if stream is None else stream.resample_chunk(np.ascontiguousarray(mono))
@@ -262,9 +252,11 @@ def _open(recording: Recording) -> _File:
     if file.frames == 0 and file.format in ("WAV", "WAVEX"):
         with _raw(recording) as raw:
             data = raw.read()
-        if whole := _with_open_end(data):
+        # The header of a WAV written to a pipe says 0 bytes: make its data extend to the end of the file.
+        at = data.find(b"data\0\0\0\0", 0, 4096) + 4
+        if at >= 4 and len(data) > at + 4:
             file.close()
-            return _File(_Bytes(whole))
+            return _File(_Bytes(data[:at] + b"\xff\xff\xff\xff" + data[at + 4 :]))
     return file
 
 
@@ -276,14 +268,6 @@ def _raw(recording: Recording) -> IO[bytes] | Member:
         return Member(recording)
     check_exists(recording.path)
     return open(recording.path, "rb")  # noqa: PTH123
-
-
-def _with_open_end(data: bytes) -> bytes | None:
-    """Make the data chunk of a WAV written to a pipe, whose header says 0 bytes, extend to the end of the file."""
-    position = data.find(b"data\0\0\0\0", 0, 4096)
-    if position < 0 or len(data) <= position + 8:
-        return None
-    return data[: position + 4] + b"\xff\xff\xff\xff" + data[position + 8 :]
 
 
 class _Unfailing:

@@ -1,19 +1,20 @@
 """Read manifests and lists of recordings: where each is, what it is called and how long it is."""
 
-from __future__ import annotations
-
 import codecs
 import csv
 import os
 import re
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import cache
 from glob import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
 import polars as pl
 import polars.selectors as cs
+from numpy.typing import NDArray
 
 from spidr.config import SAMPLE_RATE
 from spidr.data.lines import read_lines
@@ -21,12 +22,6 @@ from spidr.data.recording import Recording
 from spidr.tools.errors import InputError, first_line, some
 from spidr.tools.files import check_file, expand
 from spidr.tools.untrusted import parse_json
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
-
-    import numpy as np
-    from numpy.typing import NDArray
 
 REQUIRED = {"fileid": pl.String, "path": pl.String, "num_samples": pl.Int64}
 ARCHIVE = {"archive": pl.String, "byte_offset": pl.Int64, "byte_size": pl.Int64}
@@ -128,16 +123,16 @@ def is_table(path: str | Path) -> bool:
     try:
         check_file(path)
         return bool(_head(path).strip()) and path.suffix.lower() not in (".json", ".toml")
-    except (OSError, InputError, UnicodeDecodeError):
+    except (OSError, InputError, UnicodeError):
         return False
 
 
 def _head(path: Path) -> str:
-    """Read the beginning of a text file. Raises UnicodeDecodeError if it is not text."""
+    """Read the beginning of a text file. Raises UnicodeError if it is not text."""
     with path.open("rb") as file:
         raw = file.read(HEAD)
     if b"\0" in raw:
-        raise UnicodeDecodeError("utf-8", raw, raw.index(0), raw.index(0) + 1, "a NUL character")
+        raise UnicodeError("it holds a NUL character")
     return codecs.getincrementaldecoder("utf-8-sig")().decode(raw)
 
 
@@ -152,7 +147,9 @@ def _reader(path: Path) -> Callable[[Path], pl.DataFrame]:
     cells = {cell.strip(' "') for cell in re.split("[,;\t]", lines[0])}
     if cells & REQUIRED.keys() or suffix == ".csv":
         return _read_csv
-    return _read_fairseq if suffix == ".tsv" or re.fullmatch(r".+\t\d+\s*", "".join(lines[1:2])) else _read_list
+    if suffix == ".tsv" or re.fullmatch(r".+\t\d+\s*", "".join(lines[1:2])):
+        return _read_fairseq
+    return lambda path: _lines(path).to_frame("path")
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -196,20 +193,16 @@ def _read_jsonl(path: Path) -> pl.DataFrame:
             source = file.read()
     with suppress(pl.exceptions.PolarsError, pl.exceptions.PanicException):
         return pl.read_ndjson(source, infer_schema_length=None)  # of all rows, or columns that begin late would be lost
-    rows = [_json_row(path, number, line) for number, (_, line) in enumerate(read_lines(path), start=1)]
-    for row in rows:
-        row |= {name: str(row[name]) for name in SCHEMA if row.get(name) is not None}
+    rows = []
+    for number, (_, line) in enumerate(read_lines(path), start=1):
+        try:
+            row = parse_json(line)
+        except ValueError as error:
+            raise InputError(f"{path}: row {number} is not a line of JSON ({error}).") from None
+        if not isinstance(row, dict):
+            raise InputError(f"{path}: row {number} is not a JSON object with `path` and `num_samples`.")
+        rows.append(row | {name: str(row[name]) for name in SCHEMA if row.get(name) is not None})
     return pl.DataFrame(rows, infer_schema_length=None, strict=False)
-
-
-def _json_row(path: Path, number: int, line: str) -> dict[str, Any]:
-    try:
-        row = parse_json(line)
-    except ValueError as error:
-        raise InputError(f"{path}: row {number} is not a line of JSON ({error}).") from None
-    if not isinstance(row, dict):
-        raise InputError(f"{path}: row {number} is not a JSON object with `path` and `num_samples`.")
-    return row
 
 
 def _lines(path: Path, skip: int = 0) -> pl.Series:
@@ -219,10 +212,6 @@ def _lines(path: Path, skip: int = 0) -> pl.Series:
     table = pl.read_csv(escape(str(path)), skip_rows=skip, schema={"line": pl.String}, **options)
     lines = table["line"].str.strip_chars_end().str.strip_prefix("\ufeff")
     return lines.filter(lines.is_not_null() & (lines != ""))
-
-
-def _read_list(path: Path) -> pl.DataFrame:
-    return pl.DataFrame({"path": _lines(path)})
 
 
 def _read_scp(path: Path) -> pl.DataFrame:

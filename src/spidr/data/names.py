@@ -1,17 +1,18 @@
 """Match the names of recordings, of alignments, units, features and items alike."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import PurePosixPath
 
 from spidr.tools.errors import InputError, some
 
-_AUDIO = "aac aif aifc aiff amr au caf flac gsm m4a mka mov mp2 mp3 mp4 nist oga ogg opus raw snd sph w64 wav webm wma"
-_OTHERS = "wv json lab npy npz phn pt textgrid txt"
-ENDINGS = frozenset(f"{_AUDIO} {_OTHERS}".split())
-"""Suffixes that are not part of a name; ``session.1`` and ``session.2`` are two names."""
+_AUDIO = (
+    "3gp aac aif aifc aiff amr au caf flac gsm m4a mka mp3 mp4 nist oga ogg opus rf64 snd sph w64 wav wave webm wma"
+)
+AUDIO = tuple(f".{ending}" for ending in _AUDIO.split())
+"""Suffixes of recordings. How a file is decoded depends on its content only."""
+ENDINGS = frozenset(f"{_AUDIO} json lab mov mp2 npy npz phn pt raw textgrid txt wv".split())
+"""Endings that are not part of a name; ``session.1`` and ``session.2`` are two names."""
 
 Parts = tuple[str, ...]
 

@@ -1,7 +1,5 @@
 """Where a recording is: a file, a member of an uncompressed archive, or a span of either."""
 
-from __future__ import annotations
-
 import io
 import os
 from functools import lru_cache
@@ -68,17 +66,14 @@ class Member(io.RawIOBase):
     Every archive is opened once per process. Reads are positioned, so that threads and forked processes can share it.
 
     Raises:
-        InputError: The archive cannot be opened or is too short.
+        InputError: The archive does not exist or is too short.
     """
 
     def __init__(self, recording: Recording) -> None:
         archive = recording.archive or ""
         check_exists(archive)
-        try:
-            status = os.stat(archive)  # noqa: PTH116
-            self._archive = _open(archive, status.st_ino, status.st_mtime_ns)
-        except OSError as error:
-            raise InputError(f"{archive}: the archive cannot be opened ({error.strerror}).") from None
+        status = os.stat(archive)  # noqa: PTH116
+        self._archive = _open(archive, status.st_ino, status.st_mtime_ns)
         self._offset, self._size, self._position = recording.byte_offset, recording.byte_size, 0
         if self._offset + self._size > status.st_size:
             raise InputError(f"{recording}: lies past the end of the archive; write the manifest again.")

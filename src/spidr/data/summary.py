@@ -1,21 +1,14 @@
 """How much of a manifest training hears, and why not the rest."""
 
-from __future__ import annotations
-
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+import logging
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from spidr.config import SAMPLE_RATE
-
-if TYPE_CHECKING:
-    import logging
-
-    from numpy.typing import NDArray
-
-    from spidr.config import DataConfig
-    from spidr.data.sampler import BatchList
+from spidr.config import SAMPLE_RATE, DataConfig
+from spidr.data.sampler import BatchList
 
 MUCH = 0.05
 """Share of the recordings or hours whose loss is worth a warning."""
@@ -112,22 +105,22 @@ def summarise(
     hour = 3600 * SAMPLE_RATE
     short = lengths < shortest
     capped = np.minimum(lengths, cfg.max_sample_size)
-    known: dict[str, Any] = {
-        "recordings": len(lengths),
-        "hours": float(lengths.sum()) / hour,
-        "too_short": int(short.sum()),
-        "hours_too_short": float(lengths[short].sum()) / hour,
-        "hours_above_maximum": float((lengths - capped)[~short].sum()) / hour,
-    }
+    known = DataSummary(
+        recordings=len(lengths),
+        hours=float(lengths.sum()) / hour,
+        too_short=int(short.sum()),
+        hours_too_short=float(lengths[short].sum()) / hour,
+        hours_above_maximum=float((lengths - capped)[~short].sum()) / hour,
+    )
     if batches is None:
-        return DataSummary(**known)
+        return known
     inside = capped[batches.rows]
     begins, sizes = batches.bounds[:-1], np.diff(batches.bounds)
     full = np.add.reduceat(inside, begins, dtype=np.int64)
     heard = full if cfg.enable_padding else np.minimum.reduceat(inside, begins).astype(np.int64) * sizes
     order = np.unique(batches.order)
-    return DataSummary(
-        **known,
+    return replace(
+        known,
         batches=len(batches),
         hours_used=float(heard[order].sum()) / hour,
         hours_cropped=float((full - heard)[order].sum()) / hour,

@@ -1,7 +1,5 @@
 """Read discrete units, one sequence per recording, in the formats of several programs."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator, Sequence
 from glob import escape

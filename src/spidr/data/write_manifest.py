@@ -3,8 +3,6 @@
 ``python -m spidr.data.write_manifest [--ext EXT] [--fairseq] [--stats] [--on-error skip] DATASET [DATASET ...] OUTPUT``
 """
 
-from __future__ import annotations
-
 import argparse
 import io
 import logging
@@ -14,16 +12,14 @@ import sys
 import tarfile
 from array import array
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from spidr.tools.command import Parser, command
 from spidr.tools.errors import InputError, first_line
 from spidr.tools.files import atomic_write, check_file, expand, find_files, make_folder
 from spidr.tools.lazy import command_needs
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
 
 logger = logging.getLogger(__name__)
 
@@ -38,25 +34,18 @@ def _arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "lists (of paths, Kaldi's wav.scp and segments, manifests).",
         example="python -m spidr.data.write_manifest recordings train.csv --ext .wav .flac",
     )
-    parser.add_argument(
-        "paths",
-        nargs="*",
-        metavar="dataset ... output",
-        help="folders, .tar files and lists; then the manifest to write: .csv, .jsonl or, with --fairseq, .tsv",
+    add = parser.add_argument
+    text = "folders, .tar files and lists; then the manifest to write: .csv, .jsonl or, with --fairseq, .tsv"
+    add("paths", nargs="*", metavar="dataset ... output", help=text)
+    text = "how the recordings' names end: .flac, _mic1.wav (default: .wav)"
+    add("--ext", nargs="+", action="extend", help=text)
+    add("--fairseq", action="store_true", help="write fairseq's format: paths and numbers of samples")
+    text = (
+        "also write mean and standard deviation of each recording, so that training on parts of hour-long recordings "
     )
-    parser.add_argument(
-        "--ext", nargs="+", action="extend", help="how the recordings' names end: .flac, _mic1.wav (default: .wav)"
-    )
-    parser.add_argument("--fairseq", action="store_true", help="write fairseq's format: paths and numbers of samples")
-    parser.add_argument(
-        "--stats",
-        action="store_true",
-        help="also write mean and standard deviation of each recording, so that training on parts of hour-long "
-        "recordings need not decode the whole (slower: decodes everything now)",
-    )
-    parser.add_argument(
-        "--on-error", choices=["raise", "skip"], default="raise", help="skip: list what is bad (default: raise)"
-    )
+    add("--stats", action="store_true", help=f"{text}need not decode the whole (slower: decodes everything now)")
+    text = "skip: list what is bad (default: raise)"
+    add("--on-error", choices=["raise", "skip"], default="raise", help=text)
     args = parser.parse_intermixed_args(argv)
     args.ext, rest = _split_extensions(args.ext or [".wav"], missing=max(0, 2 - len(args.paths)))
     is_last = bool(args.paths) and args.paths[-1].lower().endswith((".csv", ".jsonl", ".tsv"))
@@ -70,11 +59,9 @@ def _arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def _split_extensions(values: list[str], missing: int) -> tuple[list[str], list[str]]:
     """Tell extensions from paths among the values of --ext, for users who write ``--ext .flac DATASET OUTPUT``."""
-    for i, value in enumerate(values[1:], start=1):
-        if os.sep in value or os.path.exists(value):  # noqa: PTH110
-            return values[:i], values[i:]
-    count = min(missing, len(values) - 1)
-    return values[: len(values) - count], values[len(values) - count :]
+    paths = (i for i, value in enumerate(values) if i and (os.sep in value or os.path.exists(value)))  # noqa: PTH110
+    first = next(paths, len(values) - min(missing, len(values) - 1))
+    return values[:first], values[first:]
 
 
 if __name__ == "__main__":
@@ -86,13 +73,11 @@ with command_needs("train", __name__):
 
     from spidr.config import SAMPLE_RATE, DataConfig
     from spidr.data.audio import num_samples, statistics
-    from spidr.data.decoders import AUDIO
     from spidr.data.manifest import ARCHIVE, SCHEMA, SPAN, is_table, iter_recordings, read_manifest, stem
     from spidr.data.measure import measure, problems_of
+    from spidr.data.names import AUDIO
+    from spidr.data.recording import Recording
     from spidr.data.summary import duration, summarise
-
-    if TYPE_CHECKING:
-        from spidr.data.recording import Recording
 
 MAX_HEADER = 1 << 20
 """Largest header in a tar archive, in bytes."""
@@ -333,17 +318,18 @@ def _describe(found: pl.DataFrame, bad: list[InputError], *, stats: bool, on_err
         return num_samples(recording), *(statistics(recording) if stats else (0.0, 0.0))
 
     total = found.height + len(bad)
-    columns: tuple[array[Any], ...] = (array("q"), array("d"), array("d"))
+    columns: dict[str, array[Any]] = {"num_samples": array("q")} | (
+        {"mean": array("d"), "std": array("d")} if stats else {}
+    )
     for result in measure(describe, iter_recordings(found), total=found.height):
         if isinstance(result, InputError):
             bad.append(result)
             result = -1, 0.0, 0.0
-        for column, value in zip(columns, result, strict=True):
+        for column, value in zip(columns.values(), result, strict=False):
             column.append(value)
     if len(bad) == total or (bad and on_error == "raise"):
         raise problems_of(bad, total, "" if on_error == "skip" else "--on-error skip leaves them out")
-    names = ("num_samples", "mean", "std") if stats else ("num_samples",)
-    described = found.with_columns(*(pl.Series(n, c, dtype=SCHEMA[n]) for n, c in zip(names, columns, strict=False)))
+    described = found.with_columns(pl.Series(name, column, dtype=SCHEMA[name]) for name, column in columns.items())
     if not SPAN.keys().isdisjoint(described.columns):
         # Without both, readers could not tell whether a length is the span's or the file's.
         start = pl.col("start").fill_null(0.0) if "start" in described.columns else pl.lit(0.0)

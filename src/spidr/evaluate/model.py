@@ -1,28 +1,23 @@
 """Evaluate every layer and codebook of a model in one pass over the audio."""
 
-from __future__ import annotations
-
 import math
 import tempfile
 from collections.abc import Collection, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from spidr.config import MAX_SAMPLES, SAMPLE_RATE
 from spidr.data.alignments import SILENT_LABELS, read_alignments
 from spidr.data.names import match_rows
+from spidr.evaluate.abx import Items, Scorer
+from spidr.models import DinoSR
 from spidr.tools.errors import InputError
 from spidr.tools.lazy import needs_extra
-
-if TYPE_CHECKING:
-    import torch
-
-    from spidr.evaluate.abx import Items
-    from spidr.models import DinoSR
 
 
 class _Spool:
@@ -85,7 +80,6 @@ def evaluate_model(
 
         from spidr.data import speech_dataset
         from spidr.environment import Environment
-        from spidr.evaluate.abx import Scorer
         from spidr.validate import codebooks_quality, encode_rows, phones_of_rows
 
     if not 1 <= max_batch_length <= MAX_SAMPLES:
@@ -101,8 +95,9 @@ def evaluate_model(
     wanted = set(items.files) if items is not None else ()
     spoken = match_rows(wanted, dataset.manifest["fileid"].to_list(), dataset.manifest["path"].to_list())
     rows = sorted(phones.keys() | spoken.keys())
-    model = model.to(env.device)
+    model, first = model.to(env.device), model.codebook_layers.start
     units: dict[int, torch.Tensor] = {}
+    table = []
     with tempfile.TemporaryDirectory(prefix="spidr-abx-") as folder:
         spool = _Spool(Path(folder), chosen if items is not None else ())
         encoded = encode_rows(model, dataset, rows, max_batch_length, env, layers=spool.layers)
@@ -112,9 +107,7 @@ def evaluate_model(
                 spool.add(spoken[row], outputs)
         if not units:
             raise InputError(f"{manifest}: no recording is long enough for a frame")
-        first = model.codebook_layers.start
         qualities = codebooks_quality(model, phones, {row: units[row] for row in phones if row in units})
-        table = []
         for layer in tqdm(chosen, unit="layer", disable=not progress or scorer is None):
             result: dict[str, Any] = {"layer": layer}
             if layer >= first:
@@ -122,10 +115,10 @@ def evaluate_model(
             if scorer is not None:
                 score = scorer.score(spool.read(layer, model.cfg.encoder_embed_dim))
                 result |= {"abx_within": score.within, "abx_across": score.across}
-                if layer >= first:
-                    of_layer = {name: units[row][layer - first].numpy() for row, name in spoken.items() if row in units}
-                    score = scorer.score(of_layer, "identical")
-                    result |= {"units_abx_within": score.within, "units_abx_across": score.across}
+            if scorer is not None and layer >= first:
+                of_layer = {name: units[row][layer - first].numpy() for row, name in spoken.items() if row in units}
+                score = scorer.score(of_layer, "identical")
+                result |= {"units_abx_within": score.within, "units_abx_across": score.across}
             table.append(result)
     return table
 

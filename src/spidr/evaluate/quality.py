@@ -1,7 +1,5 @@
 """DiscoPhon's metrics (arXiv 2603.18612), by the package ``discophon``."""
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 from spidr.data.alignments import FRAME_STEP

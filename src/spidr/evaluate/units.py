@@ -1,7 +1,5 @@
 """Compare units with phone alignments."""
 
-from __future__ import annotations
-
 import logging
 import sys
 from collections.abc import Collection, Sequence
@@ -23,9 +21,6 @@ GUIDE = "evaluate.md#units-against-phones"
 
 NUM_UNITS, FRAME_MS = 256, 20
 """Size of the codebook and milliseconds per unit, unless they are given or recorded."""
-
-
-NOT_ALIGNED = "not aligned"
 
 
 class Paired(NamedTuple):
@@ -99,16 +94,19 @@ def pair(
     skipped: Skipped = {}
     sequences = read_units(units, names=names)
     aligned = read_alignments(alignments, tier, silence=silence, skipped=skipped if skip else None)
-    data = _pair(sequences, aligned, frame_step, tolerance, skipped)
-    reasons = some([f"{name}: {reason}" for name, reason in skipped.items()], separator="\n")
-    if skip and skipped:
-        logger.warning("left out: %s", reasons)
-    elif gone := sorted(name for name in sequences if skipped.get(name) == NOT_ALIGNED):
+    matched = {name: aligned[found] for name, found in match_names(aligned, sequences).items()}
+    gone = sorted(sequences.keys() - matched.keys())
+    if gone and not skip:
         of = f"{len(gone)} of the {len(sequences)} recordings of {units}"
         raise InputError(f"{alignments}: {of} are not aligned, such as {some(gone, 3)}", guide=GUIDE)
-    elif skipped:
+    skipped |= dict.fromkeys(gone, "not aligned")
+    data = _fitted(sequences, matched, frame_step, tolerance, skipped)
+    reasons = some([f"{name}: {reason}" for name, reason in skipped.items()], separator="\n")
+    if skipped and not skip:
         count = f"{len(skipped)} recordings do not fit (--tolerance, --on-error skip)"
         raise InputError(f"{alignments}: {count}:\n{reasons}", guide=GUIDE)
+    if skipped:
+        logger.warning("left out: %s", reasons)
     if not data:
         raise InputError(f"{alignments}: fits no recording of {units}", guide=GUIDE)
     top = max(max(sequence.tolist(), default=0) for sequence in sequences.values())
@@ -177,26 +175,22 @@ def _languages(units: Path, alignments: Path) -> list[tuple[Path, Path]]:
     return pairs or [(units, alignments)]
 
 
-def _pair(units: Units, aligned: Alignments, frame_step: int, tolerance: int, skipped: Skipped) -> Aligned:
-    names = match_names(aligned, units)
+def _fitted(units: Units, aligned: Alignments, frame_step: int, tolerance: int, skipped: Skipped) -> Aligned:
+    """Make alignments as long as units; add those that differ too much to ``skipped``."""
     data: dict[str, Any] = {}
-    changed: list[int] = []
-    for name, sequence in units.items():
-        if name not in names:
-            skipped[name] = NOT_ALIGNED
-            continue
-        phones = aligned[names[name]]
-        fitting = fit(phones, len(sequence) * frame_step // FRAME_STEP, tolerance)
-        if fitting is None:
-            lengths = f"{len(phones) * FRAME_STEP:,} ms, the units {len(sequence) * frame_step:,} ms"
+    changed = []
+    for name, phones in aligned.items():
+        wanted = len(units[name]) * frame_step // FRAME_STEP
+        if (fitting := fit(phones, wanted, tolerance)) is None:
+            lengths = f"{len(phones) * FRAME_STEP:,} ms, the units {len(units[name]) * frame_step:,} ms"
             skipped[name] = f"the alignment has {lengths}; are they of the same recording?"
             continue
         if len(fitting) != len(phones):
-            changed.append(abs(len(fitting) - len(phones)) * FRAME_STEP)
-        data[name] = (fitting, sequence)
+            changed.append(abs(len(fitting) - len(phones)))
+        data[name] = (fitting, units[name])
     if changed:
-        count, most = len(changed), max(changed)
-        logger.warning("%d alignments were filled with silence or cut, by at most %d ms", count, most)
+        most = max(changed) * FRAME_STEP
+        logger.warning("%d alignments were filled with silence or cut, by at most %d ms", len(changed), most)
     return data
 
 

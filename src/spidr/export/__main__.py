@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections.abc import Sequence
@@ -11,15 +10,13 @@ from pathlib import Path
 from spidr.tools.command import Parser, command, write_result
 from spidr.tools.errors import InputError
 
-DESCRIPTION = "Write a trained model, without its teacher, for other software."
-
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
     parser = Parser(
         "python -m spidr.export",
-        description=DESCRIPTION,
+        description="Write a trained model, without its teacher, for other software.",
         example="python -m spidr.export safetensors runs/quickstart/spidr/final.pt encoder.safetensors",
     )
     formats = parser.add_subparsers(dest="format", required=True, metavar="FORMAT")
@@ -46,21 +43,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     if exists or not os.path.isdir(parent):  # noqa: PTH112 (these know no name that is too long)
         reason = "exists" if exists else "is in a folder that does not exist"
         raise InputError(f"{args.output}: {reason}; choose another output")
-    _export(args)
-    write_result(f"{args.output}\n")
-
-
-def _export(args: argparse.Namespace) -> None:
     from spidr.export import export_onnx, export_safetensors, export_transformers
     from spidr.models.hub import load_encoder
 
     model = load_encoder(args.model, args.model_type)
-    if args.format == "safetensors":
-        export_safetensors(model, args.output)
-    elif args.format == "onnx":
+    if args.format == "onnx":
         export_onnx(model, args.output, layers=args.layers)
     else:
-        export_transformers(model, args.output)
+        (export_safetensors if args.format == "safetensors" else export_transformers)(model, args.output)
+    write_result(f"{args.output}\n")
 
 
 if __name__ == "__main__":

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import spidr
-from spidr.config import SpidRConfig
 from spidr.export.safetensors_file import export_safetensors
 from spidr.models import DinoSR
+from spidr.models.weights import type_of
 from spidr.tools.errors import InputError
 from spidr.tools.files import expand, why_not_written
 
@@ -56,7 +56,6 @@ def export_transformers(model: DinoSR, output: str | Path) -> None:
     Raises:
         InputError: The folder exists or cannot be written, or safetensors is not installed.
     """
-    is_spidr = isinstance(model.cfg, SpidRConfig)
     config = {
         "architectures": ["SpidREncoder"],
         "auto_map": {
@@ -65,7 +64,7 @@ def export_transformers(model: DinoSR, output: str | Path) -> None:
         },
         "model_type": "spidr",
         "settings": asdict(model.cfg),
-        "spidr_type": "spidr" if is_spidr else "dinosr",
+        "spidr_type": type_of(model.cfg),
         "spidr_version": spidr.__version__,
         "hidden_size": model.cfg.encoder_embed_dim,
         "num_hidden_layers": model.cfg.encoder_num_layers,

@@ -24,14 +24,7 @@ def extract(
     make_session: Callable[[Environment], Session],
     description: str,
 ) -> Skipped:
-    """Encode the recordings that an output lacks.
-
-    Args:
-        sources: See :func:`spidr.extract.sources.find_items`.
-        output: Where values go.
-        options: How recordings are encoded.
-        make_session: Makes the session of this process.
-        description: Of the progress bar.
+    """Encode the recordings of sources that an output lacks.
 
     Returns:
         The recordings that were skipped, of all processes.

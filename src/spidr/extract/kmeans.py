@@ -38,20 +38,10 @@ SLACK = 1.25
 
 @dataclass(frozen=True)
 class KMeans:
-    """Centroids of features.
-
-    Attributes:
-        centroids: float32 (K, D).
-        made: Model, layer and settings of the features.
-    """
+    """Centroids of features, float32 (K, D), and the model, layer and settings that they were made with."""
 
     centroids: NDArray[np.float32]
     made: dict[str, Any]
-
-    @property
-    def layer(self) -> int:
-        """The layer, counted from 1."""
-        return int(self.made["layer"])
 
     @property
     def fingerprint(self) -> str:
@@ -85,18 +75,12 @@ class KMeans:
             np.savez(file, centroids=self.centroids, made=json.dumps(self.made))
 
     def check(self, session: Session) -> None:
-        """Check that a session gives the features that the centroids were fitted to.
-
-        Raises:
-            InputError: It gives others.
-        """
-        settings, dim = session.settings(), session.model.cfg.encoder_embed_dim
+        """Check that a session gives the features that the centroids were fitted to. Raises InputError if not."""
+        made, settings, dim = self.made, session.settings(), session.model.cfg.encoder_embed_dim
         for key in ("layer", "weights"):
-            if settings[key] != self.made[key]:
-                raise InputError(
-                    f"the centroids are of {key} {self.made[key]} of {self.made['model']}, not of {settings[key]} of "
-                    f"{settings['model']}"
-                )
+            if settings[key] != made[key]:
+                of = f"the centroids are of {key} {made[key]} of {made['model']}"
+                raise InputError(f"{of}, not of {settings[key]} of {settings['model']}")
         if self.centroids.shape[1] != dim:
             raise InputError(f"the centroids have {self.centroids.shape[1]} dimensions, the features {dim}")
 
@@ -104,12 +88,8 @@ class KMeans:
 class _Draw:
     """A random sample of the frames of recordings that come one by one: the frames with the lowest random numbers.
 
-    Those are seeded by the recording's name, so neither order nor batches matter.
-
-    Args:
-        limit: Frames to draw.
-        share: About what part of all frames that is.
-        seed: Of the random numbers.
+    Those are seeded by the recording's name, so neither order nor batches matter. ``share`` is about what part of all
+    frames the ``limit`` is.
     """
 
     def __init__(self, limit: int, share: float, seed: int) -> None:
@@ -134,9 +114,8 @@ class _Draw:
     def reduce(self) -> None:
         """Keep no more than the limit."""
         if self.count > self.limit:
-            self.share = float(
-                np.partition(np.concatenate([lots for lots, _ in self.drawn.values()]), self.limit)[self.limit]
-            )
+            all_lots = np.concatenate([lots for lots, _ in self.drawn.values()])
+            self.share = float(np.partition(all_lots, self.limit)[self.limit])
             for name, (lots, frames) in self.drawn.items():
                 chosen = lots < self.share
                 self.drawn[name] = lots[chosen], frames[chosen]

@@ -17,11 +17,7 @@ MAX_THREADS = 1000
 
 
 def check_choice(name: str, value: object, choices: object) -> None:
-    """Check that an argument is one of those that a ``Literal`` lists.
-
-    Raises:
-        InputError: It is not.
-    """
+    """Check that an argument is one of those that a ``Literal`` lists. Raises InputError if not."""
     accepted = get_args(choices)
     if value not in accepted:
         raise InputError(f"{name}: found {value!r}, expected {', '.join(accepted[:-1])} or {accepted[-1]}")

@@ -43,8 +43,8 @@ class Output(ABC):
 
     Args:
         path: A folder or a file.
-        beside: The file that says how it was made; the one that says from which recordings, a JSON object, name to
-            place; the folder of the jobs' folders.
+        beside: The file that says how it was made; the JSON object of its recordings, name to place; the folder of
+            jobs.
         settings: What the values depend on beside the session's settings.
 
     Attributes:
@@ -139,14 +139,11 @@ class Output(ABC):
 
     @contextmanager
     def claimed(self, names: Collection[str]) -> Iterator[list[Path]]:
-        """Claim recordings for this job.
+        """Claim recordings for this job. Raises InputError if a living job has claimed some of them.
 
         Yields:
             Its own new folder, then those of jobs that are gone and had claimed some of the same recordings: all are
             this job's now, and it removes them when they are merged.
-
-        Raises:
-            InputError: A living job has claimed some of them.
         """
 
         def shared() -> list[Path]:

@@ -73,14 +73,9 @@ class Encoded(NamedTuple):
 
 @dataclass
 class Summary:
-    """What became of this process's recordings.
+    """What became of this process's recordings: why some were skipped, and how many samples of how many were encoded.
 
-    Attributes:
-        skipped: Why some could not be encoded, by name.
-        done: How many were encoded.
-        samples: Samples of those.
-        quiet: Names of recordings below -45 dBFS.
-        units: Different units; no more are added once there are two.
+    ``quiet`` are those below -45 dBFS, ``units`` different units, no more of which are added once there are two.
     """
 
     skipped: Skipped = field(default_factory=dict)
@@ -338,11 +333,7 @@ class Session:
         return item.num_samples == 0 or self.num_frames(item.num_samples) > self.window[0]
 
     def run(self, batches: Sequence[list[Item]], description: str) -> Generator[list[Encoded]]:
-        """Encode this process's share of some batches, in their order.
-
-        Args:
-            batches: The batches of all processes.
-            description: Of the progress bar.
+        """Encode this process's share of the batches of all processes, in order.
 
         Raises:
             InputError: A recording cannot be encoded, unless they are to be skipped.

@@ -33,10 +33,7 @@ class Decoder:
         self._pieces: list[tuple[NDArray[np.int32], NDArray[np.bool], NDArray[np.uint8], NDArray[np.uint8]]] = []
 
     def add(self, scores: NDArray[np.float32]) -> None:
-        """Take the scores of the next frames, (T, V).
-
-        They are log-probabilities or negative squared distances, up to a constant of each frame.
-        """
+        """Take the scores of the next frames, (T, V): log-probabilities, or the like up to a constant of each frame."""
         if len(scores) == 0:
             return
         tolerance = NEAR * (1 + scores.max(axis=1) - scores.min(axis=1))

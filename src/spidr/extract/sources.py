@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spidr.data import audio
-from spidr.data.decoders import AUDIO
 from spidr.data.manifest import is_table, read_manifest, recordings_of
 from spidr.data.measure import measure, problems_of
+from spidr.data.names import AUDIO
 from spidr.data.recording import Recording
 from spidr.extract.options import Options
 from spidr.tools.errors import InputError
@@ -127,15 +127,10 @@ def _in_manifest(path: Path) -> list[Item]:
 
 
 def name_items(items: Sequence[Item], known: Mapping[str, str], *, tree: bool) -> list[Item]:
-    """Give each recording a unique name.
+    """Give each recording a unique name: the shortest that no other has.
 
-    It is the shortest that no other has: the fileid (left out with ``tree``), the path below the source without and
-    with the ending, the path from the root. A recording that has a name already keeps it, whatever is added.
-
-    Args:
-        items: The recordings.
-        known: Names given before, and the places of those recordings.
-        tree: Whether to name recordings by their path below the source.
+    Names are the fileid (left out with ``tree``), the path below the source without and with the ending, the path from
+    the root. A recording that has a name in ``known``, which maps names to places, keeps it, whatever is added.
     """
     choices = [item.names()[1 if tree else 0 :] for item in items]
     before = defaultdict(set)
@@ -163,8 +158,8 @@ def find_lengths(items: Sequence[Item], options: Options, *, shortest: int) -> t
     """Find the length of each recording, by its manifest or its header.
 
     Returns:
-        The recordings with their lengths, and why others cannot be encoded, by name: missing, damaged, too short or of
-        another format. Where a manifest has the length, it is only checked that the file exists.
+        The recordings with their lengths, and why others cannot be encoded, by name. Where a manifest has the length,
+        only the file's existence is checked.
 
     Raises:
         InputError: Some cannot be encoded, and are not to be skipped.
@@ -192,11 +187,11 @@ def find_lengths(items: Sequence[Item], options: Options, *, shortest: int) -> t
 
 
 def read_item(item: Item, *, resample: bool) -> NDArray[np.float32]:
-    """All samples of a recording, float32 (S,).
+    """Read a recording, float32 (S,).
 
     Raises:
-        InputError: It cannot be read; or, without ``resample``, it is not 16 kHz mono or its length is not the
-            manifest's, give or take a sample.
+        InputError: It cannot be read; or, without ``resample``, it is not 16 kHz mono or not as long as the manifest
+            says.
     """
     samples = (audio.read_resampled if resample else audio.read_audio)(item.recording)
     if not resample:
@@ -207,13 +202,8 @@ def read_item(item: Item, *, resample: bool) -> NDArray[np.float32]:
 class LongRecording:
     """A recording that is read a part at a time.
 
-    One that cannot be read from the middle, or must be resampled, is first decoded into a temporary file.
-
-    Attributes:
-        num_samples: Its length.
-
-    Raises:
-        InputError: As :func:`read_item`.
+    One that cannot be read from the middle, or must be resampled, is first decoded into a temporary file. Fails as
+    :func:`read_item` does.
     """
 
     def __init__(self, item: Item, *, resample: bool) -> None:

@@ -97,7 +97,7 @@ def extract_units(
     def make_session(env: Environment) -> Session:
         if clusters is None:
             return Session(model, layer, chosen, env, discrete=True, penalty=smooth)
-        number = clusters.layer if layer is None else layer
+        number = clusters.made["layer"] if layer is None else layer
         session = Session(model, number, chosen, env, discrete=True, centroids=clusters.centroids, penalty=smooth)
         clusters.check(session)
         return session

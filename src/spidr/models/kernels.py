@@ -35,6 +35,9 @@ SMALLEST = 1 << 22
 SMALLEST_BATCHED = 1 << 19
 """The same for the products of attention in bfloat16, of several heads at once."""
 
+PADDED = 32
+"""Keys are padded to a multiple of this in bfloat16: softmax is slow on the rest of a row that fills no vector."""
+
 SAMPLES = 320_000
 """Samples that are convolved at a time without gradients: the first layer's output of an hour would fill 24 GB."""
 
@@ -458,15 +461,18 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float)
     faster = frames * frames * dim >= smallest and multiplies_fast(q.dtype) and is_plain(q, k, v)
     if not (faster or (drops and is_lean(q))) or (dropout > 0 and not drops):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
-    kept, scale = draw_kept((batch * heads, frames, frames), dropout) if drops else (None, 1.0)
+    by_head = faster and q.dtype == torch.float32  # batched products are MKL's; those of bfloat16 are oneDNN's
+    together = 0 if by_head else max(1, WEIGHTS_AT_A_TIME // frames**2)
+    added = -frames % PADDED if q.dtype == torch.bfloat16 else 0
+    kept, scale = draw_kept((batch * heads, frames, frames + added), dropout) if drops else (None, 1.0)
     bias = alive = None
     if mask is not None:
         mask = mask.expand(batch, heads, mask.shape[-2], frames).flatten(0, 1)
         bias = torch.zeros(mask.shape, dtype=q.dtype).masked_fill_(~mask, torch.finfo(q.dtype).min)
         alive = mask.any(-1, keepdim=True).to(torch.int8)  # the weights of a row without any key are zero
     q, k, v = (x.flatten(0, 1).contiguous() for x in (q, k, v))
-    by_head = faster and q.dtype == torch.float32  # batched products are MKL's; those of bfloat16 are oneDNN's
-    together = 0 if by_head else max(1, WEIGHTS_AT_A_TIME // frames**2)
+    if added:
+        k, v = F.pad(k, (0, 0, 0, added)), F.pad(v, (0, 0, 0, added))
     out = _Attention.apply(q * dim**-0.5, k, v * scale if drops else v, kept, bias, alive, together)
     return out.unflatten(0, (batch, heads))
 
@@ -493,7 +499,7 @@ class _Attention(torch.autograd.Function):
             for start in range(0, q.shape[1], step):
                 part = (i, slice(start, start + step))
                 factors = [x if x is None else x[i if x.shape[1] == 1 else part] for x in (bias, alive, kept)]
-                _, weights = _weights(q[part], k[i], *factors)
+                _, weights = _weights(q[part], k[i], q.shape[1], *factors)
                 out[part] = _times(weights, v[i])
         return out
 
@@ -505,7 +511,7 @@ class _Attention(torch.autograd.Function):
         grad = grad.contiguous()
         for i in _parts(len(q), ctx.together):
             bias, alive, kept = (None if x is None else x[i] for x in (others[1], others[2], others[0]))
-            softmax, weights = _weights(q[i], k[i], bias, alive, kept)
+            softmax, weights = _weights(q[i], k[i], q.shape[1], bias, alive, kept)
             grads[2][i] = _times(weights.mT, grad[i])
             grad_weights = _times(grad[i], v[i].mT)
             for factor in (alive, kept):
@@ -522,11 +528,15 @@ def _parts(count: int, together: int) -> Sequence[Any]:
 
 
 def _weights(
-    q: Tensor, k: Tensor, bias: Tensor | None, alive: Tensor | None, kept: Tensor | None
+    q: Tensor, k: Tensor, num_keys: int, bias: Tensor | None, alive: Tensor | None, kept: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Attention weights before and after what makes some of them zero."""
     scores = _times(q, k.mT)
-    softmax = (scores if bias is None else scores.add_(bias)).softmax(-1)
+    if bias is not None:
+        scores[..., : bias.shape[-1]] += bias
+    if scores.shape[-1] > num_keys:
+        scores[..., num_keys:] = -torch.inf
+    softmax = scores.softmax(-1)
     weights = softmax
     for factor in (alive, kept):
         if factor is not None:

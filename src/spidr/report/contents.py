@@ -84,12 +84,7 @@ def by_layer(lines: Sequence[Line], name: str) -> figures.Curves:
 
 
 class Report:
-    """Collects the page and its figures.
-
-    Args:
-        folder: The run folder.
-        cfg: The run's configuration.
-    """
+    """Collects the page of a run and its figures."""
 
     def __init__(self, folder: Path, cfg: Config) -> None:
         self.folder, self.cfg = folder, cfg
@@ -266,7 +261,7 @@ class Report:
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The one that the run would resume from, else a ``final.pt`` of weights only; None if there is no checkpoint.
+    """Find what the run would resume from, else a ``final.pt`` of weights only; None if there is no checkpoint.
 
     Raises:
         InputError: There are checkpoints, but none can be used.

@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import matplotlib as mpl
-import numpy as np
 from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
@@ -57,7 +56,6 @@ STYLE: dict[Any, Any] = {
     "axes.titlelocation": "left",
     "axes.labelsize": 9,
     "font.size": 9,
-    "font.family": "sans-serif",
     "legend.frameon": False,
     "legend.fontsize": 8,
     "lines.linewidth": 1.4,
@@ -97,14 +95,14 @@ Band = tuple[Sequence[float], Sequence[float], Sequence[float]]
 
 
 def curves(name: str, panels: Mapping[str, Curves], bands: Mapping[str, Band] | None = None) -> Drawn:
-    """Lines over steps, one panel beside the other.
+    """Draw lines over steps, one panel beside the other.
 
     Args:
         name: Of the figure.
-        panels: Title → curves. A panel of one curve has no legend, and panels of the same curves have one in common.
+        panels: Title → curves. A panel of one curve has no legend, and panels of the same curves share one.
         bands: Title → what lies behind the curves.
     """
-    columns = min(len(panels), 3)
+    columns, bands = min(len(panels), 3), bands or {}
     lines = -(-len(panels) // columns)
     several = [list(lines_of) for lines_of in panels.values() if len(lines_of) > 1]
     in_common = len(several) == len(panels) and all(labels == several[0] for labels in several)
@@ -116,13 +114,13 @@ def curves(name: str, panels: Mapping[str, Curves], bands: Mapping[str, Band] | 
             ax.set_xlabel("step")
             ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
             ax.xaxis.set_major_formatter(lambda value, _: f"{value / 1000:g}k" if value >= 10_000 else f"{value:g}")
-            if title in (bands or {}):
-                steps, low, high = (bands or {})[title]
+            if title in bands:
+                steps, low, high = bands[title]
                 ax.fill_between(steps, low, high, color=MUTED, alpha=0.2, linewidth=0, label="published")
             for k, (label, (x, y)) in enumerate(lines_of.items()):
                 style = "-" if k < len(SERIES) else "--"
                 ax.plot(x, y, style, label=label, marker="o" if len(x) < 15 else None, markersize=2.5)
-            if (len(lines_of) > 1 or title in (bands or {})) and not in_common:
+            if (len(lines_of) > 1 or title in bands) and not in_common:
                 ax.legend(ncols=2 if len(lines_of) > 4 else 1)
             ax.margins(x=0.02)
             ax.ticklabel_format(axis="y", useOffset=False)
@@ -162,41 +160,25 @@ def utterance(
     units: Mapping[str, Sequence[tuple[int, float, float]]],
     title: str,
 ) -> Drawn:
-    """A spectrogram, the phones, and the units of each codebook below it.
+    """Draw a spectrogram in dB (frequencies up to 8 kHz, frames), the phones, and the units of each codebook below it.
 
-    Args:
-        name: Of the figure.
-        spectrogram: In dB, (frequencies up to 8 kHz, frames).
-        duration: In seconds, of what is shown.
-        phones: (phone, start, end) in seconds.
-        units: Row label → (unit, start, end).
-        title: Above.
+    Phones and units, the latter by row label, are (label, start, end) in seconds of the ``duration`` shown.
     """
     rows = {"phones": phones, **units} if phones else dict(units)
 
     def draw(figure: Figure) -> None:
-        axes: Any = figure.subplots(
-            1 + len(rows), 1, sharex=True, gridspec_kw={"height_ratios": [5] + [1] * len(rows), "hspace": 0.02}
-        )
-        axes = np.atleast_1d(axes)
-        top = float(spectrogram.max())
-        axes[0].imshow(
-            spectrogram,
-            origin="lower",
-            aspect="auto",
-            extent=(0, duration, 0, 8),
-            cmap="magma",
-            vmin=top - 80,
-            vmax=top,
-        )
-        axes[0].set_ylabel("kHz")
-        axes[0].set_title(title)
-        axes[0].grid(visible=False)
-        for k, (ax, (label, intervals)) in enumerate(zip(axes[1:], rows.items(), strict=True)):
+        heights = {"height_ratios": [5] + [1] * len(rows), "hspace": 0.02}
+        first, *others = figure.subplots(1 + len(rows), 1, sharex=True, squeeze=False, gridspec_kw=heights)[:, 0]
+        top, extent = float(spectrogram.max()), (0, duration, 0, 8)
+        first.imshow(spectrogram, "magma", origin="lower", aspect="auto", extent=extent, vmin=top - 80, vmax=top)
+        first.set_ylabel("kHz")
+        first.set_title(title)
+        first.grid(visible=False)
+        for k, (ax, (label, intervals)) in enumerate(zip(others, rows.items(), strict=True)):
             _intervals(ax, intervals, duration, INK if label == "phones" else SERIES[k % len(SERIES)])
             ax.set_ylabel(label, rotation=0, ha="right", va="center")
-        axes[-1].set_xlabel("seconds")
-        axes[-1].set_xlim(0, duration)
+        figure.axes[-1].set_xlabel("seconds")
+        figure.axes[-1].set_xlim(0, duration)
 
     return Drawn(name, draw, (10.5, 2.6 + 0.35 * len(rows)))
 

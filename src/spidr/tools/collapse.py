@@ -9,13 +9,11 @@ logger = logging.getLogger(__name__)
 
 
 class CollapseWatch:
-    """Warns of codebooks of which only a few codewords stay in use.
-
-    Once for each codebook, and again if it has recovered meanwhile.
+    """Warns, once for each codebook until it recovers, that only few of its codewords stay in use.
 
     Args:
-        share: A codebook is narrow in a step if fewer of its codewords than this share get a frame. A step with fewer
-            frames than there are codewords could not use more than it has frames, so the share is then of those.
+        share: A codebook is narrow in a step if fewer of its codewords than this share get a frame. In a step with
+            fewer frames than codewords, the share is of the frames.
         steps: How many steps in a row a codebook must be narrow.
         size: Codewords of a codebook.
     """
@@ -25,14 +23,7 @@ class CollapseWatch:
         self._narrow: dict[str, int] = {}
 
     def step(self, step: int, layers: Sequence[str], active: Sequence[float], frames: float) -> None:
-        """Look at a step.
-
-        Args:
-            step: Its number.
-            layers: Names of the codebooks.
-            active: Codewords of each that got a frame.
-            frames: Masked frames of the step.
-        """
+        """Look at a step of ``frames`` masked frames: how many codewords of each layer's codebook got one."""
         least = self.share * min(self.size, frames)
         for layer, count in zip(layers, active, strict=True):
             self._narrow[layer] = self._narrow.get(layer, 0) + 1 if count < least else 0

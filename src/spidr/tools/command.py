@@ -143,10 +143,7 @@ class _Formatter(argparse.HelpFormatter):
 class Parser(argparse.ArgumentParser):
     """A parser whose help fits on a screen and ends with an example.
 
-    Args:
-        prog: ``python -m MODULE``, shown as ``spidr NAME`` if it was called that way.
-        example: Command lines.
-        options: As of :class:`argparse.ArgumentParser`.
+    ``prog`` is ``python -m MODULE``, shown as ``spidr NAME`` if it was called that way.
     """
 
     def __init__(self, prog: str | None = None, *, example: str = "", **options: Any) -> None:
@@ -157,7 +154,7 @@ class Parser(argparse.ArgumentParser):
         self.example = example
 
     def format_help(self) -> str:
-        """Format the help with the example at its end."""
+        """Format the help, with the example at its end."""
         example = "".join(f"  {line}\n" for line in self.example.splitlines())
         return super().format_help() + (f"\nexample:\n{example}" if example else "")
 

@@ -26,13 +26,12 @@ _OLD = 24 * 3600
 """Age in seconds at which a temporary file of another machine counts as left behind."""
 
 _REMEDIES = {
-    errno.ENOSPC: "make room or choose another folder, then run the same command again",
-    errno.EDQUOT: "make room or choose another folder, then run the same command again",
+    **dict.fromkeys(
+        (errno.ENOSPC, errno.EDQUOT), "make room or choose another folder, then run the same command again"
+    ),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "choose a folder that you may write to"),
     errno.ENOENT: "the folder is missing: make it or choose another one",
     errno.ENOTDIR: "a part of the path is a file: choose another folder",
-    errno.EACCES: "choose a folder that you may write to",
-    errno.EPERM: "choose a folder that you may write to",
-    errno.EROFS: "choose a folder that you may write to",
     errno.ENAMETOOLONG: "choose a shorter name",
     errno.EISDIR: "there is a folder of that name: choose another one",
     errno.EIO: "look at the disk, then run the same command again",
@@ -47,12 +46,10 @@ def why_not_written(path: str | Path, error: OSError) -> InputError:
 
 
 def find_files(folder: str | os.PathLike[str], wanted: Callable[[str], bool]) -> list[str]:
-    """List the files below a folder, links followed, sorted.
+    """List the files below a folder whose names are wanted, sorted. Links are followed.
 
-    Args:
-        folder: Where to look. A linked folder that leads back to one it is in is left out with a warning; hidden files
-            (``._a.wav`` from macOS) are left out without one.
-        wanted: Says of a file's name whether to list it.
+    A linked folder that leads back to one it is in is left out with a warning; hidden files (``._a.wav`` from macOS)
+    are left out without one.
 
     Raises:
         InputError: A folder cannot be read.
@@ -109,11 +106,7 @@ def write_json(path: Path, document: Any, *, indent: int | None = None) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder and those it is in, as far as they are missing.
-
-    Raises:
-        InputError: If it cannot be made.
-    """
+    """Make a folder and its parents. Raises InputError if it cannot be made."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -149,11 +142,7 @@ def expand(path: str | Path) -> Path:
 
 
 def check_file(path: str | Path) -> None:
-    """See that a path is a regular file: opening a pipe or device may take for ever.
-
-    Raises:
-        InputError: It is something else, or missing.
-    """
+    """Check that a path is a regular file: opening a pipe or device may take for ever. Raises InputError if not."""
     try:
         mode = Path(path).stat().st_mode
     except (OSError, ValueError) as error:  # ValueError: a NUL character

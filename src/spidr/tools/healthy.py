@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 LOSS: dict[int, tuple[float, float]] = {
     0: (5.57, 5.57),
     2_500: (2.62, 2.89),
@@ -37,19 +39,12 @@ def is_base(model: object) -> bool:
 
 def expected_loss(step: float) -> tuple[float, float]:
     """The lowest and highest validation loss of the published runs at a step, straight lines between those known."""
-    steps = sorted(LOSS)
-    step = min(max(step, steps[0]), steps[-1])
-    right = next(i for i, known in enumerate(steps) if known >= step)
-    if steps[right] == step:
-        return LOSS[steps[right]]
-    before, after = steps[right - 1], steps[right]
-    share = (step - before) / (after - before)
-    low, high = ((1 - share) * a + share * b for a, b in zip(LOSS[before], LOSS[after], strict=True))
-    return low, high
+    low, high = zip(*LOSS.values(), strict=True)
+    return float(np.interp(step, [*LOSS], low)), float(np.interp(step, [*LOSS], high))
 
 
 def unlike_published(step: int, loss: float | None, active: Sequence[float] = ()) -> str:
-    """Say in what a run of the base model is outside the published ones; empty if in nothing.
+    """Say how a run of the base model differs from the published ones at a step; empty if it does not.
 
     Args:
         step: Of the optimiser.

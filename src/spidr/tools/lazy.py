@@ -15,7 +15,7 @@ from spidr.tools.errors import InputError
 
 
 def lazy_names(package: str, here: str = "", **modules: str) -> tuple[Callable[[str], Any], list[str]]:
-    """Offer names of a package's modules in the package itself, imported on first use; and the modules.
+    """Offer names of a package's modules, and the modules, in the package itself; they are imported on first use.
 
     Args:
         package: Its ``__name__``.
@@ -45,12 +45,7 @@ def lazy_names(package: str, here: str = "", **modules: str) -> tuple[Callable[[
 
 
 def names_from(package: str, module: str) -> Callable[[str], Any]:
-    """Make a module-level ``__getattr__`` for names of another module.
-
-    Args:
-        package: Its ``__name__``.
-        module: The module whose ``__all__`` it offers, imported on first use.
-    """
+    """Make the ``__getattr__`` of a package that offers the ``__all__`` of another module, imported on first use."""
 
     def get(name: str) -> Any:
         found = None if name.startswith("__") else _import(module)
@@ -71,15 +66,7 @@ def _import(module: str) -> ModuleType:
 
 @contextmanager
 def needs_extra(extra: str, note: str = "") -> Iterator[None]:
-    """Turn a failed import of a package into an error that says what to install.
-
-    Args:
-        extra: Our extra or extras that install it, such as ``"train"`` or ``"train,plot"``.
-        note: Text after the command.
-
-    Raises:
-        InputError: A module of another package is missing.
-    """
+    """Turn a failed import of another package into an InputError that says which extra of ours to install."""
     try:
         yield
     except ModuleNotFoundError as error:
@@ -91,16 +78,7 @@ def needs_extra(extra: str, note: str = "") -> Iterator[None]:
 
 @contextmanager
 def command_needs(extra: str, module_name: str) -> Iterator[None]:
-    """Apply :func:`needs_extra` to imports at the top of a module if it runs as a command.
-
-    Args:
-        extra: See :func:`needs_extra`.
-        module_name: Its ``__name__``.
-
-    Raises:
-        ModuleNotFoundError: A package is missing, and the module is imported.
-        SystemExit: A package is missing, and the module is a command (status 2).
-    """
+    """Apply :func:`needs_extra` to the imports of a module if it runs as a command, which then ends with status 2."""
     if module_name != "__main__":
         yield
         return

@@ -140,10 +140,10 @@ class Lock:
                 self.path.unlink()
 
     def check(self) -> None:
-        """Check that the lock is still held: nothing may be written if it is not.
+        """Check that the lock is still held; nothing may be written otherwise.
 
         Raises:
-            InputError: This process seemed dead, because its machine or file system stood still, and another went on.
+            InputError: This process seemed dead, because its machine or file system stood still, and another took over.
         """
         if self._successor is not None:
             raise InputError(

@@ -23,10 +23,10 @@ Line = dict[str, Any]
 
 
 def read_metrics(path: Path) -> list[Line]:
-    """The complete lines of a metrics file; what is none, such as the beginning of one, is left out.
+    """Read the complete lines of a metrics file; anything else, such as half a line, is left out.
 
     Raises:
-        InputError: If the file is there but cannot be read.
+        InputError: The file exists but cannot be read.
     """
     lines = []
     try:
@@ -59,9 +59,8 @@ class MetricsFile:
 
     Args:
         path: The file.
-        step: The step that the run resumes from. What a killed run wrote of later training steps is removed: it will be
-            written again.
-        again: Step and group of another line that will be.
+        step: The step that the run resumes from. Lines of later steps are removed: they will be written again.
+        again: Step and group of another such line.
     """
 
     def __init__(self, path: Path, step: int, again: tuple[int, str] | None = None) -> None:
@@ -77,11 +76,7 @@ class MetricsFile:
         return key in self._written
 
     def write(self, line: Line) -> bool:
-        """Append a line. Returns False, without writing, if its step and group are there already.
-
-        Raises:
-            InputError: If the disk is full or gone.
-        """
+        """Append a line; return False if its step and group are there. Raises InputError if the disk is full."""
         key = (line["step"], line["group"])
         if key in self._written:
             return False

@@ -45,7 +45,7 @@ class Cause:
 
 
 def connect(rank: int, timeout: timedelta, *, serve: bool = False) -> Any:
-    """A new connection to the store at which all processes of the run meet, at ``$MASTER_ADDR:$MASTER_PORT``.
+    """Connect to the store at which all processes of the run meet, at ``$MASTER_ADDR:$MASTER_PORT``.
 
     Args:
         rank: This process.
@@ -68,13 +68,9 @@ def connect(rank: int, timeout: timedelta, *, serve: bool = False) -> Any:
 class Peers:
     """Exchanges signs of life, and the cause if the run cannot continue, through the store where the processes meet.
 
-    Rank 0 watches all others and they watch rank 0, so the store answers a few questions a second from each. They are
-    asked by one thread; another one, which never asks anything, notices when the answers stay out, and ends the process
-    if it is stuck. Time is counted in beats: a process that was suspended itself does not take the others for dead.
-
-    Args:
-        rank: This process.
-        world_size: Number of processes.
+    Rank 0 watches all others and they watch rank 0, so the store answers a few questions a second from each. One thread
+    asks; another, which never does, notices when the answers stay out, and ends the process if it is stuck. Time is
+    counted in beats: a process that was suspended itself does not take the others for dead.
     """
 
     def __init__(self, rank: int, world_size: int) -> None:
@@ -99,11 +95,11 @@ class Peers:
         """Wait until all processes have come.
 
         Args:
-            timeout: How long one may take that has not come yet: a cluster may start them one after the other. One that
-                has come and gives no sign of life any more is missed much sooner.
+            timeout: How long a process may take to come: a cluster may start them one after the other. One that has
+                come and gives no more sign of life is noticed much sooner.
 
         Raises:
-            RuntimeError: Someone is missing; :meth:`explain` tells who.
+            RuntimeError: A process is missing; :meth:`explain` tells which.
         """
         if not self._news.wait(timeout.total_seconds()):
             come = self._store.get("come").decode().split()
@@ -115,11 +111,9 @@ class Peers:
             raise RuntimeError(self._cause.text)
 
     def explain(self, error: BaseException, status: int) -> Cause:
-        """The cause of the run's end, given an error of this process, which may itself be the cause.
+        """Find the cause of the run's end, given an error of this process and the exit status if that is the cause.
 
-        Args:
-            error: If it is a RuntimeError, as of a failed collective operation, another process may be behind it.
-            status: Exit status if it is this error.
+        Another process may be behind a RuntimeError, as of a failed collective operation.
         """
         if isinstance(error, RuntimeError):
             with suppress(RuntimeError):

@@ -18,8 +18,7 @@ class StepProfiler:
     """Records a few training steps; call it before every step.
 
     Args:
-        path: The trace, an HTML or JSON file.
-        enabled: Without it, nothing is recorded.
+        path: The trace, an HTML or JSON file; None: nothing is recorded.
         first: Recording starts after this step, 1,005 if it is None,
         count: and lasts for so many.
 
@@ -27,12 +26,10 @@ class StepProfiler:
         InputError: VizTracer is not installed.
     """
 
-    def __init__(self, path: Path, *, enabled: bool, first: int | None = None, count: int = NUM_STEPS) -> None:
-        self.path = path
-        self.first, self.count = FIRST_STEP if first is None else first, count
-        self.enabled = enabled
+    def __init__(self, path: Path | None, *, first: int | None = None, count: int = NUM_STEPS) -> None:
+        self.path, self.first, self.count = path, FIRST_STEP if first is None else first, count
         self._tracer: Any = None
-        if enabled:  # now: what is missing should not stop the run in the middle
+        if path is not None:  # now: what is missing should not stop the run in the middle
             with needs_extra("train"):
                 from viztracer import VizTracer
 
@@ -40,9 +37,7 @@ class StepProfiler:
 
     def __call__(self, step: int) -> None:
         """Start or stop recording, given the number of steps done."""
-        if not self.enabled:
-            return
-        if step == self.first:
+        if step == self.first and self.path is not None:
             self._tracer = self._tracer_class(output_file=str(self.path), verbose=0, log_torch=True)
             self._tracer.start()
         elif step == self.first + self.count:

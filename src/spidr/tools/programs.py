@@ -14,14 +14,8 @@ def run_program(
     """Run a program from inside a training run, which forks workers and gets signals meanwhile.
 
     Its streams are files, since a worker forked meanwhile would inherit pipes and hold them open. It runs in its own
-    session and blocks the signals that ask a run to stop, which SLURM sends to all processes of a job. If it takes too
-    long, or this process is interrupted, it is killed with all that it has started.
-
-    Args:
-        command: The program, found on the path, and its arguments.
-        environment: Its environment; None: this process's.
-        text: Its standard input.
-        limit: Seconds it may take.
+    session and blocks the signals that ask a run to stop, which SLURM sends to all processes of a job. If it takes
+    longer than ``limit`` seconds, or this process is interrupted, it is killed with all that it has started.
 
     Raises:
         OSError: It cannot be started.

@@ -86,12 +86,12 @@ class Settings:
 
     def __repr__(self) -> str:
         """The settings that differ from their defaults."""
-        parts = []
+        values = {}
         for field in dataclasses.fields(self):
-            factory, value = field.default_factory, getattr(self, field.name)
-            default = field.default if factory is dataclasses.MISSING else factory()
-            parts += [f"{field.name}={value!r}"] if value != default else []
-        return f"{type(self).__name__}({', '.join(parts)})"
+            default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+            if (value := getattr(self, field.name)) != default:
+                values[field.name] = value
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in values.items())})"
 
 
 S = TypeVar("S", bound=Settings)
@@ -127,11 +127,7 @@ def hints_of(cls: type) -> dict[str, Any]:
 
 
 def _convert(value: Any, hint: Any) -> Any:
-    """Convert a value to its annotation: integers to floats, lists to tuples, tables to dataclasses.
-
-    Raises:
-        ProblemsError: The annotation does not accept it.
-    """
+    """Convert integers to floats, lists to tuples, tables to dataclasses. Raises ProblemsError if that fails."""
     if value is REQUIRED:
         raise ProblemsError([("", f"missing, required: {describe(hint)}")])
     if dataclasses.is_dataclass(hint):
@@ -147,19 +143,15 @@ def _convert(value: Any, hint: Any) -> Any:
 
 
 def _convert_union(value: Any, hints: tuple[Any, ...]) -> Any:
-    first, *others = (hint for hint in hints if hint is not types.NoneType)
-    if value is None and types.NoneType in hints:
+    kinds = [hint for hint in hints if hint is not types.NoneType]
+    if value is None and len(kinds) < len(hints):
         return None
-    for hint in others:
+    if len(kinds) == 1:
+        return _convert(value, kinds[0])
+    for hint in kinds:
         with suppress(ProblemsError):
             return _convert(value, hint)
-    try:
-        return _convert(value, first)
-    except ProblemsError:
-        if not others:
-            raise
-        accepted = " or ".join(map(describe, (first, *others)))
-        raise ProblemsError([("", f"found {show(value)}, accepted: {accepted}")]) from None
+    raise ProblemsError([("", f"found {show(value)}, accepted: {' or '.join(map(describe, kinds))}")])
 
 
 def _convert_values(table: Mapping[str, Any], key_hint: Any, value_hint: Any) -> dict[str, Any]:

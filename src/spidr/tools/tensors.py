@@ -103,8 +103,7 @@ def is_archive(path: str | Path) -> bool:
 def open_archive(path: str | Path) -> zipfile.ZipFile:
     """Open a zip file of torch or numpy, in which nothing is compressed, so that it cannot be larger unpacked.
 
-    Raises:
-        Exception: Of any type, if the file is another one.
+    If the file is another one, this raises an exception of any type.
     """
     check_file(path)
     archive = zipfile.ZipFile(path)

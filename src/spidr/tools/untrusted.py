@@ -22,7 +22,7 @@ def check_memory(size: int, place: str) -> None:
         place: Where they are asked for.
 
     Raises:
-        InputError: There are not enough.
+        InputError: There is not enough.
     """
     if size > _memory() // 2:
         raise InputError(f"{place}: would take {size / 2**30:,.1f} GiB, more than half of the memory there is.")
@@ -59,9 +59,8 @@ def read_table(path: str | Path) -> dict[str, Any]:
     try:
         with path.open("rb") as file:
             raw = file.read(_MAX_BYTES + 1)
-    except (OSError, ValueError) as error:  # ValueError: a NUL character in the path
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise InputError(f"{path}: cannot read the file: {reason}") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
     if len(raw) > _MAX_BYTES:
         raise InputError(f"{path}: larger than {_MAX_BYTES // 2**20} MiB, so no configuration")
     try:

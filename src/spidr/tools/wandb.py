@@ -43,15 +43,8 @@ class WandbSink:
     """The run's page on wandb, with one id over all restarts, which gets each line once.
 
     ``wandb.json`` in the run folder holds the id and what was pushed, online and offline apart. wandb never stops
-    training: failures are logged, and :func:`spidr.validation_jobs.push_metrics` can push missing lines later.
-
-    Args:
-        folder: The run folder.
-        project: wandb project.
-        name: Name of the run.
-        mode: From :func:`wandb_mode`.
-        config: The configuration to show.
-        run_id: wandb's id of the run. None: from ``wandb.json``, else a new one.
+    training: failures are logged, and :func:`spidr.validation_jobs.push_metrics` can push missing lines later. Without
+    a ``run_id``, it is that of ``wandb.json`` or a new one.
     """
 
     def __init__(

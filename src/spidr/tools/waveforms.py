@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -17,9 +18,6 @@ QUIET = 10**-4.5
 
 BLOCK = 1 << 20
 """Samples to sum at a time."""
-
-_warned = False
-
 
 Read = Callable[[int, int], Tensor]
 """Samples (B, stop - start) of waveforms, from ``start`` to ``stop``."""
@@ -105,15 +103,18 @@ class Standardised:
 
 def warn_if_quiet(variance: float) -> None:
     """Warn, once per process, about a recording below -45 dBFS."""
-    global _warned
-    if variance < QUIET and not _warned:
-        _warned = True
-        warnings.warn(
-            "a recording is quieter than -45 dBFS (root mean square, full scale 1): standardising adds 1e-5 to its "
-            "variance, as in training, so it comes out quieter than others and its units may be worse; raise its "
-            "volume first if it is speech",
-            stacklevel=2,
-        )
+    if variance < QUIET:
+        _warn_of_quiet_recordings()
+
+
+@cache
+def _warn_of_quiet_recordings() -> None:
+    warnings.warn(
+        "a recording is quieter than -45 dBFS (root mean square, full scale 1): standardising adds 1e-5 to its "
+        "variance, as in training, so it comes out quieter than others and its units may be worse; raise its "
+        "volume first if it is speech",
+        stacklevel=3,
+    )
 
 
 def _padding(waveforms: Tensor, lengths: Tensor) -> Tensor:
