@@ -202,11 +202,8 @@ def _needed(name: str) -> str:
     """The value of an environment variable that must be set."""
     value = os.environ.get(name, "")
     if not value.strip():
-        others = [
-            other
-            for other in LAUNCHER_VARIABLES
-            if other in os.environ and other.startswith("SLURM_") == name.startswith("SLURM_")
-        ]
+        is_slurm = name.startswith("SLURM_")
+        others = [n for n in LAUNCHER_VARIABLES if n in os.environ and n.startswith("SLURM_") == is_slurm]
         what = f"not set, but {', '.join(others)} {'are' if len(others) > 1 else 'is'}"
         raise InputError(f"the environment variable {name} is {'empty' if name in os.environ else what}: {REMEDY}")
     return value
