@@ -107,7 +107,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
 
 @contextmanager
 def _once_per_machine() -> Iterator[None]:
-    """What is wrong for all processes of a machine is said by one of them."""
+    """Let one process of a machine report a mistake that all of them find."""
     try:
         yield
     except InputError:
