@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from helpers.processes import Fault, Ranks, assert_same_run, complete, outcome
 from helpers.small_models import GoldenCase, tiny_model
 from helpers.tiny_run import write_config, write_recordings
-from spidr.__main__ import main
 from spidr.adapt import FrozenOutputs
 from spidr.config import Config, DataConfig, MaskingConfig, OptimizerConfig, RunConfig, read_config, to_dict
 from spidr.data import Batch, build_dataloader
@@ -33,7 +32,7 @@ from spidr.state import Hooks, State, model_settings
 from spidr.tools import peers
 from spidr.tools.errors import InputError
 from spidr.tools.metrics import read_metrics
-from spidr.train import train, train_step
+from spidr.train import main, train, train_step
 
 CPU = Environment(0, 0, 1, torch.device("cpu"))
 
@@ -315,10 +314,11 @@ def test_error_is_a_line_of_its_own(
     rank: str | None, line_break: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """With several processes, the line it is written on may hold another one's progress bar."""
+    monkeypatch.setattr("sys.argv", ["spidr.train", "gone.toml"])
     monkeypatch.setenv("RANK", rank or "")
     if rank is None:
         monkeypatch.delenv("RANK")
-    assert main(["gone.toml"]) == 2
+    assert main() == 2
     assert capsys.readouterr().err.startswith(f"{line_break}error: gone.toml: cannot be read")
 
 

@@ -7,9 +7,9 @@ import sys
 from contextlib import nullcontext
 from typing import Any
 
-if __name__ == "__main__":  # one of torchrun's processes; whoever asks for help does not wait for torch
-    from spidr.__main__ import main
+from spidr.__main__ import main
 
+if __name__ == "__main__":  # whoever asks for help need not wait for torch
     sys.exit(main(prog="python -m spidr.train"))
 
 import torch
@@ -27,7 +27,7 @@ from spidr.tools.errors import InputError
 from spidr.tools.frames import conv_length
 from spidr.tools.lazy import names_from
 
-__all__ = ["Hooks", "State", "train", "train_step"]
+__all__ = ["Hooks", "State", "main", "train", "train_step"]
 
 __getattr__ = names_from(__name__, "spidr.compat.training")  # what published packages also have here
 

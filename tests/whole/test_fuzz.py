@@ -836,13 +836,12 @@ def call(name: str, arguments: list[str]) -> tuple[int, str]:
     """Exit status of a command line in this process, and what it writes to standard error."""
     module, *command = name.split()
     packages = ("spidr", "spidr.extract", "spidr.export", "spidr.report")
-    module = "spidr" if module == "spidr.train" else module
     main = importlib.import_module(f"{module}.__main__" if module in packages else module).main
     errors, before = io.StringIO(), sys.argv
     sys.argv = [module, *arguments]
     try:
         with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.TextIOWrapper(io.BytesIO(), "utf-8")):
-            status = main([*command, *arguments])
+            status = main() if module == "spidr.train" else main([*command, *arguments])
     except SystemExit as end:
         status = end.code
     finally:
