@@ -91,7 +91,7 @@ def read_alignments(
             problems[place] = str(error)
             continue
         if name in alignments:
-            raise InputError(f"{place}: {name!r} is aligned twice")
+            raise InputError(f"{place}: {name[:200]!r} is aligned twice")
         alignments[name] = labels
     if skipped is None and problems:
         raise InputError(some([f"{place}: {problem}" for place, problem in problems.items()], separator="\n"))

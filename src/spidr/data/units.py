@@ -49,7 +49,7 @@ def read_units(path: str | Path, *, names: Sequence[str] | None = None) -> Units
         except (ValueError, TypeError, KeyError, AttributeError, OverflowError):
             raise InputError(f"{path}: {place}: {EXPECTED}; found {str(row)[:80]}.") from None
         if name in units:
-            raise InputError(f"{path}: {place}: {name!r} occurs twice.")
+            raise InputError(f"{path}: {place}: {name[:200]!r} occurs twice.")
         length = len(sequence) if durations is None else sum(durations.tolist())
         if length > MAX_FRAMES:
             raise InputError(f"{path}: {place}: {length:,} units, more than a recording of a day has.")
