@@ -337,9 +337,8 @@ def _located(manifest: pl.DataFrame, source: Path) -> pl.DataFrame:
 
     @cache
     def roots(parent: str) -> list[str]:
-        return [
-            root for root in dict.fromkeys(["", str(source.parent)]) if os.path.isdir(os.path.join(root, parent) or ".")
-        ]  # noqa: PTH112, PTH118
+        both = dict.fromkeys(["", str(source.parent)])
+        return [root for root in both if os.path.isdir(os.path.join(root, parent) or ".")]  # noqa: PTH112, PTH118
 
     def locate(path: str) -> str:
         if path.startswith("~") or "$" in path:
