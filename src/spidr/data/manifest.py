@@ -88,7 +88,7 @@ def read_manifest(path: str | Path | Sequence[str | Path], *, needs_audio: bool 
     manifest = manifest.filter(~pl.all_horizontal(blank, (~cs.string()).is_null()))
     if manifest.is_empty():
         raise InputError(f"{path}: the manifest has no row.")
-    return _located(_named(_typed(path, manifest, needs_audio=needs_audio)), path.parent)
+    return _located(_named(_typed(path, manifest, needs_audio=needs_audio)), path)
 
 
 def read_manifests(paths: Sequence[str | Path], *, needs_audio: bool = False) -> tuple[pl.DataFrame, pl.Series]:
@@ -332,16 +332,20 @@ def _named(manifest: pl.DataFrame) -> pl.DataFrame:
     return manifest if lengths.null_count() else manifest.with_columns(lengths)
 
 
-def _located(manifest: pl.DataFrame, folder: Path) -> pl.DataFrame:
+def _located(manifest: pl.DataFrame, source: Path) -> pl.DataFrame:
     """Resolve relative paths: from the current folder, else from the manifest's."""
 
     @cache
     def roots(parent: str) -> list[str]:
-        return [root for root in dict.fromkeys(["", str(folder)]) if os.path.isdir(os.path.join(root, parent) or ".")]  # noqa: PTH112, PTH118
+        both = dict.fromkeys(["", str(source.parent)])
+        return [root for root in both if os.path.isdir(os.path.join(root, parent) or ".")]  # noqa: PTH112, PTH118
 
     def locate(path: str) -> str:
         if path.startswith("~") or "$" in path:
-            path = str(expand(path))
+            try:
+                path = str(expand(path))
+            except InputError as error:
+                raise InputError(f"{source}: {error}") from None
         found = roots(os.path.dirname(path))  # noqa: PTH120
         if len(found) > 1:
             found = [root for root in found if os.path.exists(os.path.join(root, path))]  # noqa: PTH110, PTH118

@@ -82,8 +82,6 @@ with command_needs("train", __name__):
 MAX_HEADER = 1 << 20
 """Largest header in a tar archive, in bytes."""
 
-Sources = str | Path | list[str] | list[Path]
-
 
 class Written(NamedTuple):
     """A manifest as it was written, and why recordings were left out of it."""
@@ -93,7 +91,7 @@ class Written(NamedTuple):
 
 
 def write_manifest(
-    dataset: Sources,
+    dataset: str | Path | list[str] | list[Path],
     output: str | Path,
     file_extension: str | Sequence[str] = ".wav",
     *,
