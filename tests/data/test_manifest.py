@@ -217,6 +217,7 @@ def test_every_name_survives(names: list[str]) -> None:
         ("m.tsv", "/a\nb.wav\t1\nc.wav\tx\n", "row 3 must be"),
         ("m.tsv", "/a\n", "has no row"),
         ("m.tsv", "b.wav\t1\n", "row 1 must be the root folder"),
+        ("m.tsv", "$ROOT_/a\nb.wav\t1\n", r"the environment variable \$ROOT_ is not set"),
     ],
 )
 def test_mistakes_are_named(tmp_path: Path, name: str, text: str, message: str) -> None:

@@ -27,17 +27,18 @@ def kept_bytes(function: Any, *inputs: Tensor) -> int:
     return sum(storages.values())
 
 
-@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9, 0.998])
 def test_share_dropped(p: float) -> None:
     torch.manual_seed(0)
     kept, scale = kernels.draw_kept((1001, 999), p)
     assert kept.shape == (1001, 999)
     assert kept.dtype == torch.int8
     dropped = kept == 0
-    assert scale == pytest.approx(1 / (1 - p), rel=1e-4 / (1 - p))
-    # Over everything, and over each of the four elements that share a random word, and pairs of neighbours.
-    deviation = math.sqrt(p * (1 - p) / (dropped.numel() // 4))
-    drawn = dropped.flatten()[: dropped.numel() // 4 * 4].view(-1, 4)
+    p = min(p, 255 / 256)
+    assert scale == pytest.approx(1 / (1 - p))
+    # Over everything, and over each of the eight elements that share a random word, and pairs of neighbours.
+    deviation = math.sqrt(p * (1 - p) / (dropped.numel() // 8))
+    drawn = dropped.flatten()[: dropped.numel() // 8 * 8].view(-1, 8)
     assert drawn.float().mean(0).sub(p).abs().max() < 5 * deviation
     both = (drawn[:, 1:] & drawn[:, :-1]).float().mean(0)
     assert both.sub(p * p).abs().max() < 5 * deviation
@@ -46,7 +47,7 @@ def test_share_dropped(p: float) -> None:
 @pytest.mark.parametrize("p", [1e-9, 1 - 1e-9])
 def test_extreme_probabilities(p: float) -> None:
     kept, scale = kernels.draw_kept((400, 400), p)
-    assert (1 - kept.float()).mean().sub(p).abs() < 1e-3
+    assert (1 - kept.float()).mean().sub(p).abs() < 5e-3
     assert math.isfinite(scale)
 
 
@@ -65,7 +66,7 @@ def test_dropout() -> None:
     torch.manual_seed(0)
     dropout, x = kernels.Dropout(P), torch.randn(300, 200, dtype=torch.float64, requires_grad=True)
     out = dropout(x)
-    factor = 1 / (1 - round(P * 2**16) / 2**16)
+    factor = 1 / (1 - P)
     dropped = out == 0
     torch.testing.assert_close(out, (x * factor).masked_fill(dropped, 0))
     assert dropped.double().mean().item() == pytest.approx(P, abs=0.01)

@@ -106,10 +106,10 @@ def test_a_window_as_long_as_the_recording_changes_nothing() -> None:
         ({"context": 1.0}, "goes with a window"),
         ({"window": 0.0}, r"window = 0\.0 s is shorter than a frame"),
         ({"window": -1.0}, r"window = -1\.0 s is shorter than a frame"),
-        ({"window": math.inf}, "window = inf s is no number of seconds"),
-        ({"window": math.nan}, "window = nan s is no number of seconds"),
-        ({"window": 1.0, "context": math.inf}, "context = inf s is no number of seconds"),
-        ({"window": 1.0, "context": math.nan}, "context = nan s is no number of seconds"),
+        ({"window": math.inf}, "window = inf s is not a number of seconds"),
+        ({"window": math.nan}, "window = nan s is not a number of seconds"),
+        ({"window": 1.0, "context": math.inf}, "context = inf s is not a number of seconds"),
+        ({"window": 1.0, "context": math.nan}, "context = nan s is not a number of seconds"),
     ],
 )
 def test_wrong_windows(options: dict[str, float], message: str) -> None:

@@ -160,7 +160,7 @@ def test_bad_data(data: Data, message: str) -> None:
 
 def test_bad_steps() -> None:
     for frame_step, alignment_step in ((20, 15), (10, 20)):
-        with pytest.raises(InputError, match="is no multiple of alignment_step"):
+        with pytest.raises(InputError, match="is not a multiple of alignment_step"):
             units_quality(
                 {"x": (["A"], [0])},
                 num_units=3,

@@ -1,12 +1,11 @@
 """Read phone alignments: JSON lines, tables and Praat's TextGrids."""
 
-from __future__ import annotations
-
 import codecs
 import os
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import cache, partial
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +91,7 @@ def read_alignments(
             problems[place] = str(error)
             continue
         if name in alignments:
-            raise InputError(f"{place}: {name!r} is aligned twice")
+            raise InputError(f"{place}: {name[:200]!r} is aligned twice")
         alignments[name] = labels
     if skipped is None and problems:
         raise InputError(some([f"{place}: {problem}" for place, problem in problems.items()], separator="\n"))
@@ -218,11 +217,7 @@ def match_alignments(alignments: Alignments, fileids: Iterable[str]) -> Alignmen
 
 
 def _frames(intervals: list[Interval], duration: float = 0.0) -> list[str]:
-    """Take the phone at the middle of each frame, at least to the end of the last interval.
-
-    Raises:
-        InputError: The intervals overlap, or last longer than a day.
-    """
+    """Take the phone at the middle of each frame, at least to the end of the last interval."""
     end = max((end for *_, end in intervals[-1:]), default=0.0)
     duration = end if end > duration + ROUNDING else duration
     if not 0 <= duration <= MAX_SECONDS:
@@ -240,6 +235,6 @@ def _frames(intervals: list[Interval], duration: float = 0.0) -> list[str]:
             raise InputError(f"{where}: ends after more than a day.")
         start = max(start, before)
         before = max(end, start)
-        first, last = (max(0, -int(-(round(time * 1000 / FRAME_STEP - 0.5, 6)) // 1)) for time in (start, before))
+        first, last = (max(0, ceil(round(time * 1000 / FRAME_STEP - 0.5, 6))) for time in (start, before))
         frames[first:last] = [phone] * len(frames[first:last])
     return frames

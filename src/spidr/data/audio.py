@@ -1,23 +1,17 @@
 """Read recordings, 16 kHz mono: lengths, samples, streams and statistics."""
 
-from __future__ import annotations
-
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from spidr.config import SAMPLE_RATE
 from spidr.data.decoders import Decoder, decoder, resampled
 from spidr.data.recording import Recording, Source
 from spidr.tools.errors import InputError
 
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
-
-    from numpy.typing import NDArray
-
-    Samples = NDArray[np.float32]
+Samples = NDArray[np.float32]
 
 BLOCK = 1 << 16
 """Samples per block of statistics: small enough for the cache and for exact sums."""

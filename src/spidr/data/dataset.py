@@ -1,14 +1,14 @@
 """A manifest's recordings as waveforms."""
 
-from __future__ import annotations
-
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import polars as pl
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -18,11 +18,6 @@ from spidr.data.measure import with_lengths
 from spidr.data.recording import Recording
 from spidr.tools.frames import conv_length
 from spidr.tools.lazy import names_from
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from numpy.typing import NDArray
 
 __getattr__ = names_from(__name__, "spidr.compat.dataset")  # names of the published package
 

@@ -1,19 +1,19 @@
 """Decode audio files with libsndfile, or TorchCodec where it cannot, and resample with soxr."""
 
-from __future__ import annotations
-
 import io
 import logging
 import os
 import re
 from bisect import bisect_left
+from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager, suppress
 from functools import cache
 from importlib import import_module
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 import numpy as np
 import soundfile
+from numpy.typing import NDArray
 
 from spidr.config import SAMPLE_RATE
 from spidr.data.recording import Member, Recording, Source, as_recording, check_exists
@@ -21,12 +21,7 @@ from spidr.tools.errors import InputError
 from spidr.tools.lazy import needs_extra
 from spidr.tools.untrusted import check_memory
 
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
-
-    from numpy.typing import NDArray
-
-    Samples = NDArray[np.float32]
+Samples = NDArray[np.float32]
 
 logger = logging.getLogger(__name__)
 

@@ -1,17 +1,12 @@
 """Read tables line by line, plain or gzipped."""
 
-from __future__ import annotations
-
 import gzip
 import zlib
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from spidr.tools.errors import InputError, first_line
 from spidr.tools.files import check_file
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-    from pathlib import Path
 
 MAX_LINE = 1 << 26
 """Longest line in bytes: a day of units is shorter, but a small gzipped file may hold a line of gigabytes."""

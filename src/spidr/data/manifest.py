@@ -1,19 +1,20 @@
 """Read manifests and lists of recordings: where each is, what it is called and how long it is."""
 
-from __future__ import annotations
-
 import codecs
 import csv
 import os
 import re
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import cache
 from glob import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
 import polars as pl
 import polars.selectors as cs
+from numpy.typing import NDArray
 
 from spidr.config import SAMPLE_RATE
 from spidr.data.lines import read_lines
@@ -21,12 +22,6 @@ from spidr.data.recording import Recording
 from spidr.tools.errors import InputError, first_line, some
 from spidr.tools.files import check_file, expand
 from spidr.tools.untrusted import parse_json
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
-
-    import numpy as np
-    from numpy.typing import NDArray
 
 REQUIRED = {"fileid": pl.String, "path": pl.String, "num_samples": pl.Int64}
 ARCHIVE = {"archive": pl.String, "byte_offset": pl.Int64, "byte_size": pl.Int64}
@@ -93,7 +88,7 @@ def read_manifest(path: str | Path | Sequence[str | Path], *, needs_audio: bool 
     manifest = manifest.filter(~pl.all_horizontal(blank, (~cs.string()).is_null()))
     if manifest.is_empty():
         raise InputError(f"{path}: the manifest has no row.")
-    return _located(_named(_typed(path, manifest, needs_audio=needs_audio)), path.parent)
+    return _located(_named(_typed(path, manifest, needs_audio=needs_audio)), path)
 
 
 def read_manifests(paths: Sequence[str | Path], *, needs_audio: bool = False) -> tuple[pl.DataFrame, pl.Series]:
@@ -337,16 +332,20 @@ def _named(manifest: pl.DataFrame) -> pl.DataFrame:
     return manifest if lengths.null_count() else manifest.with_columns(lengths)
 
 
-def _located(manifest: pl.DataFrame, folder: Path) -> pl.DataFrame:
+def _located(manifest: pl.DataFrame, source: Path) -> pl.DataFrame:
     """Resolve relative paths: from the current folder, else from the manifest's."""
 
     @cache
     def roots(parent: str) -> list[str]:
-        return [root for root in dict.fromkeys(["", str(folder)]) if os.path.isdir(os.path.join(root, parent) or ".")]  # noqa: PTH112, PTH118
+        both = dict.fromkeys(["", str(source.parent)])
+        return [root for root in both if os.path.isdir(os.path.join(root, parent) or ".")]  # noqa: PTH112, PTH118
 
     def locate(path: str) -> str:
         if path.startswith("~") or "$" in path:
-            path = str(expand(path))
+            try:
+                path = str(expand(path))
+            except InputError as error:
+                raise InputError(f"{source}: {error}") from None
         found = roots(os.path.dirname(path))  # noqa: PTH120
         if len(found) > 1:
             found = [root for root in found if os.path.exists(os.path.join(root, path))]  # noqa: PTH110, PTH118

@@ -1,23 +1,19 @@
 """Random spans of frames, and of channels, to hide from the student, drawn for a whole batch at once."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import Any, Self
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
+from spidr.config import MaskingConfig, MaskingStrategy
 
-    from spidr.config import MaskingConfig, MaskingStrategy
-
-    Integers = NDArray[np.integer[Any]]
+Integers = NDArray[np.integer[Any]]
 
 Generators = Sequence[np.random.Generator]
 """One generator per batch, or one per row: then only how many of a row's frames are kept depends on the other rows."""
@@ -90,7 +86,7 @@ class Spans:
     min_spans: int
 
     @classmethod
-    def of(cls, cfg: MaskingConfig, name: str, min_spans: int) -> Spans:
+    def of(cls, cfg: MaskingConfig, name: str, min_spans: int) -> Self:
         """Take the settings whose names begin with ``name``."""
         same = {key: getattr(cfg, f"{name}_{key}") for key in ("prob", "selection", "other", "length", "min_space")}
         return cls(**same, no_overlap=getattr(cfg, f"no_{name}_overlap"), min_spans=min_spans)

@@ -1,11 +1,10 @@
 """Measure many recordings in parallel."""
 
-from __future__ import annotations
-
 import os
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from multiprocessing.pool import ThreadPool
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import polars as pl
 from tqdm import tqdm
@@ -13,9 +12,6 @@ from tqdm import tqdm
 from spidr.data.audio import num_samples
 from spidr.data.manifest import iter_recordings
 from spidr.tools.errors import InputError, some
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
 
 R = TypeVar("R")
 T = TypeVar("T")

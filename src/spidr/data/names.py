@@ -1,7 +1,5 @@
 """Match the names of recordings, of alignments, units, features and items alike."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import PurePosixPath
@@ -15,8 +13,6 @@ AUDIO = tuple(f".{ending}" for ending in _AUDIO.split())
 """Suffixes of recordings. How a file is decoded depends on its content only."""
 ENDINGS = frozenset(f"{_AUDIO} json lab mov mp2 npy npz phn pt raw textgrid txt wv".split())
 """Endings that are not part of a name; ``session.1`` and ``session.2`` are two names."""
-
-Parts = tuple[str, ...]
 
 
 def plain_name(name: str) -> str:
@@ -34,7 +30,8 @@ def match_names(names: Collection[str], wanted: Iterable[str]) -> dict[str, str]
     Raises:
         InputError: A wanted recording matches several names, or a name several of them.
     """
-    whole, by_tail = defaultdict[Parts, list[str]](list), defaultdict[Parts, list[str]](list)
+    whole: defaultdict[tuple[str, ...], list[str]] = defaultdict(list)
+    by_tail: defaultdict[tuple[str, ...], list[str]] = defaultdict(list)
     for name in names:
         parts = _parts(name)
         whole[parts].append(name)
@@ -56,7 +53,7 @@ def match_names(names: Collection[str], wanted: Iterable[str]) -> dict[str, str]
     return matched
 
 
-def _parts(name: str) -> Parts:
+def _parts(name: str) -> tuple[str, ...]:
     return tuple(part for part in PurePosixPath(plain_name(name.replace("\\", "/"))).parts if part not in ("/", "."))
 
 

@@ -1,7 +1,5 @@
 """Where a recording is: a file, a member of an uncompressed archive, or a span of either."""
 
-from __future__ import annotations
-
 import io
 import os
 from functools import lru_cache

@@ -1,7 +1,5 @@
 """Random generators that are functions of what they are for. Imports nothing else of the package."""
 
-from __future__ import annotations
-
 from enum import IntEnum
 
 import numpy as np

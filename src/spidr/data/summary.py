@@ -1,21 +1,14 @@
 """How much of a manifest training hears, and why not the rest."""
 
-from __future__ import annotations
-
+import logging
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from spidr.config import SAMPLE_RATE
-
-if TYPE_CHECKING:
-    import logging
-
-    from numpy.typing import NDArray
-
-    from spidr.config import DataConfig
-    from spidr.data.sampler import BatchList
+from spidr.config import SAMPLE_RATE, DataConfig
+from spidr.data.sampler import BatchList
 
 MUCH = 0.05
 """Share of the recordings or hours whose loss is worth a warning."""

@@ -1,7 +1,5 @@
 """Read discrete units, one sequence per recording, in the formats of several programs."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator, Sequence
 from glob import escape
@@ -23,10 +21,6 @@ Units = dict[str, NDArray[np.int64]]
 
 MAX_FRAMES = 86_400 * 100
 """Most frames of a recording, a day at 100 a second: durations in a short line could ask for any number."""
-
-NAME_KEYS = ("fileid", "name", "file", "file_name", "audio")
-UNIT_KEYS = ("units", "hubert")
-DURATION_KEYS = ("durations", "duration")
 
 EXPECTED = "expected `fileid` and `units`, integers, and perhaps `durations`, as many, as JSON; or NAME|UNITS"
 
@@ -55,7 +49,7 @@ def read_units(path: str | Path, *, names: Sequence[str] | None = None) -> Units
         except (ValueError, TypeError, KeyError, AttributeError, OverflowError):
             raise InputError(f"{path}: {place}: {EXPECTED}; found {str(row)[:80]}.") from None
         if name in units:
-            raise InputError(f"{path}: {place}: {name!r} occurs twice.")
+            raise InputError(f"{path}: {place}: {name[:200]!r} occurs twice.")
         length = len(sequence) if durations is None else sum(durations.tolist())
         if length > MAX_FRAMES:
             raise InputError(f"{path}: {place}: {length:,} units, more than a recording of a day has.")
@@ -121,13 +115,11 @@ def _named(path: Path, names: Sequence[str] | None) -> Iterator[tuple[str, Any]]
 def _arrays(folder: Path) -> Iterator[tuple[str, Any]]:
     for file in find_files(folder, lambda name: name.endswith(".npy")):
         name = Path(file).relative_to(folder).with_suffix("").as_posix()
+        check_file(file)
         try:
-            check_file(file)
             array = np.load(file, mmap_mode="r")
             if array.ndim != 1 or array.dtype.kind not in "iu":
                 raise ValueError(f"{array.dtype} of shape {array.shape}, expected a vector of integers")
-        except InputError:
-            raise
         except Exception as error:  # a damaged file can fail in any way
             raise InputError(f"{file}: no units of a recording ({first_line(error)})") from None
         yield name, {"name": name, "units": array}
@@ -148,10 +140,12 @@ def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _parse(row: dict[str, Any]) -> tuple[str, NDArray[np.int64], NDArray[np.int64] | None]:
-    name = next((row[key] for key in NAME_KEYS if row.get(key) is not None), None)
-    units = _integers(next((row[key] for key in UNIT_KEYS if key in row), None))
+    names = (row.get(key) for key in ("fileid", "name", "file", "file_name", "audio"))
+    name = next((name for name in names if name is not None), None)
+    units = _integers(row["units"] if "units" in row else row.get("hubert"))
+    given = (row.get("durations"), row.get("duration"))
     # A single number is the recording's length in seconds, as unit vocoders have it.
-    durations = next((row[key] for key in DURATION_KEYS if isinstance(row.get(key), (list, str, np.ndarray))), None)
+    durations = next((value for value in given if isinstance(value, (list, str, np.ndarray))), None)
     counts = None if durations is None else _integers(durations)
     if not isinstance(name, str) or (counts is not None and (counts.shape != units.shape or (counts < 0).any())):
         raise TypeError

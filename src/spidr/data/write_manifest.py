@@ -3,8 +3,6 @@
 ``python -m spidr.data.write_manifest [--ext EXT] [--fairseq] [--stats] [--on-error skip] DATASET [DATASET ...] OUTPUT``
 """
 
-from __future__ import annotations
-
 import argparse
 import io
 import logging
@@ -14,16 +12,14 @@ import sys
 import tarfile
 from array import array
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from spidr.tools.command import Parser, command
 from spidr.tools.errors import InputError, first_line
 from spidr.tools.files import atomic_write, check_file, expand, find_files, make_folder
 from spidr.tools.lazy import command_needs
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
 
 logger = logging.getLogger(__name__)
 
@@ -80,15 +76,11 @@ with command_needs("train", __name__):
     from spidr.data.manifest import ARCHIVE, SCHEMA, SPAN, is_table, iter_recordings, read_manifest, stem
     from spidr.data.measure import measure, problems_of
     from spidr.data.names import AUDIO
+    from spidr.data.recording import Recording
     from spidr.data.summary import duration, summarise
-
-    if TYPE_CHECKING:
-        from spidr.data.recording import Recording
 
 MAX_HEADER = 1 << 20
 """Largest header in a tar archive, in bytes."""
-
-Sources = str | Path | list[str] | list[Path]
 
 
 class Written(NamedTuple):
@@ -99,7 +91,7 @@ class Written(NamedTuple):
 
 
 def write_manifest(
-    dataset: Sources,
+    dataset: str | Path | list[str] | list[Path],
     output: str | Path,
     file_extension: str | Sequence[str] = ".wav",
     *,

@@ -1,7 +1,5 @@
 """``python -m spidr.evaluate units|abx|model|robustness``."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import re

@@ -5,8 +5,6 @@ are the same phone, B another one, all with the same phones before and after; sp
 another than A and B ("across").
 """
 
-from __future__ import annotations
-
 import math
 import os
 import re
@@ -15,7 +13,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from itertools import groupby, pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -28,9 +26,6 @@ from spidr.tools.errors import InputError, first_line, some
 from spidr.tools.files import check_file, expand, find_files
 from spidr.tools.lazy import needs_extra
 from spidr.tools.tensors import check_plain, read_tensors
-
-if TYPE_CHECKING:
-    import polars as pl
 
 COLUMNS = ("#file", "onset", "offset", "#phone", "prev-phone", "next-phone", "speaker")
 EARLIEST = Fraction(-1, 10)
@@ -142,7 +137,7 @@ class Scorer:
             for onset, offset in items.times
         ]
         self._subsampler = fastabx.Subsampler(max_size_group, max_x_across)
-        self._cells: dict[tuple[bytes, str], pl.DataFrame | None] = {}
+        self._cells: dict[tuple[bytes, str], Any] = {}
 
     def score(self, features: Mapping[str, NDArray[Any]], distance: Distance = "angular") -> ABX:
         """Compute the error rates of a representation.

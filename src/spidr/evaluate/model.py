@@ -1,28 +1,23 @@
 """Evaluate every layer and codebook of a model in one pass over the audio."""
 
-from __future__ import annotations
-
 import math
 import tempfile
 from collections.abc import Collection, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from spidr.config import MAX_SAMPLES, SAMPLE_RATE
 from spidr.data.alignments import SILENT_LABELS, read_alignments
 from spidr.data.names import match_rows
+from spidr.evaluate.abx import Items, Scorer
+from spidr.models import DinoSR
 from spidr.tools.errors import InputError
 from spidr.tools.lazy import needs_extra
-
-if TYPE_CHECKING:
-    import torch
-
-    from spidr.evaluate.abx import Items
-    from spidr.models import DinoSR
 
 
 class _Spool:
@@ -85,7 +80,6 @@ def evaluate_model(
 
         from spidr.data import speech_dataset
         from spidr.environment import Environment
-        from spidr.evaluate.abx import Scorer
         from spidr.validate import codebooks_quality, encode_rows, phones_of_rows
 
     if not 1 <= max_batch_length <= MAX_SAMPLES:

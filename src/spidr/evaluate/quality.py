@@ -1,7 +1,5 @@
 """DiscoPhon's metrics (arXiv 2603.18612), by the package ``discophon``."""
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 from spidr.data.alignments import FRAME_STEP
@@ -50,11 +48,6 @@ def discovery(data: Aligned, num_units: int, frame_step: int) -> Discovery:
         square = max(num_phones, num_units, 2)  # padded with phones or units that do not occur
         one = assigned("one-to-one", square, square)
         boundaries = phone_segmentation(many, phones, **steps)
-        return Discovery(
-            per_many_to_one=phone_error_rate(many, phones),
-            per_one_to_one=phone_error_rate(one, phones),
-            boundary_f1=boundaries.f1,
-            r_value=boundaries.r_val,
-        )
+        return Discovery(phone_error_rate(many, phones), phone_error_rate(one, phones), boundaries.f1, boundaries.r_val)
     except (ValueError, IndexError, ZeroDivisionError) as error:
         raise InputError(f"DiscoPhon's metrics: {first_line(error)}") from None

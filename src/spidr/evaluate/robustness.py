@@ -4,12 +4,10 @@ The measure is the unit edit distance of Gat et al. (arXiv 2209.15483): the Leve
 the original and those of the changed sound, repeats merged in both, divided by the number of the former.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -19,13 +17,11 @@ from torch import Tensor
 
 from spidr.config import SAMPLE_RATE
 from spidr.evaluate.model import chosen_layers
+from spidr.models import DinoSR
 from spidr.tools.errors import InputError
 from spidr.tools.frames import receptive_field
 from spidr.tools.lazy import needs_extra
 from spidr.tools.waveforms import standardise
-
-if TYPE_CHECKING:
-    from spidr.models import DinoSR
 
 
 def gain(waveform: Tensor, decibels: float) -> Tensor:

@@ -1,7 +1,5 @@
 """Compare units with phone alignments."""
 
-from __future__ import annotations
-
 import logging
 import sys
 from collections.abc import Collection, Sequence

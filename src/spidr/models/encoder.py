@@ -113,7 +113,7 @@ class Encoder(nn.Module):
             (B, T, D) and the mask, or None if every frame exists.
 
         Raises:
-            InputError: If the shapes are others, the samples are no floats, or a length gives no frame or exceeds S.
+            InputError: If the shapes are others, the samples are not floats, or a length gives no frame or exceeds S.
         """
         counted = _check_waveforms(waveforms, lengths, self.mask_embedding.dtype)
         shapes, samples = self.conv_shapes, waveforms.shape[1]
@@ -130,7 +130,7 @@ class Encoder(nn.Module):
             return self.feature_projection(frames), attention_mask
 
     def _hidden(self, x: Tensor, attention_mask: Tensor | None, num_heads: int, skip: int = 0) -> list[Tensor]:
-        """What the first ``num_heads`` heads but ``skip`` read: one (B, T, D) for all of them, or one for each."""
+        """The input of the heads from ``skip`` to ``num_heads``: one (B, T, D) for all of them, or one for each."""
         if self.heads_read_layers:
             first = self.codebook_layers.start - 1
             return layer_outputs(self.student, x, attention_mask, first + num_heads, skip=first + skip)
@@ -140,7 +140,7 @@ class Encoder(nn.Module):
         """Log-probabilities of the first K = ``num_heads`` heads, (K, ..., V) float32 or as many (..., V).
 
         Args:
-            hidden: What they read: one (..., D) for each, or one for all.
+            hidden: Their input: one (..., D) for each, or one for all.
             num_heads: At least 1.
         """
         heads = list(self.heads)[:num_heads]
@@ -242,7 +242,7 @@ class Encoder(nn.Module):
 
         Raises:
             InputError: If there is no such layer, the waveforms are not as they should be, a length gives no frame or
-                exceeds S, or a window or context is no number of frames.
+                exceeds S, or the window or context is out of range.
         """
         output = partial(self.layer_output, layer=self._layer(layer))
         return self._encode(output, waveforms, lengths, window, context, normalize=normalize)
@@ -302,7 +302,7 @@ class Encoder(nn.Module):
     def windows(
         self, read: Read, num_samples: int, function: Callable[[Tensor, None], Tensor], *, size: int, context: int
     ) -> Iterator[Tensor]:
-        """What a function makes of projected features, a window at a time.
+        """Apply a function to projected features, a window at a time.
 
         Args:
             read: The waveform, standardised.
@@ -312,7 +312,7 @@ class Encoder(nn.Module):
             context: Frames seen on each side of it.
 
         Yields:
-            The function's values for each window in turn, (1, at most ``size``, …). Compute them :meth:`inference`.
+            The function's values for each window in turn, (1, at most ``size``, …). Iterate under :meth:`inference`.
         """
         extract = frame_reader(self.feature_extractor, read, num_samples)
         yield from windows(
@@ -356,7 +356,7 @@ class Encoder(nn.Module):
         *,
         normalize: bool,
     ) -> tuple[Tensor, Tensor]:
-        """What a function of (projected features, attention mask) gives, and the frames of each row."""
+        """Value of a function of (projected features, attention mask), and the frames of each row."""
         if window is None and context is not None:
             raise InputError(f"context = {context} s needs to be at least 0 and goes with a window")
         size, around = (None, 0) if window is None else window_frames(window, context, self.frame_seconds)
@@ -432,7 +432,7 @@ def _logits(heads: Sequence[nn.Module], hidden: list[Tensor]) -> Tensor:
 
 
 def _check_waveforms(waveforms: Tensor, lengths: Lengths | None, dtype: torch.dtype) -> Tensor | None:
-    """Refuse what is no batch of waveforms for a model of that type; values are not looked at.
+    """Refuse anything but a batch of waveforms of the model's type; values are not checked.
 
     Returns:
         The lengths as a tensor.

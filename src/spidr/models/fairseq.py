@@ -43,7 +43,7 @@ def load_fairseq_weights(path: str | Path) -> dict[str, Tensor]:
             the number of steps in ``"last_optimizer_state"``. The configuration and metrics beside them are ignored.
 
     Returns:
-        As :func:`spidr.models.weights.read_weights`. A name that is not known is kept.
+        As :func:`spidr.models.weights.read_weights`. Unknown names are kept.
 
     Raises:
         InputError: The file is missing, truncated or no checkpoint of DinoSR.
@@ -75,7 +75,7 @@ def _rename(name: Any, patterns: tuple[tuple[str, str], ...]) -> str:
 
 
 def _step(optimizer_state: Any) -> int:
-    """The number of updates of the first parameter, 0 if the file does not tell."""
+    """The number of updates of the first parameter, 0 if the file does not say."""
     for key in ("state", 0, "step"):
         optimizer_state = optimizer_state.get(key) if isinstance(optimizer_state, dict) else None
     return int(optimizer_state) if isinstance(optimizer_state, (int, float, Tensor)) else 0

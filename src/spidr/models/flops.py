@@ -42,8 +42,8 @@ PEAK_TFLOPS: dict[str, dict[str, float]] = {
 """Dense TFLOP/s by a part of the name that PyTorch gives the device; the first that fits counts.
 
 NVIDIA's and AMD's figures without sparsity: half of what a data sheet states with it. float32 is without TF32, 16 bits
-are with sums in float32, as PyTorch multiplies (GeForce cards do half as many as with sums in float16). What is not
-certain is left out.
+are with float32 accumulation, as in PyTorch (GeForce cards reach half of their float16 figure). Uncertain figures are
+left out.
 """
 
 

@@ -1,7 +1,7 @@
-"""Our own fast operations, and when they may stand in for modules.
+"""Fast operations of our own, and the rule for when they may replace modules.
 
-Three kinds: products by the faster library, those that save time and memory when training on a CPU (elsewhere, and in
-compiled code, PyTorch's own are better and are used), and the feature extractor's convolutions as matrix products.
+There are three kinds: matrix products by the faster library; operations that save time and memory in training on a CPU
+(on GPUs and in compiled code, PyTorch's own are better); and the feature extractor's convolutions as matrix products.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ SAMPLES = 320_000
 """Samples that are convolved at a time without gradients: the first layer's output of an hour would fill 24 GB."""
 
 CPU_SAMPLES = 64_000
-"""The same on CPUs, with gradients too. That output then has 26 MB: it may stay in the cache, and malloc keeps it.
-(glibc gives blocks of more than 32 MB back at once, and the kernel takes long to clear as many pages again.)"""
+"""The same on CPUs, with gradients too; twice as many in 16 bits. That output then has 26 MB, which malloc keeps: glibc
+gives blocks of more than 32 MB back at once, and the kernel takes long to clear as many pages again."""
 
 ROWS_AT_A_TIME = 4096
 """Frames whose squares are summed together: they fit in a core's cache."""
@@ -167,7 +167,7 @@ def prefers_onednn() -> bool:
 
 
 def processor() -> str:
-    """Text that names the maker of the processor."""
+    """Description of the processor, its vendor included."""
     try:
         return Path("/proc/cpuinfo").read_text("utf-8")
     except OSError:  # not Linux
@@ -256,11 +256,6 @@ def _weight_grad(grad: Tensor, x: Tensor) -> Tensor:
     return linear(grad.reshape(-1, grad.shape[-1]).T, x.reshape(-1, x.shape[-1]).T)
 
 
-def _transposed_product(a: Tensor, b: Tensor) -> Tensor:
-    """``a.T @ b`` of two tall matrices. oneDNN copies the transposed left factor, so that is the narrower one."""
-    return linear(a.T, b.T) if a.shape[1] < b.shape[1] else linear(b.T, a.T).T
-
-
 def through(module: nn.Module, x: Tensor) -> Tensor:
     """Call a linear layer. One that nobody touched is computed by :func:`linear`.
 
@@ -337,34 +332,39 @@ class _GroupedConv(torch.autograd.Function):
         flipped = weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1).flip(2)
         grad_x = F.conv1d(grad, flipped, padding=kernel - 1 - ctx.padding, groups=groups)
         rows = F.pad(x.transpose(1, 2), (0, 0, ctx.padding, ctx.padding)).unflatten(2, (groups, -1)).permute(2, 0, 1, 3)
-        seen = rows.contiguous().unfold(2, kernel, 1).mT.flatten(1, 2).flatten(2)  # (G, B * T, K * C)
+        windows = rows.contiguous().unfold(2, kernel, 1).mT  # (G, B, T, K, C)
         outputs = grad.unflatten(1, (groups, -1)).permute(1, 2, 0, 3).flatten(2)  # (G, O, B * T)
-        grad_weight = (outputs @ seen).unflatten(2, (kernel, -1)).transpose(2, 3).flatten(0, 1)
+        # Group by group, as the windows of one fit in a cache.
+        grads = [out @ seen.flatten(0, 1).flatten(1) for out, seen in zip(outputs, windows, strict=True)]
+        grad_weight = torch.cat(grads).unflatten(1, (kernel, -1)).transpose(1, 2)
         return grad_x, grad_weight, grad.sum((0, 2)) if ctx.needs_input_grad[2] else None, None, None
 
 
 def is_lean(x: Tensor) -> bool:
-    """Whether these operations serve here: in eager mode on a CPU, with a backward pass to come."""
+    """Whether to use these operations: in eager mode on a CPU, with a backward pass to come."""
     return x.device.type == "cpu" and torch.is_grad_enabled() and not _is_transformed()
 
 
 def draw_kept(shape: Sequence[int], p: float) -> tuple[Tensor, float]:
-    """Draw what dropout keeps, from 16 random bits per element: ``bernoulli_`` takes eight times as long.
+    """Draw what dropout keeps, from 8 random bits per element: ``bernoulli_`` takes many times as long.
+
+    The threshold of those bits is rounded up or down at random for each row, so that the probability is exact.
 
     Args:
         shape: Of the result.
-        p: Probability to drop, strictly between 0 and 1. It is rounded to a multiple of 2^-16.
+        p: Probability to drop, strictly between 0 and 1; at most 255 / 256.
 
     Returns:
         int8, 1 where an element is kept and 0 elsewhere, and the factor that keeps the expected value. (Multiplying by
         int8 is vectorised; ``masked_fill`` is not and takes eight times as long.)
     """
-    threshold = min(max(round(p * 2**16), 1), 2**16 - 1)
-    count = math.prod(shape)
-    words = torch.empty((count + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
+    p, count = min(p, 255 / 256), math.prod(shape)
+    whole, rest = divmod(256 * p, 1)
+    words = torch.empty((count + 7) // 8, dtype=torch.int64).random_(-(2**63), None)
+    thresholds = torch.empty(*shape[:-1], 1, dtype=torch.int8).bernoulli_(rest).add_(int(whole) - 128)
     kept = torch.empty(*shape, dtype=torch.int8)
-    torch.ge(words.view(torch.int16)[:count].view(*shape), threshold - 2**15, out=kept)
-    return kept, 2**16 / (2**16 - threshold)
+    torch.ge(words.view(torch.int8)[:count].view(*shape), thresholds, out=kept)
+    return kept, 1 / (1 - p)
 
 
 @known
@@ -442,9 +442,9 @@ class _FeedForward(torch.autograd.Function):
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
     """``scaled_dot_product_attention``.
 
-    With dropout it materialises the weights of all heads several times and keeps them for the backward pass. Here,
-    there are those of a few heads at a time, and the backward pass computes them again. Without, its products are
-    MKL's, so that here, too, large ones go to oneDNN, head by head.
+    PyTorch's materialises the weights of all heads several times if there is dropout, and keeps them for the backward
+    pass. This one computes the weights of a few heads at a time, and again in the backward pass. Large products go to
+    oneDNN: in float32 head by head, in bfloat16 as a batch of several heads.
 
     Args:
         q: (B, H, T, D), like ``k`` and ``v``.
@@ -530,7 +530,7 @@ def _parts(count: int, together: int) -> Sequence[Any]:
 def _weights(
     q: Tensor, k: Tensor, num_keys: int, bias: Tensor | None, alive: Tensor | None, kept: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Attention weights before and after what makes some of them zero."""
+    """Attention weights before and after masking and dropout."""
     scores = _times(q, k.mT)
     if bias is not None:
         scores[..., : bias.shape[-1]] += bias
@@ -587,7 +587,11 @@ def _strided_conv_backward(
     groups = frames.view(-1, stride * frames.shape[1])
     first, *rest = taps.split(groups.shape[1])
     seen = [groups[:, : len(first)], *(_shifted(groups, i, len(part)) for i, part in enumerate(rest, start=1))]
-    grad_taps = torch.cat([_transposed_product(x, grad) for x in seen])
+    if len(taps) < grad.shape[1]:  # oneDNN copies a transposed left factor: better the narrower one
+        grad_taps = torch.cat([linear(x.T, grad.T) for x in seen])
+    else:
+        transposed = grad.T.contiguous()
+        grad_taps = torch.cat([linear(transposed, x.T) for x in seen], dim=1).T
     if not needs_frames:
         return None, grad_taps
     grad_groups = linear(grad, first)
@@ -701,9 +705,9 @@ class _GroupNorm(torch.autograd.Function):
         along = rstd * torch.stack([((x - mean) * part).sum(1, keepdim=True) for x, part in parts]).sum(0)
         scale = rstd * weight
         shift, slope = scale * total / -ctx.count, scale * rstd * along / -ctx.count
-        grad_rows = torch.cat(
-            [torch.addcmul(shift, x - mean, slope).addcmul_(part, scale).to(x.dtype) for x, part in parts], dim=1
-        )
+        grad_rows = torch.empty_like(rows)
+        for into, (x, part) in zip(grad_rows.split(ROWS_AT_A_TIME, 1), parts, strict=True):
+            into.copy_(torch.addcmul(shift, x - mean, slope).addcmul_(part, scale))
         grad_rows[:, ctx.count :] = grad[:, ctx.count :] * scale  # these rows are not in the statistics
         return grad_rows, along.sum((0, 1)), total.sum((0, 1)), None, None
 
@@ -739,7 +743,7 @@ def can_extract(layers: Sequence[nn.Module]) -> bool:
 def extract(
     layers: Sequence[nn.Module], waveforms: Tensor, lengths: Tensor | None = None, moments: Moments | None = None
 ) -> Tensor:
-    """What the convolution blocks make of waveforms.
+    """Run the convolution blocks on waveforms.
 
     Args:
         layers: Blocks that :func:`can_extract` accepts.
@@ -753,22 +757,23 @@ def extract(
     blocks = [_Block(layer) for layer in layers]
     if any(isinstance(block.norm, nn.GroupNorm) for block in blocks):
         return _extract(blocks, waveforms, lengths, moments)
-    parts = [_extract(blocks, piece) for piece in _pieces(waveforms, [block.shape for block in blocks])]
+    parts = [_extract(blocks, piece) for piece in _pieces(waveforms, blocks)]
     if len(parts) == 1:
         return parts[0]
     return torch.cat([part.flatten(0, 1) for part in parts]).unflatten(0, (len(waveforms), -1))
 
 
-def _pieces(waveforms: Tensor, shapes: ConvShapes) -> Iterator[Tensor]:
+def _pieces(waveforms: Tensor, blocks: Sequence[_Block]) -> Iterator[Tensor]:
     """Parts of a batch, one utterance after the other, whose frames together are the frames of the batch."""
-    samples = waveforms.shape[1]
-    limit = CPU_SAMPLES if waveforms.device.type == "cpu" else SAMPLES
-    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and limit == SAMPLES):
+    samples, on_cpu = waveforms.shape[1], waveforms.device.type == "cpu"
+    limit = CPU_SAMPLES * 4 // blocks[0].taps.itemsize if on_cpu else SAMPLES
+    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and not on_cpu):
         yield waveforms
         return
     if samples <= limit:
         yield from waveforms.split(limit // samples)
         return
+    shapes = [block.shape for block in blocks]
     hop, field = math.prod(stride for _, _, stride in shapes), receptive_field(shapes)
     frames = conv_length(shapes, samples)
     count = -(-frames // max(1, limit // hop))
@@ -813,14 +818,14 @@ def first_conv(layer: nn.Module, waveforms: Tensor) -> Tensor:
 
 
 def valid_rows(waveforms: Tensor, lengths: Tensor | None, shape: tuple[int, int, int], num_rows: int) -> Tensor:
-    """Which of the first convolution's outputs lie in each utterance, (B, R)."""
+    """Which outputs of the first convolution belong to each utterance, (B, R)."""
     batch, samples = waveforms.shape
     counted = torch.full((batch,), samples, device=waveforms.device) if lengths is None else lengths
     return torch.arange(num_rows, device=waveforms.device) < conv_length([shape], counted).unsqueeze(1)
 
 
 def _first_rows(waveforms: Tensor, shapes: ConvShapes) -> Tensor:
-    """What each output of the first convolution sees, (B * R, kernel), R a multiple of the other strides."""
+    """The samples under each output of the first convolution, (B * R, kernel), R a multiple of the other strides."""
     batch, samples = waveforms.shape
     _, kernel, stride = shapes[0]
     multiple = math.prod([stride for _, _, stride in shapes[1:]])  # a list, for torch.compile

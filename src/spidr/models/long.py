@@ -63,7 +63,7 @@ def _samples(waveforms: Tensor, start: int, stop: int) -> Tensor:
 
 
 def frame_reader(extractor: FeatureExtractor, read: Read, samples: int) -> Callable[[int, int], Tensor]:
-    """What gives the frames (B, stop - start, C) of long waveforms from ``start`` to ``stop``."""
+    """A function that gives the frames (B, stop - start, C) of long waveforms from ``start`` to ``stop``."""
     if untouched(extractor) and can_extract(list(extractor.conv_layers)):
         return Pieces(extractor, read, samples)
     whole = extractor(read(0, samples))
@@ -99,7 +99,7 @@ class Pieces:
         return cast("Tensor", out)
 
     def _moments(self, samples: int, lengths: Tensor | None) -> Moments:
-        """What a group norm takes from the whole of each utterance."""
+        """The group norm's statistics over the whole of each utterance."""
         _, kernel, stride = self.shapes[0]
         num_rows, step = conv_length(self.shapes[:1], samples), max(1, SAMPLES // stride)
         moments: Moments | None = None
@@ -138,11 +138,11 @@ def window_frames(window: float, context: float | None, frame_seconds: float) ->
         frame_seconds: Seconds from one frame to the next.
 
     Raises:
-        InputError: They are no numbers of frames.
+        InputError: The window is shorter than a frame, the context negative, or one of them not finite.
     """
     for name, seconds in (("window", window), ("context", context)):
         if seconds is not None and not math.isfinite(seconds):
-            raise InputError(f"{name} = {seconds} s is no number of seconds")
+            raise InputError(f"{name} = {seconds} s is not a number of seconds")
     size, around = round(window / frame_seconds), round((window / 4 if context is None else context) / frame_seconds)
     if size < 1:
         raise InputError(f"window = {window} s is shorter than a frame of {frame_seconds} s")
@@ -159,7 +159,7 @@ def windows(
     size: int,
     context: int,
 ) -> Iterator[Tensor]:
-    """What a function gives for windows of a recording, each seen with its surroundings.
+    """Apply a function to windows of a recording, each with its surroundings.
 
     Args:
         project: Gives projected features (B, stop - start, D) from ``start`` to ``stop``; none is asked for twice.
@@ -214,7 +214,7 @@ def _run(
 
 
 def _piecewise(function: Callable[..., Tensor], *inputs: Tensor, into: Tensor | None = None) -> Tensor:
-    """What a function gives for (B, T, ...) tensors, ``PIECE`` frames at a time.
+    """Apply a function to (B, T, ...) tensors, ``PIECE`` frames at a time.
 
     The result takes the place of ``into``, a tensor that nobody needs any more, if it is of the same type.
     """

@@ -89,7 +89,7 @@ def units_quality(
         eps: Smallest entropy of the phones (bits) that PNMI divides by: with a single phone it is 0.
 
     Raises:
-        InputError: As :func:`build_count_matrix`, and if ``frame_step`` is no multiple of ``alignment_step``.
+        InputError: As :func:`build_count_matrix`, and if ``frame_step`` is not a multiple of ``alignment_step``.
     """
     counts, _ = _count(data, num_units, num_phones, _repeat(frame_step, alignment_step))
     joint = counts / counts.sum()
@@ -223,7 +223,7 @@ def bitrate(*, num_units: int, sequences: Iterable[Sequence[int]] | None = None,
 def _repeat(frame_step: int, alignment_step: int) -> int:
     repeat, rest = divmod(frame_step, alignment_step)
     if rest or repeat < 1:
-        raise InputError(f"frame_step = {frame_step} ms is no multiple of alignment_step = {alignment_step} ms")
+        raise InputError(f"frame_step = {frame_step} ms is not a multiple of alignment_step = {alignment_step} ms")
     return repeat
 
 

@@ -50,7 +50,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 
     Args:
         path: A ``torch.save`` file with the weights at its top or under "model" or "state_dict", or ``.safetensors``.
-            What DistributedDataParallel, ``torch.compile``, Lightning and the like add to names is removed.
+            Prefixes that DistributedDataParallel, ``torch.compile``, Lightning and the like add to names are removed.
 
     Returns:
         Name → tensor on the CPU, as saved and in the order of the file.
@@ -108,7 +108,7 @@ def recorded_config(path: str | Path, model_type: str | None = None) -> DinoSRCo
 
     Args:
         path: The checkpoint; its weights are not read.
-        model_type: What the model must be; needed if ``config.json`` is a model table alone, which does not tell.
+        model_type: What the model must be; needed if ``config.json`` is a model table alone, which has no type.
 
     Returns:
         The configuration; None if nothing is recorded.
@@ -269,7 +269,7 @@ def _config_in_header(path: str | Path) -> DinoSRConfig | None:
             return None
         table = json.loads(metadata["model"])
         if not isinstance(table, dict):
-            raise InputError(f"{path}: the header's 'model' is no table")
+            raise InputError(f"{path}: 'model' in the header is not a table")
         return model_config(metadata["model_type"], table, source=str(path))
 
     return guarded(path, read)
