@@ -187,12 +187,9 @@ def _read_odd_csv(path: Path, separator: str) -> pl.DataFrame:
 
 
 def _read_jsonl(path: Path) -> pl.DataFrame:
-    source: Any = escape(str(path))
-    with path.open("rb") as file:
-        if file.read(3) == codecs.BOM_UTF8:
-            source = file.read()
     with suppress(pl.exceptions.PolarsError, pl.exceptions.PanicException):
-        return pl.read_ndjson(source, infer_schema_length=None)  # of all rows, or columns that begin late would be lost
+        return pl.read_ndjson(escape(str(path)), infer_schema_length=None)  # all, or columns that begin late get lost
+    # What polars refuses: a byte order mark, mistakes.
     rows = []
     for number, (_, line) in enumerate(read_lines(path), start=1):
         try:
