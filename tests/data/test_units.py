@@ -1,7 +1,5 @@
 """Units in the forms in which programs write them."""
 
-from __future__ import annotations
-
 import gzip
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Units, features and models evaluated from files, as on the command line."""
 
-from __future__ import annotations
-
 import json
 import math
 import subprocess

@@ -1,7 +1,5 @@
 """Changes of the sound against what they are by definition, and the table they end in."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 

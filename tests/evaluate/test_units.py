@@ -1,7 +1,5 @@
 """Units paired with the phones of their recordings, and DiscoPhon's metrics of them."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any
