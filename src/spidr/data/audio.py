@@ -91,14 +91,14 @@ def read_resampled(source: Source) -> Samples:
 
 
 def resampled_length(source: Source) -> int:
-    """Number of samples that :func:`read_resampled` gives, within a few."""
+    """Estimate, within a few, how many samples :func:`read_resampled` returns."""
     with decoder(source) as file:
         begin, end = _span(file)
         return round((end - begin) * SAMPLE_RATE / file.sample_rate)
 
 
 def stream(source: Source, *, resample: bool = False, size: int = BLOCK) -> Iterator[Samples]:
-    """Yield the samples of a recording in blocks, in little memory.
+    """Yield the samples of a recording in blocks, using little memory.
 
     Args:
         source: A path, the bytes of an audio file, or a recording of a manifest.
@@ -122,7 +122,7 @@ def stream(source: Source, *, resample: bool = False, size: int = BLOCK) -> Iter
 
 
 def statistics(source: Source) -> tuple[float, float]:
-    """Mean and population standard deviation of a recording, in little memory."""
+    """Mean and population standard deviation of a recording, computed in little memory."""
     return _moments(stream(source))
 
 

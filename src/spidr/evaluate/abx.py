@@ -31,9 +31,9 @@ COLUMNS = ("#file", "onset", "offset", "#phone", "prev-phone", "next-phone", "sp
 EARLIEST = Fraction(-1, 10)
 """Earliest onset in seconds: aligners place some a little before the recording begins."""
 LARGEST = 1e15
-"""Features beyond it, or all below its inverse, have squares outside float32."""
+"""The squares of features above this, or all below its inverse, are outside float32's range."""
 MAX_MISSING_FRAMES = 2
-"""Frames by which an item may end late: convolutions without padding make one fewer."""
+"""Frames by which an item may end after its recording: convolutions without padding make one fewer."""
 
 Distance = Literal["angular", "euclidean", "kl_symmetric", "identical"]
 
@@ -44,7 +44,7 @@ class ABX(NamedTuple):
     within: float | None
     """Within speaker; None if no speaker says anything twice."""
     across: float | None
-    """Across speakers; None if there is one only."""
+    """Across speakers; None if there is only one."""
     items: int
     """Items that were used."""
     too_short: int
