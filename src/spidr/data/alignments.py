@@ -56,7 +56,7 @@ def read_alignments(
         path: JSON lines (also gzipped, ``.gz``), DiscoPhon's table (``#file onset offset #phone``, in seconds), a Praat
             ``.TextGrid``, or a folder of TextGrids, at any depth. A line of JSON has the recording's ``fileid`` (or
             ``name``) and ``phones``: either one phone per frame of 10 ms, or ``[phone, start, end]`` in seconds, in
-            order, and then perhaps the ``duration``. A TextGrid has the name of its recording. Times that contradict each
+            order, and perhaps the ``duration``. A TextGrid has the name of its recording. Times that contradict each
             other by less than 1 ms are rounded.
         tier: The tier of TextGrids that holds the phones. None: the one named "phones" or "phone", with or without a
             speaker's name before it, else the only tier of intervals.
