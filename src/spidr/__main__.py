@@ -1,7 +1,5 @@
 """The command line: the package's programs by name, and the one that trains, here or on SLURM."""
 
-from __future__ import annotations
-
 import argparse
 import logging
 import os
@@ -9,7 +7,8 @@ import re
 import runpy
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -43,14 +42,14 @@ def spidr() -> None:
 
 
 @command
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str = "python -m spidr") -> int:
     """Train, or submit to SLURM.
 
     Returns:
         The exit status: 0 if everything was trained, or submitted, else that of the first run that failed.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = _parser()
+    parser = _parser(prog)
     if not argv:
         parser.print_help()
         return 2
@@ -66,8 +65,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     on_slurm = options.keys() >= {"nodes", "gpus_per_node"}
     if not on_slurm and (options or args.dump is not None):
         parser.error("SLURM needs -N and -G together; without SLURM options, training runs here")
-    configs = {path: read_config(path, overrides) for path in dict.fromkeys(paths)}
-    _check_folders(configs)
+    with _once_per_machine():
+        configs = {path: read_config(path, overrides) for path in dict.fromkeys(paths)}
+        _check_folders(configs)
     if args.dry_run or on_slurm:
         _check_inputs(list(configs.values()))
         for path, config in configs.items():
@@ -84,9 +84,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 _OVERRIDE = re.compile(r"[A-Za-z_][\w-]*(\.[\w-]+)+\s*=")
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(prog: str) -> argparse.ArgumentParser:
     others = f"other programs (spidr NAME --help): {', '.join(sorted(PROGRAMS.keys() - {'train'}))}"
-    parser = Parser("python -m spidr", description=DESCRIPTION, epilog=others, example=EXAMPLE)
+    parser = Parser(prog, description=DESCRIPTION, epilog=others, example=EXAMPLE)
     parser.add_argument("configs", nargs="+", metavar="CONFIG", help="TOML or JSON; SECTION.KEY=VALUE changes all")
     parser.add_argument("--dry-run", action="store_true", help="check all inputs, show what would be done, and end")
     parser.add_argument("--version", action="store_true", help="show the version, and end")
@@ -103,6 +103,17 @@ def _parser() -> argparse.ArgumentParser:
     slurm.add_argument("-q", "--qos", help=f"quality of service {preset}")
     slurm.add_argument("--dump", type=Path, help="for job folders (default: $SPIDR_SUBMITIT_FOLDER)")
     return parser
+
+
+@contextmanager
+def _once_per_machine() -> Iterator[None]:
+    """Let one process of a machine report a mistake that all of them find."""
+    try:
+        yield
+    except InputError:
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            sys.exit(2)
+        raise
 
 
 def _check_folders(configs: dict[str, Config]) -> None:
@@ -147,7 +158,7 @@ def _on_slurm(configs: Sequence[Config], options: dict[str, Any], dump: Path | N
 
 
 def _here(configs: dict[str, Config], overrides: list[str]) -> int:
-    with needs_extra("train"):
+    with _once_per_machine(), needs_extra("train"):
         import torch
 
         from spidr.environment import ranks

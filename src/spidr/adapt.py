@@ -1,7 +1,5 @@
 """What adapting a trained model to other speech adds to a run: how it begins, and what need not be computed twice."""
 
-from __future__ import annotations
-
 import logging
 import re
 from collections.abc import Hashable

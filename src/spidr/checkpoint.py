@@ -1,7 +1,5 @@
 """Checkpoints that survive crashes: written aside, flushed and renamed; the newest valid one is loaded."""
 
-from __future__ import annotations
-
 import logging
 import math
 import re

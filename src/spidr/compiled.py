@@ -1,7 +1,5 @@
 """The training forward through ``torch.compile``, on CUDA only."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable
 from typing import Any

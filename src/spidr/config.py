@@ -4,8 +4,6 @@ Configurations are TOML (or JSON) files read by :func:`read_config` into frozen 
 :mod:`spidr.tools.schema`). Building one in Python checks the same.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import operator
 from collections.abc import Mapping, Sequence
@@ -300,13 +298,9 @@ class MaskingConfig(Settings):
     no_mask_channel_overlap: bool = False  # keep spans apart
     mask_channel_min_space: Space = 1  # between them
 
-    RULES: ClassVar = (
-        Rule(("mask_selection", "mask_other", "mask_length"), _uniform_lengths_exist, _UNIFORM_LENGTHS),
-        Rule(
-            ("mask_channel_selection", "mask_channel_other", "mask_channel_length"),
-            _uniform_lengths_exist,
-            _UNIFORM_LENGTHS,
-        ),
+    RULES: ClassVar = tuple(
+        Rule((f"{mask}_selection", f"{mask}_other", f"{mask}_length"), _uniform_lengths_exist, _UNIFORM_LENGTHS)
+        for mask in ("mask", "mask_channel")
     )
 
 

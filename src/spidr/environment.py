@@ -1,7 +1,5 @@
 """Processes and devices: which process this is, what it computes on, and how it learns that it must stop."""
 
-from __future__ import annotations
-
 import logging
 import os
 import re
@@ -15,7 +13,7 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import numpy as np
 import torch
@@ -38,9 +36,6 @@ PREEMPTED_EXIT_CODE = 75
 
 MEETING_TIMEOUT = timedelta(minutes=10)
 """How long processes wait for each other at the start: a cluster may start them one after the other."""
-
-COLLECTIVE_TIMEOUT = timedelta(hours=1)
-"""Long: slow data or a slow disk is no reason to end the run, and dead processes are found in other ways."""
 
 MAX_PROCESSES = 1_000_000
 
@@ -93,7 +88,7 @@ class StopFlag:
             sys.stderr.write("\nstopping after this step, to save; press Ctrl-C again to stop at once\n")
 
     @contextmanager
-    def listening(self) -> Iterator[StopFlag]:
+    def listening(self) -> Iterator[Self]:
         """Handle the stop signals inside the block, in the main thread."""
         if threading.current_thread() is not threading.main_thread():
             logger.warning("training runs in a thread: signals, Ctrl-C too, do not save and stop it")
@@ -122,7 +117,7 @@ class Environment:
         return self.rank == 0
 
     @classmethod
-    def alone(cls, device: str = "auto") -> Environment:
+    def alone(cls, device: str = "auto") -> Self:
         """A single process on a device, see :func:`choose_device`."""
         return cls(0, 0, 1, choose_device(device))
 
@@ -207,11 +202,8 @@ def _needed(name: str) -> str:
     """The value of an environment variable that must be set."""
     value = os.environ.get(name, "")
     if not value.strip():
-        others = [
-            other
-            for other in LAUNCHER_VARIABLES
-            if other in os.environ and other.startswith("SLURM_") == name.startswith("SLURM_")
-        ]
+        is_slurm = name.startswith("SLURM_")
+        others = [n for n in LAUNCHER_VARIABLES if n in os.environ and n.startswith("SLURM_") == is_slurm]
         what = f"not set, but {', '.join(others)} {'are' if len(others) > 1 else 'is'}"
         raise InputError(f"the environment variable {name} is {'empty' if name in os.environ else what}: {REMEDY}")
     return value
@@ -276,8 +268,10 @@ def _join(peers: Peers, store: Any, device: torch.device) -> None:
     """Wait for all processes, then set up the process group."""
     peers.meet(MEETING_TIMEOUT)
     backend, gpu = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+    # Slow data or a slow disk is no reason to end the run, and dead processes are found in other ways.
+    long = timedelta(hours=1)
     dist.init_process_group(
-        backend, store=store, rank=peers.rank, world_size=peers.world_size, timeout=COLLECTIVE_TIMEOUT, device_id=gpu
+        backend, store=store, rank=peers.rank, world_size=peers.world_size, timeout=long, device_id=gpu
     )
 
 

@@ -1,7 +1,5 @@
 """Check that everything a configuration names is there, before a job waits for its turn."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -21,9 +19,6 @@ from spidr.models.weights import fitting
 from spidr.state import model_settings
 from spidr.tools.download import is_remote
 from spidr.tools.errors import InputError, some
-
-HEADERS = 20
-"""How many headers of a manifest are read."""
 
 
 def problems_of(cfg: Config) -> list[str]:
@@ -67,7 +62,7 @@ def _check_recordings(data: DataConfig) -> None:
         named = some(missing, 3)
         raise InputError(f"{data.manifest}: {len(missing):,} of {len(files):,} files do not exist: {named}")
     if "num_samples" in dataset.manifest.columns and data.on_error == "raise":
-        for row in np.unique(np.linspace(0, len(recordings) - 1, HEADERS).astype(int)).tolist():
+        for row in np.unique(np.linspace(0, len(recordings) - 1, 20).astype(int)).tolist():
             found, expected = num_samples(recordings[row]), dataset.manifest["num_samples"][row]
             if abs(found - expected) > 1:  # lengths by spidr 0.1.2 are rounded durations: one off at most
                 raise InputError(

@@ -1,7 +1,5 @@
 """AdamW, its learning-rate schedules and the gradient scaler."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -1,7 +1,5 @@
 """A run's folder and record: checkpoints, metrics, validation, progress, and resuming where it stopped."""
 
-from __future__ import annotations
-
 import logging
 import math
 import shutil
@@ -11,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, Self, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -45,12 +43,6 @@ T = TypeVar("T")
 LOADING = ("num_workers", "pin_memory", "prefetch_factor", "persistent_workers", "on_error")
 """Data settings that do not change any batch."""
 
-BASE_MODEL = 50_000_000
-"""Training a model with more parameters on a CPU is worth a warning."""
-
-CPU_TFLOPS = 0.05
-"""What a core computes in a second, roughly."""
-
 
 class Run:
     """A run: its state, its folder and everything that surrounds its training loop.
@@ -75,7 +67,7 @@ class Run:
         self._rows_in_flight: dict[int, Tensor] = {}
         self._clock = _Clock()
 
-    def __enter__(self) -> Run:
+    def __enter__(self) -> Self:
         with ExitStack() as stack:
             rank, _, processes = ranks()
             self._open_log = stack.enter_context(run_log(rank, processes))
@@ -250,10 +242,10 @@ class Run:
                 "checkpoints: up to %d, %.2g GB each, %.3g GB in all; %.3g GB are free%s",
                 count, size, count * size, free, hint,
             )  # fmt: skip
-        if self.env.device.type == "cpu" and trained > BASE_MODEL and steps > 0:
+        if self.env.device.type == "cpu" and trained > 50_000_000 and steps > 0:
             samples, total = cfg.data.max_sample_size, state.loader.accumulation * cfg.data.max_batch_length
             flops = total / samples * step_flops(cfg.model, samples, 0, frozen=state.model.extractor_frozen)
-            days = steps * flops / 1e12 / (CPU_TFLOPS * torch.get_num_threads()) / 86_400
+            days = steps * flops / (5e10 * torch.get_num_threads()) / 86_400  # 0.05 TFLOP/s a core, roughly
             text = "a large model on a CPU: %d steps take about %.2g days; configs/laptop.toml is one for CPUs"
             logger.warning(text, steps, days)
 

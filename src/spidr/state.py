@@ -1,7 +1,5 @@
 """The parts of a run and how they are built: model, optimizer, loader, and the model wrapped for training."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -69,7 +67,7 @@ class Hooks:
 
     on_model: Callable[[DinoSR], None] | None = None
     extra_loss: Callable[[DinoSR, Batch], Tensor] | None = None
-    after_step: Callable[[State], None] | None = None
+    after_step: Callable[["State"], None] | None = None
     loader: Callable[..., SpeechLoader] = build_dataloader
 
 

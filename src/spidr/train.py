@@ -3,47 +3,29 @@
 ``python -m spidr CONFIG`` is the way in; ``torchrun … -m spidr.train CONFIG`` works too.
 """
 
-from __future__ import annotations
-
-import argparse
-import os
 import sys
 from contextlib import nullcontext
 from typing import Any
 
-from spidr.config import SAMPLE_RATE, Config, read_config
-from spidr.tools.command import Parser, command
+from spidr.__main__ import main
+
+if __name__ == "__main__":  # whoever asks for help need not wait for torch
+    sys.exit(main(prog="python -m spidr.train"))
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from spidr.config import SAMPLE_RATE, Config
+from spidr.data import Batch
+from spidr.environment import seed_step
+from spidr.models.codebook import count_perplexity
+from spidr.models.flops import step_flops
+from spidr.run import Run
+from spidr.state import Hooks, Measured, State, wrap
 from spidr.tools.errors import InputError
 from spidr.tools.frames import conv_length
-from spidr.tools.lazy import command_needs, names_from
-from spidr.tools.threads import keep_memory
-
-
-def _arguments() -> argparse.Namespace:
-    parser = Parser(
-        "python -m spidr.train",
-        description="Train, as one of torchrun's processes.",
-        example="torchrun --nproc-per-node 2 -m spidr.train config.toml",
-    )
-    parser.add_argument("config", help="configuration file, TOML or JSON")
-    parser.add_argument("overrides", nargs="*", metavar="SECTION.KEY=VALUE", help="settings in place of the file's")
-    return parser.parse_args()
-
-
-if __name__ == "__main__":
-    _arguments()  # whoever asks for help need not wait for torch
-
-with command_needs("train", __name__):
-    import torch
-    from torch import Tensor, nn
-    from torch.nn.parallel import DistributedDataParallel
-
-    from spidr.data import Batch
-    from spidr.environment import seed_step
-    from spidr.models.codebook import count_perplexity
-    from spidr.models.flops import step_flops
-    from spidr.run import Run
-    from spidr.state import Hooks, Measured, State, wrap
+from spidr.tools.lazy import names_from
 
 __all__ = ["Hooks", "State", "main", "train", "train_step"]
 
@@ -192,21 +174,3 @@ def _loss_scale(cfg: Config) -> float:
 def _sync_gradients(network: Any, *, when: bool) -> Any:
     """Reduce gradients over processes in this backward pass, or leave that to a later one."""
     return network.no_sync() if isinstance(network, DistributedDataParallel) and not when else nullcontext()
-
-
-@command
-def main() -> None:
-    """Run the command line, as one of the processes that torchrun starts."""
-    keep_memory()
-    args = _arguments()
-    try:
-        cfg = read_config(args.config, args.overrides)
-    except InputError:
-        if os.environ.get("LOCAL_RANK", "0") != "0":  # all processes of a machine find the same: one of them says so
-            sys.exit(2)
-        raise
-    train(cfg)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

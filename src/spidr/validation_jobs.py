@@ -1,7 +1,5 @@
 """Validation in separate SLURM jobs: submit them, collect results that come late, and push them to wandb."""
 
-from __future__ import annotations
-
 import logging
 import os
 import sys
@@ -23,9 +21,6 @@ from spidr.tools.untrusted import parse_json
 from spidr.tools.wandb import WandbSink, find_wandb_run, import_wandb, wandb_mode
 
 logger = logging.getLogger(__name__)
-
-MAX_RESTARTS = 5
-"""How often a validation job is requeued after a time limit or preemption; it starts over each time."""
 
 
 def validates_in_jobs(cfg: Config) -> bool:
@@ -74,7 +69,7 @@ class ValidationJobs:
             self.find_lost()
             name, step = f"{cfg.run.wandb_name}-step{resume.step}", resume.step
             calls = [(_validate, (cfg, resume, str(self._path(step, ".failed"))))]
-            job_id, folder = submit(name, calls, self.folder, slurm, max_restarts=MAX_RESTARTS)
+            job_id, folder = submit(name, calls, self.folder, slurm, max_restarts=5)  # each time it starts over
             if self._path(step, ".pending").exists():  # unless the job is already done
                 self._write(step, ".pending", checkpoint=resume.checkpoint, job=job_id, log=_log_of(folder, job_id))
         except Exception as error:

@@ -7,8 +7,6 @@ a copy of the student; heads and first codewords are as when a run of CONFIG beg
 docs/decisions.md, "It learns".
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import math
@@ -70,12 +68,6 @@ SMOOTH = (1, 2, 3, 2, 1)
 SLOPE = (-1, -2, 0, 2, 1)
 """Weights of five frames, 80 ms from the first to the last in the base models: about the length of a phone."""
 
-SLOPES_WEIGHT = 0.5
-"""Standard deviation of the slopes, as a share of that of the smoothed cepstra."""
-
-MOMENTS_BATCHES = 200
-"""Batches of which the mean and variance of the cepstra are taken: an hour of speech at 20 s each."""
-
 
 def log_mel(waveforms: Tensor, shapes: Sequence[tuple[int, int, int]]) -> Tensor:
     """Log-mel energies of what each frame of an extractor sees.
@@ -125,10 +117,11 @@ def smooth_and_slope(x: Tensor, num_frames: Tensor) -> Tensor:
 def weights() -> Tensor:
     """Standard deviations of smoothed cepstra and slopes in the targets, (26,).
 
-    Cepstra 0, 1, 2, ... have 1, 1, 1/sqrt(2), 1/sqrt(3) and so on, since the lower ones tell more about phones.
+    Cepstra 0, 1, 2, ... have 1, 1, 1/sqrt(2), 1/sqrt(3) and so on, since the lower ones tell more about phones; their
+    slopes have half of that.
     """
     of_cepstra = torch.arange(CEPSTRA).clamp(min=1).rsqrt()
-    return torch.cat([of_cepstra, SLOPES_WEIGHT * of_cepstra])
+    return torch.cat([of_cepstra, 0.5 * of_cepstra])
 
 
 class Targets:
@@ -136,7 +129,8 @@ class Targets:
 
     def __init__(self, cfg: DinoSRConfig, loader: SpeechLoader, seed: int) -> None:
         self.shapes, dim = cfg.extractor_conv_layer_config, cfg.encoder_embed_dim
-        frames = torch.cat([self._describe(batch) for batch in islice(loader.epoch(0), MOMENTS_BATCHES)]).double()
+        batches = islice(loader.epoch(0), 200)  # an hour of speech at 20 s each
+        frames = torch.cat([self._describe(batch) for batch in batches]).double()
         self.mean, std = frames.mean(0).float(), frames.std(0, correction=0).float().clamp(min=1e-5)
         scale = weights()
         kept = scale.argsort(descending=True, stable=True)[:dim]  # the most important ones, if the model is narrow

@@ -1,8 +1,7 @@
 """Datasets, samplers and the collator of ``spidr.data.dataset``, to build a ``torch.utils.data.DataLoader`` from."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -13,15 +12,11 @@ from torch.utils.data import BatchSampler, Sampler
 
 from spidr.config import DataConfig
 from spidr.data.dataset import SpeechDataset
+from spidr.data.masks import MaskGenerator
 from spidr.data.sampler import bucket_boundaries, pack, usable_rows
 from spidr.data.seeds import Draw, generator
 from spidr.tools.errors import InputError
 from spidr.tools.frames import conv_length
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-
-    from spidr.data.masks import MaskGenerator
 
 __all__ = [
     "BucketizeBatchSampler",

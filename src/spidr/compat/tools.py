@@ -1,7 +1,5 @@
 """Meters, profiler and logger of ``spidr.tools``."""
 
-from __future__ import annotations
-
 import logging
 import sys
 from collections.abc import Iterator, Sequence

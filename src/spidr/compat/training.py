@@ -1,13 +1,11 @@
 """What published training loops import from ``spidr.checkpoint``, ``environment``, ``optimizer`` and other modules."""
 
-from __future__ import annotations
-
 import os
 import random
 import socket
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,12 +15,10 @@ from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
+from spidr.config import Config, OptimizerConfig
 from spidr.environment import choose_device, find_meeting_place, ranks
 from spidr.models.metrics import perplexity
 from spidr.optimizer import lr_factor
-
-if TYPE_CHECKING:
-    from spidr.config import Config, OptimizerConfig
 
 __all__ = [
     *("NonFiniteError", "build_scheduler", "init_wandb", "params_norm", "perplexities"),

@@ -1,15 +1,15 @@
 """Batches, and how they are made from recordings."""
 
-from __future__ import annotations
-
 import logging
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from spidr.config import DataConfig, MaskingConfig
@@ -19,11 +19,6 @@ from spidr.data.recording import Recording
 from spidr.data.seeds import Draw, generator
 from spidr.tools.errors import InputError
 from spidr.tools.frames import conv_length, samples_of
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
-
-    from numpy.typing import NDArray
 
 logger = logging.getLogger(__name__)
 

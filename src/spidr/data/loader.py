@@ -12,6 +12,7 @@ import tempfile
 import threading
 import weakref
 from collections import Counter
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
@@ -31,17 +32,9 @@ from spidr.tools.errors import InputError, first_line
 from spidr.tools.frames import receptive_field
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterator, Sequence
-
     import polars as pl
 
 logger = logging.getLogger(__name__)
-
-MAX_REPLACEMENTS = 1000
-"""How many batches to try in place of an unreadable one."""
-
-MAX_TEMPORARY_NAME = 60
-"""Bytes of the temporary folder's name, in which torch and Python make sockets with names of at most 108."""
 
 WORKER_GRACE = 30
 """Seconds a worker process outlives a SIGTERM."""
@@ -213,9 +206,9 @@ class SpeechLoader:
             yield batch
 
     def _another(self, epoch: int, number: int, error: UnreadableBatchError) -> Batch | InputError:
-        """The next batch of the epoch that can be read, in place of one that cannot."""
+        """The next batch of the epoch, of up to 1,000, that can be read, in place of one that cannot."""
         skipped, count = dict(error.skipped), len(self._batches(epoch))
-        for other in range(number + 1, number + min(count, MAX_REPLACEMENTS)):
+        for other in range(number + 1, number + min(count, 1000)):
             try:
                 batch = self._collator(self._request(epoch, other % count))
             except UnreadableBatchError as another:
@@ -265,13 +258,13 @@ class SpeechLoader:
 
 
 def _has_shared_memory(cfg: DataConfig, processes: int) -> bool:
-    """Whether batches can travel as tensors: containers have little shared memory, and names of sockets are short."""
+    """Whether batches can travel as tensors: containers have little shared memory, and sockets names of 108 bytes."""
     needed = 4 * cfg.max_batch_length * cfg.num_workers * (cfg.prefetch_factor + 1) * processes
     try:
         free = shutil.disk_usage("/dev/shm").free
     except OSError:  # not Linux
         return True
-    return free > 2 * needed and len(tempfile.gettempdir()) < MAX_TEMPORARY_NAME
+    return free > 2 * needed and len(tempfile.gettempdir()) < 60
 
 
 class _Maker(Dataset[Batch | PackedBatch | InputError]):
@@ -353,7 +346,6 @@ class _Workers:
             persistent_workers=cfg.persistent_workers and cfg.num_workers > 0,
             # By itself where a model is on a GPU; asked for, wherever there is one.
             pin_memory=torch.cuda.is_available() and (cfg.pin_memory or torch.cuda.is_initialized()),
-            collate_fn=_unchanged,
             worker_init_fn=_begin_worker,
             # Torch draws a seed here at each epoch: not from the generator that dropout depends on.
             generator=torch.Generator(),
@@ -376,10 +368,6 @@ def _end_with_worker(batches: Callable[[], Any], workers: list[Any], results: An
         for worker in workers:
             worker.kill()
         results._writer.close()
-
-
-def _unchanged(batch: Any) -> Any:
-    return batch
 
 
 def _begin_worker(_: int) -> None:

@@ -1,20 +1,16 @@
 """Which recordings form which batch: a pure function of the seed and the epoch, on arrays only."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from spidr.config import DataConfig
 from spidr.data.seeds import Draw, generator
 from spidr.tools.errors import InputError
 
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    Integers = NDArray[np.integer[Any]]
+Integers = NDArray[np.integer[Any]]
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from spidr.export.safetensors_file import export_safetensors
 from spidr.models import DinoSR
 from spidr.models.weights import type_of
 from spidr.tools.errors import InputError
-from spidr.tools.files import expand, why_not_written
+from spidr.tools.files import expand, writing
 
 SOURCE = Path(spidr.__file__).parent
 ENTRY_POINTS = ("spidr.export.configuration_spidr", "spidr.export.modeling_spidr")
@@ -111,7 +111,7 @@ def _write_json(path: Path, document: dict[str, Any]) -> None:
 @contextmanager
 def _new_folder(path: Path) -> Iterator[Path]:
     """A folder that appears under ``path`` complete, or not at all."""
-    try:
+    with writing(path):
         if path.exists():
             raise InputError(f"{path}: exists; choose another output")
         with tempfile.TemporaryDirectory(prefix=".spidr-", dir=path.parent) as aside:
@@ -119,5 +119,3 @@ def _new_folder(path: Path) -> Iterator[Path]:
             folder.mkdir()
             yield folder
             folder.rename(path)
-    except OSError as error:
-        raise why_not_written(path, error) from error

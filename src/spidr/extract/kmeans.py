@@ -7,7 +7,6 @@ import json
 import logging
 import os
 from collections.abc import Iterable, Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -199,9 +198,6 @@ def _draw(session: Session, items: Sequence[Item], max_frames: int, seed: int) -
     total = sum(session.num_frames(item.num_samples) for item in items)
     check_memory(4 * min(total, max_frames) * session.model.cfg.encoder_embed_dim, f"{max_frames} frames")
     draw = _Draw(max_frames, min(1.0, max_frames / max(1, total)), seed)
-    with closing(session.run(session.plan(items), "Features")) as results:
-        for batch in results:
-            for encoded in batch:
-                session.count(session.use(encoded, draw.add))
+    session.encode(items, lambda item, pieces: draw.add(item.name, pieces), "Features")
     draw.reduce()
     return draw

@@ -13,13 +13,15 @@ import os
 import shutil
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
 
+from numpy.typing import NDArray
+
 import spidr
-from spidr.extract.session import Encoded, Session
+from spidr.extract.session import Session
 from spidr.extract.sources import Item
 from spidr.tools.errors import InputError
 from spidr.tools.files import atomic_write, make_folder
@@ -66,10 +68,12 @@ class Output(ABC):
         """Look for finished recordings, add them to :attr:`done`, and return the number of damaged ones."""
 
     @abstractmethod
-    def writing(
-        self, session: Session, folder: Path
-    ) -> AbstractContextManager[Callable[[list[Encoded]], list[Encoded]]]:
-        """Give a function that writes the results of a batch and returns them."""
+    def write(self, item: Item, pieces: Iterable[NDArray[Any]]) -> None:
+        """Write the values of a recording, while :meth:`writing`."""
+
+    def writing(self, folder: Path, rank: int) -> AbstractContextManager[object]:  # noqa: ARG002
+        """Open what is written to in a job's folder, and close it."""
+        return nullcontext()
 
     def begin(self, items: Sequence[Item], session: Session, folders: Sequence[Path]) -> None:
         """Check that what is there was made in the same way from the same recordings."""

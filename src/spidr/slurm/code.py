@@ -1,11 +1,8 @@
 """The code that a job runs: a copy of the package, and where it comes from."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 from spidr.tools.programs import run_program
@@ -24,20 +21,15 @@ def copy_package(destination: Path) -> None:
         tracked = {os.fsdecode(name) for name in _git("ls-files", "-z").split(b"\0")}
     except (OSError, subprocess.SubprocessError):
         tracked = None
-    for name in _own_files():
-        if name.suffix == ".py" or tracked is None or str(name) in tracked:
-            copy = destination / PACKAGE.name / name
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(PACKAGE / name, copy)
-
-
-def _own_files() -> Iterator[Path]:
-    """Yield the package's files, except links and hidden ones, relative to it."""
     for root, folders, files in os.walk(PACKAGE):
         folders[:] = [name for name in folders if not name.startswith(".") and name != "__pycache__"]
         for path in (Path(root, name) for name in files if not name.startswith(".")):
-            if path.is_file() and not path.is_symlink():
-                yield path.relative_to(PACKAGE)
+            name = path.relative_to(PACKAGE)
+            is_own = path.suffix == ".py" or tracked is None or str(name) in tracked
+            if is_own and path.is_file() and not path.is_symlink():
+                copy = destination / PACKAGE.name / name
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, copy)
 
 
 def describe_checkout() -> dict[str, bytes]:

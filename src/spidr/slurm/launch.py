@@ -1,7 +1,5 @@
 """Submit calls to SLURM."""
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import json

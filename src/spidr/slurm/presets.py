@@ -1,7 +1,5 @@
 """Default SLURM settings, of known clusters and of validation jobs."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The sbatch command, its script, and the job folder."""
 
-from __future__ import annotations
-
 import os
 import re
 import shlex
