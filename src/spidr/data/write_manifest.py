@@ -79,9 +79,6 @@ with command_needs("train", __name__):
     from spidr.data.recording import Recording
     from spidr.data.summary import duration, summarise
 
-MAX_HEADER = 1 << 20
-"""Largest header in a tar archive, in bytes."""
-
 
 class Written(NamedTuple):
     """A manifest as it was written, and why recordings were left out of it."""
@@ -249,7 +246,7 @@ class _Archive(io.FileIO):
 
     def read(self, size: int | None = -1, /) -> bytes:
         """Read a header."""
-        if size is None or not 0 <= size <= MAX_HEADER:
+        if size is None or not 0 <= size <= 1 << 20:
             raise tarfile.ReadError("a header that is too long")
         return super().read(size)
 
