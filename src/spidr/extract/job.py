@@ -30,7 +30,7 @@ def extract(
         The recordings that were skipped, of all processes.
     """
     with ExitStack() as stack:
-        env = stack.enter_context(environment(options.run_config()))
+        env = stack.enter_context(environment(options.device))
         found = find_items(sources) if env.is_main else []
         session = stack.enter_context(make_session(env))
         job: Any = None

@@ -165,7 +165,7 @@ def fit_kmeans(
     if max_frames < units:
         raise InputError(f"max_frames: found {max_frames}, expected {units} at least, a frame for each unit")
     check_name(model)
-    with environment(options.run_config()) as env:
+    with environment(options.device) as env:
         if env.world_size > 1:
             raise InputError("k-means runs in one process, which uses all cores")
         found = name_items(find_items(sources), {}, tree=False)
