@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 MAX_UNITS = 2**20
 
 SLACK = 1.25
-"""At most so many times the wanted frames are in memory."""
+"""How many times the wanted frames may be in memory."""
 
 
 @dataclass(frozen=True)

@@ -177,6 +177,6 @@ def _disk_error(error: BaseException | None) -> OSError | None:
     """The error of the file system behind an error: torch.save raises another one, about its archive."""
     while error is not None and not isinstance(error, OSError):
         if isinstance(error, InputError) or not isinstance(error, Exception):
-            return None  # says what is wrong, or is no error
+            return None  # already says what is wrong, or is no error
         error = error.__cause__ or error.__context__
     return error
