@@ -163,8 +163,8 @@ _EXPONENT = re.compile(r"^(.*?=\s*|\s*)([-+]?\d*\.?\d+[eE][-+]?\d+)(\s*)$", re.M
 def _read_grid(
     path: Path, recording: str, tier: str | None, phone: Callable[[str], str], parse: Callable[[str, bool], Any]
 ) -> tuple[str, list[str]]:
+    check_file(path)
     try:
-        check_file(path)
         content = path.read_bytes()
         utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
         text = content.decode("utf-16" if utf16 else "utf-8-sig").replace("\r\n", "\n")
@@ -172,8 +172,6 @@ def _read_grid(
         text = _EXPONENT.sub(lambda match: f"{match[1]}{float(match[2]):.12f}{match[3]}", text)
         grid = parse(text, True)
         tiers = [(t["name"], t["entries"]) for t in grid["tiers"] if t["class"] == "IntervalTier"]
-    except InputError:
-        raise
     except OSError as error:
         raise InputError(f"the alignments cannot be read ({error.strerror or error}).") from None
     except Exception as error:  # the parser may raise anything
