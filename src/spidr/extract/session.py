@@ -56,8 +56,8 @@ LONG = 120 * SAMPLE_RATE
 """Longer recordings (in samples) are encoded one after the other, each on all threads of a CPU."""
 
 
-Skipped = dict[str, str]
-"""Why recordings could not be encoded, by name."""
+class Skipped(dict[str, str]):
+    """Why recordings could not be encoded, by name."""
 
 
 class EncodingError(InputError):
@@ -79,7 +79,7 @@ class Summary:
     ``quiet`` are those below -45 dBFS, ``units`` different units, no more of which are added once there are two.
     """
 
-    skipped: Skipped = field(default_factory=dict)
+    skipped: Skipped = field(default_factory=Skipped)
     done: int = 0
     samples: int = 0
     quiet: list[str] = field(default_factory=list)
