@@ -248,7 +248,7 @@ class Report:
         self.page.heading("Configuration")
         for section, table in to_dict(self.cfg).items():
             flat = table if section != "validation" else {f"{n}.{k}": v for n, t in table.items() for k, v in t.items()}
-            self.page.folded(section, {key: json.dumps(value) for key, value in flat.items()})
+            self.page.table([], [[key, json.dumps(value)] for key, value in flat.items()], folded=section)
 
     def write(self, output: Path) -> Path:
         """Write the page and the PNGs."""

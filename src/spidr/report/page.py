@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import wave
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from html import escape
 from typing import Any
 
@@ -69,18 +69,12 @@ class Page:
         content = base64.b64encode(file.getvalue()).decode()
         self._parts.append(f'<p><audio controls src="data:audio/wav;base64,{content}"></audio></p>')
 
-    def table(self, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """Add a table."""
+    def table(self, header: Sequence[str], rows: Sequence[Sequence[str]], *, folded: str = "") -> None:
+        """Add a table; one that is ``folded`` under a title opens when clicked on."""
         head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
         body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-        self._parts.append(f'<div class="wide"><table><tr>{head}</tr>{body}</table></div>')
-
-    def folded(self, title: str, values: Mapping[str, str]) -> None:
-        """Add a table of names and values that opens when clicked on."""
-        rows = "".join(f"<tr><td>{escape(k)}</td><td>{escape(v)}</td></tr>" for k, v in values.items())
-        self._parts.append(
-            f'<details><summary>{escape(title)}</summary><div class="wide"><table>{rows}</table></div></details>'
-        )
+        table = f'<div class="wide"><table>{head and f"<tr>{head}</tr>"}{body}</table></div>'
+        self._parts.append(f"<details><summary>{escape(folded)}</summary>{table}</details>" if folded else table)
 
     def html(self) -> str:
         """The whole file."""
