@@ -147,9 +147,9 @@ class Run:
         if env.is_main:
             self._open_metrics(latest)
             self._remark()
-        self.progress = self._stack.enter_context(
-            Progress(cfg.run.wandb_name, cfg.optimizer.max_steps, "steps", initial=self.state.step, shown=env.is_main)
-        )
+        name, steps, begin = cfg.run.wandb_name, cfg.optimizer.max_steps, self.state.step
+        self.progress = Progress(name, steps, "steps", initial=begin, shown=env.is_main)
+        self._stack.callback(self.progress.close)
         self._stack.callback(self.checkpointer.wait)
         if latest is None:
             self.save()

@@ -187,7 +187,7 @@ def warm_start(cfg: Config, output: Path, *, steps: int = STEPS, lr: float = LR,
     losses: list[Tensor] = []
 
     draws = cfg.model.codebook_init == "data"
-    with closing(loader), Progress("warm start", steps, "steps") as progress:
+    with closing(loader), closing(Progress("warm start", steps, "steps")) as progress:
         if draws:
             init_codebooks(model, loader, env, cfg.run.random_seed)  # for what it refuses
         targets = Targets(cfg.model, loader, cfg.run.random_seed)

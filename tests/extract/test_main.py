@@ -8,7 +8,7 @@ import pty
 import re
 import subprocess
 import sys
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -173,7 +173,7 @@ def test_a_log_file_gets_a_line_a_minute(monkeypatch: pytest.MonkeyPatch, caplog
     caplog.set_level("INFO")
     now = 1000.0
     monkeypatch.setattr(progress.time, "monotonic", lambda: now)
-    with progress.Progress("Units", 1000, "h of audio", 0.01) as advance:
+    with closing(progress.Progress("Units", 1000, "h of audio", 0.01)) as advance:
         for _ in range(10):
             now += 20
             advance(100)

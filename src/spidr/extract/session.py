@@ -370,7 +370,7 @@ class Session:
         total = sum(item.num_samples for batch in batches for item in batch)
         unit, seconds = ("h of audio", 3600) if total >= 3600 * SAMPLE_RATE else ("min of audio", 60)
         try:
-            with Progress(description, total, unit, 1 / seconds / SAMPLE_RATE, shown=shown) as advance:
+            with closing(Progress(description, total, unit, 1 / seconds / SAMPLE_RATE, shown=shown)) as advance:
                 for group, most in ((long, 1), (batches[len(long) :], at_once)):
                     workers = max(1, min(most, len(group)))
                     with closing(self._run_group(group, workers, at_once // workers)) as results:

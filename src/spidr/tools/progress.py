@@ -66,12 +66,6 @@ class Progress:
             what = ", ".join(filter(None, (f"{tqdm.format_interval(max(0.0, left))} left", self._note)))
             logger.info("%s: %.0f%% of %s, %s", self._description, share, total, what)
 
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
-
     def close(self) -> None:
         """Leave the bar as it is."""
         if self._bar is not None:
