@@ -4,8 +4,6 @@ Deterministic: float32, fixed batches, crops and masks seeded by the manifest's 
 order of the batches, so the same checkpoint and data give the same numbers on any number of processes.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,6 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 from spidr.config import SAMPLE_RATE, Config, DataConfig, MaskingConfig, ResumeConfig
 from spidr.data import Batch, build_validation_dataloader, speech_dataset
 from spidr.data.alignments import FRAME_STEP, Alignments, fit, read_alignments
+from spidr.data.dataset import SpeechDataset
 from spidr.data.names import match_rows
 from spidr.environment import Environment, StopFlag, environment
 from spidr.models import DinoSR
@@ -34,8 +33,6 @@ from spidr.tools.frames import conv_length
 
 if TYPE_CHECKING:
     import polars as pl
-
-    from spidr.data.dataset import SpeechDataset
 
 AnyBatch = Batch | tuple[Tensor, Tensor | None, Tensor | None]
 
@@ -189,7 +186,7 @@ def codebooks_quality(model: DinoSR, phones: dict[int, list[str]], units: dict[i
     return qualities
 
 
-def phones_of_rows(manifest: pl.DataFrame, alignments: Alignments) -> dict[int, list[str]]:
+def phones_of_rows(manifest: "pl.DataFrame", alignments: Alignments) -> dict[int, list[str]]:
     """The phones of those rows of a manifest that are aligned, by their fileid or else their path."""
     matched = match_rows(alignments, manifest["fileid"].to_list(), manifest["path"].to_list())
     return {row: alignments[name] for row, name in matched.items()}

@@ -1,7 +1,5 @@
 """Loaders: the batches of an epoch, made by worker processes."""
 
-from __future__ import annotations
-
 import logging
 import multiprocessing
 import multiprocessing.connection
@@ -48,7 +46,7 @@ def build_dataloader(
     channels: int | None = None,
     rank: int | None = None,
     world_size: int | None = None,
-) -> SpeechLoader:
+) -> "SpeechLoader":
     """Build the batches to train on.
 
     Batches, crops and masks are functions of (seed, epoch, number of the batch), whatever the number of workers. Their
@@ -82,7 +80,7 @@ def build_validation_dataloader(
     channels: int | None = None,
     rank: int | None = None,
     world_size: int | None = None,
-) -> SpeechLoader:
+) -> "SpeechLoader":
     """Build the batches to validate on: always the same, each recording once, from the shortest to the longest.
 
     Crops and masks are seeded by the row of the manifest. Batch i goes to process ``i % world_size``, so a process may
@@ -99,7 +97,7 @@ def _parts(
     mask_cfg: MaskingConfig | None,
     conv_layer_config: Sequence[tuple[int, int, int]] | None,
     channels: int | None,
-) -> tuple[SpeechDataset, pl.Series, Collator]:
+) -> tuple[SpeechDataset, "pl.Series", Collator]:
     """The recordings, which manifest each is from, and what makes batches: of those long enough for a frame."""
     conv_layer_config = conv_layer_config or DEFAULT_CONV_LAYER_CONFIG
     samples = receptive_field(conv_layer_config)
@@ -135,7 +133,7 @@ class Processes(NamedTuple):
     accumulation: int = 1
 
     @classmethod
-    def of(cls, rank: int | None, world_size: int | None) -> Processes:
+    def of(cls, rank: int | None, world_size: int | None) -> Self:
         """Take what is None from the process group."""
         is_group = dist.is_available() and dist.is_initialized()
         return cls(
