@@ -10,9 +10,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import numpy as np
+import polars as pl
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
@@ -30,9 +31,6 @@ from spidr.models.weights import load_into
 from spidr.tools.errors import InputError
 from spidr.tools.files import atomic_write
 from spidr.tools.frames import conv_length
-
-if TYPE_CHECKING:
-    import polars as pl
 
 AnyBatch = Batch | tuple[Tensor, Tensor | None, Tensor | None]
 
@@ -186,7 +184,7 @@ def codebooks_quality(model: DinoSR, phones: dict[int, list[str]], units: dict[i
     return qualities
 
 
-def phones_of_rows(manifest: "pl.DataFrame", alignments: Alignments) -> dict[int, list[str]]:
+def phones_of_rows(manifest: pl.DataFrame, alignments: Alignments) -> dict[int, list[str]]:
     """The phones of those rows of a manifest that are aligned, by their fileid or else their path."""
     matched = match_rows(alignments, manifest["fileid"].to_list(), manifest["path"].to_list())
     return {row: alignments[name] for row, name in matched.items()}

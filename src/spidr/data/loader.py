@@ -13,8 +13,9 @@ from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
+import polars as pl
 import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset
@@ -28,9 +29,6 @@ from spidr.data.sampler import BatchList, BatchSampler, sorted_batches
 from spidr.data.summary import DataSummary, summarise
 from spidr.tools.errors import InputError, first_line
 from spidr.tools.frames import receptive_field
-
-if TYPE_CHECKING:
-    import polars as pl
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +95,7 @@ def _parts(
     mask_cfg: MaskingConfig | None,
     conv_layer_config: Sequence[tuple[int, int, int]] | None,
     channels: int | None,
-) -> tuple[SpeechDataset, "pl.Series", Collator]:
+) -> tuple[SpeechDataset, pl.Series, Collator]:
     """The recordings, which manifest each is from, and what makes batches: of those long enough for a frame."""
     conv_layer_config = conv_layer_config or DEFAULT_CONV_LAYER_CONFIG
     samples = receptive_field(conv_layer_config)
