@@ -948,7 +948,7 @@ def run_section(bench: Bench, number: int) -> None:
     bench.section = f"{number} {section.__name__}"
     try:
         # As a run has it; features must be right whatever the caller's settings are.
-        with nullcontext() if section is correct else environment(RunConfig("runs", "gpu", "check")):
+        with nullcontext() if section is correct else environment("auto"):
             section(bench)
     except Exception as caught:
         reason = f"{type(caught).__name__}: {first_line(caught)}"

@@ -15,7 +15,6 @@ import torch
 
 from helpers.processes import free_port
 from helpers.tiny_run import write_config, write_recordings
-from spidr.config import RunConfig
 from spidr.environment import Preempted, StopFlag, choose_device, environment, find_meeting_place, ranks, seed_step
 from spidr.tools.errors import InputError
 
@@ -123,7 +122,7 @@ def test_variables_that_cannot_be(
         if value is not None:
             variables.setenv(name, value)
     with pytest.raises(InputError) as info:
-        environment(RunConfig("runs", "project", "name", device="cpu")).__enter__()
+        environment("cpu").__enter__()
     assert message in str(info.value)
     assert "\n" not in str(info.value)
     assert len(str(info.value)) < 500
@@ -185,7 +184,7 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_one_process_needs_no_group(variables: pytest.MonkeyPatch) -> None:
-    with environment(RunConfig("runs", "project", "name", device="cpu")) as env:
+    with environment("cpu") as env:
         assert (env.rank, env.world_size, env.is_main) == (0, 1, True)
         assert not torch.distributed.is_initialized()
         x = torch.tensor([1.0, 2.0])
@@ -265,7 +264,7 @@ def test_process_that_never_comes(variables: pytest.MonkeyPatch, rank: int, mess
     variables.setenv("MASTER_PORT", str(free_port()))
     variables.setattr("spidr.environment.MEETING_TIMEOUT", timedelta(seconds=1))
     with pytest.raises(SystemExit, match=f"^\nerror: {message}"):
-        environment(RunConfig("runs", "project", "name", device="cpu")).__enter__()
+        environment("cpu").__enter__()
 
 
 def test_place_that_is_taken(variables: pytest.MonkeyPatch) -> None:
@@ -276,4 +275,4 @@ def test_place_that_is_taken(variables: pytest.MonkeyPatch) -> None:
             variables.setenv(name, value)
         variables.setenv("MASTER_PORT", str(listener.getsockname()[1]))
         with pytest.raises(SystemExit, match=r"cannot be opened .*in use"):
-            environment(RunConfig("runs", "project", "name", device="cpu")).__enter__()
+            environment("cpu").__enter__()

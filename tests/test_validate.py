@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from helpers.processes import Ranks
-from helpers.small_models import tiny_model
+from helpers.small_models import AT_50_HZ, tiny_model
 from helpers.tiny_run import write_config, write_recordings
-from spidr.config import DEFAULT_CONV_LAYER_CONFIG, Config, ResumeConfig, read_config
+from spidr.config import Config, ResumeConfig, read_config
 from spidr.data import build_validation_dataloader
 from spidr.environment import Environment, Preempted, StopFlag
 from spidr.models.metrics import units_quality
@@ -22,7 +22,6 @@ from spidr.validate import validate, validate_existing_checkpoint, validate_set
 
 CPU = Environment(0, 0, 1, torch.device("cpu"))
 LAYERS = ("l2", "l3", "l4")
-AT_50_HZ = {"extractor_conv_layer_config": [(16, kernel, stride) for _, kernel, stride in DEFAULT_CONV_LAYER_CONFIG]}
 
 
 @pytest.fixture(scope="module")

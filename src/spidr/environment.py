@@ -20,7 +20,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from spidr.config import RunConfig
 from spidr.models.kernels import exact_products
 from spidr.tools.errors import InputError
 from spidr.tools.lazy import names_from
@@ -288,7 +287,7 @@ class RunEndedError(SystemExit):
 
 
 @contextmanager
-def environment(run: RunConfig) -> Iterator[Environment]:
+def environment(device_name: str, *, use_deterministic: bool = False) -> Iterator[Environment]:
     """Join the other processes of the run, if any, and choose the device; leave them at the end of the block.
 
     Inside the block, torch's global settings have their defaults.
@@ -300,8 +299,8 @@ def environment(run: RunConfig) -> Iterator[Environment]:
     rank, local_rank, world_size = ranks()
     if world_size > 1:
         find_meeting_place()
-    device = choose_device(run.device, local_rank)
-    with _settings(device, use_deterministic=run.use_deterministic):
+    device = choose_device(device_name, local_rank)
+    with _settings(device, use_deterministic=use_deterministic):
         if world_size == 1:
             yield Environment(rank, local_rank, world_size, device)
             return

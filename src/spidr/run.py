@@ -70,9 +70,10 @@ class Run:
     def __enter__(self) -> Self:
         with ExitStack() as stack:
             rank, _, processes = ranks()
+            run = self.cfg.run
             self._open_log = stack.enter_context(run_log(rank, processes))
             stack.enter_context(_reason_in_log())
-            self.env = stack.enter_context(environment(self.cfg.run))
+            self.env = stack.enter_context(environment(run.device, use_deterministic=run.use_deterministic))
             self.stop = stack.enter_context(StopFlag().listening())
             self.stop.immediate = True
             self._on_main(lambda: self._take_folder(stack))

@@ -258,7 +258,7 @@ def load_trained(cfg: Config, checkpoint: str | Path) -> DinoSR:
 
 def validate_existing_checkpoint(cfg: Config, resume: ResumeConfig) -> None:
     """Validate a checkpoint of a run on all validation sets and write the results as JSON lines, or not at all."""
-    with environment(cfg.run) as env:
+    with environment(cfg.run.device, use_deterministic=cfg.run.use_deterministic) as env:
         model = load_trained(cfg, resume.checkpoint).to(env.device)
         lines = [
             {"step": resume.step, "group": group, **validate_set(model, data, cfg.masking, env)}

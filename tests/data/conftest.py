@@ -1,7 +1,5 @@
 """A manifest with its recordings, for the tests of the data."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 

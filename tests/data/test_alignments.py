@@ -1,7 +1,5 @@
 """Phones per 10 ms."""
 
-from __future__ import annotations
-
 import gzip
 import json
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Samples and lengths, bit for bit, and recordings that must be refused."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import struct

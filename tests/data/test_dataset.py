@@ -1,7 +1,5 @@
 """Whole recordings as tensors."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 

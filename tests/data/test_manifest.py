@@ -1,7 +1,5 @@
 """Manifests: formats, types, names and mistakes."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Masks, against slow oracles written span by span."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from itertools import pairwise
 

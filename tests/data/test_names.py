@@ -1,7 +1,5 @@
 """Which recording is meant."""
 
-from __future__ import annotations
-
 import pytest
 
 from spidr.data.names import match_names, match_rows, plain_name

@@ -1,7 +1,5 @@
 """Members of archives, opened once and read where they are; spans of recordings."""
 
-from __future__ import annotations
-
 import gc
 import io
 from contextlib import suppress

@@ -1,7 +1,5 @@
 """Generators are functions of what they are for."""
 
-from __future__ import annotations
-
 from spidr.data.seeds import Draw, generator
 
 

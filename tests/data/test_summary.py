@@ -1,7 +1,5 @@
 """What is said of recordings that training does not hear."""
 
-from __future__ import annotations
-
 import logging
 import re
 from pathlib import Path

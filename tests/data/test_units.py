@@ -1,24 +1,17 @@
 """Units in the forms in which programs write them."""
 
-from __future__ import annotations
-
 import gzip
-import json
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 import pytest
 
+from helpers.synthetic import write_lines
 from spidr.data.units import read_units
 from spidr.tools.errors import InputError
 
 EXPECTED = {"x/a": [4, 4, 4, 2], "b": [7]}
-
-
-def write_lines(path: Path, *rows: object) -> Path:
-    path.write_text("".join(f"{row if isinstance(row, str) else json.dumps(row)}\n" for row in rows), encoding="utf-8")
-    return path
 
 
 @pytest.mark.parametrize(

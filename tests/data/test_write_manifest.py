@@ -1,7 +1,5 @@
 """Manifests that we write: complete, exact, the same every time, or not there."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 import tarfile

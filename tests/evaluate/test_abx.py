@@ -1,7 +1,5 @@
 """ABX on cases whose error rates can be counted by hand."""
 
-from __future__ import annotations
-
 import sys
 from fractions import Fraction
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Units, features and models evaluated from files, as on the command line."""
 
-from __future__ import annotations
-
 import json
 import math
 import subprocess
@@ -13,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from helpers.small_models import tiny_model
+from helpers.small_models import AT_50_HZ, tiny_model
+from helpers.synthetic import write_lines
 from helpers.tiny_run import write_recordings
-from spidr.config import DEFAULT_CONV_LAYER_CONFIG
 from spidr.data import speech_dataset
 from spidr.data.alignments import read_alignments
 from spidr.evaluate import main
@@ -24,12 +22,6 @@ from spidr.models import DinoSR
 from spidr.models.metrics import units_quality
 
 needs_fastabx = pytest.mark.skipif(sys.version_info < (3, 12), reason="fastabx needs Python 3.12")
-AT_50_HZ = {"extractor_conv_layer_config": [(16, kernel, stride) for _, kernel, stride in DEFAULT_CONV_LAYER_CONFIG]}
-
-
-def write_lines(path: Path, *rows: object) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
 
 
 def varied_model(model_type: str) -> DinoSR:

@@ -1,7 +1,5 @@
 """Changes of the sound against what they are by definition, and the table they end in."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 
@@ -12,9 +10,8 @@ import soundfile
 import torch
 from torch import Tensor
 
-from helpers.small_models import tiny_model
+from helpers.small_models import AT_50_HZ, tiny_model
 from helpers.tiny_run import write_recordings
-from spidr.config import DEFAULT_CONV_LAYER_CONFIG
 from spidr.evaluate.robustness import (
     CHANGES,
     edit_distance,
@@ -27,8 +24,6 @@ from spidr.evaluate.robustness import (
     tempo,
 )
 from spidr.tools.errors import InputError
-
-AT_50_HZ = {"extractor_conv_layer_config": [(16, kernel, stride) for _, kernel, stride in DEFAULT_CONV_LAYER_CONFIG]}
 
 
 def seeded() -> torch.Generator:

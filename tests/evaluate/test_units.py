@@ -1,7 +1,5 @@
 """Units paired with the phones of their recordings, and DiscoPhon's metrics of them."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any
@@ -9,14 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from helpers.synthetic import write_lines
 from spidr.evaluate import evaluate_units, main
 from spidr.evaluate.units import evaluate_all, pair
 from spidr.tools.errors import InputError
-
-
-def write_lines(path: Path, *rows: object) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
 
 
 @pytest.fixture

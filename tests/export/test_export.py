@@ -91,7 +91,7 @@ def test_safetensors_of_others(tmp_path: Path) -> None:
     ("metadata", "message"),
     [
         ({"model_type": "hubert", "model": "{}"}, "model_type"),
-        ({"model_type": "spidr", "model": "[1]"}, "no table"),
+        ({"model_type": "spidr", "model": "[1]"}, "not a table"),
         ({"model_type": "spidr", "model": "{"}, "damaged"),
         ({"model_type": "spidr", "model": '{"a":' * 100_000}, "damaged"),
         ({"model_type": "spidr", "model": '{"encoder_layers": 2}'}, "encoder_layers: unknown key"),

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from spidr.config import DinoSRConfig, model_config
+from spidr.config import DEFAULT_CONV_LAYER_CONFIG, DinoSRConfig, model_config
 from spidr.models import DinoSR, build_model
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -47,6 +47,8 @@ TINY = {
     "codebook_size": 12,
     "num_codebooks": 3,
 }
+AT_50_HZ = {"extractor_conv_layer_config": [(16, kernel, stride) for _, kernel, stride in DEFAULT_CONV_LAYER_CONFIG]}
+"""Settings of a model with the usual frame rate."""
 
 
 def tiny_config(model_type: str = "spidr", **changes: Any) -> DinoSRConfig:

@@ -1,8 +1,7 @@
 """Recordings made for the tests."""
 
-from __future__ import annotations
-
 import io
+import json
 import tarfile
 from pathlib import Path
 
@@ -34,3 +33,9 @@ def write_archive(path: Path, members: dict[str, bytes]) -> list[Recording]:
             tar.addfile(member, io.BytesIO(data))
     with tarfile.open(path) as tar:
         return [Recording(member.name, str(path), member.offset_data, member.size) for member in tar]
+
+
+def write_lines(path: Path, *rows: object) -> Path:
+    """Write strings as they are and other rows as JSON."""
+    path.write_text("".join(f"{row if isinstance(row, str) else json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    return path

@@ -20,13 +20,13 @@ FRAME_STEP = 10
 """Milliseconds per frame of an alignment."""
 
 MAX_SECONDS = 86_400.0
-"""Longest alignment, a day: a short file could ask for any amount of memory."""
+"""Longest alignment, one day: otherwise a short file could ask for any amount of memory."""
 
 TOLERANCE = 100
-"""Milliseconds by which an alignment and the units may differ in length."""
+"""Milliseconds by which an alignment may differ in length from the units."""
 
 ROUNDING = 1e-3
-"""Seconds by which rounded times may contradict each other."""
+"""Seconds of rounding that are tolerated between times."""
 
 SILENCE = "SIL"
 _NAMES = "sil sp spn pau silence <sil> <sp> <spn> <pau> <eps> <p:> h# #h"
@@ -56,12 +56,12 @@ def read_alignments(
         path: JSON lines (also gzipped, ``.gz``), DiscoPhon's table (``#file onset offset #phone``, in seconds), a Praat
             ``.TextGrid``, or a folder of TextGrids, at any depth. A line of JSON has the recording's ``fileid`` (or
             ``name``) and ``phones``: either one phone per frame of 10 ms, or ``[phone, start, end]`` in seconds, in
-            order, and then perhaps the ``duration``. A TextGrid is named as its recording. Times that contradict each
+            order, and perhaps the ``duration``. A TextGrid has the name of its recording. Times that contradict each
             other by less than 1 ms are rounded.
         tier: The tier of TextGrids that holds the phones. None: the one named "phones" or "phone", with or without a
             speaker's name before it, else the only tier of intervals.
         silence: Labels that mean silence, in any case.
-        skipped: Gathers lines and TextGrids that cannot be read. None: they are an error.
+        skipped: Collects lines and TextGrids that cannot be read. None: they are an error.
 
     Returns:
         For each recording, the phone in the middle of each frame of 10 ms: frame i is at ``(i + 0.5) * 10`` ms, and
@@ -163,20 +163,18 @@ _EXPONENT = re.compile(r"^(.*?=\s*|\s*)([-+]?\d*\.?\d+[eE][-+]?\d+)(\s*)$", re.M
 def _read_grid(
     path: Path, recording: str, tier: str | None, phone: Callable[[str], str], parse: Callable[[str, bool], Any]
 ) -> tuple[str, list[str]]:
+    check_file(path)
     try:
-        check_file(path)
         content = path.read_bytes()
         utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
         text = content.decode("utf-16" if utf16 else "utf-8-sig").replace("\r\n", "\n")
-        # praatio reads no exponents.
+        # praatio cannot read exponents.
         text = _EXPONENT.sub(lambda match: f"{match[1]}{float(match[2]):.12f}{match[3]}", text)
         grid = parse(text, True)
         tiers = [(t["name"], t["entries"]) for t in grid["tiers"] if t["class"] == "IntervalTier"]
-    except InputError:
-        raise
     except OSError as error:
         raise InputError(f"the alignments cannot be read ({error.strerror or error}).") from None
-    except Exception as error:  # the parser raises whatever happens
+    except Exception as error:  # the parser may raise anything
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise InputError(f"not a TextGrid that praatio can read ({reason}).") from None
     names = [name for name, _ in tiers]
@@ -195,12 +193,12 @@ def _read_grid(
 
 
 def fit(phones: list[str], frames: int, tolerance: int = TOLERANCE) -> list[str] | None:
-    """Fill up phones with silence, or cut them, to a number of frames; None if they differ by too much.
+    """Pad phones with silence, or cut them, to a number of frames; None if the lengths differ too much.
 
     Args:
         phones: One per frame.
         frames: Frames of 10 ms that there should be.
-        tolerance: Milliseconds to fill up or cut at most. A difference of two frames is left alone: as in the paper,
+        tolerance: Most milliseconds to pad or cut. A difference of two frames is left alone: as in the paper,
             the end of the longer one does not count.
     """
     short = frames - len(phones)

@@ -76,7 +76,7 @@ def read_audio(source: Source, start: int = 0, stop: int | None = None) -> Sampl
         samples = file.read(*_range(file, start, stop))[:, 0]
         _check_finite(file.name, samples)
         if len(samples) == 0:
-            raise _no_samples(file.name)
+            raise InputError(f"{file.name}: the recording has no samples.")
         return samples
 
 
@@ -91,14 +91,14 @@ def read_resampled(source: Source) -> Samples:
 
 
 def resampled_length(source: Source) -> int:
-    """Number of samples that :func:`read_resampled` gives, within a few."""
+    """Estimate, within a few, how many samples :func:`read_resampled` returns."""
     with decoder(source) as file:
         begin, end = _span(file)
         return round((end - begin) * SAMPLE_RATE / file.sample_rate)
 
 
 def stream(source: Source, *, resample: bool = False, size: int = BLOCK) -> Iterator[Samples]:
-    """Yield the samples of a recording in blocks, in little memory.
+    """Yield the samples of a recording in blocks, using little memory.
 
     Args:
         source: A path, the bytes of an audio file, or a recording of a manifest.
@@ -118,11 +118,11 @@ def stream(source: Source, *, resample: bool = False, size: int = BLOCK) -> Iter
                 count += len(block)
                 yield block
         if count == 0:
-            raise _no_samples(file.name)
+            raise InputError(f"{file.name}: the recording has no samples.")
 
 
 def statistics(source: Source) -> tuple[float, float]:
-    """Mean and population standard deviation of a recording, in little memory."""
+    """Mean and population standard deviation of a recording, computed in little memory."""
     return _moments(stream(source))
 
 
@@ -166,7 +166,7 @@ def _span(file: Decoder) -> tuple[int, int]:
     recording, known = file.recording, file.length()
     frames = _count(recording._replace(start=None, end=None)) if known is None else known
     if frames <= 0:
-        raise _no_samples(file.name)
+        raise InputError(f"{file.name}: the recording has no samples.")
     begin = round((recording.start or 0) * file.sample_rate)
     end = frames if recording.end is None else round(recording.end * file.sample_rate)
     if end > frames + OVERSHOOT * file.sample_rate or begin >= min(end, frames):
@@ -191,7 +191,3 @@ def _check_finite(name: str, samples: Samples) -> None:
     # The sum of squares is finite unless a sample is NaN, infinite, or too large to be standardised.
     if not np.isfinite(np.vdot(samples, samples)):
         raise InputError(f"{name}: the recording holds samples that are not finite numbers or much too large.")
-
-
-def _no_samples(name: str) -> InputError:
-    return InputError(f"{name}: the recording has no samples.")

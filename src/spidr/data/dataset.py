@@ -57,7 +57,7 @@ class SpeechDataset(Dataset[Tensor]):
         """
         if not -len(self) <= row < len(self):
             raise IndexError(f"row {row} of a manifest of {len(self)} rows")
-        # One value at a time: in a forked worker, polars' threads would wait for ever.
+        # One value at a time: in a forked worker, polars' threads would hang.
         place = {name: self.manifest[name][row % len(self)] for name in PLACE if name in self.manifest.columns}
         samples = read_audio(Recording(**place))
         if self.normalize:

@@ -32,23 +32,23 @@ READ_AT_ONCE = 1 << 22
 """Archive members up to this many bytes are read whole, even for a part of them."""
 
 UNKNOWN_LENGTH = 1 << 40
-"""Two years of samples: libsndfile reports such lengths where a header leaves the length open."""
+"""Two years of samples: libsndfile reports at least this where a header leaves the length open."""
 
 PLACEHOLDER = 0x7FF00000
-"""Sizes from here on mean "unknown" in headers that FFmpeg and SoX write to pipes."""
+"""Sizes of at least this mean "unknown" in headers that FFmpeg and SoX write to pipes."""
 
 _SIZES = re.compile(r"^ *(?:data|Data Size|SSND|riff|Riff size) *: (\d+) \(should be (\d+)\)", re.MULTILINE)
 """libsndfile's log of a file that is shorter, or longer, than its header says."""
 
 
 class Decoder:
-    """A recording opened with libsndfile, if need be after TorchCodec has decoded it.
+    """A recording opened with libsndfile, after TorchCodec has decoded it if need be.
 
     Attributes:
         recording: What was opened.
-        name: What messages call it.
+        name: Its name in messages.
         sample_rate: In Hz.
-        channels: How many.
+        channels: Number of channels.
         frames: Samples per channel by the header; None if only decoding can tell.
         seekable: Whether a part can be read without decoding what comes before.
     """
@@ -156,7 +156,7 @@ class Decoder:
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
     def _readable(self, frames: int) -> int:
-        """Count the samples that can be read from the beginning; if the last one can, all: the damage is in between."""
+        """Count the samples before the damage; all of them if the last one can be read, for it is then in between."""
 
         def is_missing(position: int) -> bool:
             with _open(self._opened) as file:
@@ -171,10 +171,10 @@ class Decoder:
 
 @contextmanager
 def decoder(source: Source) -> Iterator[Decoder]:
-    """Open a recording with whatever reads it.
+    """Open a recording with whatever can read it.
 
     Raises:
-        InputError: It is missing, empty or damaged, or nothing installed reads it.
+        InputError: It is missing, empty or damaged, or nothing that is installed can read it.
     """
     recording = as_recording(source)
     try:
@@ -271,9 +271,9 @@ def _raw(recording: Recording) -> IO[bytes] | Member:
 
 
 class _Unfailing:
-    """Seeks that never fail: a damaged header may lead before the beginning or far past the end.
+    """A seek that never fails: a damaged header may point before the beginning or far past the end.
 
-    An exception could not leave libsndfile's callback; it would be printed. libsndfile checks the position anyway.
+    An exception cannot leave libsndfile's callback; it would be printed. libsndfile checks the position anyway.
     """
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:

@@ -13,7 +13,7 @@ MAX_LINE = 1 << 26
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Yield number and text of each line that is not blank.
+    """Yield the number and text of each line that is not blank.
 
     Raises:
         InputError: The file cannot be read, is damaged or not text, or a line is too long.
@@ -39,7 +39,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
 def split_row(header: Sequence[str], line: str) -> dict[str, str]:
     """Split a line into its columns, by tabs, else by blanks; empty if there are too few.
 
-    The first column, a name, may hold blanks.
+    The first column, a name, may contain blanks.
     """
     values = line.rsplit("\t" if "\t" in line else None, len(header) - 1)
     if len(values) != len(header):

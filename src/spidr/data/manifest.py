@@ -36,13 +36,13 @@ TABLES = {".csv", ".tsv", ".jsonl", ".ndjson", ".txt", ".lst", ".list", ".scp"}
 """Suffixes of manifests and lists. Kaldi's ``segments`` has none."""
 
 HEAD = 1 << 16
-"""Bytes at the beginning of a file that tell its form."""
+"""Bytes from the beginning of a file that show its format."""
 
 
 def read_manifest(path: str | Path | Sequence[str | Path], *, needs_audio: bool = False) -> pl.DataFrame:
     """Read a manifest or a list of recordings.
 
-    The first lines tell the form, except Kaldi's, which go by the file's name:
+    The first lines show the format, except Kaldi's, which goes by the file's name:
 
     - a table with a header line (CSV, or with tabs or semicolons), or JSON lines, with the columns ``path`` and
       ``num_samples`` and, optionally, ``fileid`` (default: the file's name without its extension). Recordings inside
@@ -153,7 +153,7 @@ def _reader(path: Path) -> Callable[[Path], pl.DataFrame]:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# One reader per form: the file's columns, of any type
+# One reader per format: the file's columns, of any type
 
 
 def _read_csv(path: Path) -> pl.DataFrame:
@@ -187,12 +187,9 @@ def _read_odd_csv(path: Path, separator: str) -> pl.DataFrame:
 
 
 def _read_jsonl(path: Path) -> pl.DataFrame:
-    source: Any = escape(str(path))
-    with path.open("rb") as file:
-        if file.read(3) == codecs.BOM_UTF8:
-            source = file.read()
     with suppress(pl.exceptions.PolarsError, pl.exceptions.PanicException):
-        return pl.read_ndjson(source, infer_schema_length=None)  # of all rows, or columns that begin late would be lost
+        return pl.read_ndjson(escape(str(path)), infer_schema_length=None)  # from all rows: columns may begin late
+    # What polars refuses: a byte order mark, mistakes.
     rows = []
     for number, (_, line) in enumerate(read_lines(path), start=1):
         try:
@@ -207,7 +204,7 @@ def _read_jsonl(path: Path) -> pl.DataFrame:
 
 def _lines(path: Path, skip: int = 0) -> pl.Series:
     """Read the lines that are not blank, stripped of white space at their ends."""
-    # Names may hold quotes, so no CSV.
+    # Not as CSV: names may contain quotes.
     options: dict[str, Any] = {"separator": "\n", "has_header": False, "quote_char": None, "raise_if_empty": False}
     table = pl.read_csv(escape(str(path)), skip_rows=skip, schema={"line": pl.String}, **options)
     lines = table["line"].str.strip_chars_end().str.strip_prefix("\ufeff")
@@ -257,7 +254,7 @@ def _split(path: Path, pattern: str, form: str, skip: int = 0) -> pl.DataFrame:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# All forms
+# All formats
 
 
 def _typed(path: Path, manifest: pl.DataFrame, *, needs_audio: bool) -> pl.DataFrame:

@@ -167,7 +167,7 @@ def _place_apart(
     """
     spans = -np.sort(-spans, axis=1)
     shares = rng.random(spans.shape)
-    waits = rng.standard_exponential((len(spans), 2 * spans.shape[1] + 1))  # for all parts that there can be
+    waits = rng.standard_exponential((len(spans), 2 * spans.shape[1] + 1))  # one for every possible part
     rows = zip(*(array.tolist() for array in (lengths, spans, (spans > 0).sum(1), shares, waits)), strict=True)
     found = [_place_row(length, row[:count], min_space, *draws) for length, row, count, *draws in rows]
     placed = np.arange(spans.shape[1]) < np.array([len(starts) for starts in found])[:, None]

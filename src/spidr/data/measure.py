@@ -19,9 +19,6 @@ T = TypeVar("T")
 AT_ONCE = 1 << 14
 """Recordings in memory at once."""
 
-LISTED = 20
-"""Most problems that a message lists."""
-
 
 def measure(
     function: Callable[[R], T],
@@ -60,7 +57,7 @@ def measure(
 
 def problems_of(errors: list[InputError], total: int, remedy: str) -> InputError:
     """Make one error of the problems of many recordings, ending with the remedy."""
-    shown = some(errors, LISTED, "\n  ")
+    shown = some(errors, 20, "\n  ")
     return InputError(f"{shown}\n{len(errors):,} of {total:,} recordings cannot be read{remedy and '; '}{remedy}.")
 
 

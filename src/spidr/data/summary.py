@@ -10,9 +10,6 @@ from numpy.typing import NDArray
 from spidr.config import SAMPLE_RATE, DataConfig
 from spidr.data.sampler import BatchList
 
-MUCH = 0.05
-"""Share of the recordings or hours whose loss is worth a warning."""
-
 
 def duration(hours: float) -> str:
     """Format hours, or minutes if it is less than an hour."""
@@ -82,7 +79,7 @@ class DataSummary:
                 "hours are in the last batches, which are dropped: set data.drop_last = false",
             ),
         ]
-        return [f"{100 * share:.0f} % of the {what}" for share, what in losses if share > MUCH]
+        return [f"{100 * share:.0f} % of the {what}" for share, what in losses if share > 0.05]
 
     def log(self, logger: logging.Logger, cfg: DataConfig) -> None:
         """Log the summary and its warnings."""

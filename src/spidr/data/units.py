@@ -20,7 +20,7 @@ Units = dict[str, NDArray[np.int64]]
 """Name of a recording → its units, one per frame."""
 
 MAX_FRAMES = 86_400 * 100
-"""Most frames of a recording, a day at 100 a second: durations in a short line could ask for any number."""
+"""Most frames in a recording, a day at 100 a second: otherwise durations in a short line could ask for any number."""
 
 EXPECTED = "expected `fileid` and `units`, integers, and perhaps `durations`, as many, as JSON; or NAME|UNITS"
 
@@ -37,7 +37,7 @@ def read_units(path: str | Path, *, names: Sequence[str] | None = None) -> Units
             beside the file.
 
     Returns:
-        For each recording its units, one per frame, with merged runs written out again.
+        For each recording its units, one per frame, with merged runs expanded.
 
     Raises:
         InputError: The file is missing, a row is not of one of these forms, or a recording occurs twice.

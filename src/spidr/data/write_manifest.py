@@ -79,9 +79,6 @@ with command_needs("train", __name__):
     from spidr.data.recording import Recording
     from spidr.data.summary import duration, summarise
 
-MAX_HEADER = 1 << 20
-"""Largest header in a tar archive, in bytes."""
-
 
 class Written(NamedTuple):
     """A manifest as it was written, and why recordings were left out of it."""
@@ -249,7 +246,7 @@ class _Archive(io.FileIO):
 
     def read(self, size: int | None = -1, /) -> bytes:
         """Read a header."""
-        if size is None or not 0 <= size <= MAX_HEADER:
+        if size is None or not 0 <= size <= 1 << 20:
             raise tarfile.ReadError("a header that is too long")
         return super().read(size)
 
@@ -316,18 +313,17 @@ def _describe(found: pl.DataFrame, bad: list[InputError], *, stats: bool, on_err
         return num_samples(recording), *(statistics(recording) if stats else (0.0, 0.0))
 
     total = found.height + len(bad)
-    columns: dict[str, array[Any]] = {"num_samples": array("q")} | (
-        {"mean": array("d"), "std": array("d")} if stats else {}
-    )
+    names = ("num_samples", "mean", "std") if stats else ("num_samples",)
+    columns: list[array[Any]] = [array("q"), array("d"), array("d")]
     for result in measure(describe, iter_recordings(found), total=found.height):
         if isinstance(result, InputError):
             bad.append(result)
             result = -1, 0.0, 0.0
-        for column, value in zip(columns.values(), result, strict=False):
+        for column, value in zip(columns, result, strict=True):
             column.append(value)
     if len(bad) == total or (bad and on_error == "raise"):
         raise problems_of(bad, total, "" if on_error == "skip" else "--on-error skip leaves them out")
-    described = found.with_columns(pl.Series(name, column, dtype=SCHEMA[name]) for name, column in columns.items())
+    described = found.with_columns(map(pl.Series, names, columns))
     if not SPAN.keys().isdisjoint(described.columns):
         # Without both, readers could not tell whether a length is the span's or the file's.
         start = pl.col("start").fill_null(0.0) if "start" in described.columns else pl.lit(0.0)

@@ -28,12 +28,8 @@ from spidr.tools.lazy import needs_extra
 from spidr.tools.tensors import check_plain, read_tensors
 
 COLUMNS = ("#file", "onset", "offset", "#phone", "prev-phone", "next-phone", "speaker")
-EARLIEST = Fraction(-1, 10)
-"""Earliest onset in seconds: aligners place some a little before the recording begins."""
 LARGEST = 1e15
-"""Features beyond it, or all below its inverse, have squares outside float32."""
-MAX_MISSING_FRAMES = 2
-"""Frames by which an item may end late: convolutions without padding make one fewer."""
+"""The squares of features above this, or all below its inverse, are outside float32's range."""
 
 Distance = Literal["angular", "euclidean", "kl_symmetric", "identical"]
 
@@ -44,7 +40,7 @@ class ABX(NamedTuple):
     within: float | None
     """Within speaker; None if no speaker says anything twice."""
     across: float | None
-    """Across speakers; None if there is one only."""
+    """Across speakers; None if there is only one."""
     items: int
     """Items that were used."""
     too_short: int
@@ -81,7 +77,7 @@ def read_items(path: str | Path) -> Items:
             onset, offset = _seconds(row["onset"]), _seconds(row["offset"])
         except (KeyError, ValueError):
             raise InputError(f"{path}: line {number}: expected {' '.join(header)}; {found}.") from None
-        if onset < EARLIEST:
+        if onset < Fraction(-1, 10):  # aligners place some a little before the recording begins
             raise InputError(f"{path}: line {number}: the onset is before the recording; {found}.")
         if onset > offset:
             raise InputError(f"{path}: line {number}: the offset is before the onset; {found}.")
@@ -177,7 +173,7 @@ class Scorer:
             frames = features[names[file]]
             for row in rows:
                 start, end = self._frames[row]
-                if end > len(frames) + MAX_MISSING_FRAMES:
+                if end > len(frames) + 2:  # convolutions without padding make one frame fewer
                     raise InputError(
                         f"{self.items.path}: an item ends at frame {end} of {file}, which has {len(frames)} frames; is "
                         "the frame rate right?"

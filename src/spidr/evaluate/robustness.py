@@ -35,15 +35,15 @@ def noise(waveform: Tensor, snr: float, generator: torch.Generator) -> Tensor:
     return waveform + power.sqrt() * torch.randn(waveform.shape, generator=generator)
 
 
-def reverberation(waveform: Tensor, rt60: float, generator: torch.Generator, direct: float = 0.0) -> Tensor:
+def reverberation(waveform: Tensor, rt60: float, generator: torch.Generator) -> Tensor:
     """A waveform (S,) in a room.
 
-    The room's response is the direct sound, then white Gaussian noise that decays exponentially, by 60 dB in ``rt60``
-    seconds (Polack, 1988; Moorer, 1979), with the direct sound ``direct`` dB above all of it.
+    The room's response is the direct sound, then as much energy of white Gaussian noise that decays exponentially, by
+    60 dB in ``rt60`` seconds (Polack, 1988; Moorer, 1979).
     """
     time = torch.arange(1, round(rt60 * SAMPLE_RATE)) / SAMPLE_RATE
     tail = torch.randn(len(time), generator=generator) * torch.exp(-3 * math.log(10) * time / rt60)
-    response = torch.cat([torch.ones(1), tail / tail.norm() / 10 ** (direct / 20)])
+    response = torch.cat([torch.ones(1), tail / tail.norm()])
     size = len(waveform) + len(response)
     spectrum = torch.fft.rfft(waveform, size) * torch.fft.rfft(response, size)
     return torch.fft.irfft(spectrum, size)[: len(waveform)]
@@ -52,8 +52,8 @@ def reverberation(waveform: Tensor, rt60: float, generator: torch.Generator, dir
 def tempo(waveform: Tensor, factor: float, window: int = 480, search: int = 160) -> Tensor:
     """A waveform (S,) played ``factor`` times as fast, at the same pitch.
 
-    By WSOLA (Verhelst and Roelands, 1993): 30 ms windows that overlap by half are taken where the tempo wants them,
-    give or take 10 ms, to match best what followed the window before.
+    By WSOLA (Verhelst and Roelands, 1993): 30 ms windows that overlap by half are taken from where the tempo puts them,
+    shifted by up to 10 ms to match what followed the previous window.
     """
     hop, length = window // 2, round(len(waveform) / factor)
     padded = F.pad(waveform, (search, 2 * search + 2 * window))
@@ -125,7 +125,7 @@ def evaluate_robustness(
     """Compare the units of recordings before and after each of :data:`CHANGES`.
 
     Args:
-        model: Any; it is moved to the device.
+        model: Any model with codebooks; it is moved to the device.
         manifest: The recordings; each is changed, standardised and encoded whole.
         layers: Those with a codebook, counted from 1; None: all.
         max_minutes: Most audio to take; recordings are drawn at random until it is reached.

@@ -19,9 +19,6 @@ logger = logging.getLogger(__name__)
 
 GUIDE = "evaluate.md#units-against-phones"
 
-NUM_UNITS, FRAME_MS = 256, 20
-"""Size of the codebook and milliseconds per unit, unless they are given or recorded."""
-
 
 class Paired(NamedTuple):
     """Units and phones of the same recordings."""
@@ -89,8 +86,8 @@ def pair(
     units, alignments = expand(units), expand(alignments)
     made = read_record(units)
     assumed = not (num_units or made.get("num_units"))
-    num_units = _decide("num_units", num_units, made.get("num_units"), NUM_UNITS, units)
-    frame_step = _decide("frame_step", frame_step, _recorded_step(units, made), FRAME_MS, units)
+    num_units = _decide("num_units", num_units, made.get("num_units"), 256, units)
+    frame_step = _decide("frame_step", frame_step, _recorded_step(units, made), 20, units)
     skipped: Skipped = {}
     sequences = read_units(units, names=names)
     aligned = read_alignments(alignments, tier, silence=silence, skipped=skipped if skip else None)

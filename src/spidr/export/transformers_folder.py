@@ -6,21 +6,19 @@ of the modules that compute the model, with relative imports.
 
 from __future__ import annotations
 
-import json
 import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import spidr
 from spidr.export.safetensors_file import export_safetensors
 from spidr.models import DinoSR
 from spidr.models.weights import type_of
 from spidr.tools.errors import InputError
-from spidr.tools.files import expand, why_not_written
+from spidr.tools.files import expand, write_json, writing
 
 SOURCE = Path(spidr.__file__).parent
 ENTRY_POINTS = ("spidr.export.configuration_spidr", "spidr.export.modeling_spidr")
@@ -80,8 +78,8 @@ def export_transformers(model: DinoSR, output: str | Path) -> None:
         "sampling_rate": 16000,
     }
     with _new_folder(expand(output)) as folder:
-        _write_json(folder / "config.json", config)
-        _write_json(folder / "preprocessor_config.json", preprocessor)
+        write_json(folder / "config.json", config, indent=2)
+        write_json(folder / "preprocessor_config.json", preprocessor, indent=2)
         for name, text in code().items():
             (folder / name).write_text(text, encoding="utf-8")
         card = MODEL_CARD.format(name=type(model).__name__, version=spidr.__version__, layer=model.best_layer)
@@ -104,14 +102,10 @@ def code() -> dict[str, str]:
     return files
 
 
-def _write_json(path: Path, document: dict[str, Any]) -> None:
-    path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-
-
 @contextmanager
 def _new_folder(path: Path) -> Iterator[Path]:
     """A folder that appears under ``path`` complete, or not at all."""
-    try:
+    with writing(path):
         if path.exists():
             raise InputError(f"{path}: exists; choose another output")
         with tempfile.TemporaryDirectory(prefix=".spidr-", dir=path.parent) as aside:
@@ -119,5 +113,3 @@ def _new_folder(path: Path) -> Iterator[Path]:
             folder.mkdir()
             yield folder
             folder.rename(path)
-    except OSError as error:
-        raise why_not_written(path, error) from error

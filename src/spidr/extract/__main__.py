@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 from spidr.tools.command import DEVICE, Parser, command
 from spidr.tools.lazy import needs_extra
@@ -19,11 +20,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         from spidr.extract import Options, extract_features, extract_units, fit_kmeans
         from spidr.tools.logging import run_log
 
-    functions: dict[str, Callable[..., object]] = {
-        "features": extract_features,
-        "units": extract_units,
-        "kmeans": fit_kmeans,
-    }
+    functions: dict[str, Any] = {"features": extract_features, "units": extract_units, "kmeans": fit_kmeans}
     function = functions[args.pop("command")]
     rank, _, processes = ranks()
     with run_log(rank, processes):
@@ -41,47 +38,36 @@ def _build_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     common = Parser(add_help=False)
-    common.add_argument("sources", nargs="+", help="manifests, lists, folders, audio files")
-    common.add_argument(
-        "--model", default="spidr_base", help="a published model or a checkpoint (default: %(default)s)"
-    )
-    common.add_argument(
-        "--model-type", choices=["spidr", "dinosr"], help="of a checkpoint without config.json (default: told)"
-    )
-    common.add_argument("--layer", type=int, metavar="N", help="counted from 1 (default: the model's best)")
-    common.add_argument("--device", **DEVICE)
-    common.add_argument(
+    option = common.add_argument
+    option("sources", nargs="+", help="manifests, lists, folders, audio files")
+    option("--model", default="spidr_base", help="a published model or a checkpoint (default: %(default)s)")
+    option("--model-type", choices=["spidr", "dinosr"], help="of a checkpoint without config.json (default: told)")
+    option("--layer", type=int, metavar="N", help="counted from 1 (default: the model's best)")
+    option("--device", **DEVICE)
+    option(
         "--dtype",
         choices=["float32", "bfloat16", "auto"],
         default="float32",
         help="of the computation (default: %(default)s; auto: bfloat16 where it is fast, 99 %% of units equal)",
     )
-    common.add_argument(
-        "--batch-seconds", type=float, metavar="S", help="audio in a batch (default: 0 on a CPU, else 240)"
-    )
-    common.add_argument("--threads", type=int, metavar="N", help="recordings at once on a CPU (default: its cores)")
-    common.add_argument(
-        "--window", type=float, metavar="S", help="encode long recordings in pieces of S seconds (default: whole)"
-    )
-    common.add_argument(
-        "--context", type=float, metavar="S", help="seen on each side of a window (default: a quarter of it)"
-    )
-    common.add_argument("--resample", action="store_true", help="convert what is not 16 kHz mono")
-    common.add_argument(
-        "--on-error", choices=["raise", "skip"], default="raise", help="bad recordings (default: %(default)s)"
-    )
-    common.add_argument("--quiet", action="store_true", help="no progress bar")
+    option("--batch-seconds", type=float, metavar="S", help="audio in a batch (default: 0 on a CPU, else 240)")
+    option("--threads", type=int, metavar="N", help="recordings at once on a CPU (default: its cores)")
+    option("--window", type=float, metavar="S", help="encode long recordings in pieces of S seconds (default: whole)")
+    option("--context", type=float, metavar="S", help="seen on each side of a window (default: a quarter of it)")
+    option("--resample", action="store_true", help="convert what is not 16 kHz mono")
+    option("--on-error", choices=["raise", "skip"], default="raise", help="bad recordings (default: %(default)s)")
+    option("--quiet", action="store_true", help="no progress bar")
 
-    def add(name: str, text: str, example: str) -> argparse.ArgumentParser:
+    def add(name: str, text: str, output: str, example: str) -> Any:
         example = f"python -m spidr.extract {name} {example}"
-        return commands.add_parser(name, parents=[common], help=text, description=f"Write {text}.", example=example)
+        form = commands.add_parser(name, parents=[common], help=text, description=f"Write {text}.", example=example)
+        form.add_argument("output", help=output)
+        return form.add_argument
 
-    features = add("features", "one array (frames, channels) per recording", "recordings features --model spidr_base")
-    features.add_argument("output", help="a folder")
-    features.add_argument(
-        "--format", choices=["npy", "pt"], default="npy", dest="file_format", help="(default: %(default)s)"
-    )
-    features.add_argument(
+    example = "recordings features --model spidr_base"
+    option = add("features", "one array (frames, channels) per recording", "a folder", example)
+    option("--format", choices=["npy", "pt"], default="npy", dest="file_format", help="(default: %(default)s)")
+    option(
         "--store",
         choices=["float32", "float16"],
         default="float32",
@@ -89,36 +75,28 @@ def _build_parser() -> argparse.ArgumentParser:
         help="precision in the files (default: %(default)s)",
     )
 
-    units = add("units", "one row of units per recording", "recordings units.jsonl --model spidr_base --dedup")
-    units.add_argument("output", help="a .jsonl or .parquet file")
-    units.add_argument(
+    example = "recordings units.jsonl --model spidr_base --dedup"
+    option = add("units", "one row of units per recording", "a .jsonl or .parquet file", example)
+    option(
         "--format",
         choices=["spidr", "discophon", "slamkit", "unit-hifigan", "fairseq", "km"],
         default="spidr",
         dest="file_format",
         help="what reads the units (default: %(default)s)",
     )
-    units.add_argument("--language", metavar="CODE", help="for DiscoPhon's file names, with --split (default: none)")
-    units.add_argument("--split", metavar="NAME", help="dev, test, train-10min, train-1h or train-10h (default: none)")
-    units.add_argument("--dedup", action="store_true", help="merge repeats, with their durations in frames")
-    units.add_argument("--kmeans", metavar="FILE", help="the nearest of these centroids (default: the codebook)")
-    units.add_argument(
-        "--smooth",
-        type=float,
-        default=0.0,
-        metavar="COST",
-        help="of each change of unit: fewer, longer units (default: 0)",
-    )
+    option("--language", metavar="CODE", help="for DiscoPhon's file names, with --split (default: none)")
+    option("--split", metavar="NAME", help="dev, test, train-10min, train-1h or train-10h (default: none)")
+    option("--dedup", action="store_true", help="merge repeats, with their durations in frames")
+    option("--kmeans", metavar="FILE", help="the nearest of these centroids (default: the codebook)")
+    text = "of each change of unit: fewer, longer units (default: 0)"
+    option("--smooth", type=float, default=0.0, metavar="COST", help=text)
 
-    kmeans = add("kmeans", "centroids for `units --kmeans`", "train.csv kmeans.npz --model spidr_base --layer 6")
-    kmeans.add_argument("output", help="a .npz file")
-    kmeans.add_argument("--units", type=int, default=256, metavar="N", help="clusters (default: %(default)s)")
-    kmeans.add_argument(
-        "--max-frames", type=int, default=1_000_000, metavar="N", help="frames to learn from (default: %(default)s)"
-    )
-    kmeans.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="of the draw and of k-means (default: %(default)s)"
-    )
+    example = "train.csv kmeans.npz --model spidr_base --layer 6"
+    option = add("kmeans", "centroids for `units --kmeans`", "a .npz file", example)
+    option("--units", type=int, default=256, metavar="N", help="clusters (default: %(default)s)")
+    text = "frames to learn from (default: %(default)s)"
+    option("--max-frames", type=int, default=1_000_000, metavar="N", help=text)
+    option("--seed", type=int, default=0, metavar="N", help="of the draw and of k-means (default: %(default)s)")
     return parser
 
 

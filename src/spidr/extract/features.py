@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import IO, Any, Literal, get_args
 
@@ -15,7 +14,7 @@ from numpy.typing import NDArray
 from spidr.extract.job import extract
 from spidr.extract.options import Options, check_choice
 from spidr.extract.outputs import Output
-from spidr.extract.session import Encoded, Session, Skipped
+from spidr.extract.session import Session, Skipped
 from spidr.extract.sources import Item
 from spidr.models import DinoSR
 from spidr.models.hub import check_name
@@ -114,20 +113,16 @@ class _FeatureFolder(Output):
             return 0, 0
         return array.shape if whole and array.ndim == 2 and array.dtype == self.dtype else (0, 0)
 
-    @contextmanager
-    def writing(self, session: Session, folder: Path) -> Iterator[Callable[[list[Encoded]], list[Encoded]]]:  # noqa: ARG002
-        yield lambda batch: [session.use(encoded, self._write) for encoded in batch]
-
-    def _write(self, name: str, pieces: Iterable[NDArray[np.floating]]) -> None:
+    def write(self, item: Item, pieces: Iterable[NDArray[Any]]) -> None:
         pieces = (piece.astype(self.dtype, copy=False) for piece in pieces)
-        with atomic_write(self.path_of(name)) as file:
+        with atomic_write(self.path_of(item.name)) as file:
             if self.file_format == "npy":
                 _save_npy(file, pieces)
             else:
                 torch.save(torch.from_numpy(np.concatenate(list(pieces))), file)
 
 
-def _save_npy(file: IO[bytes], pieces: Iterable[NDArray[np.floating]]) -> None:
+def _save_npy(file: IO[bytes], pieces: Iterable[NDArray[Any]]) -> None:
     """Write an array piece by piece, its number of rows last."""
     header: dict[str, Any] = {"fortran_order": False}
     count = size = 0

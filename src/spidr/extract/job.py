@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import torch.distributed as dist
 from spidr.environment import Environment, environment
 from spidr.extract.options import Options
 from spidr.extract.outputs import Output
-from spidr.extract.session import Session, Skipped, Summary, ahead
+from spidr.extract.session import Session, Skipped, Summary
 from spidr.extract.sources import find_items, find_lengths, name_items
 
 
@@ -30,7 +30,7 @@ def extract(
         The recordings that were skipped, of all processes.
     """
     with ExitStack() as stack:
-        env = stack.enter_context(environment(options.run_config()))
+        env = stack.enter_context(environment(options.device))
         found = find_items(sources) if env.is_main else []
         session = stack.enter_context(make_session(env))
         job: Any = None
@@ -43,13 +43,9 @@ def extract(
             pending = [item for item in items if item.name not in output.done]
             job = named, pending, problems, folders
         named, pending, problems, folders = env.broadcast_object(job)
-        with output.writing(session, folders[0]) as write:
-            results = session.run(session.plan(pending), description)
-            written = ahead(write, results, workers=output.writers, depth=output.writers)
-            with closing(results), closing(written):
-                for batch in written:
-                    for encoded in batch:
-                        session.count(encoded)
+
+        with output.writing(folders[0], env.rank):
+            session.encode(pending, output.write, description, writers=output.writers)
         summary = _gather(env, session.summary)
         if env.is_main:
             for name, why in problems.items():

@@ -7,7 +7,6 @@ import json
 import logging
 import os
 from collections.abc import Iterable, Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,7 @@ logger = logging.getLogger(__name__)
 MAX_UNITS = 2**20
 
 SLACK = 1.25
-"""At most so many times the wanted frames are in memory."""
+"""How many times the wanted frames may be in memory."""
 
 
 @dataclass(frozen=True)
@@ -166,7 +165,7 @@ def fit_kmeans(
     if max_frames < units:
         raise InputError(f"max_frames: found {max_frames}, expected {units} at least, a frame for each unit")
     check_name(model)
-    with environment(options.run_config()) as env:
+    with environment(options.device) as env:
         if env.world_size > 1:
             raise InputError("k-means runs in one process, which uses all cores")
         found = name_items(find_items(sources), {}, tree=False)
@@ -199,9 +198,6 @@ def _draw(session: Session, items: Sequence[Item], max_frames: int, seed: int) -
     total = sum(session.num_frames(item.num_samples) for item in items)
     check_memory(4 * min(total, max_frames) * session.model.cfg.encoder_embed_dim, f"{max_frames} frames")
     draw = _Draw(max_frames, min(1.0, max_frames / max(1, total)), seed)
-    with closing(session.run(session.plan(items), "Features")) as results:
-        for batch in results:
-            for encoded in batch:
-                session.count(session.use(encoded, draw.add))
+    session.encode(items, lambda item, pieces: draw.add(item.name, pieces), "Features")
     draw.reduce()
     return draw

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from spidr.config import ModelType, RunConfig
+from spidr.config import ModelType
 from spidr.tools.errors import InputError
 
 Device = Literal["auto", "cuda", "mps", "cpu"]
@@ -66,7 +66,3 @@ class Options:
             raise InputError(f"context: found {self.context}, but there is no window that it could be the context of")
         if self.threads is not None and not 1 <= self.threads <= MAX_THREADS:
             raise InputError(f"threads: found {self.threads}, expected 1 to {MAX_THREADS:,}")
-
-    def run_config(self) -> RunConfig:
-        """What :func:`spidr.environment.environment` wants to know; only the device counts."""
-        return RunConfig(workdir=".", wandb_project="spidr", wandb_name="extract", device=self.device)

@@ -13,16 +13,18 @@ import os
 import shutil
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
 
+from numpy.typing import NDArray
+
 import spidr
-from spidr.extract.session import Encoded, Session
+from spidr.extract.session import Session
 from spidr.extract.sources import Item
 from spidr.tools.errors import InputError
-from spidr.tools.files import atomic_write, make_folder
+from spidr.tools.files import make_folder, write_json
 from spidr.tools.lock import Lock
 from spidr.tools.untrusted import parse_json
 
@@ -66,10 +68,12 @@ class Output(ABC):
         """Look for finished recordings, add them to :attr:`done`, and return the number of damaged ones."""
 
     @abstractmethod
-    def writing(
-        self, session: Session, folder: Path
-    ) -> AbstractContextManager[Callable[[list[Encoded]], list[Encoded]]]:
-        """Give a function that writes the results of a batch and returns them."""
+    def write(self, item: Item, pieces: Iterable[NDArray[Any]]) -> None:
+        """Write the values of a recording, while :meth:`writing`."""
+
+    def writing(self, folder: Path, rank: int) -> AbstractContextManager[object]:  # noqa: ARG002
+        """Open what is written to in a job's folder, and close it."""
+        return nullcontext()
 
     def begin(self, items: Sequence[Item], session: Session, folders: Sequence[Path]) -> None:
         """Check that what is there was made in the same way from the same recordings."""
@@ -82,14 +86,14 @@ class Output(ABC):
         if has_record and (self.done or damaged or other_jobs or self.has_values()):
             self._check_record()
         else:  # also when a job with other settings has made nothing
-            _write_object(self.record, self.settings, indent=2)
+            write_json(self.record, self.settings, indent=2)
         if damaged:
             logger.warning("%s: %d recordings have damaged values, which are made again", self.path, damaged)
         self._note(items)
 
     def finish(self, items: Sequence[Item], skipped: dict[str, str], folders: Sequence[Path]) -> None:  # noqa: ARG002
         """Put everything in its place."""
-        _write_object(self.record, self.settings | ({"skipped": skipped} if skipped else {}), indent=2)
+        write_json(self.record, self.settings | ({"skipped": skipped} if skipped else {}), indent=2)
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -135,7 +139,7 @@ class Output(ABC):
                     "that file."
                 )
         if (both := known | {item.name: item.place for item in items}) != known:
-            _write_object(self.recordings, both, indent=0)
+            write_json(self.recordings, both, indent=0)
 
     @contextmanager
     def claimed(self, names: Collection[str]) -> Iterator[list[Path]]:
@@ -164,7 +168,7 @@ class Output(ABC):
                         continue  # another job was faster
                     own = self.unfinished / f"{time.time_ns()}-{os.getpid()}"
                     make_folder(own)
-                    _write_object(own / NAMES, dict.fromkeys(sorted(names), ""), indent=0)
+                    write_json(own / NAMES, dict.fromkeys(sorted(names), ""), indent=0)
                     stack.enter_context(Lock(own, "is encoding some of these recordings"))
                 try:
                     yield [own, *(folder for folder in folders if folder.is_dir())]
@@ -200,9 +204,3 @@ def _read_object(path: Path, what: str, remedy: str, *, strings: bool = True) ->
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: {what}, but cannot be read ({error}). {remedy}") from None
     return found
-
-
-def _write_object(path: Path, content: dict[str, Any], indent: int) -> None:
-    make_folder(path.parent)
-    with atomic_write(path) as file:
-        file.write(json.dumps(content, indent=indent).encode() + b"\n")

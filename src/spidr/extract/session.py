@@ -20,6 +20,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, fields
+from itertools import chain
 from pathlib import Path
 from threading import Lock as ThreadLock
 from typing import Any, NamedTuple, Self, TypeVar
@@ -288,15 +289,6 @@ class Session:
                 found.append(Encoded(item, None, self.or_raise(error)))
         return found
 
-    def use(self, encoded: Encoded, function: Callable[[str, Iterable[NDArray[Any]]], None]) -> Encoded:
-        """Apply a function to a recording's name and pieces. Long recordings are encoded meanwhile, which may fail."""
-        try:
-            if encoded.pieces is not None:
-                function(encoded.item.name, encoded.pieces)
-        except EncodingError as error:
-            return Encoded(encoded.item, None, self.or_raise(error))
-        return encoded
-
     def or_raise(self, error: InputError) -> str:
         """Return an error's message if recordings with errors are skipped; raise it otherwise."""
         if self.options.on_error == "raise":
@@ -308,6 +300,41 @@ class Session:
             self.summary.quiet.append(item.name)
 
     # ------------------------------------------------------------------------------------------------- all of them
+
+    def encode(
+        self, items: Sequence[Item], use: Callable[[Item, Iterable[NDArray[Any]]], None], what: str, *, writers: int = 1
+    ) -> None:
+        """Encode this process's share of recordings.
+
+        Args:
+            items: The recordings of all processes.
+            use: Called with each of them and its values.
+            what: Description of the progress bar.
+            writers: How many threads call ``use``.
+
+        Raises:
+            InputError: A recording cannot be encoded, unless they are to be skipped.
+        """
+
+        def use_all(batch: list[Encoded]) -> list[Encoded]:
+            return [self._use(encoded, use) for encoded in batch]
+
+        results = self.run(self.plan(items), what)
+        with closing(results), closing(ahead(use_all, results, workers=writers, depth=writers)) as used:
+            for item, _, error in chain.from_iterable(used):
+                if error is not None:
+                    self.summary.skip(item.name, error)
+                else:
+                    self.summary.done += 1
+                    self.summary.samples += item.num_samples
+
+    def _use(self, encoded: Encoded, use: Callable[[Item, Iterable[NDArray[Any]]], None]) -> Encoded:
+        try:
+            if encoded.pieces is not None:
+                use(encoded.item, encoded.pieces)
+        except EncodingError as error:  # a long recording is encoded meanwhile
+            return Encoded(encoded.item, None, self.or_raise(error))
+        return encoded
 
     def plan(self, items: Sequence[Item]) -> list[list[Item]]:
         """Make batches, long recordings first: the same list for any number of processes.
@@ -333,11 +360,7 @@ class Session:
         return item.num_samples == 0 or self.num_frames(item.num_samples) > self.window[0]
 
     def run(self, batches: Sequence[list[Item]], description: str) -> Generator[list[Encoded]]:
-        """Encode this process's share of the batches of all processes, in order.
-
-        Raises:
-            InputError: A recording cannot be encoded, unless they are to be skipped.
-        """
+        """Encode this process's share of the batches of all processes, in order."""
         batches = batches[self.env.rank :: self.env.world_size]
         threads, on_cpu = torch.get_num_threads(), self.env.device.type == "cpu"
         at_once = (self.options.threads or threads) if on_cpu else 1
@@ -391,14 +414,6 @@ class Session:
     def _check_length(self, item: Item, num_samples: int) -> None:
         if self.num_frames(num_samples) < 1:
             raise InputError(f"{item.recording}: {num_samples} samples are {TOO_SHORT}")
-
-    def count(self, encoded: Encoded) -> None:
-        """Count a recording, once its values are written."""
-        if encoded.error is not None:
-            self.summary.skip(encoded.item.name, encoded.error)
-        else:
-            self.summary.done += 1
-            self.summary.samples += encoded.item.num_samples
 
 
 def ahead(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from glob import escape
@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import polars as pl
+from numpy.typing import NDArray
 
 from spidr.environment import Environment
 from spidr.extract.formats import FORMATS, Row, UnitFormat, output_file
@@ -25,12 +26,12 @@ from spidr.extract.job import extract
 from spidr.extract.kmeans import KMeans
 from spidr.extract.options import Options, check_choice
 from spidr.extract.outputs import Output
-from spidr.extract.session import Encoded, Session, Skipped
+from spidr.extract.session import Session, Skipped
 from spidr.extract.sources import Item
 from spidr.models import DinoSR
 from spidr.models.hub import check_name
 from spidr.tools.errors import InputError, first_line
-from spidr.tools.files import atomic_write, expand, why_not_written
+from spidr.tools.files import atomic_write, expand, writing
 
 SCHEMA: dict[str, Any] = {"fileid": pl.String, "units": pl.List(pl.Int32), "durations": pl.List(pl.Int32)}
 ORDER, CHECKSUM = "recordings", "crc32"
@@ -151,25 +152,21 @@ class _Table(Output):
         return damaged
 
     @contextmanager
-    def writing(self, session: Session, folder: Path) -> Iterator[Callable[[list[Encoded]], list[Encoded]]]:
-        path = folder / f"{session.env.rank}.jsonl"
-        with _writing(path):
-            file = path.open("xb")
-
-        def write(batch: list[Encoded]) -> list[Encoded]:
-            with _writing(path):
-                for item, pieces, _ in batch:
-                    if pieces is not None:
-                        row = Row(item.name, np.concatenate(list(pieces)).tolist(), str(item.recording), item.speaker)
-                        file.write(json.dumps(asdict(row)).encode() + b"\n")
-                file.flush()
-            return batch
-
+    def writing(self, folder: Path, rank: int) -> Iterator[None]:
+        path = folder / f"{rank}.jsonl"
+        with writing(path):
+            self._file = path.open("xb")
         try:
-            yield write
+            yield
         finally:
-            with _writing(path):
-                file.close()  # tries again to write what could not be written
+            with writing(path):
+                self._file.close()  # tries again to write what could not be written
+
+    def write(self, item: Item, pieces: Iterable[NDArray[Any]]) -> None:
+        row = Row(item.name, np.concatenate(list(pieces)).tolist(), str(item.recording), item.speaker)
+        with writing(self._file.name):
+            self._file.write(json.dumps(asdict(row)).encode() + b"\n")
+            self._file.flush()
 
     def finish(self, items: Sequence[Item], skipped: dict[str, str], folders: Sequence[Path]) -> None:
         """Write the table: its rows of other recordings, then those of ``items`` in their order."""
@@ -271,14 +268,6 @@ def _check_utf8(items: Sequence[Item]) -> None:
                 f"{str(item.recording)!a}: the name is not UTF-8, which Parquet cannot hold. Rename the file, or "
                 "choose an output that ends in .jsonl."
             ) from None
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise why_not_written(path, error) from error
 
 
 def _lines(path: Path) -> Iterator[tuple[bytes, int]]:

@@ -21,10 +21,10 @@ from spidr.models.kernels import (
     convolve_by_products,
     feed_forward,
     feeds_forward,
+    keeps_frames,
     known,
     through,
     through_gelu,
-    untouched,
 )
 
 
@@ -68,7 +68,7 @@ class ConvPositionalEmbedding(nn.Module):
             if exists is not None:
                 x = x * exists
             x = x.transpose(1, 2)
-            if self.by_products and isinstance(conv, nn.Conv1d) and untouched(conv):
+            if self.by_products and keeps_frames(conv):
                 x = convolve_by_products(x, conv)
             else:
                 x = convolve(x, conv)

@@ -2,4 +2,4 @@
 
 from spidr.tools.lazy import names_from
 
-__getattr__ = names_from(__name__, "spidr.compat.tools")  # what published packages also have here
+__getattr__ = names_from(__name__, "spidr.compat.tools")  # names that the published package has here

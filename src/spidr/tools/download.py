@@ -193,7 +193,7 @@ def _append(url: str, partial: Path, progress: bool) -> None:
     except HTTPError as error:
         if not offset or error.code != http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
             raise
-        _drop(partial)  # it is as long as the server's
+        _drop(partial)  # it is not shorter than the server's
         _append(url, partial, progress)
         return
     if response.status != http.HTTPStatus.PARTIAL_CONTENT:

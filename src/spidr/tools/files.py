@@ -39,10 +39,19 @@ _REMEDIES = {
 }
 
 
-def why_not_written(path: str | Path, error: OSError) -> InputError:
-    """The error that says why a file could not be written and what helps."""
+def _why_not_written(path: str | Path, error: OSError) -> InputError:
+    """Say why a file cannot be written, and what helps."""
     remedy = _REMEDIES.get(error.errno or 0, "choose another place")
     return InputError(f"{path}: cannot be written ({error.strerror or error}): {remedy}. What was saved is intact.")
+
+
+@contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """Turn an error of the file system into one that says why ``path`` cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise _why_not_written(path, error) from error
 
 
 def find_files(folder: str | os.PathLike[str], wanted: Callable[[str], bool]) -> list[str]:
@@ -95,7 +104,7 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
             aside.unlink(missing_ok=True)
         cause = _disk_error(error)
         if cause is not None and cause.filename in (None, str(aside), aside):
-            raise why_not_written(path, cause) from error
+            raise _why_not_written(path, cause) from error
         raise
 
 
@@ -168,6 +177,6 @@ def _disk_error(error: BaseException | None) -> OSError | None:
     """The error of the file system behind an error: torch.save raises another one, about its archive."""
     while error is not None and not isinstance(error, OSError):
         if isinstance(error, InputError) or not isinstance(error, Exception):
-            return None  # says what is wrong, or is no error
+            return None  # already says what is wrong, or is no error
         error = error.__cause__ or error.__context__
     return error

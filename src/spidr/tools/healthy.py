@@ -26,10 +26,10 @@ BASE = {"encoder_num_layers": 12, "encoder_embed_dim": 768, "num_codebooks": 8, 
 """What the published runs' models have in common."""
 
 DECIDED = 2_500
-"""The step from which on the codebooks are what they will be."""
+"""The step by which the codebooks are decided."""
 
 MARGIN = 0.15
-"""How far beyond the published runs, as a share, is still like them."""
+"""How far outside the published range still counts as like it, as a share."""
 
 
 def is_base(model: object) -> bool:

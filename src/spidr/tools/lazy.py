@@ -36,7 +36,7 @@ def lazy_names(package: str, here: str = "", **modules: str) -> tuple[Callable[[
                 raise
             raise AttributeError(f"module {package!r} has no attribute {name!r}") from None
         value = getattr(found, name) if name in module_of else found
-        setattr(sys.modules[package], name, value)  # from now on without this function
+        setattr(sys.modules[package], name, value)  # so that this function is called once for each name
         return value
 
     names = sorted([*here.split(), *module_of])

@@ -152,7 +152,7 @@ class Lock:
 
     def _acquire(self) -> None:
         """Create the lock file, or take over that of an owner that is gone."""
-        seen, beat, moves = None, 0, False
+        seen, beat, moves, waits = None, 0, False, False
         first = since = 0.0  # when this owner, and its last sign of life, were seen first
         while not self._create():
             try:
@@ -178,8 +178,9 @@ class Lock:
                     f"{self.target}: another process {self.doing} ({owner}). Wait for it, or end it first.",
                     guide="questions.md#it-says-that-another-process-is-at-work-in-this-folder",
                 )
-            elif now == first:
-                logger.info("%s: waiting to see whether %s is alive", self.target, owner)
+            elif now > first and not waits:
+                waits = True
+                logger.warning("%s: waiting for %s", self.target, owner)
             time.sleep(0.5)
 
     def _create(self) -> bool:

@@ -9,42 +9,24 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import fields
-from enum import Enum, auto
 from typing import Annotated, Any, get_type_hints
 
 import torch
 from torch import Tensor
 
-
-class Combine(Enum):
-    """What a line shows of a field's values."""
-
-    MEAN = auto()
-    LAST = auto()
-    PER_CODEBOOK = auto()
-    PER_CODEBOOK_AND_MEAN = auto()
-    NOTHING = auto()
-
-
 Value = Tensor | float
-Mean = Annotated[Value, Combine.MEAN]
+Mean = Annotated[Value, "mean"]
 """A number; the mean over the steps."""
-Last = Annotated[Value, Combine.LAST]
+Last = Annotated[Value, "last"]
 """A number; the last step's."""
-PerCodebook = Annotated[Value, Combine.PER_CODEBOOK]
+PerCodebook = Annotated[Value, "per codebook"]
 """A number for each codebook, (K,); ``NAME_l7`` is the mean over the steps for the codebook of layer 7."""
-PerCodebookAndMean = Annotated[Value, Combine.PER_CODEBOOK_AND_MEAN]
+PerCodebookAndMean = Annotated[Value, "per codebook and mean"]
 """As :data:`PerCodebook`, and ``NAME`` is the mean over the codebooks too."""
-Transport = Annotated[Value, Combine.NOTHING]
+Transport = Annotated[Value, "transport"]
 """A number that is for the loop itself."""
 
 Values = dict[str, list[float]]
-
-
-def combinations(cls: type) -> dict[str, Combine]:
-    """How the fields of a dataclass are combined."""
-    hints = get_type_hints(cls, include_extras=True)
-    return {field.name: hints[field.name].__metadata__[0] for field in fields(cls)}
 
 
 class Interval:
@@ -58,7 +40,7 @@ class Interval:
 
     def __init__(self, cls: type, layers: Sequence[str], sums: dict[str, list[float]] | None = None) -> None:
         self.sums = {} if sums is None else {name: [float(total), int(n)] for name, (total, n) in sums.items()}
-        self._combinations, self._layers = combinations(cls), layers
+        self._kinds, self._layers = get_type_hints(cls, include_extras=True), layers
         self._last: dict[str, float] = {}
 
     def __bool__(self) -> bool:
@@ -66,15 +48,15 @@ class Interval:
 
     def add(self, values: Values) -> None:
         """Count a step."""
-        for name, how in self._combinations.items():
+        for name, kind in self._kinds.items():
             numbers = values[name]
-            if how is Combine.LAST:
+            if kind == Last:
                 self._last[name] = numbers[0]
-            if how is Combine.MEAN:
+            if kind == Mean:
                 self._count(name, numbers[0])
-            if how is Combine.PER_CODEBOOK_AND_MEAN:
+            if kind == PerCodebookAndMean:
                 self._count(name, sum(numbers) / len(numbers))
-            if how in (Combine.PER_CODEBOOK, Combine.PER_CODEBOOK_AND_MEAN):
+            if kind in (PerCodebook, PerCodebookAndMean):
                 for layer, number in zip(self._layers, numbers, strict=True):
                     self._count(f"{name}_{layer}", number)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from spidr.tools.errors import InputError
-from spidr.tools.files import atomic_write, why_not_written
+from spidr.tools.files import atomic_write, writing
 from spidr.tools.untrusted import parse_json
 
 logger = logging.getLogger(__name__)
@@ -43,15 +43,9 @@ def read_metrics(path: Path) -> list[Line]:
 
 
 def _is_line(line: Any) -> bool:
-    if not isinstance(line, dict):
+    if not isinstance(line, dict) or not isinstance(line.get("step"), int) or not isinstance(line.get("group"), str):
         return False
-    values = {**line}
-    step, group = values.pop("step", None), values.pop("group", None)
-    return (
-        isinstance(step, int)
-        and isinstance(group, str)
-        and all(value is None or isinstance(value, (int, float)) for value in values.values())
-    )
+    return all(isinstance(value, int | float | None) for key, value in line.items() if key != "group")
 
 
 class MetricsFile:
@@ -80,13 +74,10 @@ class MetricsFile:
         key = (line["step"], line["group"])
         if key in self._written:
             return False
-        try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(_to_text(line))
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise why_not_written(self.path, error) from error
+        with writing(self.path), self.path.open("a", encoding="utf-8") as file:
+            file.write(_to_text(line))
+            file.flush()
+            os.fsync(file.fileno())
         self._written.add(key)
         return True
 

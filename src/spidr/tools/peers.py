@@ -129,7 +129,7 @@ class Peers:
         return cause
 
     def leave(self) -> None:
-        """Say goodbye, once all are about to: the silence from now on means nothing."""
+        """Say goodbye once all are about to: from now on, silence means nothing."""
         self._status = "left"
         with suppress(RuntimeError):
             dist.barrier()
@@ -158,7 +158,7 @@ class Peers:
         return self._cause
 
     def _talk(self) -> None:
-        pause = BEAT / 16  # those who come at the same time shall not wait for each other
+        pause = BEAT / 16  # processes that come at the same time should not wait for each other
         while self._cause is None and not self._closed.wait(pause):
             pause = min(BEAT, 2 * pause)
             try:

@@ -47,12 +47,12 @@ class Progress:
                 desc=description,
                 unit=unit,
                 bar_format=_BAR.replace(".2f", f".{self._digits}f"),
-                ncols=shutil.get_terminal_size().columns,  # some terminals say that they have none
+                ncols=shutil.get_terminal_size().columns,  # some terminals report none
                 nrows=20,
             )
 
     def __call__(self, done: float, note: str = "") -> None:
-        """Take note of what has been done, in what is counted, and show the latest ``note`` beside it."""
+        """Add what has been done, and show the latest ``note`` beside it."""
         self._done += done * self._scale
         self._note = note or self._note
         if self._bar is not None:

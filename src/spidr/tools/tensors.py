@@ -147,19 +147,12 @@ _STORAGES = {
 }
 
 
-def _rebuild_tensor(storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> Tensor:
-    return storage.as_strided(size, stride, offset)  # checks the bounds
-
-
-def _rebuild_parameter(data: Tensor, *_: Any) -> Tensor:
-    return data
-
-
 _KNOWN: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): OrderedDict,
     ("torch", "Size"): torch.Size,
-    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
-    ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
+    # as_strided checks the bounds.
+    ("torch._utils", "_rebuild_tensor_v2"): lambda data, start, size, stride, *_: data.as_strided(size, stride, start),
+    ("torch._utils", "_rebuild_parameter"): lambda data, *_: data,
     **{("torch", name): dtype for name, dtype in _STORAGES.items()},
 }
 

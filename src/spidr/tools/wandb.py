@@ -72,7 +72,7 @@ class WandbSink:
                     group, _, metric = key.rpartition("/")
                     if metric == "step" and isinstance(step, int):
                         self._pushed[group] = [step]
-            self._save()
+            write_json(self.state_path, self._state)
         except InputError as error:
             logger.warning("%s; training continues without wandb", error)
         except Exception as error:
@@ -100,14 +100,11 @@ class WandbSink:
                 self._pushed[group] = [step]
             else:  # results of validation may come late
                 self._pushed.setdefault(group, [-1]).append(step)
-            self._save()
+            write_json(self.state_path, self._state)
         except Exception:
             logger.warning("wandb refused the metrics of step %d (%s); it gets no more", step, group, exc_info=True)
             self.close()
             self.run = None  # later lines would hide that this one is missing
-
-    def _save(self) -> None:
-        write_json(self.state_path, self._state)
 
     def close(self) -> None:
         """End the session, or abandon it if wandb cannot be reached."""
