@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-import polars as pl
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
@@ -148,7 +147,7 @@ def _units_metrics(
     model: DinoSR, data: DataConfig, alignments_path: str, env: Environment, stop: StopFlag | None
 ) -> dict[str, float]:
     dataset = speech_dataset(data.manifest, normalize=data.normalize)
-    phones = phones_of_rows(dataset.manifest, read_alignments(alignments_path))
+    phones = phones_of_rows(dataset, read_alignments(alignments_path))
     if not phones:
         raise InputError(
             f"{alignments_path}: aligns no recording of {data.manifest}; the fileid or the file's stem must be the "
@@ -184,9 +183,9 @@ def codebooks_quality(model: DinoSR, phones: dict[int, list[str]], units: dict[i
     return qualities
 
 
-def phones_of_rows(manifest: pl.DataFrame, alignments: Alignments) -> dict[int, list[str]]:
+def phones_of_rows(dataset: SpeechDataset, alignments: Alignments) -> dict[int, list[str]]:
     """The phones of those rows of a manifest that are aligned, by their fileid or else their path."""
-    matched = match_rows(alignments, manifest["fileid"].to_list(), manifest["path"].to_list())
+    matched = match_rows(alignments, dataset.manifest["fileid"].to_list(), dataset.manifest["path"].to_list())
     return {row: alignments[name] for row, name in matched.items()}
 
 
