@@ -4,15 +4,13 @@ Deterministic: float32, fixed batches, crops and masks seeded by the manifest's 
 order of the batches, so the same checkpoint and data give the same numbers on any number of processes.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -22,6 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 from spidr.config import SAMPLE_RATE, Config, DataConfig, MaskingConfig, ResumeConfig
 from spidr.data import Batch, build_validation_dataloader, speech_dataset
 from spidr.data.alignments import FRAME_STEP, Alignments, fit, read_alignments
+from spidr.data.dataset import SpeechDataset
 from spidr.data.names import match_rows
 from spidr.environment import Environment, StopFlag, environment
 from spidr.models import DinoSR
@@ -31,11 +30,6 @@ from spidr.models.weights import load_into
 from spidr.tools.errors import InputError
 from spidr.tools.files import atomic_write
 from spidr.tools.frames import conv_length
-
-if TYPE_CHECKING:
-    import polars as pl
-
-    from spidr.data.dataset import SpeechDataset
 
 AnyBatch = Batch | tuple[Tensor, Tensor | None, Tensor | None]
 
@@ -153,7 +147,7 @@ def _units_metrics(
     model: DinoSR, data: DataConfig, alignments_path: str, env: Environment, stop: StopFlag | None
 ) -> dict[str, float]:
     dataset = speech_dataset(data.manifest, normalize=data.normalize)
-    phones = phones_of_rows(dataset.manifest, read_alignments(alignments_path))
+    phones = phones_of_rows(dataset, read_alignments(alignments_path))
     if not phones:
         raise InputError(
             f"{alignments_path}: aligns no recording of {data.manifest}; the fileid or the file's stem must be the "
@@ -189,9 +183,9 @@ def codebooks_quality(model: DinoSR, phones: dict[int, list[str]], units: dict[i
     return qualities
 
 
-def phones_of_rows(manifest: pl.DataFrame, alignments: Alignments) -> dict[int, list[str]]:
+def phones_of_rows(dataset: SpeechDataset, alignments: Alignments) -> dict[int, list[str]]:
     """The phones of those rows of a manifest that are aligned, by their fileid or else their path."""
-    matched = match_rows(alignments, manifest["fileid"].to_list(), manifest["path"].to_list())
+    matched = match_rows(alignments, dataset.manifest["fileid"].to_list(), dataset.manifest["path"].to_list())
     return {row: alignments[name] for row, name in matched.items()}
 
 

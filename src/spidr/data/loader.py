@@ -1,7 +1,5 @@
 """Loaders: the batches of an epoch, made by worker processes."""
 
-from __future__ import annotations
-
 import logging
 import multiprocessing
 import multiprocessing.connection
@@ -15,8 +13,9 @@ from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
+import polars as pl
 import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset
@@ -30,9 +29,6 @@ from spidr.data.sampler import BatchList, BatchSampler, sorted_batches
 from spidr.data.summary import DataSummary, summarise
 from spidr.tools.errors import InputError, first_line
 from spidr.tools.frames import receptive_field
-
-if TYPE_CHECKING:
-    import polars as pl
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +44,7 @@ def build_dataloader(
     channels: int | None = None,
     rank: int | None = None,
     world_size: int | None = None,
-) -> SpeechLoader:
+) -> "SpeechLoader":
     """Build the batches to train on.
 
     Batches, crops and masks are functions of (seed, epoch, number of the batch), whatever the number of workers. Their
@@ -82,7 +78,7 @@ def build_validation_dataloader(
     channels: int | None = None,
     rank: int | None = None,
     world_size: int | None = None,
-) -> SpeechLoader:
+) -> "SpeechLoader":
     """Build the batches to validate on: always the same, each recording once, from the shortest to the longest.
 
     Crops and masks are seeded by the row of the manifest. Batch i goes to process ``i % world_size``, so a process may
@@ -135,7 +131,7 @@ class Processes(NamedTuple):
     accumulation: int = 1
 
     @classmethod
-    def of(cls, rank: int | None, world_size: int | None) -> Processes:
+    def of(cls, rank: int | None, world_size: int | None) -> Self:
         """Take what is None from the process group."""
         is_group = dist.is_available() and dist.is_initialized()
         return cls(

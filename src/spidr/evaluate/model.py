@@ -89,7 +89,7 @@ def evaluate_model(
     scorer = Scorer(items, frame_rate=Fraction(SAMPLE_RATE, stride)) if items is not None else None
     env = Environment.alone(device)
     dataset = speech_dataset(manifest, normalize=True)
-    phones = phones_of_rows(dataset.manifest, read_alignments(alignments, tier, silence=silence))
+    phones = phones_of_rows(dataset, read_alignments(alignments, tier, silence=silence))
     if not phones:
         raise InputError(f"{alignments}: aligns no recording of {manifest}")
     wanted = set(items.files) if items is not None else ()

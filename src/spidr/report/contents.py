@@ -204,7 +204,7 @@ class Report:
         if layer not in numbers:
             raise InputError(f"layer {layer} has no codebook; those of layers {numbers[0]} to {numbers[-1]} have one")
         dataset = speech_dataset(data.manifest, normalize=data.normalize)
-        phones = phones_of_rows(dataset.manifest, read_alignments(data.alignments_path)) if data.alignments_path else {}
+        phones = phones_of_rows(dataset, read_alignments(data.alignments_path)) if data.alignments_path else {}
         rows = np.array(sorted(phones) or range(len(dataset)))
         rows = rows[np.cumsum(dataset.lengths[rows]) <= max_minutes * 60 * SAMPLE_RATE]
         if not len(rows):
