@@ -133,6 +133,15 @@ def test_wrong_input(
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_a_process_on_its_own_reports_whatever_its_local_rank(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A variable may be left over from another program."""
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert main(["missing.toml"]) == 2
+    assert "missing.toml: cannot be read" in capsys.readouterr().err
+
+
 def test_dry_run_shows_the_exact_submission(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = sorted(tmp_path.rglob("*"))
     other = write_config(tmp_path, tmp_path / "data/manifest.csv", "other")

@@ -111,7 +111,7 @@ def _once_per_machine() -> Iterator[None]:
     try:
         yield
     except InputError:
-        if os.environ.get("LOCAL_RANK", "0") != "0":
+        if "RANK" in os.environ and os.environ.get("LOCAL_RANK", "0") != "0":
             sys.exit(2)
         raise
 

@@ -271,6 +271,7 @@ _PREFIXES = re.compile(r"^((module|_orig_mod)\.)+")
 
 def copy_to_host(state: Any) -> Any:
     """Copy the tensors in nested containers to the CPU, from a GPU into page-locked memory. Waits for the copies."""
+    devices: set[torch.device] = set()
 
     def copy(value: Any) -> Any:
         if isinstance(value, dict):
@@ -281,11 +282,12 @@ def copy_to_host(state: Any) -> Any:
             return value
         if value.device.type != "cuda":
             return value.detach().to("cpu", copy=True)
+        devices.add(value.device)
         return torch.empty(value.shape, dtype=value.dtype, pin_memory=True).copy_(value.detach(), non_blocking=True)
 
     copied = copy(state)
-    if torch.cuda.is_initialized():
-        torch.cuda.current_stream().synchronize()
+    for device in devices:
+        torch.cuda.current_stream(device).synchronize()
     return copied
 
 

@@ -209,6 +209,7 @@ def test_every_name_survives(names: list[str]) -> None:
         ("m.jsonl", '{"fileid": "a", "path": "b", "num_samples": 4.5}\n', "row 1, column 'num_samples': found '4.5'"),
         ("m.jsonl", '{"fileid": "a", "path": "b", "num_samples": 4}\n{"fil', "row 2 is not a line of JSON"),
         ("m.jsonl", "[1]\n", "row 1 is not a JSON object"),
+        ("m.jsonl", '{"path": ["a", "b"], "num_samples": 4}\n', r"'path': found \['a', 'b'\], expected a string"),
         ("m.jsonl", "{\n", "row 1 is not a line of JSON"),
         ("m.jsonl", '{"path": "\\ud800", "num_samples": 4}\n{"path": 1, "num_samples": [4]}\n', "not a UTF-8"),
         ("m.tsv", "/a\nb.wav\n", "row 2 must be"),

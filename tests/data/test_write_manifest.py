@@ -63,6 +63,17 @@ def test_several_extensions(tmp_path: Path) -> None:
         write_manifest(tmp_path / "corpus", tmp_path / "n.csv", [".mp3", ".opus"])
 
 
+def test_without_semaphores(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in containers in which /dev/shm cannot be written."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("multiprocessing.synchronize.SemLock.__init__", refuse)
+    write_manifest(corpus, tmp_path / "m.csv")
+    assert len(read_manifest(tmp_path / "m.csv")) == len(NAMES)
+
+
 def test_relative_folder_gives_absolute_paths(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(corpus.parent)
     write_manifest("corpus", tmp_path / "m.csv")

@@ -271,7 +271,7 @@ def _typed(path: Path, manifest: pl.DataFrame, *, needs_audio: bool) -> pl.DataF
         if column not in columns:
             continue
         if manifest[column].dtype.is_nested():
-            found = _cut(manifest[column][0])
+            found = _cut(manifest[column].head(1).to_list()[0])
             raise InputError(f"{path}: column {column!r}: found {found}, expected {_expected(column)}.")
         values = text = manifest[column].cast(pl.String)
         bad = text.is_null() & (column not in optional)

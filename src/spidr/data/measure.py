@@ -2,8 +2,8 @@
 
 import os
 from collections.abc import Callable, Iterable, Iterator
-from itertools import islice
-from multiprocessing.pool import ThreadPool
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain, islice
 from typing import TypeVar
 
 import polars as pl
@@ -44,13 +44,16 @@ def measure(
         except InputError as error:
             return error
 
+    def of_all(part: list[R]) -> list[T | InputError]:
+        return list(map(of, part))
+
     remaining = iter(recordings)
     with (
-        ThreadPool(min(32, (os.cpu_count() or 1) + 4)) as pool,
+        ThreadPoolExecutor(min(32, (os.cpu_count() or 1) + 4)) as pool,
         tqdm(total=total, desc=description, unit="file", disable=None if progress else True) as bar,
     ):
-        while part := list(islice(remaining, AT_ONCE)):
-            for result in pool.imap(of, part, chunksize=64):
+        while parts := [part for _ in range(AT_ONCE // 16) if (part := list(islice(remaining, 16)))]:
+            for result in chain.from_iterable(pool.map(of_all, parts)):
                 bar.update()
                 yield result
 
