@@ -1,7 +1,5 @@
 """``python -m spidr.export safetensors|onnx|transformers MODEL OUTPUT``."""
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Export an encoder as one ONNX file."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import io
@@ -71,7 +69,7 @@ def export_onnx(model: DinoSR, output: str | Path, *, layers: Sequence[int] | No
         file.write(content)
 
 
-def _graph(encoder: _Encoder, metadata: dict[str, str]) -> bytes:
+def _graph(encoder: "_Encoder", metadata: dict[str, str]) -> bytes:
     batch, samples = torch.export.Dim("batch"), torch.export.Dim("samples", min=encoder.min_samples)
     # Unlike any dimension of the model, or the exporter could take one for a constant.
     example = torch.randn(3, 4 * encoder.min_samples + 17)

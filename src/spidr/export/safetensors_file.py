@@ -1,7 +1,5 @@
 """Export an encoder as one safetensors file."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import spidr

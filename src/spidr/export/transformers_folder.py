@@ -4,8 +4,6 @@
 of the modules that compute the model, with relative imports.
 """
 
-from __future__ import annotations
-
 import re
 import tempfile
 from collections.abc import Iterator

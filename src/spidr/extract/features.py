@@ -1,7 +1,5 @@
 """Features of recordings, one file each."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path

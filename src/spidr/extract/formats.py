@@ -1,7 +1,5 @@
 """How other programs write units: one line for each recording."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from dataclasses import dataclass

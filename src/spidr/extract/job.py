@@ -1,7 +1,5 @@
 """One extraction, from sources to an output, of features or units."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from datetime import timedelta

@@ -1,7 +1,5 @@
 """k-means on a layer's features, for units other than the codebook's."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging
@@ -9,7 +7,7 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,7 +46,7 @@ class KMeans:
         return hashlib.sha256(np.ascontiguousarray(self.centroids).data).hexdigest()[:16]
 
     @classmethod
-    def load(cls, path: str | Path) -> KMeans:
+    def load(cls, path: str | Path) -> Self:
         """Read what :func:`fit_kmeans` has written. No code from the file is run."""
         if not os.path.exists(path):  # noqa: PTH110 (False for all that cannot be a file)
             raise InputError(f"{path}: does not exist; write it with `python -m spidr.extract kmeans`.")

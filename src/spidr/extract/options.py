@@ -1,7 +1,5 @@
 """How recordings are encoded."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal, get_args
 

@@ -5,8 +5,6 @@ Several jobs may add to one output at once, such as those of a SLURM array. Each
 asks for it is refused, or takes over what the first one left if that is gone.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import os

@@ -9,8 +9,6 @@ rounding does: a matrix product with more rows may add in another order. So
   two scores are nearly equal, so a recording with such a frame is encoded again, alone.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging
@@ -91,7 +89,7 @@ class Summary:
         self.skipped[name] = why
 
     @classmethod
-    def joined(cls, parts: Iterable[Summary]) -> Summary:
+    def joined(cls, parts: Iterable[Self]) -> Self:
         """Join the summaries of all processes."""
         total = cls()
         for part in parts:

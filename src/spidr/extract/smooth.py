@@ -4,8 +4,6 @@ Source: Kamper and van Niekerk. Towards unsupervised phone and word segmentation
 vector-quantized neural networks. Interspeech 2021 (duration-penalised dynamic programming).
 """
 
-from __future__ import annotations
-
 import numpy as np
 from numpy.typing import NDArray
 

@@ -1,7 +1,5 @@
 """Recordings to encode, from manifests, lists, folders and single files, each under its own name."""
 
-from __future__ import annotations
-
 import os
 import tempfile
 from collections import Counter, defaultdict

@@ -4,8 +4,6 @@ Meanwhile every process adds lines to a file in its job's folder. At the end the
 had of other recordings, then those of the sources in their order.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import zlib

@@ -1,7 +1,5 @@
 """``python -m spidr.models``: the published models."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """Online clustering of the teacher's layers, and the statistics that a training step gathers for it."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

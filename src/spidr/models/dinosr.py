@@ -4,8 +4,6 @@ Source: Liu, Chang, Auli, Hsu, Glass. DinoSR: Self-Distillation and Online Clust
 Representation Learning. NeurIPS 2023 (arXiv 2305.10005).
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable
 from functools import cache, partial

@@ -1,7 +1,5 @@
 """Waveforms to features and units: extractor, projection, student and heads."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager

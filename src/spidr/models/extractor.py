@@ -1,9 +1,7 @@
 """Waveform to frames: the convolutional feature extractor and the projection to the transformer's width."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from typing import cast
+from typing import Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -83,7 +81,7 @@ class FeatureExtractor(nn.Module):
         self._built = conv_shapes(cast("nn.Conv1d", layer.conv) for layer in conv_layers)
 
     @classmethod
-    def build(cls, mode: str, shapes: Sequence[tuple[int, int, int]], *, bias: bool) -> FeatureExtractor:
+    def build(cls, mode: str, shapes: Sequence[tuple[int, int, int]], *, bias: bool) -> Self:
         """A new extractor.
 
         Args:

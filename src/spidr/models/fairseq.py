@@ -1,7 +1,5 @@
 """fairseq's checkpoints of DinoSR under our names."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Any

@@ -4,8 +4,6 @@ Everything else (norms, GELU, softmax, the optimiser) is left out, as is what is
 by time and peak, this is the model FLOPs utilisation (MFU) of the PaLM paper (arXiv 2204.02311, appendix B).
 """
 
-from __future__ import annotations
-
 import re
 
 from spidr.config import DinoSRConfig

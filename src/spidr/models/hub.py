@@ -1,7 +1,5 @@
 """Models by name: published ones, those on the Hugging Face hub or any web server, and files."""
 
-from __future__ import annotations
-
 import difflib
 import logging
 import os

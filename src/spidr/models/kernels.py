@@ -4,8 +4,6 @@ There are three kinds: matrix products by the faster library; operations that sa
 (on GPUs and in compiled code, PyTorch's own are better); and the feature extractor's convolutions as matrix products.
 """
 
-from __future__ import annotations
-
 import math
 import os
 import platform
@@ -15,7 +13,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeGuard, TypeVar, cast
+from typing import Any, Self, TypeGuard, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -669,7 +667,7 @@ class Moments:
     var: Tensor
 
     @classmethod
-    def of(cls, frames: Tensor, valid: Tensor) -> Moments:
+    def of(cls, frames: Tensor, valid: Tensor) -> Self:
         """Over the ``valid`` (B, R) of the frames (B, R, C)."""
         frames = frames.to(torch.promote_types(frames.dtype, torch.float32))
         weight = valid.unsqueeze(-1).to(frames.dtype)
@@ -678,12 +676,12 @@ class Moments:
         mean = (frames * weight).sum(1, keepdim=True) / divisor
         return cls(count, mean, ((frames - mean).square() * weight).sum(1, keepdim=True) / divisor)
 
-    def joined(self, other: Moments) -> Moments:
+    def joined(self, other: Self) -> Self:
         """Over the values of both (Chan, Golub, LeVeque 1979)."""
         count = (self.count + other.count).clamp(min=1)
         share, delta = other.count / count, other.mean - self.mean
         var = (1 - share) * self.var + share * other.var + (1 - share) * share * delta.square()
-        return Moments(self.count + other.count, self.mean + share * delta, var)
+        return type(self)(self.count + other.count, self.mean + share * delta, var)
 
     def normalise(self, frames: Tensor, norm: nn.GroupNorm) -> Tensor:
         """Give each channel of (B, R, C) mean 0 and variance 1, then scale and shift it."""
@@ -725,6 +723,34 @@ class _GroupNorm(torch.autograd.Function):
 def conv_shapes(convs: Iterable[nn.Conv1d]) -> list[tuple[int, int, int]]:
     """(out_channels, kernel, stride) of convolutions, as they are now."""
     return [(conv.weight.shape[0], conv.weight.shape[2], conv.stride[0]) for conv in convs]
+
+
+class _Block:
+    """Weights of a convolution block, and its products on rows."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        conv = cast("nn.Conv1d", layer.conv)
+        self.bias, self.norm = conv.bias, cast("nn.Module | None", layer.layer_norm)
+        (self.shape,) = conv_shapes([conv])
+        self.stride = self.shape[2]
+        self.taps = _autocast(conv.weight.permute(2, 1, 0).flatten(0, 1))
+        """The kernel as the right factor of products, (kernel * C, O)."""
+
+    def convolve(
+        self, frames: Tensor, stride: int, norm: nn.LayerNorm | None = None, before: Self | None = None
+    ) -> Tensor:
+        """Convolve the rows of all utterances, (B * R * stride, C) to (B * R, O).
+
+        Args:
+            frames: The rows.
+            stride: Of the convolution.
+            norm: A LayerNorm whose output goes through GELU and is convolved.
+            before: A block without bias whose convolution of ``frames`` is what is normalised.
+        """
+        taps = None if before is None else before.taps
+        weight, bias, eps = (None, None, 0.0) if norm is None else (norm.weight, norm.bias, norm.eps)
+        out: Tensor = _Conv.apply(_autocast(frames), taps, weight, bias, eps, self.taps, stride)
+        return out if self.bias is None else out + self.bias.to(out.dtype)
 
 
 def can_extract(layers: Sequence[nn.Module]) -> bool:
@@ -861,34 +887,6 @@ def _extract_lean(blocks: Sequence[_Block], kernels: Tensor) -> Tensor:
 
 def _layer_norm(rows: Tensor, norm: nn.LayerNorm) -> Tensor:
     return F.layer_norm(rows, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
-
-
-class _Block:
-    """Weights of a convolution block, and its products on rows."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        conv = cast("nn.Conv1d", layer.conv)
-        self.bias, self.norm = conv.bias, cast("nn.Module | None", layer.layer_norm)
-        (self.shape,) = conv_shapes([conv])
-        self.stride = self.shape[2]
-        self.taps = _autocast(conv.weight.permute(2, 1, 0).flatten(0, 1))
-        """The kernel as the right factor of products, (kernel * C, O)."""
-
-    def convolve(
-        self, frames: Tensor, stride: int, norm: nn.LayerNorm | None = None, before: _Block | None = None
-    ) -> Tensor:
-        """Convolve the rows of all utterances, (B * R * stride, C) to (B * R, O).
-
-        Args:
-            frames: The rows.
-            stride: Of the convolution.
-            norm: A LayerNorm whose output goes through GELU and is convolved.
-            before: A block without bias whose convolution of ``frames`` is what is normalised.
-        """
-        taps = None if before is None else before.taps
-        weight, bias, eps = (None, None, 0.0) if norm is None else (norm.weight, norm.bias, norm.eps)
-        out: Tensor = _Conv.apply(_autocast(frames), taps, weight, bias, eps, self.taps, stride)
-        return out if self.bias is None else out + self.bias.to(out.dtype)
 
 
 def _autocast(x: Tensor) -> Tensor:

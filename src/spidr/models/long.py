@@ -1,7 +1,5 @@
 """Long recordings without gradients: piece by piece, the same numbers in little memory."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator
 from functools import partial

@@ -1,7 +1,5 @@
 """The published models, in one table: functions, ``torch.hub`` entry points, help texts and docs come from it."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any

@@ -4,8 +4,6 @@ Source: Poli, Luthra, Benchekroun, Higuchi, Gleize, Shen, Algayres, Chung, Assra
 and Stable Linguistic Units for Spoken Language Models Without Supervision. TMLR 2025 (arXiv 2512.20308).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from functools import partial

@@ -4,9 +4,8 @@ Attention masks are boolean, True where to attend, broadcastable to (B, 1, T, T)
 exist. None means that all do.
 """
 
-from __future__ import annotations
-
 import math
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -205,7 +204,7 @@ class Transformer(nn.Module):
         self.layer_drop = layer_drop
 
     @classmethod
-    def build(cls, cfg: DinoSRConfig) -> Transformer:
+    def build(cls, cfg: DinoSRConfig) -> Self:
         """A new transformer of a model's configuration."""
         dim, norm_first = cfg.encoder_embed_dim, cfg.encoder_layer_norm_first
         positions = ConvPositionalEmbedding(

@@ -3,8 +3,6 @@
 No code from a file is ever run (see :mod:`spidr.tools.tensors`).
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging

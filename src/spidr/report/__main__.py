@@ -1,7 +1,5 @@
 """The command line: ``python -m spidr.report RUN``."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What is on the page: gathered from a run folder, and written as ``index.html`` and its figures as PNG."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

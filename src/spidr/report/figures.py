@@ -4,8 +4,6 @@ Matplotlib writes colours into its SVG. Those used here stand for the page's var
 and are replaced by them, so that one figure is readable on a light and on a dark page; PNGs have the light page's.
 """
 
-from __future__ import annotations
-
 import io
 import re
 from collections.abc import Callable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Noticing codebooks that collapse."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
 

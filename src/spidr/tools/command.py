@@ -1,7 +1,5 @@
 """What all commands share: parsing, writing results, and ending."""
 
-from __future__ import annotations
-
 import argparse
 import errno
 import functools

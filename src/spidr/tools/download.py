@@ -1,7 +1,5 @@
 """Download files once: resumable, checked, cached."""
 
-from __future__ import annotations
-
 import hashlib
 import http.client
 import logging

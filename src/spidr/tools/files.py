@@ -1,7 +1,5 @@
 """Files that are complete or absent, and paths as users write them."""
 
-from __future__ import annotations
-
 import errno
 import itertools
 import json

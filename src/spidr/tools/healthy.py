@@ -1,7 +1,5 @@
 """How a pretraining of the base model goes if all is well: the published runs, as numbers (arXiv 2512.20308)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

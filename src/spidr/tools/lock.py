@@ -1,7 +1,5 @@
 """One process at a time works in a folder or on a file. A lock whose owner is gone is taken over."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging
@@ -40,7 +38,7 @@ class Process:
     started: str
 
     @classmethod
-    def current(cls) -> Process:
+    def current(cls) -> Self:
         """This process."""
         return cls(_machine(), os.getpid(), _start_time(os.getpid()) or "")
 
@@ -83,7 +81,7 @@ class Owner:
     token: str
 
     @classmethod
-    def current(cls) -> Owner:
+    def current(cls) -> Self:
         """This process, from now on."""
         run = os.environ.get("TORCHELASTIC_RUN_ID", "none")
         job = os.environ.get("SLURM_JOB_ID", "") or ("" if run == "none" else run)

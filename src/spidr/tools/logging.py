@@ -1,7 +1,5 @@
 """Log lines of a run: on standard error and in a file of the run folder, through the package's own logger."""
 
-from __future__ import annotations
-
 import logging
 import sys
 from collections.abc import Callable, Iterator

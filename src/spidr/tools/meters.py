@@ -4,8 +4,6 @@
 line of an interval shows the mean over its steps.
 """
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import fields

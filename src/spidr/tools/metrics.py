@@ -3,8 +3,6 @@
 A line is a flat JSON object with ``step``, ``group`` ("train" or the name of a validation set) and values.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import math

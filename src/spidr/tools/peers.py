@@ -4,8 +4,6 @@ torchrun and ``srun --kill-on-bad-exit`` end a run when one of its processes exi
 whose machine has vanished, and a collective operation waits an hour for it.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import os

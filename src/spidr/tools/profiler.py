@@ -1,7 +1,5 @@
 """A trace of training steps for VizTracer's viewer."""
 
-from __future__ import annotations
-
 import logging
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Show progress: a bar on a terminal, a line a minute in a log file."""
 
-from __future__ import annotations
-
 import logging
 import shutil
 import sys

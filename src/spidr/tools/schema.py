@@ -5,8 +5,6 @@ lists what several fields must satisfy together. Tables from files and arguments
 and all problems of a table are reported at once.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
 import math
@@ -54,7 +52,7 @@ def ours(default: T) -> T:
     return dataclasses.field(default=default, metadata={"ours": True})
 
 
-def is_default_of_ours(settings: Settings, field: dataclasses.Field[Any]) -> bool:
+def is_default_of_ours(settings: "Settings", field: dataclasses.Field[Any]) -> bool:
     """Whether a setting is one of :func:`ours` at its default."""
     return bool(field.metadata.get("ours")) and getattr(settings, field.name) == field.default
 

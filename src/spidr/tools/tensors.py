@@ -1,7 +1,5 @@
 """Read files of ``torch.save`` from anybody: run no code, trust no size."""
 
-from __future__ import annotations
-
 import io
 import logging
 import pickle
@@ -11,7 +9,7 @@ import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Self
 
 import torch
 from torch import Tensor
@@ -118,12 +116,12 @@ def open_archive(path: str | Path) -> zipfile.ZipFile:
 class Inert:
     """Stands for an object that is not a tensor or container; whatever a pickle does to it has no effect."""
 
-    def __new__(cls, *_: Any, **__: Any) -> Inert:  # noqa: D102
+    def __new__(cls, *_: Any, **__: Any) -> Self:  # noqa: D102
         return super().__new__(cls)
 
     def __init__(self, *_: Any, **__: Any) -> None: ...
 
-    def __call__(self, *_: Any, **__: Any) -> Inert:  # noqa: D102
+    def __call__(self, *_: Any, **__: Any) -> Self:  # noqa: D102
         return self
 
     def __setstate__(self, _: Any) -> None: ...

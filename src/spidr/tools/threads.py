@@ -1,7 +1,5 @@
 """What commands set for speed: as many threads as there are processors for, none that spins, memory that is kept."""
 
-from __future__ import annotations
-
 import ctypes
 import os
 import sys

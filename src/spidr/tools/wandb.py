@@ -1,7 +1,5 @@
 """The run's page on wandb, which follows ``metrics.jsonl``."""
 
-from __future__ import annotations
-
 import logging
 import os
 import secrets

@@ -1,7 +1,5 @@
 """Standardise waveforms: mean 0 and variance 1 over each utterance."""
 
-from __future__ import annotations
-
 import math
 import warnings
 from collections.abc import Callable, Iterator
