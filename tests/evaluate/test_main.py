@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
 from dataclasses import asdict
@@ -18,8 +19,10 @@ from spidr.data import speech_dataset
 from spidr.data.alignments import read_alignments
 from spidr.evaluate import main
 from spidr.evaluate.abx import Scorer, read_items
+from spidr.evaluate.model import _Spool
 from spidr.models import DinoSR
 from spidr.models.metrics import units_quality
+from spidr.tools.errors import InputError
 
 needs_fastabx = pytest.mark.skipif(sys.version_info < (3, 12), reason="fastabx needs Python 3.12")
 
@@ -180,6 +183,22 @@ def test_bad_feature_folders(corpus: Path, tmp_path: Path, capsys: pytest.Captur
 
 
 # ------------------------------------------------------------------------------------------------------------ model
+
+
+@needs_fastabx
+def test_model_on_items_of_other_recordings(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    header, *rows = (corpus / "phoneme.item").read_text().splitlines(keepends=True)
+    (tmp_path / "other.item").write_text(header + "".join(f"other{row}" for row in rows))
+    arguments = [save_model(tmp_path, varied_model("spidr"), "spidr"), str(corpus / "manifest.csv")]
+    arguments += [str(corpus / "phones.jsonl"), "--item", str(tmp_path / "other.item"), "--device", "cpu"]
+    assert main(["model", *arguments]) == 2
+    assert re.search(r"other\.item: .*manifest\.csv lacks \d+ of its recordings, such as oth", capsys.readouterr().err)
+
+
+def test_a_full_disk_is_named(tmp_path: Path) -> None:
+    (tmp_path / "3").symlink_to("/dev/full")
+    with pytest.raises(InputError, match=r"cannot be written \(No space left"):
+        _Spool(tmp_path, [3]).add("a", [torch.ones(2, 4)])
 
 
 @needs_fastabx

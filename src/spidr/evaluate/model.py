@@ -16,7 +16,8 @@ from spidr.data.alignments import SILENT_LABELS, read_alignments
 from spidr.data.names import match_rows
 from spidr.evaluate.abx import Items, Scorer
 from spidr.models import DinoSR
-from spidr.tools.errors import InputError
+from spidr.tools.errors import InputError, some
+from spidr.tools.files import writing
 from spidr.tools.lazy import needs_extra
 
 
@@ -30,12 +31,15 @@ class _Spool:
 
     def add(self, name: str, outputs: Sequence[torch.Tensor]) -> None:
         for layer, output in zip(self.layers, outputs, strict=True):
-            with (self._folder / str(layer)).open("ab") as file:
-                output.float().contiguous().numpy().tofile(file)
+            path = self._folder / str(layer)
+            with writing(path), path.open("ab") as file:
+                file.write(output.float().contiguous().numpy().data)
         begin, self._frames = self._frames, self._frames + len(outputs[0])
         self._spans[name] = slice(begin, self._frames)
 
     def read(self, layer: int, dim: int) -> dict[str, NDArray[Any]]:
+        if not self._spans:
+            return {}
         whole = np.memmap(self._folder / str(layer), np.float32, "r", shape=(self._frames, dim))
         return {name: whole[span] for name, span in self._spans.items()}
 
@@ -92,8 +96,10 @@ def evaluate_model(
     phones = phones_of_rows(dataset, read_alignments(alignments, tier, silence=silence))
     if not phones:
         raise InputError(f"{alignments}: aligns no recording of {manifest}")
-    wanted = set(items.files) if items is not None else ()
+    wanted = set() if items is None else set(items.files)
     spoken = match_rows(wanted, dataset.manifest["fileid"].to_list(), dataset.manifest["path"].to_list())
+    if items is not None and (missing := sorted(wanted - set(spoken.values()))):
+        raise InputError(f"{items.path}: {manifest} lacks {len(missing)} of its recordings, such as {some(missing, 3)}")
     rows = sorted(phones.keys() | spoken.keys())
     model, first = model.to(env.device), model.codebook_layers.start
     units: dict[int, torch.Tensor] = {}

@@ -109,7 +109,7 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
 def write_json(path: Path, document: Any, *, indent: int | None = None) -> None:
     """Write a JSON file with :func:`atomic_write`."""
     with atomic_write(path) as file:
-        file.write(json.dumps(document, indent=indent).encode())
+        file.write(json.dumps(document, indent=indent).encode() + b"\n")
 
 
 def make_folder(path: Path) -> None:
