@@ -14,7 +14,10 @@ from collections.abc import Sequence
 
 from spidr.tools.command import DEVICE, Parser, command
 from spidr.tools.lazy import command_needs
+from spidr.tools.threads import set_up_threads
 
+if __name__ == "__main__":
+    set_up_threads()  # before torch is loaded
 with command_needs("paper", __name__):
     from spidr.extract import Options, extract_features
 

@@ -27,7 +27,10 @@ from spidr.tools.command import DEVICE, Parser, command, write_result
 from spidr.tools.errors import InputError
 from spidr.tools.files import atomic_write
 from spidr.tools.lazy import command_needs
+from spidr.tools.threads import set_up_threads
 
+if __name__ == "__main__":
+    set_up_threads()  # before torch is loaded
 with command_needs("paper", __name__):
     import polars as pl
     from published import KEYS, METRICS, REPRESENTATIONS, SCHEMA, results

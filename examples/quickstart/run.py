@@ -53,6 +53,9 @@ def write_manifests() -> str:
 
 def main() -> int:
     """Run the quick start. Returns the exit status."""
+    from spidr.tools.threads import set_up_threads
+
+    set_up_threads()  # before torch is loaded
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("settings", nargs="*", help="changes of the configuration, such as optimizer.max_steps=100")
     settings = parser.parse_args().settings

@@ -12,11 +12,11 @@ from spidr.tools import threads
 
 def seen(command: list[str], folder: Path, **environ: str) -> str:
     """What OpenMP would read at the end of a process, or when it loads torch: a torch of ours tells."""
-    names = ("GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OMP_WAIT_POLICY")
+    names = ("GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OMP_WAIT_POLICY", *threads.CAPACITIES)
     show = f"import os; print('seen', [os.environ.get(name) for name in {names}])\n"
     folder.joinpath("torch.py").write_text(f"{show}os._exit(os.sys.stdout.flush() or 0)\n")
     folder.joinpath("sitecustomize.py").write_text(f"import atexit\natexit.register(lambda: exec({show!r}))\n")
-    clean = {name: value for name, value in os.environ.items() if name not in threads.CHOICES}
+    clean = {name: value for name, value in os.environ.items() if name not in (*threads.CHOICES, *threads.CAPACITIES)}
     clean["PYTHONPATH"] = os.pathsep.join([str(folder), *sys.path])
     found = subprocess.run(
         [sys.executable, *command], env=clean | environ, capture_output=True, text=True, timeout=120, check=False
@@ -27,23 +27,28 @@ def seen(command: list[str], folder: Path, **environ: str) -> str:
 
 @pytest.mark.parametrize("module", ["spidr", "spidr.train", "spidr.extract", "spidr.evaluate", "spidr.warm_start"])
 def test_commands_set_it_before_torch_is_loaded(module: str, tmp_path: Path) -> None:
-    assert seen(["-m", module, "--help"], tmp_path) == "['1000', '1', None]"
+    assert seen(["-m", module, "--help"], tmp_path) == "['1000', '1', None, '128', '128']"
 
 
 def test_console_script(tmp_path: Path) -> None:
     script = "import sys; sys.argv = ['spidr', 'extract', '-h']; from spidr.__main__ import spidr; spidr()"
-    assert seen(["-c", script], tmp_path) == "['1000', '1', None]"
+    assert seen(["-c", script], tmp_path) == "['1000', '1', None, '128', '128']"
+
+
+def test_quick_start(tmp_path: Path) -> None:
+    script = Path(__file__).parents[2] / "examples" / "quickstart" / "run.py"
+    assert seen([str(script), "--help"], tmp_path) == "['1000', '1', None, '128', '128']"
 
 
 def test_what_the_user_set_stays(tmp_path: Path) -> None:
-    found = seen(["-m", "spidr.train", "--help"], tmp_path, OMP_WAIT_POLICY="active")
-    assert found == "[None, None, 'active']"
+    found = seen(["-m", "spidr.train", "--help"], tmp_path, OMP_WAIT_POLICY="active", LRU_CACHE_CAPACITY="1024")
+    assert found == "[None, None, 'active', '128', '1024']"
 
 
 def test_an_import_changes_nothing(tmp_path: Path) -> None:
     tmp_path.joinpath("client.py").write_text("import spidr.models\nspidr.models.SpidR")
     assert seen(["-m", "client"], tmp_path) == seen(["-c", "import spidr; spidr.models"], tmp_path)
-    assert seen(["-m", "client"], tmp_path) == "[None, None, None]"
+    assert seen(["-m", "client"], tmp_path) == "[None, None, None, None, None]"
 
 
 @pytest.mark.parametrize(("text", "expected"), [("150000 100000\n", 2), ("50000 100000\n", 1), ("max 100000\n", None)])

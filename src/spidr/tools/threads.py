@@ -14,6 +14,11 @@ By default, it spins for up to 200 ms. On a machine with other work to do, a ste
 CHOICES = ("OMP_WAIT_POLICY", "KMP_LIBRARY", *PATIENCE)
 """Variables by which users decide themselves."""
 
+CAPACITIES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128", "LRU_CACHE_CAPACITY": "128"}
+"""How many compiled operations oneDNN, and PyTorch's layer above it, keep at most, instead of 1,024 each.
+
+Every length of a batch needs its own. A step needs about a hundred; the others cost memory and are not used again.
+"""
 
 MALLOC_CHOICES = ("MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES")
 """Variables by which users decide how glibc allocates memory."""
@@ -22,13 +27,15 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 
 
 def set_up_threads() -> None:
-    """Set what OpenMP reads when torch is loaded, unless the environment has it already.
+    """Set what OpenMP and oneDNN read when torch is loaded, unless the environment has it already.
 
     Called at the start of a command, never when the package is only imported. A container that may use fewer
     processors than it sees gets that many threads.
     """
     if not any(name in os.environ for name in CHOICES):
         os.environ.update(PATIENCE)
+    for name, value in CAPACITIES.items():
+        os.environ.setdefault(name, value)
     allowed = quota()
     if "OMP_NUM_THREADS" not in os.environ and allowed is not None and allowed < (os.cpu_count() or 1):
         os.environ["OMP_NUM_THREADS"] = str(allowed)
