@@ -1,6 +1,7 @@
 """Configurations: what is read, what is written, and one clear error for everything else."""
 
 import dataclasses
+import inspect
 import json
 import re
 import subprocess
@@ -622,6 +623,10 @@ def test_python_is_checked_too() -> None:
         DataConfig()  # type: ignore[call-arg]
     with pytest.raises(dataclasses.FrozenInstanceError):
         DataConfig("m").manifest = "n"  # type: ignore[misc]
+
+
+def test_help_is_the_same_every_time() -> None:
+    assert " at 0x" not in f"{inspect.signature(DataConfig)} {inspect.signature(SpidRConfig)}"
 
 
 def test_python_takes_tuples_and_lists() -> None:

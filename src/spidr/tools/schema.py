@@ -24,7 +24,7 @@ class Accepts:
     """The values of its type that a field accepts; ``text`` completes "an integer …" in the error message."""
 
     text: str
-    test: Callable[[Any], bool]
+    test: Callable[[Any], bool] = dataclasses.field(repr=False)  # what ``help`` shows would change at each start
 
 
 @dataclass(frozen=True)
