@@ -66,6 +66,9 @@ SIZES: dict[str, dict[str, Any]] = {
 LENGTHS = {"base": (8, (3, 6, 10, 15)), "quickstart": (5, (3, 6, 10)), "tiny": (1, (1, 2))}
 """Seconds of the four utterances of a step, and of single utterances."""
 
+TIMES = {"base": 1, "quickstart": 5, "tiny": 20}
+"""How often a system does the same in its turn: what is small takes longer right after a pause."""
+
 ROWS = ("step", "features", "units", "memory")
 TARGETS = {"step": 2.0, "features": 1.7, "units": 2.4, "memory": 1 / 0.6}
 TITLES = {
@@ -205,7 +208,8 @@ def worker(system: str, size: str, folder: Path, clock: Callable[[], float]) -> 
         autocast = torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16")
         start = clock()
         if task == "step":
-            subject.step(batch, mask, autocast)
+            for _ in range(TIMES[size]):
+                subject.step(batch, mask, autocast)
         elif task == "compare":
             subject.model.eval()
             with torch.no_grad():
@@ -215,9 +219,9 @@ def worker(system: str, size: str, folder: Path, clock: Callable[[], float]) -> 
         elif task in ("features", "units"):
             subject.model.eval()
             with torch.no_grad(), autocast:
-                for x in utterances:
+                for x in utterances * TIMES[size]:
                     getattr(subject, task)(x)
-        elapsed = clock() - start
+        elapsed = (clock() - start) / TIMES[size]
         answers.write(json.dumps((_peak_memory() - before) / 1e9 if task == "memory" else elapsed) + "\n")
         answers.flush()
 
@@ -241,6 +245,7 @@ class Process:
         """Seconds for a task; GB for "memory"."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
+        time.sleep(0.3)  # OpenMP's threads in the process that has just answered spin for 0.2 s
         self.process.stdin.write(json.dumps([task, dtype]) + "\n")
         self.process.stdin.flush()
         answer = self.process.stdout.readline()
