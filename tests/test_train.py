@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from helpers.processes import Fault, Ranks, assert_same_run, complete, outcome
 from helpers.small_models import GoldenCase, tiny_model
 from helpers.tiny_run import write_config, write_recordings
+from spidr.__main__ import main
 from spidr.adapt import FrozenOutputs
 from spidr.config import Config, DataConfig, MaskingConfig, OptimizerConfig, RunConfig, read_config, to_dict
 from spidr.data import Batch, build_dataloader
@@ -32,7 +33,7 @@ from spidr.state import Hooks, State, model_settings
 from spidr.tools import peers
 from spidr.tools.errors import InputError
 from spidr.tools.metrics import read_metrics
-from spidr.train import main, train, train_step
+from spidr.train import train, train_step
 
 CPU = Environment(0, 0, 1, torch.device("cpu"))
 

@@ -42,14 +42,14 @@ def spidr() -> None:
 
 
 @command
-def main(argv: Sequence[str] | None = None, prog: str = "python -m spidr") -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Train, or submit to SLURM.
 
     Returns:
         The exit status: 0 if everything was trained, or submitted, else that of the first run that failed.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = _parser(prog)
+    parser = _parser()
     if not argv:
         parser.print_help()
         return 2
@@ -84,9 +84,9 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m spidr") -> in
 _OVERRIDE = re.compile(r"[A-Za-z_][\w-]*(\.[\w-]+)+\s*=")
 
 
-def _parser(prog: str) -> argparse.ArgumentParser:
+def _parser() -> argparse.ArgumentParser:
     others = f"other programs (spidr NAME --help): {', '.join(sorted(PROGRAMS.keys() - {'train'}))}"
-    parser = Parser(prog, description=DESCRIPTION, epilog=others, example=EXAMPLE)
+    parser = Parser("python -m spidr", description=DESCRIPTION, epilog=others, example=EXAMPLE)
     parser.add_argument("configs", nargs="+", metavar="CONFIG", help="TOML or JSON; SECTION.KEY=VALUE changes all")
     parser.add_argument("--dry-run", action="store_true", help="check all inputs, show what would be done, and end")
     parser.add_argument("--version", action="store_true", help="show the version, and end")

@@ -3,14 +3,12 @@
 ``python -m spidr CONFIG`` is the way in; ``torchrun … -m spidr.train CONFIG`` works too.
 """
 
-import sys
+import runpy
 from contextlib import nullcontext
 from typing import Any
 
-from spidr.__main__ import main
-
 if __name__ == "__main__":  # whoever asks for help need not wait for torch
-    sys.exit(main(prog="python -m spidr.train"))
+    runpy.run_module("spidr", run_name="__main__")
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +25,7 @@ from spidr.tools.errors import InputError
 from spidr.tools.frames import conv_length
 from spidr.tools.lazy import names_from
 
-__all__ = ["Hooks", "State", "main", "train", "train_step"]
+__all__ = ["Hooks", "State", "train", "train_step"]
 
 __getattr__ = names_from(__name__, "spidr.compat.training")  # what published packages also have here
 

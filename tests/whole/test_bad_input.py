@@ -190,7 +190,7 @@ def _command_line(config: str, cwd: str, module: str, log: str, variables: dict[
     if module == "spidr":
         from spidr.__main__ import main
     else:
-        from spidr.train import main
+        from spidr.__main__ import main
     sys.exit(main())
 
 
