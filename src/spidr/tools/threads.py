@@ -1,4 +1,4 @@
-"""What commands set for speed: as many threads as there are processors for, none that spins, memory that is kept."""
+"""What commands set: a thread for each processor there is, none that spins, small caches, and memory that is kept."""
 
 import ctypes
 import os
