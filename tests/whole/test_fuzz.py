@@ -836,6 +836,8 @@ def call(name: str, arguments: list[str]) -> tuple[int, str]:
     """Exit status of a command line in this process, and what it writes to standard error."""
     module, *command = name.split()
     packages = ("spidr", "spidr.extract", "spidr.export", "spidr.report")
+    if module == "spidr.train":  # runs the package's own program
+        module = "spidr"
     main = importlib.import_module(f"{module}.__main__" if module in packages else module).main
     errors, before = io.StringIO(), sys.argv
     sys.argv = [module, *arguments]
