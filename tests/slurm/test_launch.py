@@ -272,6 +272,35 @@ def test_signal_before_the_job_has_begun(cluster: Cluster, tmp_path: Path) -> No
     assert ran.read_text() == "x"
 
 
+def test_task_that_ends_slowly_does_not_change_the_status(cluster: Cluster, tmp_path: Path) -> None:
+    """srun kills it as soon as another task has ended with a status that is not 0."""
+    begun = [tmp_path / "0", tmp_path / "1"]
+
+    def stop() -> None:
+        import builtins
+        import os
+
+        from spidr.environment import Preempted
+
+        class EndsSlowly:
+            def __del__(self, sleep: Any = time.sleep) -> None:
+                sleep(3)
+
+        rank = int(os.environ["SLURM_PROCID"])
+        if begun[rank].exists():
+            return
+        begun[rank].touch()
+        while not all(file.exists() for file in begun):
+            time.sleep(0.1)
+        if rank == 1:
+            builtins.slow = EndsSlowly()  # type: ignore[attr-defined]
+        raise Preempted(0)
+
+    job_id, folder = submit("slow", [(stop, ())], tmp_path, SlurmConfig(account="a", nodes=1, gpus_per_node=2))
+    job = cluster.wait(job_id)
+    assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), logs(folder)
+
+
 def test_cancelled_job_stays_cancelled(cluster: Cluster, tmp_path: Path) -> None:
     """SLURM tells a job that its user cancels it by the same signal as one that it preempts."""
     running = tmp_path / "running"

@@ -55,6 +55,8 @@ def run_task(folder: Path) -> int:
         except SystemExit as end:
             if end.code != PREEMPTED:
                 raise
+            for number in SIGNALS:  # one that kills this process while it ends would change the status of the job
+                signal.signal(number, signal.SIG_IGN)
             if rank != "0":
                 return 0
             sys.stderr.write(f"{end}\n")
