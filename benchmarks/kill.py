@@ -101,7 +101,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--kills", type=int, default=60, help="minimum number of kills (default: %(default)s)")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after this time (default: when done)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the kinds and moments of kills (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of kinds and moments (default: %(default)s)")
     args = parser.parse_args()
     rng = random.Random(args.seed)
     kills: Counter[tuple[str, str]] = Counter()

@@ -90,7 +90,7 @@ def reproduce(args: argparse.Namespace) -> pl.DataFrame:
     """Run the missing steps, print and write the table, and return the reproduced values."""
     sets = [name for name in SETS if (args.librispeech / name).is_dir()]
     if not sets:
-        raise InputError(f"{args.librispeech}: neither {' nor '.join(SETS)} in this folder; it should be LibriSpeech's.")
+        raise InputError(f"{args.librispeech}: neither {' nor '.join(SETS)} in this folder; is it LibriSpeech's?")
     items: dict[str, Path] = dict(args.items)
     if unknown := sorted(items.keys() - set(sets)):
         raise InputError(f"--items {unknown[0]}=…: there is no {unknown[0]} in {args.librispeech}.")
