@@ -23,7 +23,6 @@ from spidr.models.codebook import (
 )
 from spidr.models.encoder import Encoder, Lengths
 from spidr.models.kernels import Dropout, untouched, without_autocast
-from spidr.models.long import layer_outputs
 from spidr.models.transformer import Transformer
 from spidr.tools.errors import InputError
 
@@ -195,7 +194,7 @@ class DinoSR(Encoder):
         if self.teacher is None:
             raise InputError("this model has no teacher: it encodes, but cannot be trained or validated")
         skip = len(self.teacher.layers) - self.num_codebooks
-        outputs = layer_outputs(self.teacher, features, attention_mask, skip=skip)
+        outputs = self.teacher.get_intermediate_outputs(features, attention_mask, skip=skip)
         with without_autocast(features):
             return torch.stack([select(normalise_over_time(output)) for output in outputs])
 

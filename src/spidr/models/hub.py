@@ -39,10 +39,7 @@ Weights = dict[str, Tensor]
 
 
 def build_model(
-    checkpoint: str | Path | None = None,
-    *,
-    cfg: DinoSRConfig | None = None,
-    model_type: str | None = None,
+    checkpoint: str | Path | None = None, *, cfg: DinoSRConfig | None = None, model_type: str | None = None
 ) -> DinoSR:
     """Build a model, new or trained.
 

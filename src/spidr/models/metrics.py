@@ -161,13 +161,7 @@ def _count(
 
 
 def proba_phone_code(
-    data: Aligned,
-    *,
-    num_units: int,
-    num_phones: int,
-    only_active: bool,
-    frame_step: int = 20,
-    alignment_step: int = 10,
+    data: Aligned, *, num_units: int, num_phones: int, only_active: bool, frame_step: int = 20, alignment_step: int = 10
 ) -> tuple[Tensor, list[str], Tensor]:
     """P(phone | unit), ordered for a heat map with a diagonal (figure 10 of the SpidR paper).
 

@@ -50,8 +50,5 @@ class SpidR(DinoSR):
     def _ema_scheduler(self) -> Callable[[int], float]:
         cfg = self.cfg
         return partial(
-            exp_ema_scheduler,
-            start_decay=cfg.ema_start_decay,
-            timescale=cfg.ema_timescale,
-            threshold=cfg.ema_threshold,
+            exp_ema_scheduler, start_decay=cfg.ema_start_decay, timescale=cfg.ema_timescale, threshold=cfg.ema_threshold
         )
