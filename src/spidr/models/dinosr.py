@@ -13,14 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from spidr.config import DinoSRConfig
-from spidr.models.codebook import (
-    Codebook,
-    StepStatistics,
-    assign,
-    count_perplexity,
-    normalise_over_time,
-    reduce_over_default_group,
-)
+from spidr.models.codebook import Codebook, StepStatistics, all_reduce, assign, count_perplexity, normalise_over_time
 from spidr.models.encoder import Encoder, Lengths
 from spidr.models.kernels import Dropout, untouched, without_autocast
 from spidr.models.transformer import Transformer, frame_mask
@@ -221,7 +214,7 @@ class DinoSR(Encoder):
         assigned = torch.zeros_like(predicted).scatter_add_(1, labels, torch.ones_like(labels, dtype=predicted.dtype))
         counts = torch.stack([assigned, predicted])
         if self.reduction is None:
-            reduce_over_default_group(counts)
+            all_reduce(counts)
         return _perplexities(*counts)
 
     # ------------------------------------------------------------------------------------------------- the step
@@ -232,7 +225,7 @@ class DinoSR(Encoder):
         The only collective of a step besides the gradients'. :meth:`update_ema` calls it if nobody has.
         """
         if not self._reduced:
-            (self.reduction or reduce_over_default_group)(self.statistics.flat)
+            (self.reduction or all_reduce)(self.statistics.flat)
             self._reduced = True
         return self.statistics.view()
 
