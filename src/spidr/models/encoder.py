@@ -243,8 +243,8 @@ class Encoder(nn.Module):
             InputError: If there is no such layer, a waveform is not finite or gives no frame, a length exceeds S, or
                 the window or context is out of range.
         """
-        output = partial(self.layer_output, layer=self._layer(layer))
-        return self._encode(output, waveforms, lengths, window, context, normalize=normalize)
+        function = partial(self.layer_output, layer=self._layer(layer))
+        return self._encode(function, waveforms, lengths, window, context, normalize=normalize)
 
     def units(
         self,
@@ -256,15 +256,9 @@ class Encoder(nn.Module):
         window: float | None = None,
         context: float | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Discrete units of a batch of utterances: the most likely codewords of a layer.
+        """Discrete units of a batch of utterances: the most likely codewords of a layer that has a codebook.
 
-        Args:
-            waveforms: (B, S); see :meth:`encode` for this and the other arguments.
-            lengths: Samples of each row.
-            layer: One that has a codebook.
-            normalize: Standardise each utterance.
-            window: Seconds of units to compute at a time.
-            context: Seconds to see on each side of a window.
+        The arguments are those of :meth:`encode`.
 
         Returns:
             (B, T) int64, -1 in the padding, and the frames of each row, (B,).
@@ -313,10 +307,8 @@ class Encoder(nn.Module):
         Yields:
             The function's values for each window in turn, (1, at most ``size``, …).
         """
-        extract, num_frames = (
-            frame_reader(self.feature_extractor, read, num_samples),
-            conv_length(self.conv_shapes, num_samples),
-        )
+        extract = frame_reader(self.feature_extractor, read, num_samples)
+        num_frames = conv_length(self.conv_shapes, num_samples)
         seen: Tensor | None = None
         begin = end = 0
         for start in range(0, num_frames, size):
@@ -455,7 +447,6 @@ def _check_waveforms(waveforms: Tensor, lengths: Lengths | None, dtype: torch.dt
 
 
 def _check_lengths(lengths: Tensor, samples: int, shapes: Sequence[tuple[int, int, int]]) -> None:
-    """Refuse lengths that exceed the samples there are or give no frame."""
     for row, length in enumerate(lengths.tolist()):
         if length > samples:
             raise InputError(f"row {row}: length {length} is more than the {samples} samples there are")
@@ -464,12 +455,12 @@ def _check_lengths(lengths: Tensor, samples: int, shapes: Sequence[tuple[int, in
 
 
 def _check_variances(variances: list[float], *, normalize: bool) -> None:
-    """Refuse rows whose samples are not finite; warn of one that is very quiet."""
+    """Refuse rows whose samples are not finite; warn of those that are very quiet."""
     for row, variance in enumerate(variances):
         if not math.isfinite(variance):
             raise InputError(f"row {row}: samples that are NaN or infinite, or so large that their squares are")
-    if normalize and variances:
-        warn_if_quiet(min(variances))
+        if normalize:
+            warn_if_quiet(variance)
 
 
 def _check_size(cfg: DinoSRConfig) -> None:

@@ -42,9 +42,8 @@ class SpidR(DinoSR):
 
     def __init__(self, cfg: SpidRConfig | None = None) -> None:
         super().__init__(cfg)
-        unused = (
-            self.student.layer_norm if self.cfg.encoder_layer_norm_first else self.student.layers[-1].final_layer_norm
-        )
+        student = self.student
+        unused = student.layer_norm if self.cfg.encoder_layer_norm_first else student.layers[-1].final_layer_norm
         unused.requires_grad_(False)
 
     def _ema_scheduler(self) -> Callable[[int], float]:
