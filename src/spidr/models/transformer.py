@@ -166,11 +166,15 @@ class TransformerLayer(nn.Module):
         Returns:
             The block's output and its feed-forward output before the residual addition, both (B, T, D).
         """
+        seen = self.layer_norm(x) if self.layer_norm_first else x
+        return self.after_attention(x + self.dropout(self.attention(seen, attention_mask=attention_mask)))
+
+    def after_attention(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The block's outputs, given the sum of its input and its attention; frames do not see each other any more."""
         if self.layer_norm_first:
-            x = x + self.dropout(self.attention(self.layer_norm(x), attention_mask=attention_mask))
             forwarded = self.feed_forward(self.final_layer_norm(x))
             return x + self.dropout(forwarded), forwarded
-        x = self.layer_norm(x + self.dropout(self.attention(x, attention_mask=attention_mask)))
+        x = self.layer_norm(x)
         forwarded = self.feed_forward(x)
         return self.final_layer_norm(x + self.dropout(forwarded)), forwarded
 
