@@ -78,7 +78,7 @@ class Pieces:
         layers: Convolution blocks that :func:`can_extract` accepts.
         read: Reads the waveforms.
         samples: How many samples each has.
-        lengths: Samples that count in the statistics of a group norm, (B,), gathered at once over all pieces.
+        lengths: Samples that count in the statistics of a group norm, (B,), taken over the whole beforehand.
     """
 
     def __init__(self, layers: Sequence[nn.Module], read: Read, samples: int, lengths: Tensor | None = None) -> None:

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -200,9 +199,8 @@ def _largest(value: Tensor) -> float:
 
 def to_safetensors(weights: Mapping[str, Tensor], cfg: DinoSRConfig, **more: str) -> bytes:
     """Serialise weights with their configuration, further strings and a checksum of it all."""
-    _library()
-    from safetensors.torch import save
-
+    with needs_extra("export"):
+        from safetensors.torch import save
     tensors = {name: value.detach().contiguous() for name, value in weights.items()}
     metadata = {"format": "pt", "model_type": type_of(cfg), "model": json.dumps(asdict(cfg)), **more}
     return save(tensors, metadata | {CHECKSUM: checksum(tensors, metadata)})
@@ -218,7 +216,7 @@ def checksum(weights: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
 
 
 def _read_safetensors(path: str | Path) -> dict[str, Tensor]:
-    with _library().safe_open(os.fspath(path), framework="pt") as file:
+    with _open_safetensors(path) as file:
         metadata = file.metadata() or {}
         weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
     recorded = metadata.pop(CHECKSUM, None)
@@ -231,7 +229,7 @@ def _read_safetensors(path: str | Path) -> dict[str, Tensor]:
 
 def _config_in_header(path: str | Path) -> DinoSRConfig | None:
     with guarded(path):
-        with _library().safe_open(os.fspath(path), framework="pt") as file:
+        with _open_safetensors(path) as file:
             metadata = file.metadata() or {}
         if not {"model_type", "model"} <= metadata.keys():
             return None
@@ -241,7 +239,7 @@ def _config_in_header(path: str | Path) -> DinoSRConfig | None:
         return model_config(metadata["model_type"], table, source=str(path))
 
 
-def _library() -> ModuleType:
+def _open_safetensors(path: str | Path) -> Any:
     with needs_extra("export"):
-        import safetensors
-    return safetensors
+        from safetensors import safe_open
+    return safe_open(os.fspath(path), framework="pt")
