@@ -20,7 +20,6 @@ from spidr.models.kernels import (
     untouched,
     valid_rows,
 )
-from spidr.tools.errors import InputError
 from spidr.tools.frames import conv_length, receptive_field
 from spidr.tools.waveforms import Read
 
@@ -112,23 +111,6 @@ class Pieces:
             found = Moments.of(rows, valid_rows(piece, left, self.shapes[0], rows.shape[1]))
             moments = found if moments is None else moments.joined(found)
         return cast("Moments", moments)
-
-
-def window_frames(window: float, context: float | None, frame_seconds: float) -> tuple[int, int]:
-    """Frames in a window and on each side of it, from seconds. ``context`` None: a quarter of the window.
-
-    Raises:
-        InputError: The window is shorter than a frame, the context negative, or one of them not finite.
-    """
-    for name, seconds in (("window", window), ("context", context)):
-        if seconds is not None and not math.isfinite(seconds):
-            raise InputError(f"{name} = {seconds} s is not a number of seconds")
-    size, around = round(window / frame_seconds), round((window / 4 if context is None else context) / frame_seconds)
-    if size < 1:
-        raise InputError(f"window = {window} s is shorter than a frame of {frame_seconds} s")
-    if around < 0:
-        raise InputError(f"context = {context} s needs to be at least 0 and goes with a window")
-    return size, around
 
 
 # ----------------------------------------------------------------------------------------------- the transformer

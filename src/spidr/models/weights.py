@@ -78,7 +78,7 @@ def _plain_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 @contextmanager
 def guarded(path: str | Path) -> Iterator[None]:
-    """Turn whatever error a broken file causes into an InputError."""
+    """Turn any error that a broken file causes into an InputError."""
     check_file(path)
     try:
         yield
@@ -95,7 +95,7 @@ def guarded(path: str | Path) -> Iterator[None]:
 
 
 def recorded_config(path: str | Path, model_type: str | None = None) -> DinoSRConfig | None:
-    """The model's configuration, from a safetensors header or the ``config.json`` beside the file.
+    """Read the model's configuration from a safetensors header or the ``config.json`` beside the file.
 
     Args:
         path: The checkpoint; its weights are not read.
@@ -160,7 +160,7 @@ def load_into(model: nn.Module, weights: Mapping[str, Tensor], source: str | Pat
 
 
 def fitting(model: nn.Module, weights: Mapping[str, Tensor], source: str | Path) -> dict[str, Tensor]:
-    """The weights that a model needs, perhaps one on the meta device, checked as :func:`load_into` does."""
+    """Pick the weights that a model needs, and check them as :func:`load_into` does. It may be on the meta device."""
     expected = model.state_dict()
     parts = {name.partition(".")[0] for name in expected}
     unknown = [name for name in weights if name not in expected]
