@@ -200,10 +200,10 @@ def _largest(value: Tensor) -> float:
 def to_safetensors(weights: Mapping[str, Tensor], cfg: DinoSRConfig, **more: str) -> bytes:
     """Serialise weights with their configuration, further strings and a checksum of it all."""
     with needs_extra("export"):
-        from safetensors.torch import save
+        import safetensors.torch
     tensors = {name: value.detach().contiguous() for name, value in weights.items()}
     metadata = {"format": "pt", "model_type": type_of(cfg), "model": json.dumps(asdict(cfg)), **more}
-    return save(tensors, metadata | {CHECKSUM: checksum(tensors, metadata)})
+    return safetensors.torch.save(tensors, metadata | {CHECKSUM: checksum(tensors, metadata)})
 
 
 def checksum(weights: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
