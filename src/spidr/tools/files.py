@@ -172,9 +172,11 @@ def _rename(aside: Path, path: Path) -> None:
 
 
 def _disk_error(error: BaseException | None) -> OSError | None:
-    """The error of the file system behind an error: torch.save raises another one, about its archive."""
-    while error is not None and not isinstance(error, OSError):
-        if isinstance(error, InputError) or not isinstance(error, Exception):
-            return None  # already says what is wrong, or is no error
+    """The error of the file system behind an error: torch.save raises one about its archive, polars one of its own."""
+    while isinstance(error, Exception) and not isinstance(error, InputError):  # which says already what is wrong
+        if number := re.search(r"\(os error (\d+)\)", str(error)):
+            return OSError(int(number[1]), os.strerror(int(number[1])))
+        if isinstance(error, OSError):
+            return error
         error = error.__cause__ or error.__context__
-    return error
+    return None
