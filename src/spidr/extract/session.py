@@ -30,10 +30,11 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from spidr.config import SAMPLE_RATE, may_differ
+from spidr.data import audio
 from spidr.environment import Environment
 from spidr.extract.options import Options
 from spidr.extract.smooth import NEAR, Decoder
-from spidr.extract.sources import TOO_SHORT, Item, LongRecording, explained, read_item
+from spidr.extract.sources import TOO_SHORT, Item, LongRecording, explained
 from spidr.models import DinoSR
 from spidr.models.hub import load_encoder
 from spidr.models.long import window_frames
@@ -231,10 +232,10 @@ class Session:
             samples = torch.from_numpy(recording.read(start, stop)).unsqueeze(0)
             return samples.to(self.env.device, self.model.mask_embedding.dtype)
 
-        standardised = Standardised(read, recording.num_samples)
+        standardised = Standardised(read, len(recording))
         self._note_level(item, standardised.std)
         size, context = self.window
-        windows = self.model.windows(standardised, recording.num_samples, self._values, size=size, context=context)
+        windows = self.model.windows(standardised, len(recording), self._values, size=size, context=context)
         while True:
             with self._one_window_at_a_time, self._computing():
                 values = next(windows, None)
@@ -315,9 +316,17 @@ class Session:
         """
 
         def use_all(batch: list[Encoded]) -> list[Encoded]:
-            return [self._use(encoded, use) for encoded in batch]
+            return list(map(use_one, batch))
 
-        results = self.run(self.plan(items), what)
+        def use_one(encoded: Encoded) -> Encoded:
+            try:
+                if encoded.pieces is not None:
+                    use(encoded.item, encoded.pieces)
+            except EncodingError as error:  # a long recording is encoded meanwhile
+                return Encoded(encoded.item, None, self.or_raise(error))
+            return encoded
+
+        results = self.run(self._plan(items), what)
         with closing(results), closing(ahead(use_all, results, workers=writers, depth=writers)) as used:
             for item, _, error in chain.from_iterable(used):
                 if error is not None:
@@ -326,15 +335,7 @@ class Session:
                     self.summary.done += 1
                     self.summary.samples += item.num_samples
 
-    def _use(self, encoded: Encoded, use: Callable[[Item, Iterable[NDArray[Any]]], None]) -> Encoded:
-        try:
-            if encoded.pieces is not None:
-                use(encoded.item, encoded.pieces)
-        except EncodingError as error:  # a long recording is encoded meanwhile
-            return Encoded(encoded.item, None, self.or_raise(error))
-        return encoded
-
-    def plan(self, items: Sequence[Item]) -> list[list[Item]]:
+    def _plan(self, items: Sequence[Item]) -> list[list[Item]]:
         """Make batches, long recordings first: the same list for any number of processes.
 
         A recording of unknown length goes alone: it may be longer than a batch, or than a window.
@@ -397,21 +398,24 @@ class Session:
 
     def _load(self, item: Item) -> Tensor | LongRecording | str:
         """A waveform, a long recording, or why there is none."""
+        where, resample = item.recording, self.options.resample
         try:
             if self._is_long(item):
-                long = LongRecording(item, resample=self.options.resample)
-                self._check_length(item, long.num_samples)
-                return long
-            waveform = torch.from_numpy(read_item(item, resample=self.options.resample))
-            self._check_length(item, len(waveform))
+                source: Tensor | LongRecording = LongRecording(where, resample=resample)
+            else:
+                source = torch.from_numpy((audio.read_resampled if resample else audio.read_audio)(where))
+            size, promised = len(source), item.promised
+            # libsndfile says nothing of a truncated WAV. Lengths by spidr 0.1.2 are rounded durations: one off at most.
+            if promised and not resample and abs(promised - size) > 1:
+                told = f"{size} samples, the manifest says {promised}: truncated or changed since"
+                raise InputError(f"{where}: {told}; write the manifest again.")
+            if self.num_frames(size) < 1:
+                raise InputError(f"{where}: {size} samples are {TOO_SHORT}")
         except InputError as error:
             return self.or_raise(error)
-        self._note_level(item, float(waveform.std(correction=0)))
-        return waveform
-
-    def _check_length(self, item: Item, num_samples: int) -> None:
-        if self.num_frames(num_samples) < 1:
-            raise InputError(f"{item.recording}: {num_samples} samples are {TOO_SHORT}")
+        if isinstance(source, Tensor):
+            self._note_level(item, float(source.std(correction=0)))
+        return source
 
 
 def ahead(
