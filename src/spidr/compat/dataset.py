@@ -5,13 +5,13 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import BatchSampler, Sampler
 
 from spidr.config import DataConfig
 from spidr.data.dataset import SpeechDataset
+from spidr.data.loader import place
 from spidr.data.masks import MaskGenerator
 from spidr.data.sampler import bucket_boundaries, pack, usable_rows
 from spidr.data.seeds import Draw, generator
@@ -137,9 +137,7 @@ class DistributedBatchSampler(Sampler[list[int]]):
 
     def __init__(self, batch_sampler: BucketizeBatchSampler, *, seed: int, shuffle: bool, drop_last: bool) -> None:
         self.batch_sampler = batch_sampler
-        grouped = dist.is_available() and dist.is_initialized()
-        self.num_replicas = dist.get_world_size() if grouped else 1
-        self.rank = dist.get_rank() if grouped else 0
+        self.rank, self.num_replicas = place()
         self.seed, self.shuffle, self.drop_last = seed, shuffle, drop_last
         self._deal(0)
 

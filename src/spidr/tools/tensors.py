@@ -32,7 +32,8 @@ def read_tensors(path: str | Path, *, strict: bool = False) -> Any:
     Raises:
         Exception: Of any type, if the file is damaged.
     """
-    if not is_archive(path):
+    check_file(path)
+    if not zipfile.is_zipfile(path):
         document = _read_old(Path(path), strict)
         logger.warning("%s: an old file format without a checksum: damage would not be noticed", path)
         return document
@@ -90,12 +91,6 @@ def check_plain(value: Any, place: str) -> Tensor:
     if value.is_meta or value.nbytes > value.untyped_storage().nbytes():
         raise ValueError(f"a tensor that is larger than its data at {place}")
     return value.detach()
-
-
-def is_archive(path: str | Path) -> bool:
-    """Whether a file is a zip archive, as ``torch.save`` writes since torch 1.6."""
-    check_file(path)
-    return zipfile.is_zipfile(path)
 
 
 def open_archive(path: str | Path) -> zipfile.ZipFile:
