@@ -448,12 +448,7 @@ def may_differ(name: str) -> bool:
 
 
 def model_config(model_type: str, table: Mapping[str, Any], *, source: str = "model") -> DinoSRConfig:
-    """Check a [model] table on its own.
-
-    Args:
-        model_type: "spidr", for a :class:`SpidRConfig`, or "dinosr", for a :class:`DinoSRConfig`.
-        table: The settings that differ from the defaults.
-        source: Where the table comes from, for the error message.
+    """Check a [model] table of a "spidr" or "dinosr" on its own; ``source`` is where it comes from, for the message.
 
     Raises:
         InputError: An unknown model type, or wrong keys or values.

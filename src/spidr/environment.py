@@ -60,11 +60,9 @@ class Preempted(SystemExit):
 
 
 class StopFlag:
-    """Remembers the first stop signal until the training loop looks, between two steps.
+    """Remembers the first stop signal, 0 if there was none, until the training loop looks, between two steps.
 
-    Attributes:
-        signum: The signal, 0 if there was none.
-        immediate: Whether a signal ends the process at once, because nobody looks at the flag.
+    While nobody looks, ``immediate`` is set: a signal then ends the process at once.
     """
 
     def __init__(self) -> None:
@@ -233,14 +231,9 @@ def _first_host(nodelist: str) -> str:
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
-    """The device to compute on.
+    """The device of a name: "auto" (CUDA, else MPS, else the CPU), "cuda", "mps" or "cpu".
 
-    Args:
-        name: "auto" (CUDA, else MPS, else the CPU), "cuda", "mps" or "cpu".
-        local_rank: Which GPU of this machine, modulo their number.
-
-    Raises:
-        InputError: If there is no such device here.
+    Of several GPUs, the one of the local rank, modulo their number. Raises InputError if there is none here.
     """
     if name in ("auto", "cuda") and torch.cuda.is_available():
         return torch.device("cuda", local_rank % torch.cuda.device_count())

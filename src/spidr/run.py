@@ -45,14 +45,11 @@ LOADING = ("num_workers", "pin_memory", "prefetch_factor", "persistent_workers",
 
 
 class Run:
-    """A run: its state, its folder and everything that surrounds its training loop.
+    """A run: its state, its folder and everything that surrounds its training loop, as a context manager.
 
-    A context manager. All processes call every method at the same steps; the main one writes. Nothing but a lock is
-    written before :meth:`begin` has found that the run can be resumed.
-
-    Attributes:
-        state: What a step reads and changes, from :meth:`begin` on.
-        must_stop: Whether a stop signal has reached any process; the same on all of them.
+    All processes call every method at the same steps; the main one writes. Nothing but a lock is written before
+    :meth:`begin` has found that the run can be resumed. ``must_stop``, the same on all processes, says whether a
+    stop signal has reached any.
     """
 
     env: Environment

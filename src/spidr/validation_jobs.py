@@ -34,9 +34,6 @@ class ValidationJobs:
     ``step_N.pending`` names a job's checkpoint, id and log; ``step_N.failed`` says why it gave no results;
     ``step_N.jsonl`` holds results to be collected. So a restarted run, or ``spidr metrics`` after its end, knows as
     much as the process that submitted. Only one process at a time may use them. Submitting happens in threads.
-
-    Args:
-        run_dir: The run folder.
     """
 
     def __init__(self, run_dir: Path) -> None:

@@ -30,12 +30,7 @@ def measure(
 ) -> Iterator[T | InputError]:
     """Yield ``function(recording)`` for each recording in order, or the :class:`InputError` that it raised.
 
-    Args:
-        function: Such as :func:`spidr.data.num_samples`; called in several threads.
-        recordings: The recordings or what describes them, taken as they are needed.
-        total: How many there are.
-        progress: Show a progress bar on a terminal.
-        description: What the bar says.
+    The function is called in several threads. ``recordings``, or what describes them, are taken as they are needed.
     """
 
     def of(recording: R) -> T | InputError:

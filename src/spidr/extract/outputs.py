@@ -41,14 +41,9 @@ JOB = "[0-9]*-[0-9]*"
 class Output(ABC):
     """An output on disk.
 
-    Args:
-        path: A folder or a file.
-        beside: The file that says how it was made; the JSON object of its recordings, name to place; the folder of
-            jobs.
-        settings: What the values depend on beside the session's settings.
-
-    Attributes:
-        done: Names of recordings that were done when the job began.
+    ``beside`` it are the file that says how it was made (from ``settings`` and the session's), the JSON object of its
+    recordings, name to place, and the folder of jobs. ``done`` are the names of recordings that were done when the job
+    began.
     """
 
     tree: ClassVar[bool] = False

@@ -128,14 +128,8 @@ class Summary:
 class Session:
     """A model that encodes recordings inside a ``with`` block, after which its mode and device are as before.
 
-    Args:
-        model: A published model's name, a checkpoint, or a model.
-        layer: Counted from 1; None: the model's best.
-        options: How recordings are encoded.
-        env: This process among all.
-        discrete: Give units; else features.
-        centroids: float32 (K, D), the nearest of which is a frame's unit. None: units are the codebook's.
-        penalty: Cost of a change of unit (see :class:`spidr.extract.smooth.Decoder`).
+    It gives features of a layer (None: the model's best) or, if ``discrete``, units: the nearest of the centroids (K,
+    D), or else the codebook's. ``penalty`` is the cost of a change of unit (see :class:`spidr.extract.smooth.Decoder`).
 
     Raises:
         InputError: There is no such model or layer.
@@ -303,13 +297,9 @@ class Session:
     def encode(
         self, items: Sequence[Item], use: Callable[[Item, Iterable[NDArray[Any]]], None], what: str, *, writers: int = 1
     ) -> None:
-        """Encode this process's share of recordings.
+        """Encode this process's share of the recordings of all processes.
 
-        Args:
-            items: The recordings of all processes.
-            use: Called with each of them and its values.
-            what: Description of the progress bar.
-            writers: How many threads call ``use``.
+        ``use`` is called with each of them and its values, on ``writers`` threads; ``what`` describes the progress bar.
 
         Raises:
             InputError: A recording cannot be encoded, unless they are to be skipped.

@@ -25,25 +25,15 @@ TOO_SHORT = "too short, they do not fill one frame"
 
 @dataclass(frozen=True)
 class Item:
-    """A recording to encode.
-
-    Attributes:
-        recording: Where it is.
-        fileid: Its name in the manifest, else its file's name without the ending.
-        relative: Its path below its source; in manifests, below the folder that all paths have in common.
-        promised: Number of samples by the manifest; 0: unknown.
-        speaker: By the manifest's column ``speaker``, else the name of its folder.
-        name: Unique in the output; may have folders in it.
-        num_samples: For batches and progress; 0: unknown.
-    """
+    """A recording to encode."""
 
     recording: Recording
-    fileid: str
-    relative: str
-    promised: int = 0
-    speaker: str = ""
-    name: str = ""
-    num_samples: int = 0
+    fileid: str  # its name in the manifest, else its file's name without the ending
+    relative: str  # its path below its source; in manifests, below the folder that all paths have in common
+    promised: int = 0  # number of samples by the manifest; 0: unknown
+    speaker: str = ""  # by the manifest's column `speaker`, else the name of its folder
+    name: str = ""  # unique in the output; may have folders in it
+    num_samples: int = 0  # for batches and progress; 0: unknown
 
     @property
     def place(self) -> str:
@@ -153,11 +143,10 @@ def name_items(items: Sequence[Item], known: Mapping[str, str], *, tree: bool) -
 
 
 def find_lengths(items: Sequence[Item], options: Options, *, shortest: int) -> tuple[list[Item], dict[str, str]]:
-    """Find the length of each recording, by its manifest or its header.
+    """Find the length of each recording, by its manifest, if that has it and the file exists, or its header.
 
     Returns:
-        The recordings with their lengths, and why others cannot be encoded, by name. Where a manifest has the length,
-        only the file's existence is checked.
+        The recordings with their lengths, and why others cannot be encoded, by name.
 
     Raises:
         InputError: Some cannot be encoded, and are not to be skipped.

@@ -44,10 +44,7 @@ def expected_loss(step: float) -> tuple[float, float]:
 def unlike_published(step: int, loss: float | None, active: Sequence[float] = ()) -> str:
     """Say how a run of the base model differs from the published ones at a step; empty if it does not.
 
-    Args:
-        step: Of the optimiser.
-        loss: Validation loss, if it was measured.
-        active: Active codewords of each codebook on a validation set, if they were counted.
+    ``loss`` is on a validation set; ``active`` are the active codewords of each codebook there, if counted.
     """
     said = []
     if loss is not None and step >= DECIDED:

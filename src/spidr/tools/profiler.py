@@ -15,13 +15,8 @@ NUM_STEPS = 2
 class StepProfiler:
     """Records a few training steps; call it before every step.
 
-    Args:
-        path: The trace, an HTML or JSON file; None: nothing is recorded.
-        first: Recording starts after this step, 1,005 if it is None,
-        count: and lasts for so many.
-
-    Raises:
-        InputError: VizTracer is not installed.
+    ``count`` of them, after step ``first`` (None: 1,005), go to ``path``, an HTML or JSON file; None: nothing is
+    recorded. Raises InputError if VizTracer is not installed.
     """
 
     def __init__(self, path: Path | None, *, first: int | None = None, count: int = NUM_STEPS) -> None:

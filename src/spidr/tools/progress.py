@@ -18,13 +18,7 @@ _BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.2f}/{total:.2f} {unit}, {elapsed} 
 class Progress:
     """Shows the progress of some work; called with the amount done since the last call.
 
-    Args:
-        description: What is made, such as "Units".
-        total: The amount of work; 0 shows nothing.
-        unit: The unit to show, such as "h of audio".
-        scale: Units per amount of work.
-        initial: The amount done before.
-        shown: Whether to show anything.
+    ``scale`` is in units per amount of work; ``initial`` was done before. A ``total`` of 0 shows nothing.
     """
 
     def __init__(

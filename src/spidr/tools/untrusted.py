@@ -17,12 +17,7 @@ from spidr.tools.schema import show, show_key
 def check_memory(size: int, place: str) -> None:
     """Refuse a request for more than half of this process's memory: a few bytes of a file may ask for any amount.
 
-    Args:
-        size: Bytes that would be needed.
-        place: Where they are asked for.
-
-    Raises:
-        InputError: There is not enough.
+    Raises InputError, which names ``place``, if ``size`` bytes are too many.
     """
     if size > _memory() // 2:
         raise InputError(f"{place}: would take {size / 2**30:,.1f} GiB, more than half of the memory there is.")

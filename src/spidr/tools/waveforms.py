@@ -79,12 +79,7 @@ def standardise(
 class Standardised:
     """A standardised recording that is never in memory as a whole; it is read twice for its moments.
 
-    Args:
-        read: Reads samples (1, stop - start) of the recording.
-        num_samples: Number of samples.
-
-    Attributes:
-        std: Its standard deviation.
+    ``read`` gives its samples (1, stop - start); ``std`` is its standard deviation.
     """
 
     def __init__(self, read: Read, num_samples: int) -> None:
