@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 import shutil
 import sys
 import time
@@ -34,7 +35,7 @@ from spidr.tools.profiler import StepProfiler
 from spidr.tools.progress import Progress
 from spidr.tools.wandb import WandbSink, wandb_mode
 from spidr.validate import layer_names, validate_set
-from spidr.validation_jobs import ValidationJobs, validates_in_jobs
+from spidr.validation_jobs import ValidationJobs
 
 logger = logging.getLogger(__name__)
 
@@ -212,8 +213,8 @@ class Run:
         self._stack.callback(self.wandb.close)
         for line in read_metrics(self.metrics.path):
             self.wandb.push(line)
-        self.jobs = ValidationJobs(self.folder) if cfg.validation and validates_in_jobs(cfg) else None
-        if self.jobs is not None:
+        if cfg.validation and (cfg.run.slurm_validation is not None or "SLURM_STEP_ID" in os.environ):
+            self.jobs = ValidationJobs(self.folder)
             self._stack.callback(self.jobs.close)
             self.checkpointer.needed = self.jobs.needed
             self._collect_validation()

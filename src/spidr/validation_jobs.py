@@ -23,11 +23,6 @@ from spidr.tools.wandb import WandbSink, find_wandb_run, import_wandb, wandb_mod
 logger = logging.getLogger(__name__)
 
 
-def validates_in_jobs(cfg: Config) -> bool:
-    """Whether validation runs in separate jobs: in a SLURM job, or if ``run.slurm_validation`` is set."""
-    return cfg.run.slurm_validation is not None or "SLURM_STEP_ID" in os.environ
-
-
 class ValidationJobs:
     """The validation jobs of a run, as files in ``RUN/validation``.
 
@@ -171,9 +166,6 @@ class Collected(NamedTuple):
 def collect_metrics(folder: Path) -> Collected:
     """Collect new results of validation, then remove the checkpoints that only they needed.
 
-    Args:
-        folder: The folder of a run that is not training.
-
     Raises:
         InputError: The folder is not a run's, or the run is training.
     """
@@ -196,11 +188,8 @@ def collect_metrics(folder: Path) -> Collected:
 def push_metrics(folder: Path, entity: str, run_id: str | None = None) -> int:
     """Push to wandb the lines that it does not have, whatever ``run.wandb_mode`` was, and count them.
 
-    Args:
-        folder: The folder of a run that is not training.
-        entity: The wandb user or team.
-        run_id: wandb's id of the run. None: as recorded in the folder, else the one finished run with the
-            configuration's project and name.
+    The run must not be training. Without ``run_id``, it is the one recorded in the folder, else the one finished run
+    with the configuration's project and name. ``entity`` is a user or team.
 
     Raises:
         InputError: There is no one such run, or wandb does not take the lines.

@@ -98,15 +98,9 @@ def resampled_length(source: Source) -> int:
 
 
 def stream(source: Source, *, resample: bool = False, size: int = BLOCK) -> Iterator[Samples]:
-    """Yield the samples of a recording in blocks, using little memory.
+    """Yield the samples of a recording in blocks of about ``size``, using little memory.
 
-    Args:
-        source: A path, the bytes of an audio file, or a recording of a manifest.
-        resample: Convert recordings that are not 16 kHz mono; the blocks then differ in length.
-        size: Samples to read at once.
-
-    Raises:
-        InputError: See :func:`read_audio`.
+    With ``resample``, recordings that are not 16 kHz mono are converted. Raises InputError as :func:`read_audio`.
     """
     with decoder(source) as file:
         if not resample:

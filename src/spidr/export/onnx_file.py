@@ -96,17 +96,12 @@ def _graph(encoder: "_Encoder", metadata: dict[str, str]) -> bytes:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Silence the exporter, also about shapes that it cannot prove but that the graph accepts."""
-    names = ("torch.onnx", "torch.fx.experimental.symbolic_shapes")
-    before = {logger: logger.level for logger in map(logging.getLogger, names)}
-    for logger in before:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in before.items():
-            logger.setLevel(level)
+    with contextlib.ExitStack() as restore, warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        for logger in map(logging.getLogger, ("torch.onnx", "torch.fx.experimental.symbolic_shapes")):
+            restore.callback(logger.setLevel, logger.level)
+            logger.setLevel(logging.ERROR)
+        yield
 
 
 class _Encoder(nn.Module):

@@ -87,10 +87,8 @@ Band = tuple[Sequence[float], Sequence[float], Sequence[float]]
 def curves(name: str, panels: Mapping[str, Curves], bands: Mapping[str, Band] | None = None) -> Drawn:
     """Draw lines over steps, one panel beside the other.
 
-    Args:
-        name: Of the figure.
-        panels: Title → curves. A panel of one curve has no legend, and panels of the same curves share one.
-        bands: Title → what lies behind the curves.
+    A panel of one curve has no legend, and panels of the same curves share one. ``bands`` lie behind a panel's
+    curves.
     """
     columns, bands = min(len(panels), 3), bands or {}
     lines = -(-len(panels) // columns)

@@ -98,15 +98,11 @@ _NAMELESS = replace(_UNKNOWN, host="a machine that it did not get to name")
 
 
 class Lock:
-    """A lock on a folder or file, held inside a ``with`` block.
+    """A lock on an existing folder, or on a file in one, held inside a ``with`` block.
 
     It is a small hidden file beside the file, or in the folder, which says who holds it and is touched every few
-    seconds. It works across machines on a shared file system and compares no clocks.
-
-    Args:
-        target: An existing folder, or a file, which need not exist, in an existing folder.
-        doing: What the owner does, for the message: "is training in this folder".
-        patience: Seconds to wait for a living owner, for locks that are held briefly.
+    seconds. It works across machines on a shared file system and compares no clocks. ``doing`` is what the owner
+    does, for the message ("is training in this folder"), and ``patience`` the seconds to wait for a living one.
 
     Raises:
         InputError: On entering, if another process holds the lock or the folder cannot be written to.

@@ -68,14 +68,10 @@ class Peers:
             thread.start()
 
     def meet(self, timeout: timedelta) -> None:
-        """Wait until all processes have come.
+        """Wait until all processes have come: a cluster may start them one after the other.
 
-        Args:
-            timeout: How long a process may take to come: a cluster may start them one after the other. One that has
-                come and gives no more sign of life is noticed much sooner.
-
-        Raises:
-            RuntimeError: A process is missing; :meth:`explain` tells which.
+        One that has come and gives no more sign of life is noticed much sooner. Raises RuntimeError if a process is
+        missing; :meth:`explain` tells which.
         """
         if not self._news.wait(timeout.total_seconds()):
             come = self._store.get("come").decode().split()

@@ -22,15 +22,11 @@ logger = logging.getLogger(__name__)
 def read_tensors(path: str | Path, *, strict: bool = False) -> Any:
     """Read a ``torch.save`` file: containers, numbers and tensors; all other objects become :class:`Inert`.
 
-    Verifies the checksums that torch writes; files from before torch 1.6 have none, which is logged. torch.load refuses
-    other classes or imports them, verifies nothing, and takes any amount of memory for 200 bytes that ask for it.
+    Verifies the checksums that torch writes; files from before torch 1.6 have none, which is logged. torch.load
+    refuses other classes or imports them, verifies nothing, and takes any amount of memory for 200 bytes that ask
+    for it.
 
-    Args:
-        path: The file.
-        strict: Refuse other objects.
-
-    Raises:
-        Exception: Of any type, if the file is damaged.
+    A damaged file raises any exception, and so does one with other objects if ``strict``.
     """
     check_file(path)
     if not zipfile.is_zipfile(path):
