@@ -2,7 +2,6 @@
 
 import logging
 import math
-import os
 import shutil
 import sys
 import time
@@ -35,7 +34,7 @@ from spidr.tools.profiler import StepProfiler
 from spidr.tools.progress import Progress
 from spidr.tools.wandb import WandbSink, wandb_mode
 from spidr.validate import layer_names, validate_set
-from spidr.validation_jobs import ValidationJobs
+from spidr.validation_jobs import ValidationJobs, validates_in_jobs
 
 logger = logging.getLogger(__name__)
 
@@ -213,7 +212,7 @@ class Run:
         self._stack.callback(self.wandb.close)
         for line in read_metrics(self.metrics.path):
             self.wandb.push(line)
-        if cfg.validation and (cfg.run.slurm_validation is not None or "SLURM_STEP_ID" in os.environ):
+        if cfg.validation and validates_in_jobs(cfg):
             self.jobs = ValidationJobs(self.folder)
             self._stack.callback(self.jobs.close)
             self.checkpointer.needed = self.jobs.needed

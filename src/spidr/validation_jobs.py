@@ -23,6 +23,11 @@ from spidr.tools.wandb import WandbSink, find_wandb_run, import_wandb, wandb_mod
 logger = logging.getLogger(__name__)
 
 
+def validates_in_jobs(cfg: Config) -> bool:
+    """Whether validation runs in separate jobs: in a SLURM job, or if ``run.slurm_validation`` is set."""
+    return cfg.run.slurm_validation is not None or "SLURM_STEP_ID" in os.environ
+
+
 class ValidationJobs:
     """The validation jobs of a run, as files in ``RUN/validation``.
 
