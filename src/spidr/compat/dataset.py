@@ -95,12 +95,8 @@ class BucketizeBatchSampler(BatchSampler):
         if (max_token_count is None) == (batch_size is None):
             raise InputError("exactly one of max_token_count and batch_size must be set")
         longest = max(lengths, default=1) if max_len is None else max_len
-        sizes: Any = {
-            "min_sample_size": min_len,
-            "max_sample_size": longest,
-            "max_batch_length": max_token_count or longest,
-        }
-        cfg = DataConfig("lengths", num_buckets=num_buckets, bucket_method=bucket_method, **sizes)
+        sizes = {"min_sample_size": min_len, "max_sample_size": longest, "max_batch_length": max_token_count or longest}
+        cfg = DataConfig("lengths", num_buckets=num_buckets, bucket_method=bucket_method, **sizes)  # type: ignore[arg-type]
         self._rows, self._lengths = usable_rows(np.asarray(lengths), cfg)
         self._bucket = np.searchsorted(bucket_boundaries(self._lengths, cfg), self._lengths)
         self.max_token_count, self.seed, self.shuffle = max_token_count, seed, shuffle

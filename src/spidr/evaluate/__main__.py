@@ -164,11 +164,8 @@ def _parser() -> argparse.ArgumentParser:
     abx("features", nargs="+", help="folders of .npy or .pt files (T, D), or units in any form")
     abx("item", help="ABX item file")
     abx("--frame-rate", type=frame_rate, default=Fraction(50), metavar="HZ", help="frames per second (default: 50)")
-    abx(
-        "--distance",
-        choices=("angular", "euclidean", "kl_symmetric", "identical"),
-        help="between two frames (default: angular for features, identical for units)",
-    )
+    text = "between two frames (default: angular for features, identical for units)"
+    abx("--distance", choices=("angular", "euclidean", "kl_symmetric", "identical"), help=text)
     text = "most A, B and X in a cell; 0: all (default: 10)"
     abx("--max-size-group", type=number, default=10, metavar="N", help=text)
     abx("--max-x-across", type=number, default=5, metavar="N", help="most speakers of X; 0: all (default: 5)")

@@ -65,12 +65,6 @@ class KMeans:
             raise InputError(f"{path}: no k-means model of `python -m spidr.extract kmeans` ({reason}).") from None
         return cls(centroids, made)
 
-    def save(self, path: Path) -> None:
-        """Write a ``.npz`` file, complete or not at all."""
-        make_folder(path.parent)
-        with atomic_write(path) as file:
-            np.savez(file, centroids=self.centroids, made=json.dumps(self.made))
-
     def check(self, session: Session) -> None:
         """Check that a session gives the features that the centroids were fitted to. Raises InputError if not."""
         made, settings, dim = self.made, session.settings(), session.model.cfg.encoder_embed_dim
@@ -186,7 +180,9 @@ def fit_kmeans(
             ).fit(frames)
             made = {"kind": "kmeans", "spidr": spidr.__version__, **session.settings()}
             made |= {"units": units, "frames": len(frames), "seed": seed}
-        KMeans(np.asarray(clusters.cluster_centers_, dtype=np.float32), made).save(output)
+        make_folder(output.parent)
+        with atomic_write(output) as file:
+            np.savez(file, centroids=clusters.cluster_centers_.astype(np.float32), made=json.dumps(made))
         summary.report(output, len(found))
         return summary.skipped
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, fields
 from itertools import chain
 from pathlib import Path
 from threading import Lock as ThreadLock
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -59,12 +59,8 @@ class EncodingError(InputError):
     """A recording cannot be encoded."""
 
 
-class Encoded(NamedTuple):
-    """The values of a recording, in pieces along its frames, or why there are none."""
-
-    item: Item
-    pieces: Iterable[NDArray[Any]] | None
-    error: str | None = None
+Encoded = tuple[Item, Iterable[NDArray[Any]] | str]
+"""A recording and its values, in pieces along its frames, or why there are none."""
 
 
 @dataclass
@@ -261,10 +257,10 @@ class Session:
         """Encode a batch."""
         waveforms = [source for _, source in loaded if isinstance(source, Tensor)]
         values = iter(self._compute(waveforms) if waveforms else [])
-        batched, found = len(waveforms) > 1 and not self.bfloat16, []
+        batched, found = len(waveforms) > 1 and not self.bfloat16, list[Encoded]()
         for item, source in loaded:
             if isinstance(source, str):
-                found.append(Encoded(item, None, source))
+                found.append((item, source))
                 continue
             whole = source if isinstance(source, Tensor) else None
             pieces = [next(values)] if isinstance(source, Tensor) else self._windows(source, item)
@@ -273,9 +269,9 @@ class Session:
                     arrays: Iterable[NDArray[Any]] = [self._units(pieces, item, whole if batched else None)]
                 else:
                     arrays = _arrays(pieces, item) if whole is None else list(_arrays(pieces, item))
-                found.append(Encoded(item, arrays))
+                found.append((item, arrays))
             except InputError as error:
-                found.append(Encoded(item, None, self.or_raise(error)))
+                found.append((item, self.or_raise(error)))
         return found
 
     def or_raise(self, error: InputError) -> str:
@@ -305,18 +301,19 @@ class Session:
             return list(map(use_one, batch))
 
         def use_one(encoded: Encoded) -> Encoded:
+            item, pieces = encoded
             try:
-                if encoded.pieces is not None:
-                    use(encoded.item, encoded.pieces)
+                if not isinstance(pieces, str):
+                    use(item, pieces)
             except EncodingError as error:  # a long recording is encoded meanwhile
-                return Encoded(encoded.item, None, self.or_raise(error))
+                return item, self.or_raise(error)
             return encoded
 
         results = self.run(self._plan(items), what)
         with closing(results), closing(ahead(use_all, results, workers=writers, depth=writers)) as used:
-            for item, _, error in chain.from_iterable(used):
-                if error is not None:
-                    self.summary.skip(item.name, error)
+            for item, pieces in chain.from_iterable(used):
+                if isinstance(pieces, str):
+                    self.summary.skip(item.name, pieces)
                 else:
                     self.summary.done += 1
                     self.summary.samples += item.num_samples
@@ -361,7 +358,7 @@ class Session:
                     with closing(self._run_group(group, workers, at_once // workers)) as results:
                         for encoded in results:
                             yield encoded
-                            advance(sum(result.item.num_samples for result in encoded))
+                            advance(sum(item.num_samples for item, _ in encoded))
         finally:
             torch.set_num_threads(threads)
 
