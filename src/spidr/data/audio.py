@@ -16,9 +16,6 @@ Samples = NDArray[np.float32]
 BLOCK = 1 << 16
 """Samples per block of statistics: small enough for the cache and for exact sums."""
 
-OVERSHOOT = 0.5
-"""Seconds by which a span may overshoot its recording, as in Kaldi's extract-segments."""
-
 EPS = 1e-5
 """Added to the variance when an utterance is standardised."""
 
@@ -163,7 +160,8 @@ def _span(file: Decoder) -> tuple[int, int]:
         raise InputError(f"{file.name}: the recording has no samples.")
     begin = round((recording.start or 0) * file.sample_rate)
     end = frames if recording.end is None else round(recording.end * file.sample_rate)
-    if end > frames + OVERSHOOT * file.sample_rate or begin >= min(end, frames):
+    # A span may overshoot its recording by half a second, as in Kaldi's extract-segments.
+    if end > frames + 0.5 * file.sample_rate or begin >= min(end, frames):
         raise InputError(f"{file.name}: not within the {frames / file.sample_rate:g} s that the recording lasts.")
     return begin, min(end, frames)
 

@@ -18,9 +18,6 @@ from spidr.tools.errors import InputError, some
 R = TypeVar("R")
 T = TypeVar("T")
 
-AT_ONCE = 1 << 14
-"""Recordings in memory at once."""
-
 
 def measure(
     function: Callable[[R], T],
@@ -47,7 +44,7 @@ def measure(
     remaining = iter(recordings)
     parts, workers = iter(lambda: list(islice(remaining, 16)), []), min(32, (os.cpu_count() or 1) + 4)
     with (
-        closing(ahead(of_all, parts, workers=workers, depth=AT_ONCE // 16)) as results,
+        closing(ahead(of_all, parts, workers=workers, depth=1024)) as results,
         tqdm(total=total, desc=description, unit="file", disable=None if progress else True) as bar,
     ):
         for result in chain.from_iterable(results):

@@ -23,10 +23,6 @@ from spidr.tools.files import atomic_write, expand
 from spidr.tools.frames import conv_length
 from spidr.tools.lazy import needs_extra
 
-OPSET = 18
-MAX_BYTES = 2**31 - 1
-"""Most bytes in one ONNX file."""
-
 
 def export_onnx(model: DinoSR, output: str | Path, *, layers: Sequence[int] | None = None) -> None:
     """Write an ONNX graph from waveforms to features and units.
@@ -56,7 +52,7 @@ def export_onnx(model: DinoSR, output: str | Path, *, layers: Sequence[int] | No
             raise InputError(f"layer must be between 1 and {total}, not {layer}")
     encoder = _Encoder(model, layers).eval()
     size = sum(parameter.numel() * 4 for parameter in encoder.parameters())
-    if size > MAX_BYTES:
+    if size >= 2**31:
         raise InputError(f"{size / 2**30:.1f} GiB of weights do not fit in one ONNX file, which holds 2 GiB")
     metadata = {
         "model_type": type_of(model.cfg),
@@ -79,7 +75,7 @@ def _graph(encoder: "_Encoder", metadata: dict[str, str]) -> bytes:
             encoder,
             (example, lengths),
             dynamo=True,
-            opset_version=OPSET,
+            opset_version=18,
             verbose=False,
             input_names=["waveforms", "lengths"],
             output_names=encoder.output_names,

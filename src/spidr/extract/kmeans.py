@@ -29,9 +29,6 @@ logger = logging.getLogger(__name__)
 
 MAX_UNITS = 2**20
 
-SLACK = 1.25
-"""How many times the wanted frames may be in memory."""
-
 
 @dataclass(frozen=True)
 class KMeans:
@@ -99,7 +96,7 @@ class _Draw:
         lots, frames = (np.concatenate(parts) for parts in zip(*drawn, strict=True))
         self.drawn[name] = lots, frames
         self.count += len(lots)
-        if self.count > SLACK * self.limit:  # the share knows nothing of recordings of unknown length
+        if self.count > 1.25 * self.limit:  # the share knows nothing of recordings of unknown length
             self.reduce()
 
     def reduce(self) -> None:

@@ -34,9 +34,6 @@ INFORMATIVE = ("model", "spidr", "num_units", "skipped", "recordings", "crc32")
 NAMES = "recordings.json"
 """In a job's folder: the recordings that it encodes."""
 
-JOB = "[0-9]*-[0-9]*"
-"""Names of jobs' folders. Whatever else lies beside them is not ours."""
-
 
 class Output(ABC):
     """An output on disk.
@@ -171,7 +168,7 @@ class Output(ABC):
                 return
 
     def _jobs(self) -> list[Path]:
-        return sorted(self.unfinished.glob(f"{JOB}/"))
+        return sorted(self.unfinished.glob("[0-9]*-[0-9]*/"))  # whatever else lies beside them is not ours
 
     def release(self, folders: Sequence[Path]) -> None:
         """Remove folders whose content is merged."""

@@ -44,9 +44,6 @@ from spidr.tools.waveforms import QUIET, Standardised, standardise
 
 logger = logging.getLogger(__name__)
 
-BATCH_SECONDS = 240.0
-"""Seconds of audio in a batch on a GPU, padding included."""
-
 LONG = 120 * SAMPLE_RATE
 """Longer recordings (in samples) are encoded one after the other, each on all threads of a CPU."""
 
@@ -325,7 +322,7 @@ class Session:
         """
         seconds = self.options.batch_seconds
         if seconds is None:
-            seconds = 0.0 if self.env.device.type == "cpu" else BATCH_SECONDS
+            seconds = 0.0 if self.env.device.type == "cpu" else 240.0
         batches: list[list[Item]] = []
         for item in sorted(items, key=lambda item: (-item.num_samples, item.name)):
             longest = batches[-1][0].num_samples if batches else 0

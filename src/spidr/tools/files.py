@@ -20,8 +20,6 @@ logger = logging.getLogger(__name__)
 
 _count = itertools.count()
 _TEMPORARY = re.compile(r"\.spidr-([0-9a-f]*)-(\d+)-(\d*)-\d+\.tmp")
-_OLD = 24 * 3600
-"""Age in seconds at which a temporary file of another machine counts as left behind."""
 
 _REMEDIES = {
     **dict.fromkeys(
@@ -127,7 +125,8 @@ def remove_unfinished(folder: Path) -> None:
             continue
         with suppress(OSError):
             alive = Process(found[1], int(found[2]), found[3]).is_alive()
-            if alive is False or (alive is None and time.time() - path.stat().st_mtime > _OLD):
+            # What another machine left counts as left behind after a day.
+            if alive is False or (alive is None and time.time() - path.stat().st_mtime > 86_400):
                 path.unlink()
 
 

@@ -14,9 +14,6 @@ LOSS: dict[int, tuple[float, float]] = {
 }
 """Step → the lowest and highest validation loss, on dev-clean and dev-other, mean over the codebooks."""
 
-TARGET_PERPLEXITY = (165.0, 203.0)
-"""At step 2,500, lowest and highest of the codebooks."""
-
 ACTIVE_CODEWORDS = (191, 223)
 """Of 256, lowest and highest of the codebooks: decided by step 2,500. The others are dead for the whole training."""
 

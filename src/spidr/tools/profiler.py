@@ -9,7 +9,6 @@ from spidr.tools.lazy import needs_extra
 logger = logging.getLogger(__name__)
 
 FIRST_STEP = 1_005
-NUM_STEPS = 2
 
 
 class StepProfiler:
@@ -19,7 +18,7 @@ class StepProfiler:
     recorded. Raises InputError if VizTracer is not installed.
     """
 
-    def __init__(self, path: Path | None, *, first: int | None = None, count: int = NUM_STEPS) -> None:
+    def __init__(self, path: Path | None, *, first: int | None = None, count: int = 2) -> None:
         self.path, self.first, self.count = path, FIRST_STEP if first is None else first, count
         self._tracer: Any = None
         if path is not None:  # now: what is missing should not stop the run in the middle

@@ -9,9 +9,6 @@ from tqdm import tqdm
 
 logger = logging.getLogger(__name__)
 
-LINE_EVERY = 60.0
-"""Seconds between two log lines."""
-
 _BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.2f}/{total:.2f} {unit}, {elapsed} passed, {remaining} left{postfix}"
 
 
@@ -51,7 +48,7 @@ class Progress:
             if note:
                 self._bar.set_postfix_str(note, refresh=False)
             self._bar.update(done * self._scale)
-        elif self._shown and (now := time.monotonic()) - self._last >= LINE_EVERY and self._done > self._initial:
+        elif self._shown and (now := time.monotonic()) - self._last >= 60 and self._done > self._initial:
             self._last = now
             left = (now - self._start) * (self._total - self._done) / (self._done - self._initial)
             share, total = 100 * self._done / self._total, f"{self._total:.{self._digits}f} {self._unit}"
