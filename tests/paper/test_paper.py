@@ -82,7 +82,7 @@ def test_figures_that_need_nothing(
         assert path.read_bytes()[:4] == {".pdf": b"%PDF", ".png": b"\x89PNG"}[path.suffix]
     said = capsys.readouterr().out
     for number, needed in ((8, "--features and --alignments"), (10, "--units and --alignments")):
-        assert f"figure {number}: left out, it needs {needed}" in said
+        assert f"figure {number}: skipped, it needs {needed}" in said
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,7 @@ def test_reproduce(script: Any, corpus: Path, capsys: pytest.CaptureFixture[str]
     assert reproduce.main(arguments) == 0
     said = capsys.readouterr().out
     assert "measuring unit quality" in said
-    assert "left out, ABX on dev-other: needs --items dev-other=FILE" in said
+    assert "skipped, ABX on dev-other: needs --items dev-other=FILE" in said
     out = corpus / "out"
     table = pl.read_csv(out / "results.csv", schema=script("published").SCHEMA)
     phones, units = read_alignments(corpus / "alignments.jsonl"), read_units(out / "layer3.jsonl")
@@ -100,7 +100,7 @@ def test_reproduce(script: Any, corpus: Path, capsys: pytest.CaptureFixture[str]
     assert reproduce.main(arguments) == 0
     said = capsys.readouterr().out
     assert "measuring unit quality" in said
-    assert "left out, unit quality: 1 recordings without alignment" in said
+    assert "skipped, unit quality: 1 recordings without alignment" in said
 
 
 def test_comparison_with_the_published_values(script: Any) -> None:
