@@ -64,7 +64,7 @@ class StopFlag:
 
     Attributes:
         signum: The signal, 0 if there was none.
-        immediate: Whether a signal ends the process at once, because nobody looks at the flag.
+        immediate: Whether the first signal ends the process at once, because nobody looks at the flag.
     """
 
     def __init__(self) -> None:
@@ -82,6 +82,7 @@ class StopFlag:
             raise KeyboardInterrupt
         self.signum = self.signum or signum
         if self.immediate:
+            self.immediate = False  # SLURM sends several: ending is not to be interrupted
             raise Preempted(signum)
         if signum == signal.SIGINT:
             sys.stderr.write("\nstopping after this step, to save; press Ctrl-C again to stop at once\n")
@@ -191,8 +192,9 @@ def find_meeting_place() -> None:
         if "MASTER_ADDR" not in environ:
             environ["MASTER_ADDR"] = _first_host(_needed("SLURM_JOB_NODELIST"))
         if "MASTER_PORT" not in environ:
-            # The same on every node, and rarely the same for two jobs that share one.
-            environ["MASTER_PORT"] = str(20_000 + _number("SLURM_JOB_ID", 0, 2**63 - 1) % 20_000)
+            # The same on every node, rarely the same for two jobs that share one, and below the ports (32,768 and up)
+            # that Linux gives to outgoing connections.
+            environ["MASTER_PORT"] = str(20_000 + _number("SLURM_JOB_ID", 0, 2**63 - 1) % 12_000)
     _needed("MASTER_ADDR")
     _number("MASTER_PORT", 1, 65_535)
 
@@ -313,8 +315,8 @@ def environment(device_name: str, *, use_deterministic: bool = False) -> Iterato
             except Preempted as stop:
                 if stop.agreed:
                     peers.leave()
-                else:
-                    peers.explain(stop, status=PREEMPTED_EXIT_CODE)
+                elif (cause := peers.explain(stop, status=PREEMPTED_EXIT_CODE)).status != PREEMPTED_EXIT_CODE:
+                    raise RunEndedError(cause, rank) from stop  # a launcher stops all when one has failed
                 raise
             except Exception as error:
                 cause = peers.explain(error, status=2 if isinstance(error, InputError) else 1)
