@@ -1,4 +1,4 @@
-"""Processes that look after each other: who hangs is named, and nobody waits for it."""
+"""Processes watch each other: one that hangs is named, and nobody waits for it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from spidr.train import Hooks
 
 @pytest.mark.parametrize("frozen", [0, 1])
 def test_a_frozen_process_is_not_waited_for(tmp_path: Path, frozen: int) -> None:
-    """Rank 0 serves the store where all meet: its silence is noticed without it."""
+    """Rank 0 serves the store, so the others must notice its silence without the store."""
     manifest = write_recordings(tmp_path / "data", count=8)
     config = write_config(tmp_path, manifest, optimizer={"max_steps": 100})
     ranks = Ranks(config, 3, Fault("step", 3, signal.SIGSTOP, rank=frozen))

@@ -68,7 +68,7 @@ class Codebook(nn.Module):
     def step(self, onehot_target: Tensor, target: Tensor) -> None:
         """Update with the frames (N, D) of all processes, given which codewords (N, V) they are assigned to."""
         totals = torch.cat([onehot_target.T @ target.float(), onehot_target.sum(0).unsqueeze(1)], dim=1)
-        reduce_over_default_group(totals)
+        all_reduce(totals)
         self.update(totals[:, :-1], totals[:, -1])
 
     @torch.no_grad()
@@ -132,8 +132,8 @@ def assign(targets: Tensor, codewords: Tensor) -> Tensor:
     return torch.baddbmm(bias, targets, codewords.transpose(1, 2)).argmax(-1)
 
 
-def reduce_over_default_group(x: Tensor) -> None:
-    """Sum over the default process group, if there is one."""
+def all_reduce(x: Tensor) -> None:
+    """Sum over the default process group in place, if there is one."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(x)
 

@@ -25,6 +25,7 @@ from spidr.models.kernels import (
     through,
     through_gelu,
 )
+from spidr.models.long import first_input, is_long, run_block
 
 
 def frame_mask(x: Tensor, attention_mask: Tensor | None) -> Tensor | None:
@@ -265,10 +266,14 @@ class Transformer(nn.Module):
         self, x: Tensor, attention_mask: Tensor | None, kept: range, *, before_residual: bool = True
     ) -> tuple[Tensor, list[Tensor]]:
         """Run the blocks up to the last of ``kept``: the residual stream after them, and the outputs of those kept."""
-        x = self.dropout(self.start(x, self.pos_conv_embed(x, attention_mask)))
+        in_pieces = is_long(self, x)
+        if in_pieces:
+            x = first_input(self, x, attention_mask)
+        else:
+            x = self.dropout(self.start(x, self.pos_conv_embed(x, attention_mask)))
         outputs = []
         for i, layer in enumerate(self.layers[: kept.stop]):
-            output, forwarded = layer(x, attention_mask)
+            output, forwarded = run_block(layer, x, attention_mask) if in_pieces else layer(x, attention_mask)
             if i >= kept.start:
                 outputs.append(forwarded if before_residual else output)
             if self.training and self.layer_drop > 0:
