@@ -1,4 +1,4 @@
-"""Schedules against their formulas, groups, freezing."""
+"""Schedules against their formulas; parameter groups; freezing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from spidr.optimizer import build_optimizer, drop_frozen, lr_factor
 
 
 def expected_factor(s: int, scheduler: str, w: int, h: int, d: int, f: float, init: float, last: int) -> float:
-    """The formulas, case by case."""
+    """Learning rates from the formulas, case by case."""
     timescale, shift = 50, 7
     if scheduler == "rsqrt":
         top = 1 / math.sqrt(1 + shift / timescale)
@@ -80,7 +80,7 @@ def test_model_that_no_prefix_matches() -> None:
     model(torch.ones(1, 2)).sum().backward()
     optimizer.step()
     schedule.step()
-    drop_frozen(optimizer, schedule)  # nothing is to be frozen
+    drop_frozen(optimizer, schedule)  # there is nothing to freeze
     assert len(optimizer.param_groups) == 1
 
 

@@ -6,6 +6,7 @@ import os
 import re
 import runpy
 import shlex
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -38,7 +39,12 @@ def spidr() -> None:
     if name in PROGRAMS and name != "train":
         del sys.argv[1]
         runpy.run_module(PROGRAMS[name], run_name="__main__", alter_sys=False)
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    finally:
+        for name in ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"):  # none may change the status while Python ends
+            if hasattr(signal, name):  # Windows has only some of them
+                signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 @command

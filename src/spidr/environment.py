@@ -62,7 +62,7 @@ class Preempted(SystemExit):
 class StopFlag:
     """Remembers the first stop signal, 0 if there was none, until the training loop looks, between two steps.
 
-    While nobody looks, ``immediate`` is set: a signal then ends the process at once.
+    While nobody looks, ``immediate`` is set: the first signal then ends the process at once.
     """
 
     def __init__(self) -> None:
@@ -80,6 +80,7 @@ class StopFlag:
             raise KeyboardInterrupt
         self.signum = self.signum or signum
         if self.immediate:
+            self.immediate = False  # SLURM sends several: ending is not to be interrupted
             raise Preempted(signum)
         if signum == signal.SIGINT:
             sys.stderr.write("\nstopping after this step, to save; press Ctrl-C again to stop at once\n")
@@ -189,8 +190,9 @@ def find_meeting_place() -> None:
         if "MASTER_ADDR" not in environ:
             environ["MASTER_ADDR"] = _first_host(_needed("SLURM_JOB_NODELIST"))
         if "MASTER_PORT" not in environ:
-            # The same on every node, and rarely the same for two jobs that share one.
-            environ["MASTER_PORT"] = str(20_000 + _number("SLURM_JOB_ID", 0, 2**63 - 1) % 20_000)
+            # The same on every node, rarely the same for two jobs that share one, and below the ports (32,768 and up)
+            # that Linux gives to outgoing connections.
+            environ["MASTER_PORT"] = str(20_000 + _number("SLURM_JOB_ID", 0, 2**63 - 1) % 12_000)
     _needed("MASTER_ADDR")
     _number("MASTER_PORT", 1, 65_535)
 
@@ -309,8 +311,8 @@ def environment(device_name: str, *, use_deterministic: bool = False) -> Iterato
             except Preempted as stop:
                 if stop.agreed:
                     peers.leave()
-                else:
-                    peers.explain(stop, status=PREEMPTED_EXIT_CODE)
+                elif (cause := peers.explain(stop, status=PREEMPTED_EXIT_CODE)).status != PREEMPTED_EXIT_CODE:
+                    raise RunEndedError(cause, rank) from stop  # a launcher stops all when one has failed
                 raise
             except Exception as error:
                 cause = peers.explain(error, status=2 if isinstance(error, InputError) else 1)

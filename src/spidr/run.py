@@ -70,9 +70,12 @@ class Run:
             run = self.cfg.run
             self._open_log = stack.enter_context(run_log(rank, processes))
             stack.enter_context(_reason_in_log())
-            self.env = stack.enter_context(environment(run.device, use_deterministic=run.use_deterministic))
             self.stop = stack.enter_context(StopFlag().listening())
             self.stop.immediate = True
+            self.env = stack.enter_context(environment(run.device, use_deterministic=run.use_deterministic))
+            stack.callback(
+                setattr, self.stop, "immediate", False
+            )  # processes that end tell each other why, undisturbed
             self._on_main(lambda: self._take_folder(stack))
             self._stack = stack.pop_all()
         return self

@@ -106,7 +106,7 @@ def test_get_codebooks() -> None:
         assert probabilities[0] is None
         onehot = model.get_codebooks(waveforms, onehot=True)
         for soft, hard in zip(probabilities[1:], onehot[1:], strict=True):
-            assert soft.shape == (1, num_frames(model, 1500), 12)  # the batch dimension stays
+            assert soft.shape == (1, num_frames(model, 1500), 12)  # the batch dimension is kept
             torch.testing.assert_close(soft.sum(-1), torch.ones(soft.shape[:2]))
             assert hard.dtype == torch.int64
             assert torch.equal(hard, F.one_hot(soft.argmax(-1), 12))
@@ -164,7 +164,7 @@ def test_training_mode_makes_no_difference_and_comes_back(model_type: str) -> No
     model = tiny_model(model_type)
     expected = model.eval().units(padded(), LENGTHS, layer=3)[0], model.encode(padded(), LENGTHS, layer=3)[0]
     model.train()
-    model.student.layers[1].eval()  # a user's own choice
+    model.student.layers[1].eval()  # the user's choice
     modes = [module.training for module in model.modules()]
     found = model.units(padded(), LENGTHS, layer=3)[0], model.encode(padded(), LENGTHS, layer=3)[0]
     assert torch.equal(found[0], expected[0])
@@ -189,7 +189,7 @@ def test_arrays(dtype: type) -> None:
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 1e30])
 @pytest.mark.parametrize("options", [{}, {"normalize": False}, {"window": 0.1}], ids=str)
-def test_samples_that_are_no_numbers_are_refused(bad: float, options: dict[str, Any]) -> None:
+def test_samples_that_are_not_finite_are_refused(bad: float, options: dict[str, Any]) -> None:
     model, waveforms = tiny_model().eval(), padded()
     waveforms[1, LENGTHS[1] :] = bad  # padding does not count
     expected = model.units(padded(), LENGTHS, layer=3, **options)[0]
@@ -200,7 +200,7 @@ def test_samples_that_are_no_numbers_are_refused(bad: float, options: dict[str, 
             method(waveforms, LENGTHS, layer=3, **options)
 
 
-def test_a_quiet_recording_is_mentioned_once() -> None:
+def test_a_quiet_recording_gives_one_warning() -> None:
     waveform_tools._warn_of_quiet_recordings.cache_clear()
     model = tiny_model().eval()
     with warnings.catch_warnings():
@@ -234,15 +234,15 @@ def test_standardise_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("length", [1, 400, 160_000])
 def test_training_standardises_in_the_same_way(length: int) -> None:
-    """Piece by piece, as it reads parts of recordings: the same to the last bit."""
+    """Training reads parts of recordings, with the same result to the last bit."""
     samples = (0.1 * np.random.default_rng(length).standard_normal(length) + 0.02).astype(np.float32)
     expected = standardise(torch.from_numpy(samples).unsqueeze(0))[0].numpy()
     standardize(samples, *statistics_of(samples), out=samples)
     assert np.array_equal(samples, expected)
 
 
-def test_tf32_is_off_inside_and_as_before_outside() -> None:
-    """The switches, which exist without a GPU."""
+def test_tf32_is_off_inside_and_unchanged_outside() -> None:
+    """Tests the switches, which exist without a GPU."""
     matmul = torch.backends.cuda.matmul
     if not hasattr(matmul, "fp32_precision"):
         pytest.skip("older switches")

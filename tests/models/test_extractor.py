@@ -15,7 +15,7 @@ SHAPES = [(8, 10, 5), (6, 3, 2), (6, 3, 2), (4, 2, 2)]
 
 
 def oracle(extractor: FeatureExtractor, waveforms: Tensor) -> Tensor:
-    """Channels-first convolutions, as the papers write them."""
+    """Channels-first convolutions, as in the papers."""
     x = waveforms.unsqueeze(1)
     for layer in extractor.conv_layers:
         x = F.conv1d(x, layer.conv.weight, layer.conv.bias, stride=layer.conv.stride)
@@ -68,7 +68,7 @@ def test_equals_convolutions_forward_and_backward(mode: str, bias: bool) -> None
 def test_any_kernels_and_strides(
     shapes: list[tuple[int, int, int]], extra: int, batch: int, mode: str, bias: bool
 ) -> None:
-    """Kernels below, at and above the stride, down to the shortest waveform."""
+    """Kernels smaller than, equal to and larger than the stride, down to the shortest waveform."""
     shortest = 1
     for _, kernel, stride in reversed(shapes):
         shortest = (shortest - 1) * stride + kernel
@@ -139,5 +139,5 @@ def test_training_keeps_one_tensor_for_each_convolution_but_the_first() -> None:
     lengths = [conv_length(SHAPES[: i + 1], samples) for i in range(len(SHAPES))]
     outputs = [batch * length * channels for length, (channels, _, _) in zip(lengths, SHAPES, strict=True)]
     kernels = batch * lengths[0] * SHAPES[0][1]
-    # The last output twice: before its norm and before GELU. Little else: weights, and rows that pad the utterances.
+    # The last output twice, before its norm and before GELU; otherwise only weights and padding rows.
     assert sum(kept.values()) < 1.1 * (kernels + sum(outputs[1:]) + outputs[-1]) + 1000

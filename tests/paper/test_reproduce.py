@@ -1,4 +1,4 @@
-"""paper/reproduce.py on a small model and recordings laid out as LibriSpeech is."""
+"""paper/reproduce.py on a small model and recordings laid out like LibriSpeech."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_reproduce(script: Any, corpus: Path, capsys: pytest.CaptureFixture[str]
         assert errors["value"].is_between(0, 100).all()
     assert (out / "table.md").read_text() in said
 
-    # Again: only what is missing, or depends on what has changed.
+    # A second run measures only what is missing or has changed.
     features = sorted((out / "layer3").rglob("*.npy"))
     assert len(features) == 12
     before = {path: path.stat().st_mtime_ns for path in features[1:]}
@@ -131,6 +131,6 @@ def test_mistakes(
     assert message in capsys.readouterr().err
 
 
-def test_nothing_of_librispeech(script: Any, corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_that_is_not_librispeech(script: Any, corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert script("reproduce").main(["model.pt", str(corpus)]) == 2
     assert "neither dev-clean nor dev-other" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Metrics: each line once, whatever was killed."""
+"""Metrics: each line once, whatever is killed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from spidr.tools.errors import InputError
 from spidr.tools.metrics import MetricsFile, read_metrics
 
 
-def test_what_a_killed_run_wrote_is_cut_back(tmp_path: Path) -> None:
+def test_lines_after_the_checkpoint_of_a_killed_run_are_removed(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     lines = [(5, "train"), (10, "train"), (10, "dev"), (15, "train")]
     path.write_text("".join(f'{{"step": {s}, "group": "{g}", "loss": 1}}\n' for s, g in lines) + '{"step": 20, "gr')

@@ -24,7 +24,7 @@ def test_no_such_program() -> None:
         run_program(["no-such-program"])
 
 
-def test_all_that_it_started_ends_at_the_limit(tmp_path: Path) -> None:
+def test_all_its_children_end_at_the_limit(tmp_path: Path) -> None:
     pids = tmp_path / "pids"
     with pytest.raises(subprocess.TimeoutExpired):
         run_program(["bash", "-c", f"echo $$ > {pids}; sleep 100 & echo $! >> {pids}; wait"], limit=1)
@@ -59,7 +59,7 @@ for child in children:
 
 
 def test_workers_forked_meanwhile_do_not_hold_it_up() -> None:
-    """They inherit whatever files are open, and live for hours."""
+    """They inherit open files, and live for hours."""
     command = [sys.executable, "-W", "ignore", "-c", RUN_AND_FORK]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -77,7 +77,7 @@ print(run_program(["bash", "-c", sys.argv[1]]).stdout.decode(), end="")
 
 
 def test_signals_to_a_job_do_not_end_it(tmp_path: Path) -> None:
-    """A preemption's signal may come to all processes of the group, or to all below the job."""
+    """A preemption may signal all processes of the group, or all of the job."""
     started, gate = tmp_path / "started", tmp_path / "gate"
     script = f"echo $$ > {started}; until [ -e {gate} ]; do sleep 0.05; done; echo 34"
     command = [sys.executable, "-c", RUN_ONCE, script]

@@ -1,4 +1,4 @@
-"""The names, signatures and files that users of 0.1.2 have."""
+"""The names, signatures and files of 0.1.2."""
 
 import inspect
 import json
@@ -25,7 +25,7 @@ import spidr.validate
 from helpers.small_models import tiny_config, tiny_model
 from spidr.config import OptimizerConfig, SlurmConfig, read_config, to_dict
 
-# Of each parameter: its name, "=" if it has a default, after "*" the keyword-only ones. More of them may follow.
+# Parameters: "=" marks a default, "*" starts the keyword-only ones. More may follow.
 SIGNATURES: list[tuple[Any, str]] = [
     (spidr.models.SpidR, "cfg="),
     (spidr.models.DinoSR, "cfg="),
@@ -84,7 +84,7 @@ SIGNATURES: list[tuple[Any, str]] = [
 
 @pytest.mark.parametrize(("function", "expected"), SIGNATURES, ids=lambda x: getattr(x, "__qualname__", None))
 def test_signature(function: Any, expected: str) -> None:
-    """As published; further parameters must be optional."""
+    """As published; any other parameters must be optional."""
     positional, _, keyword = expected.partition("*")
     actual = inspect.signature(function).parameters
     for place, word in enumerate(positional.split()):
@@ -123,7 +123,7 @@ def test_values_of_the_configuration() -> None:
     assert fields == ["step", "checkpoint", "results"]
 
 
-def test_data_package_has_no_function_in_the_way_of_its_module() -> None:
+def test_no_function_of_the_data_package_hides_a_module() -> None:
     assert inspect.ismodule(spidr.data.write_manifest)
 
 
@@ -133,7 +133,7 @@ def test_attributes_of_a_checkpointer(attribute: str, tmp_path: Path) -> None:
 
 
 def test_a_run_configuration_is_valid_input(tmp_path: Path) -> None:
-    """null for what is not set, lists for tuples, every field present, an integer for a float."""
+    """null for unset values, lists for tuples, every field present, an integer for a float."""
     (tmp_path / "config.toml").write_text(
         '[run]\nworkdir = "w"\nwandb_project = "p"\nwandb_name = "n"\n[data]\nmanifest = "m.csv"\n[optimizer]\nlr = 1\n'
     )
@@ -146,7 +146,7 @@ def test_a_run_configuration_is_valid_input(tmp_path: Path) -> None:
 
 
 def test_optimizer_of_a_foreign_model() -> None:
-    """No prefix matches; there is always a scaler, disabled unless float16."""
+    """No prefix matches; there is always a scaler, enabled for float16 only."""
     model = torch.nn.Linear(3, 2)
     optimizer, scaler, scheduler = spidr.optimizer.build_optimizer(model, OptimizerConfig())
     assert sum(len(group["params"]) for group in optimizer.param_groups) == 2
@@ -164,7 +164,7 @@ def test_optimizer_groups() -> None:
 
 
 def test_a_published_training_checkpoint_loads(tmp_path: Path) -> None:
-    """Weights under ``model``, with or without ``module.``; the configuration beside it, whole or the model's alone."""
+    """Weights under ``model``, with or without ``module.``; beside it the whole configuration or the model's."""
     cfg = tiny_config()
     model = tiny_model()
     weights = {f"module.{name}": value for name, value in model.state_dict().items()}
