@@ -2,12 +2,12 @@
 
 import base64
 import io
+import wave
 from collections.abc import Sequence
 from html import escape
 from typing import Any
 
 import numpy as np
-import soundfile
 from numpy.typing import NDArray
 
 from spidr.report.figures import GRID, INK, MUTED, SERIES, Drawn
@@ -57,9 +57,13 @@ class Page:
 
     def sound(self, waveform: NDArray[Any], sample_rate: int) -> None:
         """Add a player of a waveform, as loud as 16 bits hold."""
-        samples = (waveform / max(float(np.abs(waveform).max()), 1e-9) * 32_000).astype(np.int16)
+        samples = (waveform / max(float(np.abs(waveform).max()), 1e-9) * 32_000).astype("<i2")
         file = io.BytesIO()
-        soundfile.write(file, samples, sample_rate, format="WAV")
+        with wave.open(file, "wb") as wav:
+            wav.setnchannels(1)
+            wav.setsampwidth(2)
+            wav.setframerate(sample_rate)
+            wav.writeframes(samples.tobytes())
         content = base64.b64encode(file.getvalue()).decode()
         self._parts.append(f'<p><audio controls src="data:audio/wav;base64,{content}"></audio></p>')
 
