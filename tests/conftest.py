@@ -6,8 +6,6 @@ import os
 import signal
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does; the last bits of results depend on it
-if hasattr(signal, "SIGHUP"):
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # as in a terminal: under `nohup`, our programs ignore it
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +15,11 @@ import pytest
 from helpers.slurm_cluster import Cluster, missing_programs
 from helpers.small_models import GOLDEN, GoldenCase
 from helpers.web import Server, serving
+
+# As in a terminal: programs that are started below `nohup`, or in the background of a script, ignore these two.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(params=["spidr-tiny", "dinosr-tiny"])

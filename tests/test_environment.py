@@ -64,7 +64,16 @@ def test_slurm_job_step(variables: pytest.MonkeyPatch, tmp_path: Path) -> None:
         variables.setenv(name, value)
     assert ranks() == (5, 1, 8)
     find_meeting_place()
-    assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == ("node03", str(20_000 + 123456 % 20_000))
+    assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == ("node03", str(20_000 + 123456 % 12_000))
+
+
+@pytest.mark.parametrize("job_id", ["0", "11999", "12000", "15999", "18000", str(2**32)])
+def test_meeting_port_is_none_of_an_outgoing_connection(variables: pytest.MonkeyPatch, job_id: str) -> None:
+    """Linux takes those from 32,768 on."""
+    for name, value in (SLURM | {"SLURM_JOB_ID": job_id, "MASTER_ADDR": "node03"}).items():
+        variables.setenv(name, value)
+    find_meeting_place()
+    assert 20_000 <= int(os.environ["MASTER_PORT"]) < 32_768
 
 
 def test_slurm_allocation_without_a_step_is_alone(variables: pytest.MonkeyPatch) -> None:
@@ -211,6 +220,7 @@ def test_stop_flag_may_end_the_process_at_once() -> None:
         with pytest.raises(Preempted) as preempted:
             os.kill(os.getpid(), signal.SIGTERM)
         assert (preempted.value.signum, preempted.value.code) == (signal.SIGTERM, 75)
+        os.kill(os.getpid(), signal.SIGTERM)  # once: ending is not to be interrupted
 
 
 def test_second_ctrl_c_ends_at_once(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -316,6 +317,31 @@ def test_the_command_ends_with_the_status_of_its_processes(config: Path) -> None
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 2
     assert "error: gone.csv: the manifest does not exist" in done.stderr
+
+
+def test_another_signal_at_the_end_does_not_change_the_status(config: Path, tmp_path: Path) -> None:
+    """Python takes a while to end, and srun kills tasks as soon as one has ended."""
+    long = write_config(tmp_path, tmp_path / "data/manifest.csv", "long", optimizer={"max_steps": 100_000})
+    ending, told = tmp_path / "ending", tmp_path / "told"
+    code = f"""
+import atexit, pathlib, time
+@atexit.register
+def end():
+    pathlib.Path({str(ending)!r}).touch()
+    while not pathlib.Path({str(told)!r}).exists():
+        time.sleep(0.1)
+"""
+    (tmp_path / "sitecustomize.py").write_text(code, encoding="utf-8")
+    environ = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *map(os.path.abspath, sys.path)])}
+    command = [sys.executable, "-m", "spidr.train", str(long)]
+    with subprocess.Popen(command, env=environ, stderr=subprocess.PIPE) as process:
+        assert wait_for(lambda: len(read_metrics(tmp_path / "p/long/metrics.jsonl")) > 3, 120)
+        process.terminate()
+        assert wait_for(ending.exists, 120)
+        process.terminate()
+        told.touch()
+        _, errors = process.communicate(timeout=120)
+    assert process.returncode == 75, errors
 
 
 @pytest.mark.slow

@@ -37,6 +37,7 @@ def test_the_old_name_works() -> None:
     assert spidr.abx.read_items is read_items
 
 
+@needs_fastabx
 def test_separate_and_mixed_phones(tmp_path: Path) -> None:
     items = read_items(
         write_items(tmp_path / "a.item", *phones("s1", "A", "A", "B", "B"), *phones("s2", "A", "A", "B", "B"))

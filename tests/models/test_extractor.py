@@ -85,16 +85,6 @@ def test_too_short() -> None:
         FeatureExtractor.build("layer_norm", SHAPES, bias=False)(torch.randn(0, 2000))
 
 
-def test_group_norm_with_lengths_sees_only_the_utterance() -> None:
-    extractor = build("group_norm", SHAPES, bias=False)
-    long, short = torch.randn(900, dtype=torch.float64), torch.randn(500, dtype=torch.float64)
-    batch = torch.stack([long, F.pad(short, (0, 400))])
-    together = extractor(batch, torch.tensor([900, 500]))
-    alone = extractor(short.unsqueeze(0))
-    torch.testing.assert_close(together[1, : alone.shape[1]], alone[0])
-    assert not torch.allclose(extractor(batch)[1, : alone.shape[1]], alone[0])
-
-
 def test_bfloat16_autocast_stays_close() -> None:
     extractor = build("layer_norm", SHAPES, bias=False).float()
     waveforms = torch.randn(2, 4000)

@@ -272,6 +272,45 @@ def test_signal_before_the_job_has_begun(cluster: Cluster, tmp_path: Path) -> No
     assert ran.read_text() == "x"
 
 
+@pytest.mark.parametrize("signal", ["USR2", "TERM"])
+def test_signal_before_python_can_handle_it(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signal: str
+) -> None:
+    """While the interpreter starts, which takes long where its files are far away."""
+    starting, ran = tmp_path / "starting", tmp_path / "ran"
+    code = f"""
+import os, pathlib, time
+if "SLURM_PROCID" in os.environ and not pathlib.Path({str(starting)!r}).exists():
+    pathlib.Path({str(starting)!r}).touch()
+    time.sleep(60)
+"""
+    (tmp_path / "sitecustomize.py").write_text(code, encoding="utf-8")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    job_id, folder = submit("starts", [(ran.touch, ())], tmp_path, ONE_TASK)
+    assert wait_for(starting.exists, 60)
+    cluster.run("scancel", f"--signal={signal}", job_id)
+    job = cluster.wait(job_id)
+    assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), logs(folder)
+    assert ran.exists()
+
+
+def test_task_that_fails_ends_the_job(cluster: Cluster, tmp_path: Path) -> None:
+    """srun stops the others by the signal of a preemption, and reports the highest status."""
+
+    def fail() -> None:
+        import os
+
+        from spidr.tools.errors import InputError
+
+        if os.environ["SLURM_PROCID"] == "1":
+            raise InputError("x.csv: no such manifest")
+        time.sleep(60)
+
+    job_id, folder = submit("fails", [(fail, ())], tmp_path, TWO_TASKS, max_restarts=1)
+    job = cluster.wait(job_id)
+    assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("FAILED", "2:0", "0"), logs(folder)
+
+
 def test_task_that_ends_slowly_does_not_change_the_status(cluster: Cluster, tmp_path: Path) -> None:
     """srun kills it as soon as another task ends with a non-zero status."""
     begun = [tmp_path / "0", tmp_path / "1"]

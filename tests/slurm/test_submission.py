@@ -95,6 +95,9 @@ def test_signal_comes_before_the_time_limit(minutes: int | None, seconds: int) -
         (75, "COMPLETING", 0, 0),  # cancelled, or out of time
         (75, "- RUNNING", 0, 1),  # the controller does not answer at first
         (75, "RUNNING", 2, 0),
+        (140, "RUNNING", 0, 1),  # by SIGUSR2, as a task that had only just started
+        (143, "RUNNING", 1, 0),  # by SIGTERM, which srun has sent, since another task had failed
+        (137, "RUNNING", 0, 0),
     ],
 )
 def test_script_requeues_a_stopped_job(tmp_path: Path, status: int, states: str, restarts: int, asked: int) -> None:
@@ -106,10 +109,12 @@ squeue() {{ read -r state < states; sed -i 1d states; [ "$state" != - ] && echo 
 scontrol() {{ echo "$*" >> asked; }}
 """
     (tmp_path / "states").write_text(states.replace(" ", "\n") + "\n")
+    (tmp_path / "job/7").mkdir(parents=True)
+    (tmp_path / "job/7/.failed_1").touch()
     script = prepare("x", 1, tmp_path / "job", ONE_TASK, max_restarts=2).script
     environment = {"SLURM_JOB_ID": "7", "PATH": os.environ["PATH"], "SLURM_RESTART_COUNT": str(restarts)}
     done = subprocess.run(["bash"], input=stubs + script, text=True, env=environment, cwd=tmp_path, check=False)
-    assert done.returncode == status
+    assert done.returncode == (75 if asked else status)
     said = (tmp_path / "asked").read_text() if (tmp_path / "asked").exists() else ""
     assert said == "requeue 7\n" * asked
 

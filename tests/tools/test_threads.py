@@ -15,7 +15,7 @@ def seen(command: list[str], folder: Path, **environ: str) -> str:
     names = ("GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OMP_WAIT_POLICY", *threads.CAPACITIES)
     show = f"import os; print('seen', [os.environ.get(name) for name in {names}])\n"
     folder.joinpath("torch.py").write_text(f"{show}os._exit(os.sys.stdout.flush() or 0)\n")
-    folder.joinpath("sitecustomize.py").write_text(f"import atexit\natexit.register(lambda: exec({show!r}))\n")
+    folder.joinpath("sitecustomize.py").write_text(f"import atexit\natexit.register(lambda: exec({show!r}, {{}}))\n")
     clean = {name: value for name, value in os.environ.items() if name not in (*threads.CHOICES, *threads.CAPACITIES)}
     clean["PYTHONPATH"] = os.pathsep.join([str(folder), *sys.path])
     found = subprocess.run(

@@ -30,6 +30,9 @@ trap : TERM USR1 USR2
 mkdir -p {folder}/"{job}"
 {srun}
 status=$?
+if [[ $status =~ ^1(38|40|43)$ && ! -e {folder}/"{job}"/.failed_${{SLURM_RESTART_COUNT:-0}} ]]; then
+  status=75  # a signal came while Python started
+fi
 for pause in 0 5 5 5 5 5 5 5 5 5; do
   [ "$status" = 75 ]{limit} || break
   sleep "$pause"
