@@ -1,4 +1,4 @@
-"""Read phone alignments: JSON lines, tables and Praat's TextGrids."""
+"""Read phone alignments: JSON lines, tables and Praat TextGrids."""
 
 import codecs
 import os
@@ -19,13 +19,13 @@ FRAME_STEP = 10
 """Milliseconds per frame of an alignment."""
 
 MAX_SECONDS = 86_400.0
-"""Longest alignment, one day: otherwise a short file could ask for any amount of memory."""
+"""Longest alignment, one day; otherwise a short file could ask for any amount of memory."""
 
 TOLERANCE = 100
 """Milliseconds by which an alignment may differ in length from the units."""
 
 ROUNDING = 1e-3
-"""Seconds of rounding that are tolerated between times."""
+"""Tolerated rounding error of times, in seconds."""
 
 SILENCE = "SIL"
 _NAMES = "sil sp spn pau silence <sil> <sp> <spn> <pau> <eps> <p:> h# #h"
@@ -36,10 +36,10 @@ Alignments = dict[str, list[str]]
 """Name of a recording → its phones, one per frame of 10 ms."""
 
 Skipped = dict[str, str]
-"""What was left out, and why."""
+"""What was skipped, and why."""
 
 Interval = tuple[str, float, float]
-"""A phone, its beginning and its end in seconds."""
+"""A phone with its start and end in seconds."""
 
 
 def read_alignments(
@@ -55,24 +55,23 @@ def read_alignments(
         path: JSON lines (also gzipped, ``.gz``), DiscoPhon's table (``#file onset offset #phone``, in seconds), a Praat
             ``.TextGrid``, or a folder of TextGrids, at any depth. A line of JSON has the recording's ``fileid`` (or
             ``name``) and ``phones``: either one phone per frame of 10 ms, or ``[phone, start, end]`` in seconds, in
-            order, and perhaps the ``duration``. A TextGrid has the name of its recording. Times that contradict each
+            order, and optionally the ``duration``. A TextGrid has the name of its recording. Times that contradict each
             other by less than 1 ms are rounded.
         tier: The tier of TextGrids that holds the phones. None: the one named "phones" or "phone", with or without a
-            speaker's name before it, else the only tier of intervals.
+            speaker's name before it, or the only tier of intervals.
         silence: Labels that mean silence, in any case.
-        skipped: Collects lines and TextGrids that cannot be read. None: they are an error.
+        skipped: Collects lines and TextGrids that cannot be read. None: raise an error instead.
 
     Returns:
         For each recording, the phone in the middle of each frame of 10 ms: frame i is at ``(i + 0.5) * 10`` ms, and
-        there are as many as fit into the duration. "SIL" where there is none.
+        there are as many as fit into the duration. It is "SIL" where there is none.
 
     Raises:
-        InputError: The file is missing, a line is not of this form, a TextGrid has no such tier, or a recording occurs
-            twice.
+        InputError: The file is missing, a line has another form, a TextGrid lacks the tier, or a name occurs twice.
     """
     path, silent = expand(path), {label.strip().lower() for label in silence}
 
-    @cache  # one object for all frames of a phone
+    @cache  # one string object for all frames of a phone
     def phone(label: str) -> str:
         if not isinstance(label, str):
             raise TypeError
@@ -181,7 +180,7 @@ def _read_grid(
     chosen = [name for name in names if name == tier] if tier is not None else named or names
     if len(chosen) != 1:
         count = "several tiers" if chosen else "no tier"
-        wanted = f"{count} {tier!r}" if tier is not None else "cannot tell the tier of the phones"
+        wanted = f"{count} {tier!r}" if tier is not None else "cannot tell which tier has the phones"
         raise InputError(f"{wanted}; tiers of intervals found: {', '.join(names) or 'none'}.")
     try:
         intervals = [(phone(label), float(start), float(end)) for start, end, label in dict(tiers)[chosen[0]]]
@@ -196,9 +195,9 @@ def fit(phones: list[str], frames: int, tolerance: int = TOLERANCE) -> list[str]
 
     Args:
         phones: One per frame.
-        frames: Frames of 10 ms that there should be.
-        tolerance: Most milliseconds to pad or cut. A difference of two frames is left alone: as in the paper,
-            the end of the longer one does not count.
+        frames: Required number of frames of 10 ms.
+        tolerance: Maximum number of milliseconds to pad or cut. A difference of two frames is left alone: as in the
+            paper, the end of the longer one does not count.
     """
     short = frames - len(phones)
     if abs(short) <= 2:
@@ -214,13 +213,13 @@ def _frames(intervals: list[Interval], duration: float = 0.0) -> list[str]:
     duration = end if end > duration + ROUNDING else duration
     if not 0 <= duration <= MAX_SECONDS:
         raise InputError(f"a duration of {duration:g} s, not from 0 to {MAX_SECONDS:g}.")
-    # Rounded first, or 0.29 s would be 28.999… frames.
+    # Rounded first, otherwise 0.29 s would be 28.999… frames.
     frames = [SILENCE] * int(round(duration * 1000 / FRAME_STEP, 6))
     before = 0.0
     for number, (phone, start, end) in enumerate(intervals, start=1):
         where = f"interval {number}, {phone!r} from {start:g} to {end:g} s"
         if not start >= before - ROUNDING:
-            raise InputError(f"{where}: begins before {before:g} s, where the one before it ends.")
+            raise InputError(f"{where}: begins before {before:g} s, where the previous one ends.")
         if not end >= start - ROUNDING:
             raise InputError(f"{where}: ends before it begins.")
         if not end <= MAX_SECONDS:
