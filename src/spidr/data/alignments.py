@@ -180,7 +180,7 @@ def _read_grid(
     chosen = [name for name in names if name == tier] if tier is not None else named or names
     if len(chosen) != 1:
         count = "several tiers" if chosen else "no tier"
-        wanted = f"{count} {tier!r}" if tier is not None else "cannot tell which tier has the phones"
+        wanted = f"{count} {tier!r}" if tier is not None else "cannot tell the tier of the phones"
         raise InputError(f"{wanted}; tiers of intervals found: {', '.join(names) or 'none'}.")
     try:
         intervals = [(phone(label), float(start), float(end)) for start, end, label in dict(tiers)[chosen[0]]]

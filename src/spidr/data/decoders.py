@@ -92,7 +92,7 @@ class Decoder:
         samples = self._read(start, stop)
         if stop is not None and len(samples) < stop - start:
             there = self._position if self.frames is None else self.frames
-            raise InputError(f"{self.name}: has {there} samples; asked for were those up to {stop}.")
+            raise InputError(f"{self.name}: has {there} samples, fewer than the {stop} requested.")
         return samples
 
     def blocks(self, size: int, start: int = 0, stop: int | None = None) -> Iterator[Samples]:

@@ -84,7 +84,7 @@ def extract_units(
     if not 0 <= smooth <= 1e6:
         raise InputError(f"smooth: found {smooth}, expected a number of 0 or more")
     if dedup and file_format in ("discophon", "unit-hifigan"):
-        raise InputError(f"dedup: {file_format} needs one unit per frame; leave it out")
+        raise InputError(f"dedup: {file_format} needs one unit for each frame; leave it out")
     check_name(model)
     clusters = None if kmeans is None else KMeans.load(expand(kmeans))
     made = {"kind": "units", "dedup": dedup, "kmeans": None if clusters is None else clusters.fingerprint}

@@ -101,7 +101,7 @@ class Remote:
             return _download(self.url, self.path, read, check_hash=check_hash, progress=progress)
         except (OSError, http.client.HTTPException, InputError) as error:
             reason = first_line(error).replace(f"{_partial(self.path)}: ", "")  # which is gone by then
-            where = f"cannot download it to {self.path}, where you may put it by hand"
+            where = f"cannot download it to {self.path}, where it may be put by hand"
             raise InputError(f"{self.url}: {where}: {reason}") from None
 
 
