@@ -31,8 +31,7 @@ logger = logging.getLogger(__name__)
 INFORMATIVE = ("model", "spidr", "num_units", "skipped", "recordings", "crc32")
 """Keys of a record that may change: the weights decide, not their name or the version that encoded with them."""
 
-NAMES = "recordings.json"
-"""In a job's folder: the recordings that it encodes."""
+NAMES = "recordings.json"  # in a job's folder: the recordings that it encodes
 
 
 class Output(ABC):

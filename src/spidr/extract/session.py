@@ -44,8 +44,7 @@ from spidr.tools.waveforms import QUIET, Standardised, standardise
 
 logger = logging.getLogger(__name__)
 
-LONG = 120 * SAMPLE_RATE
-"""Longer recordings (in samples) are encoded one after the other, each on all threads of a CPU."""
+LONG = 120 * SAMPLE_RATE  # longer recordings (in samples) are encoded one after the other, each on all threads of a CPU
 
 
 class Skipped(dict[str, str]):
