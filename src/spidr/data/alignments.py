@@ -183,13 +183,10 @@ def _read_grid(
 
 
 def fit(phones: list[str], frames: int, tolerance: int = TOLERANCE) -> list[str] | None:
-    """Pad phones with silence, or cut them, to a number of frames; None if the lengths differ too much.
+    """Pad phones, one per frame of 10 ms, with silence, or cut them, to a number of frames.
 
-    Args:
-        phones: One per frame.
-        frames: Frames of 10 ms that there should be.
-        tolerance: Most milliseconds to pad or cut. A difference of two frames is left alone: as in the paper,
-            the end of the longer one does not count.
+    None if that takes more than ``tolerance`` milliseconds. A difference of two frames is left alone: as in the
+    paper, the end of the longer one does not count.
     """
     short = frames - len(phones)
     if abs(short) <= 2:

@@ -42,10 +42,8 @@ class Output(ABC):
     began.
     """
 
-    tree: ClassVar[bool] = False
-    """Whether to name recordings by their path below the source."""
-    writers: ClassVar[int] = 1
-    """Threads that write."""
+    tree: ClassVar[bool] = False  # whether to name recordings by their path below the source
+    writers: ClassVar[int] = 1  # threads that write
 
     def __init__(self, path: Path, beside: Sequence[Path], settings: dict[str, Any]) -> None:
         self.path, self.settings = path, settings
