@@ -36,7 +36,6 @@ from spidr.extract.smooth import NEAR, Decoder
 from spidr.extract.sources import TOO_SHORT, Item, LongRecording, explained
 from spidr.models import DinoSR
 from spidr.models.hub import load_encoder
-from spidr.models.long import window_frames
 from spidr.tools.errors import InputError
 from spidr.tools.frames import conv_length, receptive_field
 from spidr.tools.progress import Progress
@@ -147,8 +146,7 @@ class Session:
             raise InputError(f"layer {self.layer}{default} {lacks}; layers {first} to {total} {having}")
         self.shapes = self.model.feature_extractor.shapes
         self.shortest = receptive_field(self.shapes)
-        frame_seconds, window = self.model.frame_seconds, options.window
-        self.window = None if window is None else window_frames(window, options.context, frame_seconds)
+        self.window = self.model.window_frames(options.window, options.context)
         self.bfloat16 = options.dtype == "bfloat16" or (options.dtype == "auto" and _has_bfloat16(env.device))
         self.summary = Summary()
         self._centroids = None if centroids is None else torch.from_numpy(centroids).to(env.device)
