@@ -32,7 +32,7 @@ from spidr.tools.frames import receptive_field
 
 logger = logging.getLogger(__name__)
 
-WORKER_GRACE = 30
+WORKER_GRACE = 600
 """Seconds a worker process outlives a SIGTERM."""
 
 
