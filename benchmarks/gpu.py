@@ -64,7 +64,7 @@ from spidr.config import (
     to_dict,
 )
 from spidr.data.batch import Batch, Collator, Loaded
-from spidr.data.loader import Processes, SpeechLoader
+from spidr.data.loader import SpeechLoader
 from spidr.data.sampler import BatchSampler
 from spidr.environment import Environment, StopFlag, environment
 from spidr.models import SpidR, build_model, kernels
@@ -283,7 +283,7 @@ def noise_loader(
     lengths = np.random.default_rng(0).integers(longest * 3 // 8, longest, size=20 * cfg.max_batch_length // longest)
     sampler = BatchSampler(lengths, cfg, world_size=world_size)
     collator = Noise(cfg, masking, conv_layer_config, channels)
-    return SpeechLoader(NoManifest(lengths), collator, sampler.epoch, Processes(rank, world_size))  # type: ignore[arg-type]
+    return SpeechLoader(NoManifest(lengths), collator, sampler.epoch, rank, world_size)  # type: ignore[arg-type]
 
 
 def backward(model: Any, batch: Batch, dtype: str = "float32") -> Tensor:

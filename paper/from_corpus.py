@@ -15,7 +15,8 @@ from matplotlib.patheffects import withStroke
 from sklearn.manifold import TSNE
 from style import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILLION, WIDTH, YELLOW, new_figure
 
-from spidr.data.alignments import match_alignments, read_alignments
+from spidr.data.alignments import read_alignments
+from spidr.data.names import match_names
 from spidr.data.units import read_units
 from spidr.evaluate import FeatureFolder
 from spidr.models.metrics import proba_phone_code
@@ -53,7 +54,7 @@ def phone_segments(features: Path, alignments: Mapping[str, list[str]], limit: i
         InputError: There is no such file, none has an alignment, or one does not fit its alignment.
     """
     recordings = FeatureFolder(features)
-    matched = match_alignments(dict(alignments), recordings)
+    matched = {name: alignments[found] for name, found in match_names(dict(alignments), recordings).items()}
     segments = [
         (name, start, stop, phone)
         for name, phones in sorted(matched.items())
@@ -198,8 +199,9 @@ def phones_given_units(units: Path, alignments: Path, num_units: int = 256) -> F
 def aligned_units(units: Path, alignments: Path) -> dict[str, Any]:
     """Phones (100 Hz) and units (50 Hz) of the recordings that have both."""
     sequences = read_units(units)
-    phones = match_alignments(read_alignments(alignments), sequences)
-    data = {name: (row, sequences[name]) for name, row in phones.items() if len(sequences[name])}
+    phones = read_alignments(alignments)
+    matched = match_names(phones, sequences).items()
+    data = {name: (phones[found], sequences[name]) for name, found in matched if len(sequences[name])}
     if not data:
         raise InputError(f"{units}: none of the {len(sequences)} recordings is aligned in {alignments}.")
     return data

@@ -35,7 +35,8 @@ with command_needs("paper", __name__):
     import polars as pl
     from published import KEYS, METRICS, REPRESENTATIONS, SCHEMA, results
 
-    from spidr.data.alignments import match_alignments, read_alignments
+    from spidr.data.alignments import read_alignments
+    from spidr.data.names import match_names
     from spidr.data.units import read_units
     from spidr.data.write_manifest import write_manifest
     from spidr.evaluate import evaluate_abx
@@ -165,11 +166,11 @@ def _encode(args: argparse.Namespace, sets: Sequence[str], model: DinoSR, layer:
 def _quality(units: Path, alignments: Path, model: DinoSR) -> dict[str, float]:
     """Unit quality over all aligned recordings, and the number of unaligned ones."""
     sequences = read_units(units)
-    phones = match_alignments(read_alignments(alignments), sequences)
-    data: Any = {name: (row, sequences[name]) for name, row in phones.items()}
-    inventory = {phone for row in phones.values() for phone in row}
+    phones = read_alignments(alignments)
+    data: Any = {name: (phones[found], sequences[name]) for name, found in match_names(phones, sequences).items()}
+    inventory = {phone for row, _ in data.values() for phone in row}
     quality = units_quality(data, num_units=model.cfg.codebook_size, num_phones=len(inventory))
-    return {**quality._asdict(), "unaligned": len(sequences) - len(phones)}
+    return {**quality._asdict(), "unaligned": len(sequences) - len(data)}
 
 
 def _abx(source: Path, items: Path) -> dict[str, float]:

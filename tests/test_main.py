@@ -78,16 +78,6 @@ def test_console_script_has_the_command_s_status(config: Path, tmp_path: Path) -
     assert "not a run folder" in done.stderr
 
 
-def test_help_needs_no_torch() -> None:
-    code = "import runpy, sys; sys.argv = ['-m', '--help']; import atexit\n"
-    code += "atexit.register(lambda: print([m for m in ('torch', 'submitit', 'polars') if m in sys.modules]))\n"
-    code += "runpy.run_module('spidr', run_name='__main__')"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200, check=False)
-    assert done.returncode == 0
-    assert "usage: python -m spidr [options] CONFIG" in done.stdout
-    assert done.stdout.splitlines()[-1] == "[]"
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [

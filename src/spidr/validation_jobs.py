@@ -34,9 +34,6 @@ class ValidationJobs:
     ``step_N.pending`` names a job's checkpoint, id and log; ``step_N.failed`` says why it gave no results;
     ``step_N.jsonl`` holds results to be collected. So a restarted run, or ``spidr metrics`` after its end, knows as
     much as the process that submitted. Only one process at a time may use them. Submitting happens in threads.
-
-    Args:
-        run_dir: The run folder.
     """
 
     def __init__(self, run_dir: Path) -> None:
@@ -178,9 +175,6 @@ class Collected(NamedTuple):
 def collect_metrics(folder: Path) -> Collected:
     """Collect new results of validation, then remove the checkpoints that only they needed.
 
-    Args:
-        folder: The folder of a run that is not training.
-
     Raises:
         InputError: The folder is not a run's, or the run is training.
     """
@@ -203,11 +197,8 @@ def collect_metrics(folder: Path) -> Collected:
 def push_metrics(folder: Path, entity: str, run_id: str | None = None) -> int:
     """Push to wandb the lines that it does not have, whatever ``run.wandb_mode`` was, and count them.
 
-    Args:
-        folder: The folder of a run that is not training.
-        entity: The wandb user or team.
-        run_id: wandb's id of the run. None: as recorded in the folder, else the one finished run with the
-            configuration's project and name.
+    The run must not be training. Without ``run_id``, it is the one recorded in the folder, else the one finished run
+    with the configuration's project and name. ``entity`` is a user or team.
 
     Raises:
         InputError: There is no one such run, or wandb does not take the lines.

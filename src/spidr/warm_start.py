@@ -70,15 +70,10 @@ SLOPE = (-1, -2, 0, 2, 1)
 
 
 def log_mel(waveforms: Tensor, shapes: Sequence[tuple[int, int, int]]) -> Tensor:
-    """Log-mel energies of what each frame of an extractor sees.
+    """Log-mel energies (B, T, 80) of what each frame of an extractor sees of waveforms (B, S) at 16 kHz.
 
-    Args:
-        waveforms: (B, S) float, 16 kHz.
-        shapes: (out_channels, kernel, stride) of the extractor's convolutions: a frame is a Hann window of their
-            receptive field (25 ms in the base models), and frames are as many, at the same places.
-
-    Returns:
-        (B, T, 80).
+    Each is of a Hann window of the receptive field of the convolutions (25 ms in the base models); they are as many
+    as the extractor's frames, at the same places.
     """
     field, hop = receptive_field(shapes), math.prod(stride for _, _, stride in shapes)
     size = 1 << (field - 1).bit_length()

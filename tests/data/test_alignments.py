@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from praatio import textgrid
 
-from spidr.data.alignments import match_alignments, read_alignments
+from spidr.data.alignments import read_alignments
 from spidr.tools.errors import InputError
 
 QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart" / "alignments.jsonl"
@@ -130,13 +130,6 @@ def test_bad_textgrids(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match=r"no \.TextGrid in the folder"):
         read_alignments(tmp_path / "empty")
-
-
-def test_match() -> None:
-    alignments = {"a": ["A"], "x/b.wav": ["B"], "x/c": ["C"], "y/c": ["D"]}
-    assert match_alignments(alignments, ["a", "b", "z"]) == {"a": ["A"], "b": ["B"]}
-    with pytest.raises(InputError, match="x/c, y/c"):
-        match_alignments(alignments, ["c"])
 
 
 def textgrid_text(intervals: list[tuple[str, str, str]]) -> str:

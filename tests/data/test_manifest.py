@@ -82,6 +82,16 @@ def test_columns_that_start_late(tmp_path: Path) -> None:
     assert manifest["start"].null_count() == 1499
 
 
+def test_names_that_are_numbers_stay_as_they_are(tmp_path: Path) -> None:
+    for number, name in ((2, "2"), (2.5, "2.5"), ("b", "b")):
+        rows = [
+            {"fileid": 1, "path": "/1.wav", "num_samples": 5},
+            {"fileid": number, "path": "/2.wav", "num_samples": 5},
+        ]
+        (tmp_path / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        assert read_manifest(tmp_path / "m.jsonl")["fileid"].to_list() == ["1", name]
+
+
 @pytest.mark.parametrize("name", ["m.tsv", "list.txt"])
 def test_fairseq(tmp_path: Path, name: str) -> None:
     file = tmp_path / name

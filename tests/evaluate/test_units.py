@@ -9,7 +9,7 @@ import pytest
 
 from helpers.synthetic import write_lines
 from spidr.evaluate import evaluate_units, main
-from spidr.evaluate.units import evaluate_all, pair
+from spidr.evaluate.units import pair
 from spidr.tools.errors import InputError
 
 
@@ -115,11 +115,12 @@ def noisy_units(tmp_path: Path, num_units: int) -> tuple[Path, Path]:
 
 
 @pytest.mark.parametrize("num_units", [30, 9, 4])
-def test_discophon(tmp_path: Path, num_units: int) -> None:
+def test_discophon(tmp_path: Path, num_units: int, capsys: pytest.CaptureFixture[str]) -> None:
     """Against discophon's own function, if it accepts the units."""
     discophon = pytest.importorskip("discophon.evaluate")
     paths = noisy_units(tmp_path, num_units)
-    (row,) = evaluate_all([paths[0]], paths[1], discophon=True, num_units=num_units)
+    assert main(["units", *map(str, paths), "--discophon", "--num-units", str(num_units), "--json"]) == 0
+    row = json.loads(capsys.readouterr().out)
     data = pair(*paths, num_units=num_units).data
     units = {name: np.asarray(sequence).tolist() for name, (_, sequence) in data.items()}
     phones: dict[str, Any] = {name: labels for name, (labels, _) in data.items()}

@@ -18,7 +18,8 @@ import polars as pl
 import pytest
 
 from helpers.extraction import LAYER, PROMPTS, QUIET, noise, read, rows, save, small, units
-from spidr.extract import Options, extract_features, extract_units, session, sources
+from spidr.data import audio
+from spidr.extract import Options, extract_features, extract_units
 from spidr.extract.__main__ import main
 from spidr.models import DinoSR
 from spidr.tools.errors import InputError
@@ -198,9 +199,8 @@ def test_killed_and_started_again(
     else:
         (out / f".spidr-{Process.current().machine}-{process.pid}-1-0.tmp").write_bytes(b"half")
     read_again = []
-    monkeypatch.setattr(
-        session, "read_item", lambda item, **kw: (read_again.append(item.name), sources.read_item(item, **kw))[1]
-    )
+    read = audio.read_audio
+    monkeypatch.setattr(audio, "read_audio", lambda where: (read_again.append(Path(where.path).stem), read(where))[1])
     again: Any = extract_units if kind == "units" else extract_features
     again(prompts, out, model=checkpoint, layer=LAYER, options=QUIET)
     assert not before & set(read_again)

@@ -6,7 +6,6 @@ import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from torch import Tensor
 
-from spidr.config import DEFAULT_CONV_LAYER_CONFIG
 from spidr.models.extractor import FeatureExtractor
 from spidr.tools.errors import InputError
 from spidr.tools.frames import conv_length
@@ -79,32 +78,11 @@ def test_any_kernels_and_strides(
     assert_same(extractor, waveforms)
 
 
-def test_number_of_frames() -> None:
-    assert conv_length(DEFAULT_CONV_LAYER_CONFIG, 16_000) == 49
-    assert [conv_length(DEFAULT_CONV_LAYER_CONFIG, n) for n in (0, 399, 400, 719, 720)] == [0, 0, 1, 1, 2]
-
-
-@settings(deadline=None)
-@given(st.integers(0, 5000))
-def test_one_number_of_frames_for_ints_and_tensors(samples: int) -> None:
-    assert conv_length(SHAPES, torch.tensor([samples])).item() == conv_length(SHAPES, samples) >= 0
-
-
 def test_too_short() -> None:
     with pytest.raises(InputError, match="20 samples are too short"):
         FeatureExtractor.build("layer_norm", SHAPES, bias=False)(torch.randn(1, 20))
     with pytest.raises(InputError, match="at least one row"):
         FeatureExtractor.build("layer_norm", SHAPES, bias=False)(torch.randn(0, 2000))
-
-
-def test_group_norm_with_lengths_sees_only_the_utterance() -> None:
-    extractor = build("group_norm", SHAPES, bias=False)
-    long, short = torch.randn(900, dtype=torch.float64), torch.randn(500, dtype=torch.float64)
-    batch = torch.stack([long, F.pad(short, (0, 400))])
-    together = extractor(batch, torch.tensor([900, 500]))
-    alone = extractor(short.unsqueeze(0))
-    torch.testing.assert_close(together[1, : alone.shape[1]], alone[0])
-    assert not torch.allclose(extractor(batch)[1, : alone.shape[1]], alone[0])
 
 
 def test_bfloat16_autocast_stays_close() -> None:

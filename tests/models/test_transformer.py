@@ -91,18 +91,6 @@ def test_equals_oracle(norm_first: bool, qkv_bias: bool, kernel: int) -> None:
         torch.testing.assert_close(model.get_intermediate_outputs(x, before_residual=before_residual), expected)
 
 
-@pytest.mark.parametrize("norm_first", [False, True])
-@torch.no_grad()
-def test_padding_changes_nothing(norm_first: bool) -> None:
-    model = build(encoder_layer_norm_first=norm_first)
-    x = torch.randn(1, 30, 32, dtype=torch.float64)
-    mask = (torch.arange(30) < 19)[None, None, None]
-    for padded, alone in zip(
-        model.get_intermediate_outputs(x, mask), model.get_intermediate_outputs(x[:, :19]), strict=True
-    ):
-        torch.testing.assert_close(padded[:, :19], alone)
-
-
 @pytest.mark.parametrize("kernel", [15, 12], ids=["odd", "even"])
 @torch.no_grad()
 def test_positional_convolutions_by_products(kernel: int) -> None:

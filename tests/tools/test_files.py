@@ -6,9 +6,12 @@ import errno
 import multiprocessing
 import os
 import time
+from collections.abc import Callable
 from multiprocessing.synchronize import Event
 from pathlib import Path
+from typing import Any
 
+import polars as pl
 import pytest
 import torch
 
@@ -48,15 +51,28 @@ def test_other_errors_are_unchanged(tmp_path: Path, error: BaseException) -> Non
     assert caught.value is error
 
 
-def test_full_disk_while_torch_saves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "save",
+    [
+        lambda file: torch.save({"x": torch.zeros(100_000)}, file),
+        lambda file: pl.DataFrame({"x": range(100_000)}).write_csv(file),
+        lambda file: pl.DataFrame({"x": range(100_000)}).write_parquet(file),
+    ],
+)
+def test_full_disk_while_a_library_saves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, save: Callable[[Any], object]
+) -> None:
     """/dev/full is a real full disk."""
     opened = Path.open
     full = Path("/dev/full")
     monkeypatch.setattr(
         Path, "open", lambda self, *args, **kw: opened(full, "wb") if args == ("xb",) else opened(self, *args, **kw)
     )
-    with pytest.raises(InputError, match="No space left on device"), atomic_write(tmp_path / "x.pt") as file:
-        torch.save({"x": torch.zeros(100_000)}, file)
+    with (
+        pytest.raises(InputError, match=r"No space left on device.*make room"),
+        atomic_write(tmp_path / "x.pt") as file,
+    ):
+        save(file)
 
 
 def test_folder_that_is_missing(tmp_path: Path) -> None:

@@ -82,6 +82,15 @@ def test_the_lock_of_another_machine_is_judged_by_its_heartbeats(
         pass
 
 
+def test_a_lock_without_a_name_is_taken_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock, "BEAT", 0.2)
+    (tmp_path / ".spidr.lock").touch()
+    start = time.monotonic()
+    with Lock(tmp_path, "is writing here"):
+        assert time.monotonic() - start < lock.SILENCE / 4
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_lock_of_the_same_job_is_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, holder: multiprocessing.context.ForkProcess
 ) -> None:

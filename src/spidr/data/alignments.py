@@ -3,14 +3,13 @@
 import codecs
 import os
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import cache, partial
 from math import ceil
 from pathlib import Path
 from typing import Any
 
 from spidr.data.lines import read_lines, split_row
-from spidr.data.names import match_names
 from spidr.tools.errors import InputError, first_line, some
 from spidr.tools.files import check_file, expand, find_files
 from spidr.tools.lazy import needs_extra
@@ -207,11 +206,6 @@ def fit(phones: list[str], frames: int, tolerance: int = TOLERANCE) -> list[str]
     if abs(short) * FRAME_STEP > tolerance:
         return None
     return [*phones, *[SILENCE] * short] if short > 0 else phones[:short]
-
-
-def match_alignments(alignments: Alignments, fileids: Iterable[str]) -> Alignments:
-    """Find the alignments of recordings; see :func:`spidr.data.names.match_names`."""
-    return {fileid: alignments[name] for fileid, name in match_names(alignments, fileids).items()}
 
 
 def _frames(intervals: list[Interval], duration: float = 0.0) -> list[str]:

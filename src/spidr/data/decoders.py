@@ -44,13 +44,8 @@ _SIZES = re.compile(r"^ *(?:data|Data Size|SSND|riff|Riff size) *: (\d+) \(shoul
 class Decoder:
     """A recording opened with libsndfile, after TorchCodec has decoded it if need be.
 
-    Attributes:
-        recording: What was opened.
-        name: Its name in messages.
-        sample_rate: In Hz.
-        channels: Number of channels.
-        frames: Samples per channel by the header; None if only decoding can tell.
-        seekable: Whether a part can be read without decoding what comes before.
+    ``frames`` are samples per channel by the header, None if only decoding can tell. ``seekable`` says whether a part
+    can be read without decoding what comes before.
     """
 
     def __init__(self, recording: Recording) -> None:

@@ -188,7 +188,12 @@ def _read_odd_csv(path: Path, separator: str) -> pl.DataFrame:
 
 def _read_jsonl(path: Path) -> pl.DataFrame:
     with suppress(pl.exceptions.PolarsError, pl.exceptions.PanicException):
-        return pl.read_ndjson(escape(str(path)), infer_schema_length=None)  # from all rows: columns may begin late
+        table = pl.read_ndjson(escape(str(path)), infer_schema_length=None)  # from all rows: columns may begin late
+        numbers = [name for name in ("fileid", "path") if table.schema.get(name) == pl.Float64]
+        if numbers:  # 1 would be 1.0 where other names are fractions
+            strings = dict.fromkeys(numbers, pl.String)
+            table = pl.read_ndjson(escape(str(path)), infer_schema_length=None, schema_overrides=strings)
+        return table
     # What polars refuses: a byte order mark, mistakes.
     rows = []
     for number, (_, line) in enumerate(read_lines(path), start=1):

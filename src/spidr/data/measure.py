@@ -1,8 +1,10 @@
 """Measure many recordings in parallel."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from itertools import chain, islice
 from typing import TypeVar
 
@@ -16,9 +18,6 @@ from spidr.tools.errors import InputError, some
 R = TypeVar("R")
 T = TypeVar("T")
 
-AT_ONCE = 1 << 14
-"""Recordings in memory at once."""
-
 
 def measure(
     function: Callable[[R], T],
@@ -30,12 +29,7 @@ def measure(
 ) -> Iterator[T | InputError]:
     """Yield ``function(recording)`` for each recording in order, or the :class:`InputError` that it raised.
 
-    Args:
-        function: Such as :func:`spidr.data.num_samples`; called in several threads.
-        recordings: The recordings or what describes them, taken as they are needed.
-        total: How many there are.
-        progress: Show a progress bar on a terminal.
-        description: What the bar says.
+    The function is called in several threads. ``recordings``, or what describes them, are taken as they are needed.
     """
 
     def of(recording: R) -> T | InputError:
@@ -48,14 +42,36 @@ def measure(
         return list(map(of, part))
 
     remaining = iter(recordings)
+    parts, workers = iter(lambda: list(islice(remaining, 16)), []), min(32, (os.cpu_count() or 1) + 4)
     with (
-        ThreadPoolExecutor(min(32, (os.cpu_count() or 1) + 4)) as pool,
+        closing(ahead(of_all, parts, workers=workers, depth=1024)) as results,
         tqdm(total=total, desc=description, unit="file", disable=None if progress else True) as bar,
     ):
-        while parts := [part for _ in range(AT_ONCE // 16) if (part := list(islice(remaining, 16)))]:
-            for result in chain.from_iterable(pool.map(of_all, parts)):
-                bar.update()
-                yield result
+        for result in chain.from_iterable(results):
+            bar.update()
+            yield result
+
+
+def ahead(
+    function: Callable[[R], T],
+    items: Iterable[R],
+    *,
+    workers: int,
+    depth: int,
+    initializer: Callable[[], None] | None = None,
+) -> Generator[T]:
+    """``map(function, items)`` on threads, in order, at most ``depth`` results ahead."""
+    pool = ThreadPoolExecutor(workers, initializer=initializer)
+    pending: deque[Future[T]] = deque()
+    try:
+        for item in items:
+            pending.append(pool.submit(function, item))
+            if len(pending) > depth:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def problems_of(errors: list[InputError], total: int, remedy: str) -> InputError:

@@ -34,21 +34,13 @@ INFORMATIVE = ("model", "spidr", "num_units", "skipped", "recordings", "crc32")
 NAMES = "recordings.json"
 """In a job's folder: the recordings that it encodes."""
 
-JOB = "[0-9]*-[0-9]*"
-"""Names of jobs' folders. Whatever else lies beside them is not ours."""
-
 
 class Output(ABC):
     """An output on disk.
 
-    Args:
-        path: A folder or a file.
-        beside: The file that says how it was made; the JSON object of its recordings, name to place; the folder of
-            jobs.
-        settings: What the values depend on beside the session's settings.
-
-    Attributes:
-        done: Names of recordings that were done when the job began.
+    ``beside`` it are the file that says how it was made (from ``settings`` and the session's), the JSON object of its
+    recordings, name to place, and the folder of jobs. ``done`` are the names of recordings that were done when the job
+    began.
     """
 
     tree: ClassVar[bool] = False
@@ -176,7 +168,7 @@ class Output(ABC):
                 return
 
     def _jobs(self) -> list[Path]:
-        return sorted(self.unfinished.glob(f"{JOB}/"))
+        return sorted(self.unfinished.glob("[0-9]*-[0-9]*/"))  # whatever else lies beside them is not ours
 
     def release(self, folders: Sequence[Path]) -> None:
         """Remove folders whose content is merged."""

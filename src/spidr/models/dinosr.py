@@ -143,10 +143,10 @@ class DinoSR(Encoder):
         batch, num_frames, _ = features.shape
         student_input, index = self.projection_dropout(features), None
         if mask is not None:
+            masked = mask_from_index(mask, num_frames)
             if mask.dtype == torch.bool:
-                masked, index = mask, mask.flatten().nonzero().squeeze(1)
+                index = mask.flatten().nonzero().squeeze(1)
             else:
-                masked = torch.zeros(batch, num_frames, dtype=torch.bool, device=mask.device).scatter_(1, mask, True)
                 index = (mask + num_frames * torch.arange(batch, device=mask.device).unsqueeze(1)).flatten()
             embedding = self.mask_embedding.to(student_input.dtype)
             student_input = torch.where(masked.unsqueeze(-1), embedding, student_input)
@@ -317,6 +317,13 @@ class DinoSR(Encoder):
     def _codebooks(self) -> list[Codebook | None]:
         """Our codebook at each place, even inside a wrapper; None where another module has taken its place."""
         return [next((m for m in module.modules() if isinstance(m, Codebook)), None) for module in self.codebooks]
+
+
+def mask_from_index(index: Tensor, size: int) -> Tensor:
+    """Boolean mask (B, ``size``) of the frames in ``index (B, M)``; a boolean mask is returned as it is."""
+    if index.dtype == torch.bool:
+        return index
+    return torch.zeros(len(index), size, dtype=torch.bool, device=index.device).scatter_(1, index, value=True)
 
 
 def _one_mask(mask: Tensor | None, mask_indices: Tensor | None) -> Tensor | None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from spidr.config import SAMPLE_RATE, DinoSRConfig
 from spidr.models.extractor import FeatureExtractor, FeatureProjection
 from spidr.models.kernels import exact_products, known, linear, suits_onednn, untouched
-from spidr.models.long import frame_reader, window_frames
+from spidr.models.long import frame_reader
 from spidr.models.transformer import Transformer
 from spidr.tools.errors import InputError
 from spidr.tools.frames import conv_length
@@ -96,14 +96,14 @@ class Encoder(nn.Module):
         lengths: Lengths | None = None,
         frames: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Projected features of a batch, and the attention mask to use with them.
+        """Compute projected features of a batch, and the attention mask to use with them.
 
         Args:
             waveforms: (B, S) float.
             attention_mask: Boolean, True where to attend, broadcastable to (B, 1, T, T).
-            lengths: Samples that count in each row, (B,); replaces the mask. In group-norm mode it also keeps padding
-                out of the first layer's statistics. With a mask, lengths are not checked (that would wait for the
-                device).
+            lengths: Samples that count in each row, (B,), instead of the mask. In group-norm mode they also keep
+                padding out of the first layer's statistics; beside a mask they are not checked, as that would wait for
+                the device.
             frames: The extractor's output, (B, T, C), if it is known already.
 
         Returns:
@@ -127,9 +127,9 @@ class Encoder(nn.Module):
             return self.feature_projection(frames), attention_mask
 
     def extract(self, waveforms: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """The extractor's output, (B, T, C), for waveforms (B, S) and, in group-norm mode, the samples that count."""
+        """Extract frames (B, T, C) from waveforms (B, S). In group-norm mode, padding beyond lengths has no effect."""
         extractor = self.feature_extractor
-        # Otherwise frames do not depend on padding, and an extractor in place of ours has one argument.
+        # Other frames do not depend on padding, and an extractor in place of ours has one argument.
         if lengths is not None and isinstance(extractor, FeatureExtractor) and extractor.has_group_norm:
             return extractor(waveforms, lengths)
         return extractor(waveforms)
@@ -158,7 +158,7 @@ class Encoder(nn.Module):
         num_layers: int | None = None,
         before_residual: bool = True,
     ) -> list[Tensor]:
-        """Outputs of the student's layers, in training mode with dropout.
+        """Compute the outputs of the student's layers, in training mode with dropout.
 
         Args:
             waveforms: (B, S) float, 16 kHz, taken as they are.
@@ -184,7 +184,7 @@ class Encoder(nn.Module):
         num_layers: int | None = None,
         onehot: bool = False,
     ) -> list[Tensor | None]:
-        """Codeword probabilities of each layer; their argmax is the layer's unit. In training mode with dropout.
+        """Compute codeword probabilities of each layer, whose argmax is its unit. In training mode with dropout.
 
         Args:
             waveform: (B, S) float, 16 kHz, taken as it is.
@@ -221,7 +221,7 @@ class Encoder(nn.Module):
         window: float | None = None,
         context: float | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Features of a batch of utterances, one every 20 ms with the default convolutions.
+        """Compute features of a batch of utterances, one every 20 ms with the default convolutions.
 
         There is no dropout and no gradient, whatever mode the model is in. An utterance of any length is encoded whole:
         memory grows with T, but time with T². With ``window``, the transformer sees one window and its context at a
@@ -256,7 +256,7 @@ class Encoder(nn.Module):
         window: float | None = None,
         context: float | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Discrete units of a batch of utterances: the most likely codewords of a layer that has a codebook.
+        """Compute discrete units of a batch of utterances: the most likely codewords of a layer with a codebook.
 
         The arguments are those of :meth:`encode`.
 
@@ -291,6 +291,24 @@ class Encoder(nn.Module):
     def frame_seconds(self) -> float:
         """Seconds from one frame to the next."""
         return math.prod(stride for _, _, stride in self.conv_shapes) / SAMPLE_RATE
+
+    def window_frames(self, window: float | None, context: float | None) -> tuple[int, int] | None:
+        """Frames in a window and frames seen on each side of it, from seconds; None without a window.
+
+        Raises:
+            InputError: The window is shorter than a frame, the context negative or without a window, or one not finite.
+        """
+        for name, seconds in (("window", window), ("context", context)):
+            if seconds is not None and not math.isfinite(seconds):
+                raise InputError(f"{name} = {seconds} s is not a number of seconds")
+        if context is not None and (window is None or context < 0):
+            raise InputError(f"context = {context} s needs to be at least 0 and goes with a window")
+        if window is None:
+            return None
+        size, around = (round(x / self.frame_seconds) for x in (window, window / 4 if context is None else context))
+        if size < 1:
+            raise InputError(f"window = {window} s is shorter than a frame of {self.frame_seconds} s")
+        return size, around
 
     def windows(
         self, read: Read, num_samples: int, function: Callable[[Tensor, None], Tensor], *, size: int, context: int
@@ -354,9 +372,7 @@ class Encoder(nn.Module):
         normalize: bool,
     ) -> tuple[Tensor, Tensor]:
         """Value of a function of (projected features, attention mask), and the frames of each row."""
-        if window is None and context is not None:
-            raise InputError(f"context = {context} s needs to be at least 0 and goes with a window")
-        size, around = (None, 0) if window is None else window_frames(window, context, self.frame_seconds)
+        sizes = self.window_frames(window, context)
         x, shapes = self._as_tensor(waveforms), self.conv_shapes
         counted = _check_waveforms(x, lengths, self.mask_embedding.dtype)
         batch, samples = x.shape
@@ -367,12 +383,13 @@ class Encoder(nn.Module):
         with self.inference():
             statistics = moments(x, counted)
             _check_variances(statistics[1].flatten().tolist(), normalize=normalize)
-            if size is None or conv_length(shapes, samples) <= size:
+            if sizes is None or conv_length(shapes, samples) <= sizes[0]:
                 if normalize:
                     x = standardise(x, counted, statistics=statistics)
                 elif counted is not None:
                     x = x.masked_fill(torch.arange(samples, device=x.device) >= counted.unsqueeze(1), 0)
                 return function(*self.project(x, lengths=counted)), frames
+            size, around = sizes
 
             def in_windows(row: int) -> Tensor:
                 mean, var = (moment[row : row + 1] for moment in statistics)

@@ -76,7 +76,7 @@ def build_model(
 
 
 def load_encoder(model: str | Path, model_type: str | None = None) -> DinoSR:
-    """A trained model for inference: on the CPU, in eval mode and without its teacher.
+    """Load a trained model for inference: on the CPU, in eval mode and without its teacher.
 
     Args:
         model: As ``checkpoint`` of :func:`build_model`.
@@ -89,7 +89,7 @@ def load_encoder(model: str | Path, model_type: str | None = None) -> DinoSR:
 
 
 def recorded_config(model: str | Path, model_type: str | None = None) -> DinoSRConfig | None:
-    """The configuration of a trained model, without reading its weights; None if nothing is recorded.
+    """Read the configuration of a trained model, without its weights; None if nothing is recorded.
 
     Args:
         model: As ``checkpoint`` of :func:`build_model`.
@@ -109,7 +109,7 @@ def recorded_config(model: str | Path, model_type: str | None = None) -> DinoSRC
 
 
 def load_weights(model: str | Path) -> Weights:
-    """The weights of a trained model, by name, on the CPU and as saved.
+    """Read the weights of a trained model: name → tensor on the CPU, as saved.
 
     Args:
         model: As ``checkpoint`` of :func:`build_model`.

@@ -20,7 +20,6 @@ from spidr.models.kernels import (
     untouched,
     valid_rows,
 )
-from spidr.tools.errors import InputError
 from spidr.tools.frames import conv_length, receptive_field
 from spidr.tools.waveforms import Read
 
@@ -78,7 +77,7 @@ class Pieces:
         layers: Convolution blocks that :func:`can_extract` accepts.
         read: Reads the waveforms.
         samples: How many samples each has.
-        lengths: Samples that count in the statistics of a group norm, (B,), gathered at once over all pieces.
+        lengths: Samples that count in the statistics of a group norm, (B,), taken over the whole beforehand.
     """
 
     def __init__(self, layers: Sequence[nn.Module], read: Read, samples: int, lengths: Tensor | None = None) -> None:
@@ -114,23 +113,6 @@ class Pieces:
         return cast("Moments", moments)
 
 
-def window_frames(window: float, context: float | None, frame_seconds: float) -> tuple[int, int]:
-    """Frames in a window and on each side of it, from seconds. ``context`` None: a quarter of the window.
-
-    Raises:
-        InputError: The window is shorter than a frame, the context negative, or one of them not finite.
-    """
-    for name, seconds in (("window", window), ("context", context)):
-        if seconds is not None and not math.isfinite(seconds):
-            raise InputError(f"{name} = {seconds} s is not a number of seconds")
-    size, around = round(window / frame_seconds), round((window / 4 if context is None else context) / frame_seconds)
-    if size < 1:
-        raise InputError(f"window = {window} s is shorter than a frame of {frame_seconds} s")
-    if around < 0:
-        raise InputError(f"context = {context} s needs to be at least 0 and goes with a window")
-    return size, around
-
-
 # ----------------------------------------------------------------------------------------------- the transformer
 
 
@@ -149,48 +131,41 @@ def first_input(transformer: Any, x: Tensor, attention_mask: Tensor | None) -> T
         seen = slice(left, stop + around)
         found = convs(x[:, seen], None if attention_mask is None else attention_mask[..., :1, seen])
         positions[:, start:stop] = found[:, start - left : stop - left]
-    return _piecewise(transformer.start, x, positions, into=positions)
+    return _piecewise(lambda x, y: (transformer.start(x, y),), x, positions)[0]
 
 
-def run_block(layer: Any, x: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """A block's output and its feed-forward output; the former takes the place of the residual stream."""
-
-    def add(norm: nn.Module | None) -> Callable[[Tensor, Tensor], Tensor]:
-        return lambda x, y: x + y if norm is None else norm(x + y)
-
-    first = layer.layer_norm_first
-    attended = _attention(layer.attention, layer.layer_norm(x) if first else x, attention_mask)
-    x = _piecewise(add(None if first else layer.layer_norm), x, attended, into=attended)
-    forwarded = _piecewise(layer.feed_forward, layer.final_layer_norm(x) if first else x)
-    return _piecewise(add(None if first else layer.final_layer_norm), x, forwarded, into=x), forwarded
+def run_block(layer: Any, x: Tensor, attention_mask: Tensor | None) -> list[Tensor]:
+    """A block's output and its feed-forward output."""
+    attended = _attention(layer.attention, layer.layer_norm(x) if layer.layer_norm_first else x, attention_mask)
+    return _piecewise(lambda x, y: layer.after_attention(x + y), x, attended)
 
 
 def _attention(module: Any, x: Tensor, attention_mask: Tensor | None) -> Tensor:
     """Head by head: queries, keys and values of all at once would be the largest tensor of all."""
     weight = module.qkv.weight.unflatten(0, (3, module.num_heads, -1))
     bias = None if module.qkv.bias is None else module.qkv.bias.unflatten(0, (3, module.num_heads, -1))
-    size = weight.shape[2]
     heads: Tensor | None = None
     for head in range(module.num_heads):
         head_bias = None if bias is None else bias[:, head].flatten()
         found = module.attend_heads(linear(x, weight[:, head].flatten(0, 1), head_bias), 1, attention_mask)
-        heads = found.new_empty(*found.shape[:2], module.num_heads * size) if heads is None else heads
-        heads[..., head * size : (head + 1) * size] = found
-    return _piecewise(partial(through, module.proj), cast("Tensor", heads), into=heads)
+        heads = found.new_empty(*found.shape[:2], module.num_heads, found.shape[2]) if heads is None else heads
+        heads[:, :, head] = found
+    return _piecewise(lambda y: (through(module.proj, y),), cast("Tensor", heads).flatten(2))[0]
 
 
-def _piecewise(function: Callable[..., Tensor], *inputs: Tensor, into: Tensor | None = None) -> Tensor:
+def _piecewise(function: Callable[..., Sequence[Tensor]], *inputs: Tensor) -> list[Tensor]:
     """Apply a function to (B, T, ...) tensors, ``PIECE`` frames at a time.
 
-    The result takes the place of ``into``, a tensor that nobody needs any more, if it is of the same type.
+    Its first result takes the place of the last input, which nobody must need any more, if the types are the same.
     """
     num_frames = inputs[0].shape[1]
-    out: Tensor | None = None
+    outputs: list[Tensor] = []
     for start in range(0, num_frames, PIECE):
         part = slice(start, start + PIECE)
         found = function(*(x[:, part] for x in inputs))
-        if out is None:
-            fits = into is not None and into.dtype == found.dtype
-            out = into if fits else found.new_empty(found.shape[0], num_frames, *found.shape[2:])
-        cast("Tensor", out)[:, part] = found
-    return cast("Tensor", out)
+        if not outputs:
+            first = [inputs[-1]] if inputs[-1].dtype == found[0].dtype else []
+            outputs = first + [x.new_empty(x.shape[0], num_frames, *x.shape[2:]) for x in found[len(first) :]]
+        for output, piece in zip(outputs, found, strict=True):
+            output[:, part] = piece
+    return outputs

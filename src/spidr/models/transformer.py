@@ -161,16 +161,16 @@ class TransformerLayer(nn.Module):
         self.layer_norm_first = layer_norm_first
 
     def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Run the block.
+        """The block's output and its feed-forward output before the residual addition, both (B, T, D)."""
+        seen = self.layer_norm(x) if self.layer_norm_first else x
+        return self.after_attention(x + self.dropout(self.attention(seen, attention_mask=attention_mask)))
 
-        Returns:
-            The block's output and its feed-forward output before the residual addition, both (B, T, D).
-        """
+    def after_attention(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The block's outputs, given the sum of its input and its attention; each frame on its own."""
         if self.layer_norm_first:
-            x = x + self.dropout(self.attention(self.layer_norm(x), attention_mask=attention_mask))
             forwarded = self.feed_forward(self.final_layer_norm(x))
             return x + self.dropout(forwarded), forwarded
-        x = self.layer_norm(x + self.dropout(self.attention(x, attention_mask=attention_mask)))
+        x = self.layer_norm(x)
         forwarded = self.feed_forward(x)
         return self.final_layer_norm(x + self.dropout(forwarded)), forwarded
 
@@ -221,15 +221,7 @@ class Transformer(nn.Module):
         return cls(layers, positions, cfg.encoder_dropout, cfg.encoder_layer_drop, layer_norm_first=not norm_first)
 
     def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Encode projected features.
-
-        Args:
-            x: (B, T, D).
-            attention_mask: See the module.
-
-        Returns:
-            The final output, (B, T, D): the last block's, after the final LayerNorm in the pre-norm model.
-        """
+        """The final output, (B, T, D): the last block's, after the final LayerNorm in the pre-norm model."""
         return self.finish(self._run(x, attention_mask, range(len(self.layers), len(self.layers)))[0])
 
     def get_intermediate_outputs(
@@ -247,8 +239,8 @@ class Transformer(nn.Module):
             x: Projected features, (B, T, D).
             attention_mask: See the module.
             num_layers: How many blocks to run.
-            before_residual: Give each block's feed-forward output before the residual addition, as the heads and the
-                teacher's targets use it, instead of the block's full output.
+            before_residual: Give each block's feed-forward output before the residual addition, as SpidR's heads and
+                the teacher's targets use it, instead of the block's full output.
             skip: How many of the first outputs to leave out of the list, and of memory.
 
         Returns:

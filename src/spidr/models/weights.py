@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -79,7 +78,7 @@ def _plain_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 @contextmanager
 def guarded(path: str | Path) -> Iterator[None]:
-    """Turn whatever error a broken file causes into an InputError."""
+    """Turn any error that a broken file causes into an InputError."""
     check_file(path)
     try:
         yield
@@ -96,7 +95,7 @@ def guarded(path: str | Path) -> Iterator[None]:
 
 
 def recorded_config(path: str | Path, model_type: str | None = None) -> DinoSRConfig | None:
-    """The model's configuration, from a safetensors header or the ``config.json`` beside the file.
+    """Read the model's configuration from a safetensors header or the ``config.json`` beside the file.
 
     Args:
         path: The checkpoint; its weights are not read.
@@ -161,7 +160,7 @@ def load_into(model: nn.Module, weights: Mapping[str, Tensor], source: str | Pat
 
 
 def fitting(model: nn.Module, weights: Mapping[str, Tensor], source: str | Path) -> dict[str, Tensor]:
-    """The weights that a model needs, perhaps one on the meta device, checked as :func:`load_into` does."""
+    """Pick the weights that a model needs, and check them as :func:`load_into` does. It may be on the meta device."""
     expected = model.state_dict()
     parts = {name.partition(".")[0] for name in expected}
     unknown = [name for name in weights if name not in expected]
@@ -200,12 +199,11 @@ def _largest(value: Tensor) -> float:
 
 def to_safetensors(weights: Mapping[str, Tensor], cfg: DinoSRConfig, **more: str) -> bytes:
     """Serialise weights with their configuration, further strings and a checksum of it all."""
-    _library()
-    from safetensors.torch import save
-
+    with needs_extra("export"):
+        import safetensors.torch
     tensors = {name: value.detach().contiguous() for name, value in weights.items()}
     metadata = {"format": "pt", "model_type": type_of(cfg), "model": json.dumps(asdict(cfg)), **more}
-    return save(tensors, metadata | {CHECKSUM: checksum(tensors, metadata)})
+    return safetensors.torch.save(tensors, metadata | {CHECKSUM: checksum(tensors, metadata)})
 
 
 def checksum(weights: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
@@ -218,7 +216,7 @@ def checksum(weights: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
 
 
 def _read_safetensors(path: str | Path) -> dict[str, Tensor]:
-    with _library().safe_open(os.fspath(path), framework="pt") as file:
+    with _open_safetensors(path) as file:
         metadata = file.metadata() or {}
         weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
     recorded = metadata.pop(CHECKSUM, None)
@@ -231,7 +229,7 @@ def _read_safetensors(path: str | Path) -> dict[str, Tensor]:
 
 def _config_in_header(path: str | Path) -> DinoSRConfig | None:
     with guarded(path):
-        with _library().safe_open(os.fspath(path), framework="pt") as file:
+        with _open_safetensors(path) as file:
             metadata = file.metadata() or {}
         if not {"model_type", "model"} <= metadata.keys():
             return None
@@ -241,7 +239,7 @@ def _config_in_header(path: str | Path) -> DinoSRConfig | None:
         return model_config(metadata["model_type"], table, source=str(path))
 
 
-def _library() -> ModuleType:
+def _open_safetensors(path: str | Path) -> Any:
     with needs_extra("export"):
-        import safetensors
-    return safetensors
+        from safetensors import safe_open
+    return safe_open(os.fspath(path), framework="pt")

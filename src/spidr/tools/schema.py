@@ -52,11 +52,6 @@ def ours(default: T) -> T:
     return dataclasses.field(default=default, metadata={"ours": True})
 
 
-def is_default_of_ours(settings: "Settings", field: dataclasses.Field[Any]) -> bool:
-    """Whether a setting is one of :func:`ours` at its default."""
-    return bool(field.metadata.get("ours")) and getattr(settings, field.name) == field.default
-
-
 @dataclass(frozen=True)
 class Settings:
     """A dataclass whose fields are checked when it is built: each by its annotation, then together by ``RULES``."""

@@ -22,14 +22,9 @@ Read = Callable[[int, int], Tensor]
 
 
 def moments(waveforms: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Compute mean and population variance of each utterance in float64 (on MPS, which has none, in float32).
+    """Compute mean and population variance, (B, 1) each, of utterances in float64 (on MPS, which has none, in float32).
 
-    Args:
-        waveforms: (B, S) float.
-        lengths: Samples that count in each row, (B,); None: all.
-
-    Returns:
-        Mean and variance, (B, 1) each.
+    Of waveforms (B, S), the first ``lengths`` (B,) samples count; None: all.
     """
     parts = [waveforms] if torch.compiler.is_compiling() else waveforms.split(BLOCK, dim=1)
     return _moments(lambda: iter(parts), waveforms.shape[1], lengths)
@@ -79,12 +74,7 @@ def standardise(
 class Standardised:
     """A standardised recording that is never in memory as a whole; it is read twice for its moments.
 
-    Args:
-        read: Reads samples (1, stop - start) of the recording.
-        num_samples: Number of samples.
-
-    Attributes:
-        std: Its standard deviation.
+    ``read`` gives its samples (1, stop - start); ``std`` is its standard deviation.
     """
 
     def __init__(self, read: Read, num_samples: int) -> None:
