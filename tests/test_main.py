@@ -63,7 +63,9 @@ def test_programs_of_the_command(capsys: pytest.CaptureFixture[str]) -> None:
 def test_console_script(tmp_path: Path, arguments: list[str], begin: str) -> None:
     script = tmp_path / "spidr"
     script.write_text(f"#!{sys.executable}\nfrom spidr.__main__ import spidr\nspidr()\n")
-    done = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        [sys.executable, script, *arguments], capture_output=True, text=True, timeout=200, check=False
+    )
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith(begin)
 
@@ -71,7 +73,7 @@ def test_console_script(tmp_path: Path, arguments: list[str], begin: str) -> Non
 def test_console_script_has_the_command_s_status(config: Path, tmp_path: Path) -> None:
     code = "import sys; sys.argv[0] = 'spidr'; from spidr.__main__ import spidr; spidr()"
     command = [sys.executable, "-c", code, "metrics", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 2
     assert "not a run folder" in done.stderr
 

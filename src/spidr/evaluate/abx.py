@@ -28,8 +28,7 @@ from spidr.tools.lazy import needs_extra
 from spidr.tools.tensors import check_plain, read_tensors
 
 COLUMNS = ("#file", "onset", "offset", "#phone", "prev-phone", "next-phone", "speaker")
-LARGEST = 1e15
-"""Features larger than this, or all smaller than its inverse, have squares outside float32's range."""
+LARGEST = 1e15  # features larger than this, or all smaller than its inverse, have squares outside float32's range
 
 Distance = Literal["angular", "euclidean", "kl_symmetric", "identical"]
 

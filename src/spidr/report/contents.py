@@ -27,8 +27,7 @@ from spidr.tools.files import atomic_write, make_folder
 from spidr.tools.metrics import Line, read_metrics
 from spidr.validate import encode_rows, frame_step, load_trained, phones_of_rows
 
-LARGEST = 1e100
-"""Steps and values beyond this cannot be drawn."""
+LARGEST = 1e100  # steps and values beyond this cannot be drawn
 
 PER_STEP = {
     "Gradient norm": "grad_norm",

@@ -20,11 +20,8 @@ ACTIVE_CODEWORDS = (191, 223)
 BASE = {"encoder_num_layers": 12, "encoder_embed_dim": 768, "num_codebooks": 8, "codebook_size": 256}
 """Settings that the published runs' models share."""
 
-DECIDED = 2_500
-"""The step by which the active codewords are settled."""
-
-MARGIN = 0.15
-"""Tolerated deviation from the published range, as a share."""
+DECIDED = 2_500  # the step by which the active codewords are settled
+MARGIN = 0.15  # tolerated deviation from the published range, as a share
 
 
 def is_base(model: object) -> bool:

@@ -22,14 +22,12 @@ from spidr.tools.logging import FILE_ONLY
 
 logger = logging.getLogger(__name__)
 
-BEAT = 1.0
-"""Seconds between two heartbeats."""
+BEAT = 1.0  # seconds between two heartbeats
 
 SILENCE = 30.0
 """Seconds without a heartbeat after which a process counts as dead; ``5 * BEAT`` once something has gone wrong."""
 
-GRACE = 10.0
-"""Seconds that a process has to end by itself once the run cannot continue."""
+GRACE = 10.0  # seconds that a process has to end by itself once the run cannot continue
 
 
 @dataclass(frozen=True)

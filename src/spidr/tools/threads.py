@@ -11,8 +11,7 @@ PATIENCE = {"GOMP_SPINCOUNT": "1000", "KMP_BLOCKTIME": "1"}
 By default it spins for up to 200 ms, and on a busy machine a step takes several times as long.
 """
 
-CHOICES = ("OMP_WAIT_POLICY", "KMP_LIBRARY", *PATIENCE)
-"""Variables that, if set by the user, take precedence."""
+CHOICES = ("OMP_WAIT_POLICY", "KMP_LIBRARY", *PATIENCE)  # variables that, if set by the user, take precedence
 
 CAPACITIES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128", "LRU_CACHE_CAPACITY": "128"}
 """Compiled operations that oneDNN and PyTorch's layer above it each cache, instead of 1,024.
