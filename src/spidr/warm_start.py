@@ -224,7 +224,7 @@ def _check_output(output: Path, config: bytes) -> None:
     if beside.exists():
         check_file(beside)
         if beside.read_bytes() != config:
-            raise InputError(f"{beside}: belongs to another run, so the checkpoint needs its own folder")
+            raise InputError(f"{beside}: is of another run, so the checkpoint needs its own folder")
     if not os.access(output.parent, os.W_OK):
         raise InputError(f"{output.parent}: cannot be written to; choose another output")
 
