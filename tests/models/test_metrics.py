@@ -9,14 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from spidr.models.metrics import (
-    UnitsQuality,
-    bitrate,
-    build_count_matrix,
-    perplexity,
-    proba_phone_code,
-    units_quality,
-)
+from spidr.models.metrics import UnitsQuality, bitrate, build_count_matrix, perplexity, proba_phone_code, units_quality
 from spidr.tools.errors import InputError
 
 PHONES = ["SIL", "AA", "B", "ʃ"]
@@ -162,11 +155,7 @@ def test_bad_steps() -> None:
     for frame_step, alignment_step in ((20, 15), (10, 20)):
         with pytest.raises(InputError, match="is not a multiple of alignment_step"):
             units_quality(
-                {"x": (["A"], [0])},
-                num_units=3,
-                num_phones=3,
-                frame_step=frame_step,
-                alignment_step=alignment_step,
+                {"x": (["A"], [0])}, num_units=3, num_phones=3, frame_step=frame_step, alignment_step=alignment_step
             )
 
 
