@@ -63,7 +63,9 @@ def test_programs_of_the_command(capsys: pytest.CaptureFixture[str]) -> None:
 def test_console_script(tmp_path: Path, arguments: list[str], begin: str) -> None:
     script = tmp_path / "spidr"
     script.write_text(f"#!{sys.executable}\nfrom spidr.__main__ import spidr\nspidr()\n")
-    done = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        [sys.executable, script, *arguments], capture_output=True, text=True, timeout=200, check=False
+    )
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith(begin)
 
@@ -71,19 +73,9 @@ def test_console_script(tmp_path: Path, arguments: list[str], begin: str) -> Non
 def test_console_script_has_the_command_s_status(config: Path, tmp_path: Path) -> None:
     code = "import sys; sys.argv[0] = 'spidr'; from spidr.__main__ import spidr; spidr()"
     command = [sys.executable, "-c", code, "metrics", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 2
     assert "not a run folder" in done.stderr
-
-
-def test_help_needs_no_torch() -> None:
-    code = "import runpy, sys; sys.argv = ['-m', '--help']; import atexit\n"
-    code += "atexit.register(lambda: print([m for m in ('torch', 'submitit', 'polars') if m in sys.modules]))\n"
-    code += "runpy.run_module('spidr', run_name='__main__')"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 0
-    assert "usage: python -m spidr [options] CONFIG" in done.stdout
-    assert done.stdout.splitlines()[-1] == "[]"
 
 
 @pytest.mark.parametrize(

@@ -351,7 +351,7 @@ def test_processes_wait_for_one_with_slow_data(tmp_path: Path, manifest: Path) -
 
 def test_dead_process_is_named_by_one_of_the_others(tmp_path: Path, manifest: Path) -> None:
     ranks = Ranks(write_config(tmp_path, manifest), 3, Fault("step", 3, rank=1))
-    statuses = ranks.wait(timeout=60)
+    statuses = ranks.wait()
     assert statuses == [1, -signal.SIGKILL, 1]
     told = [line for line in ranks.log.read_text().splitlines() if line.startswith("error:")]
     assert len(told) == 1
@@ -363,7 +363,7 @@ def test_dead_process_is_named_by_one_of_the_others(tmp_path: Path, manifest: Pa
 def test_process_that_dies_at_the_start(tmp_path: Path, manifest: Path, missing: int) -> None:
     """Others do not wait for a dead process, whether all have joined or one has not."""
     ranks = Ranks(write_config(tmp_path, manifest), 3, Fault("meeting", rank=1), missing=missing)
-    assert ranks.wait(timeout=60) == [1, -signal.SIGKILL, 1][: 3 - missing]
+    assert ranks.wait() == [1, -signal.SIGKILL, 1][: 3 - missing]
     told = [line for line in ranks.log.read_text().splitlines() if line.startswith("error:")]
     assert len(told) == 1
     assert "rank 1 on " in told[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 
 from helpers.slurm_cluster import Cluster, logs, wait_for
 from helpers.tiny_run import write_config, write_recordings
+from spidr import validation_jobs
 from spidr.config import Config, ResumeConfig, SlurmConfig, read_config
 from spidr.models import build_model
 from spidr.slurm import validation_job_config
@@ -74,6 +76,49 @@ def test_results_are_collected_in_the_order_of_steps(tmp_path: Path, caplog: pyt
     results(1000)  # it was repeated
     assert len(list(jobs.collect())) == 2
     assert list(folder.iterdir()) == []
+
+
+def test_results_that_are_collected_while_their_job_is_written_down(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job may be done before a slow sbatch has answered."""
+    cfg = read_config(write_config(tmp_path, tmp_path / "m.csv", run={"slurm_validation": vars(ONE_TASK)}))
+    jobs, collected, write = ValidationJobs(tmp_path), list[dict[str, Any]](), validation_jobs.write_json
+    collector = Thread(target=lambda: collected.extend(jobs.collect()))
+
+    def submit(*_: Any, **__: Any) -> tuple[str, Path]:
+        put(jobs.folder, 5, ".jsonl", '{"step": 5, "group": "dev"}\n')
+        return "12", tmp_path
+
+    def write_meanwhile(path: Path, values: dict[str, str]) -> None:
+        if values.get("job"):
+            collector.start()
+            collector.join(1)
+        write(path, values)
+
+    monkeypatch.setattr(validation_jobs, "submit", submit)
+    monkeypatch.setattr(validation_jobs, "write_json", write_meanwhile)
+    jobs.submit(cfg, 5, tmp_path / "step_5.pt")
+    jobs.close()
+    collector.join()
+    assert [line["step"] for line in collected] == [5]
+    assert list(jobs.folder.iterdir()) == []
+
+
+def test_results_that_are_collected_while_slurm_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The job has ended then, and its results are no longer where it put them."""
+    jobs = ValidationJobs(tmp_path)
+    put(jobs.folder, 5, ".pending", '{"checkpoint": "step_5.pt", "job": "12"}')
+
+    def collect_and_answer(_: str) -> str:
+        put(jobs.folder, 5, ".jsonl", '{"step": 5, "group": "dev"}\n')
+        assert len(list(jobs.collect())) == 1
+        return ""
+
+    monkeypatch.setattr(validation_jobs, "job_state", collect_and_answer)
+    jobs.find_lost()
+    assert jobs.failures() == {}
+    assert list(jobs.folder.iterdir()) == []
 
 
 def test_an_interrupted_submission_has_failed(tmp_path: Path) -> None:

@@ -273,11 +273,7 @@ def _join(peers: Peers, store: Any, device: torch.device) -> None:
 
 
 class RunEndedError(SystemExit):
-    """This process ends because of another one of the run.
-
-    Attributes:
-        cause: What happened.
-    """
+    """This process ends because of another one of the run, for ``cause``."""
 
     def __init__(self, cause: Cause, rank: int) -> None:
         super().__init__(f"\nerror: {cause.text}" if cause.told_by == rank else cause.status)

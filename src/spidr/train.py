@@ -29,8 +29,7 @@ __all__ = ["Hooks", "State", "train", "train_step"]
 
 __getattr__ = names_from(__name__, "spidr.compat.training")  # what published packages also have here
 
-MAX_SKIPPED_STEPS = 10
-"""The run stops after float16 has overflowed in so many steps in a row."""
+MAX_SKIPPED_STEPS = 10  # the run stops after float16 has overflowed in so many steps in a row
 
 
 def train(cfg: Config, hooks: Hooks | None = None) -> None:

@@ -33,8 +33,7 @@ from spidr.tools.frames import conv_length
 
 AnyBatch = Batch | tuple[Tensor, Tensor | None, Tensor | None]
 
-Measured = tuple[float, dict[str, list[float]]]
-"""Masked frames of a batch, and its values."""
+Measured = tuple[float, dict[str, list[float]]]  # masked frames of a batch, and its values
 
 
 def validate(model: nn.Module, loader: Iterable[AnyBatch], device: torch.device | str) -> dict[str, float]:

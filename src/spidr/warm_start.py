@@ -26,11 +26,8 @@ from spidr.tools.files import atomic_write, check_file, make_folder
 from spidr.tools.frames import receptive_field
 from spidr.tools.lazy import command_needs
 
-STEPS = 1500
-"""With 600, twice as much of the targets' variance is left."""
-
-LR = 4e-3
-"""Several times the rate of a training run."""
+STEPS = 1500  # with 600, twice as much of the targets' variance is left
+LR = 4e-3  # several times the rate of a training run
 
 
 def _arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:

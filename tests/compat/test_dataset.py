@@ -169,8 +169,3 @@ def test_masks_are_repeatable_ascending_and_never_in_the_padding() -> None:
     assert torch.equal(first, second)
     assert not (first & padding).any()
     assert len(set(first.sum(1).tolist())) == 1
-
-
-def test_lengths_after_the_convolutions() -> None:
-    lengths = conv_length(DEFAULT_CONV_LAYER_CONFIG, torch.tensor([0, 399, 400, 16_000]))
-    assert lengths.clamp(min=0).tolist() == [0, 0, 1, 49]

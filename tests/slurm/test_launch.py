@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -86,12 +87,12 @@ def test_sbatch_that_hangs(tmp_path: Path, sbatch: Path, monkeypatch: pytest.Mon
     sbatch.write_text(
         f"#!/bin/bash\necho $$ >> {tmp_path}/pids\nbash -c 'echo $$ >> {tmp_path}/pids; sleep 100'\n", encoding="utf-8"
     )
-    monkeypatch.setattr("spidr.slurm.submission.LIMIT", 1.0)
-    with pytest.raises(InputError, match=r"sbatch has not answered for 1 s .* `squeue --me --name=the_name`"):
+    monkeypatch.setattr("spidr.slurm.submission.LIMIT", 5.0)
+    with pytest.raises(InputError, match=r"sbatch has not answered for 5 s .* `squeue --me --name=the_name`"):
         submit("the name", [(print, ())], tmp_path / "dump", ONE_TASK)
     pids = (tmp_path / "pids").read_text().split()
     assert len(pids) == 2
-    assert wait_for(lambda: not any(Path(f"/proc/{pid}/cmdline").exists() for pid in pids), 10)
+    assert wait_for(lambda: not any(Path(f"/proc/{pid}/cmdline").exists() for pid in pids), 60)
     assert (tmp_path / "dump/the name/call_0.pkl").exists()
 
 
@@ -252,8 +253,10 @@ def test_signal_before_the_job_has_begun(cluster: Cluster, tmp_path: Path) -> No
     loading, loaded, ran = tmp_path / "loading", tmp_path / "loaded", tmp_path / "ran"
 
     def load() -> str:
+        import os
+
         if not loading.exists():
-            loading.touch()
+            loading.write_text(f"{os.getpid()}\n", encoding="utf-8")
             while not loaded.exists():
                 time.sleep(0.1)
         return "x"
@@ -263,9 +266,10 @@ def test_signal_before_the_job_has_begun(cluster: Cluster, tmp_path: Path) -> No
             return load, ()
 
     job_id, folder = submit("early", [(ran.write_text, (LoadedSlowly(),))], tmp_path, ONE_TASK)
-    assert wait_for(loading.exists, 60)
+    assert wait_for(lambda: loading.exists() and loading.read_text().endswith("\n"), 60)
     cluster.run("scancel", "--signal=USR2", job_id)
-    time.sleep(1)
+    status, bit = Path(f"/proc/{loading.read_text().strip()}/status"), 1 << (Signals.SIGUSR2 - 1)
+    assert wait_for(lambda: bool(int(re.findall(r"ShdPnd:\s*(\w+)", status.read_text("utf-8"))[0], 16) & bit), 60)
     loaded.touch()
     job = cluster.wait(job_id)
     assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), logs(folder)
@@ -361,7 +365,7 @@ def test_cancelled_job_stays_cancelled(cluster: Cluster, tmp_path: Path) -> None
     cluster.run("scancel", job_id)
     job = cluster.wait(job_id)
     assert job["JobState"] == "CANCELLED"
-    assert wait_for(lambda: "is not queued again" in logs(folder), 10), logs(folder)
+    assert wait_for(lambda: "is not queued again" in logs(folder), 60), logs(folder)
     assert (cluster.job(job_id)["JobState"], job["Restarts"]) == ("CANCELLED", "0")
 
 

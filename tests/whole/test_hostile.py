@@ -52,7 +52,7 @@ class Harm:
 
 def test_pickles_run_nothing(tmp_path: Path) -> None:
     harm, mark = Harm(tmp_path / "executed"), tmp_path / "executed"
-    torch.save({"model": {"x": harm}}, tmp_path / "zip.pt")
+    torch.save({"model": {"_ema": {}, "x": harm}}, tmp_path / "zip.pt")
     torch.save({"model": {"x": harm}}, tmp_path / "legacy.pt", _use_new_zipfile_serialization=False)
     (tmp_path / "bare.pt").write_bytes(pickle.dumps({"model": harm}))
     (tmp_path / "features").mkdir()

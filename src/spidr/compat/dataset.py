@@ -19,11 +19,8 @@ from spidr.tools.errors import InputError
 from spidr.tools.frames import conv_length
 
 __all__ = [
-    "BucketizeBatchSampler",
-    "DistributedBatchSampler",
-    "SpeechCollatorWithMasking",
-    "SpeechDatasetFromArchive",
-    "SpeechDatasetFromFiles",
+    *("BucketizeBatchSampler", "DistributedBatchSampler"),
+    *("SpeechCollatorWithMasking", "SpeechDatasetFromArchive", "SpeechDatasetFromFiles"),
 ]
 
 

@@ -13,11 +13,8 @@ from spidr.tools.errors import InputError
 
 Samples = NDArray[np.float32]
 
-BLOCK = 1 << 16
-"""Samples per block of statistics: small enough for the cache and for exact sums."""
-
-EPS = 1e-5
-"""Added to the variance when an utterance is standardised."""
+BLOCK = 1 << 16  # samples per block of statistics: small enough for the cache and for exact sums
+EPS = 1e-5  # added to the variance when an utterance is standardised
 
 
 class FormatError(InputError):

@@ -32,8 +32,7 @@ from spidr.tools.frames import receptive_field
 
 logger = logging.getLogger(__name__)
 
-WORKER_GRACE = 30
-"""Seconds a worker process outlives a SIGTERM."""
+WORKER_GRACE = 600  # seconds a worker process outlives a SIGTERM
 
 
 def build_dataloader(

@@ -28,15 +28,13 @@ ARCHIVE = {"archive": pl.String, "byte_offset": pl.Int64, "byte_size": pl.Int64}
 SPAN = {"start": pl.Float64, "end": pl.Float64}
 STATISTICS = {"mean": pl.Float64, "std": pl.Float64}
 SCHEMA: dict[str, Any] = REQUIRED | ARCHIVE | SPAN | STATISTICS
-PLACE = tuple(name for name in Recording._fields if name in SCHEMA)
-"""Columns that say where a recording is."""
+PLACE = tuple(name for name in Recording._fields if name in SCHEMA)  # columns that say where a recording is
 
 GUIDE = "pretrain.md#2-list-the-recordings"
 TABLES = {".csv", ".tsv", ".jsonl", ".ndjson", ".txt", ".lst", ".list", ".scp"}
 """Suffixes of manifests and lists. Kaldi's ``segments`` has none."""
 
-HEAD = 1 << 16
-"""Bytes from the beginning of a file that show its format."""
+HEAD = 1 << 16  # bytes from the beginning of a file that show its format
 
 
 def read_manifest(path: str | Path | Sequence[str | Path], *, needs_audio: bool = False) -> pl.DataFrame:

@@ -111,12 +111,9 @@ def pair(
 
 
 def with_alignments(units: str | Path, alignments: str | Path) -> list[tuple[Path, Path]]:
-    """Pair units with their alignments, or the files of a folder of DiscoPhon's ``units-LANGUAGE-SPLIT.jsonl``.
+    """Pair units with their alignments; of a folder of DiscoPhon's ``units-LANGUAGE-SPLIT.jsonl``, each file.
 
-    Args:
-        units: A file or folder.
-        alignments: For such a folder, one of ``alignment-LANGUAGE-SPLIT`` with any suffix, or one with a folder
-            ``alignment`` of them.
+    Its alignments are ``alignment-LANGUAGE-SPLIT``, with any suffix, in a folder or in ``alignment`` there.
     """
     units, alignments = expand(units), expand(alignments)
     pairs = []

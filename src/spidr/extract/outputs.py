@@ -31,8 +31,7 @@ logger = logging.getLogger(__name__)
 INFORMATIVE = ("model", "spidr", "num_units", "skipped", "recordings", "crc32")
 """Keys of a record that may change: the weights decide, not their name or the version that encoded with them."""
 
-NAMES = "recordings.json"
-"""In a job's folder: the recordings that it encodes."""
+NAMES = "recordings.json"  # in a job's folder: the recordings that it encodes
 
 
 class Output(ABC):
@@ -43,10 +42,8 @@ class Output(ABC):
     began.
     """
 
-    tree: ClassVar[bool] = False
-    """Whether to name recordings by their path below the source."""
-    writers: ClassVar[int] = 1
-    """Threads that write."""
+    tree: ClassVar[bool] = False  # whether to name recordings by their path below the source
+    writers: ClassVar[int] = 1  # threads that write
 
     def __init__(self, path: Path, beside: Sequence[Path], settings: dict[str, Any]) -> None:
         self.path, self.settings = path, settings

@@ -13,13 +13,15 @@ import hashlib
 import json
 import logging
 import math
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, fields
 from itertools import chain
 from pathlib import Path
 from threading import Lock as ThreadLock
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import numpy as np
 import torch
@@ -29,7 +31,6 @@ from torch.nn.utils.rnn import pad_sequence
 
 from spidr.config import SAMPLE_RATE, may_differ
 from spidr.data import audio
-from spidr.data.measure import ahead
 from spidr.environment import Environment
 from spidr.extract.options import Options
 from spidr.extract.smooth import NEAR, Decoder
@@ -43,8 +44,10 @@ from spidr.tools.waveforms import QUIET, Standardised, standardise
 
 logger = logging.getLogger(__name__)
 
-LONG = 120 * SAMPLE_RATE
-"""Longer recordings (in samples) are encoded one after the other, each on all threads of a CPU."""
+A = TypeVar("A")
+B = TypeVar("B")
+
+LONG = 120 * SAMPLE_RATE  # longer recordings (in samples) are encoded one after the other, each on all threads of a CPU
 
 
 class Skipped(dict[str, str]):
@@ -394,6 +397,28 @@ class Session:
         if isinstance(source, Tensor):
             self._note_level(item, float(source.std(correction=0)))
         return source
+
+
+def ahead(
+    function: Callable[[A], B],
+    items: Iterable[A],
+    *,
+    workers: int,
+    depth: int,
+    initializer: Callable[[], None] | None = None,
+) -> Generator[B]:
+    """``map(function, items)`` on threads, in order, at most ``depth`` results ahead."""
+    pool = ThreadPoolExecutor(workers, initializer=initializer)
+    pending: deque[Future[B]] = deque()
+    try:
+        for item in items:
+            pending.append(pool.submit(function, item))
+            if len(pending) > depth:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _arrays(pieces: Iterable[Tensor], item: Item) -> Iterator[NDArray[np.float32]]:

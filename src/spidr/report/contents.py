@@ -27,8 +27,7 @@ from spidr.tools.files import atomic_write, make_folder
 from spidr.tools.metrics import Line, read_metrics
 from spidr.validate import encode_rows, frame_step, load_trained, phones_of_rows
 
-LARGEST = 1e100
-"""No axis can be drawn for a step or value beyond it."""
+LARGEST = 1e100  # no axis can be drawn for a step or value beyond it
 
 PER_STEP = {
     "Gradient norm": "grad_norm",

@@ -25,8 +25,7 @@ PAGE_COLOURS = {INK: "--ink", MUTED: "--muted", GRID: "--grid"} | {c: f"--s{i}" 
 BLUES = LinearSegmentedColormap.from_list("blues", [(0.13, 0.55, 0.9, 0.0), (0.13, 0.55, 0.9, 1.0)])
 """From nothing to blue, so that the page shows through where there is nothing."""
 
-Curves = Mapping[str, tuple[Sequence[float], Sequence[float]]]
-"""Name → steps and values."""
+Curves = Mapping[str, tuple[Sequence[float], Sequence[float]]]  # name → steps and values
 
 STYLE: dict[Any, Any] = {
     **dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), "none"),
@@ -77,8 +76,7 @@ def _for_page(svg: str, name: str) -> str:
     return svg
 
 
-Band = tuple[Sequence[float], Sequence[float], Sequence[float]]
-"""Steps, and between what values all is well there."""
+Band = tuple[Sequence[float], Sequence[float], Sequence[float]]  # steps, and between what values all is well there
 
 
 def curves(name: str, panels: Mapping[str, Curves], bands: Mapping[str, Band] | None = None) -> Drawn:

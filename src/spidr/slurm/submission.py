@@ -17,11 +17,8 @@ from spidr.slurm.code import PACKAGE
 from spidr.tools.errors import InputError
 from spidr.tools.programs import run_program
 
-Call = tuple[Callable[..., object], Sequence[Any]]
-"""A function and its positional arguments."""
-
-LIMIT = 60.0
-"""Seconds to wait for a busy controller."""
+Call = tuple[Callable[..., object], Sequence[Any]]  # a function and its positional arguments
+LIMIT = 60.0  # seconds to wait for a busy controller
 
 SCRIPT = """\
 #!/bin/bash

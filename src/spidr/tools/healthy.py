@@ -20,11 +20,8 @@ ACTIVE_CODEWORDS = (191, 223)
 BASE = {"encoder_num_layers": 12, "encoder_embed_dim": 768, "num_codebooks": 8, "codebook_size": 256}
 """What the published runs' models have in common."""
 
-DECIDED = 2_500
-"""The step by which the codebooks are decided."""
-
-MARGIN = 0.15
-"""How far outside the published range still counts as like it, as a share."""
+DECIDED = 2_500  # the step by which the codebooks are decided
+MARGIN = 0.15  # how far outside the published range still counts as like it, as a share
 
 
 def is_base(model: object) -> bool:

@@ -19,14 +19,9 @@ from spidr.tools.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-BEAT = 5.0
-"""Seconds between two signs of life of an owner."""
-
-SILENCE = 60.0
-"""Seconds without one after which an owner on another machine counts as dead."""
-
-PATIENCE = 120.0
-"""Seconds to wait for a predecessor of the same SLURM job or torchrun that is still ending."""
+BEAT = 5.0  # seconds between two signs of life of an owner
+SILENCE = 60.0  # seconds without one after which an owner on another machine counts as dead
+PATIENCE = 120.0  # seconds to wait for a predecessor of the same SLURM job or torchrun that is still ending
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-FILE_ONLY = {"file_only": True}
-"""The ``extra`` of a log line that is on standard error in another form."""
+FILE_ONLY = {"file_only": True}  # the `extra` of a log line that is on standard error in another form
 
 FORMAT = "%(asctime)s %(levelname)s {who}%(message)s"
 

@@ -22,14 +22,12 @@ from spidr.tools.logging import FILE_ONLY
 
 logger = logging.getLogger(__name__)
 
-BEAT = 1.0
-"""Seconds between two signs of life."""
+BEAT = 1.0  # seconds between two signs of life
 
 SILENCE = 30.0
 """Seconds without a sign of life after which a process counts as dead; ``5 * BEAT`` once something has gone wrong."""
 
-GRACE = 10.0
-"""Seconds that a process has to end by itself once it is known that the run cannot continue."""
+GRACE = 10.0  # seconds that a process has to end by itself once it is known that the run cannot continue
 
 
 @dataclass(frozen=True)

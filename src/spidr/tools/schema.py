@@ -41,8 +41,7 @@ def between(low: int, high: int) -> Accepts:
     return Accepts(f"of at least {low} and at most {high:,}", lambda n: low <= n <= high)
 
 
-REQUIRED: Any = object()
-"""Stands for a missing value of a setting without a default."""
+REQUIRED: Any = object()  # stands for a missing value of a setting without a default
 
 T = TypeVar("T")
 

@@ -8,17 +8,10 @@ from functools import cache
 import torch
 from torch import Tensor
 
-EPS = 1e-5
-"""Added to the variance, as in PyTorch's LayerNorm."""
-
-QUIET = 10**-4.5
-"""Variance of a recording at -45 dBFS, below which ``EPS`` shrinks it by more than a tenth."""
-
-BLOCK = 1 << 20
-"""Samples to sum at a time."""
-
-Read = Callable[[int, int], Tensor]
-"""Samples (B, stop - start) of waveforms, from ``start`` to ``stop``."""
+EPS = 1e-5  # added to the variance, as in PyTorch's LayerNorm
+QUIET = 10**-4.5  # variance of a recording at -45 dBFS, below which `EPS` shrinks it by more than a tenth
+BLOCK = 1 << 20  # samples to sum at a time
+Read = Callable[[int, int], Tensor]  # samples (B, stop - start) of waveforms, from `start` to `stop`
 
 
 def moments(waveforms: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
