@@ -24,8 +24,7 @@ from spidr.tools.untrusted import check_memory
 
 logger = logging.getLogger(__name__)
 
-HEADS_STEPS, HEADS_LR = 20, 5e-2
-"""How new heads are fitted, as in SpidR-Adapt."""
+HEADS_STEPS, HEADS_LR = 20, 5e-2  # how new heads are fitted, as in SpidR-Adapt
 
 
 def truncated(model: DinoSRConfig) -> DinoSRConfig:

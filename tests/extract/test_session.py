@@ -15,7 +15,6 @@ import torch
 
 from helpers.extraction import LAYER, PROMPTS, QUIET, SHAPES, noise, read, rows, small, units
 from helpers.small_models import tiny_model
-from spidr.data.measure import ahead
 from spidr.extract import Options, extract_features, extract_units, features, fit_kmeans, session, units as units_module
 from spidr.models import DinoSR, num_frames
 from spidr.tools.errors import InputError
@@ -180,7 +179,7 @@ def test_ahead_keeps_the_order_and_its_distance() -> None:
         time.sleep(0.002 * (i % 3))
         return i * i
 
-    for done, result in enumerate(ahead(work, items(), workers=4, depth=6)):
+    for done, result in enumerate(session.ahead(work, items(), workers=4, depth=6)):
         assert result == done * done
         assert len(asked) <= done + 7
 

@@ -1,10 +1,8 @@
 """Measure many recordings in parallel."""
 
 import os
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, islice
 from typing import TypeVar
 
@@ -29,7 +27,7 @@ def measure(
 ) -> Iterator[T | InputError]:
     """Yield ``function(recording)`` for each recording in order, or the :class:`InputError` that it raised.
 
-    The function is called in several threads. ``recordings``, or what describes them, are taken as they are needed.
+    The function is called in several threads. ``recordings``, or their descriptions, are consumed as needed.
     """
 
     def of(recording: R) -> T | InputError:
@@ -42,40 +40,19 @@ def measure(
         return list(map(of, part))
 
     remaining = iter(recordings)
-    parts, workers = iter(lambda: list(islice(remaining, 16)), []), min(32, (os.cpu_count() or 1) + 4)
     with (
-        closing(ahead(of_all, parts, workers=workers, depth=1024)) as results,
+        ThreadPoolExecutor(min(32, (os.cpu_count() or 1) + 4)) as pool,
         tqdm(total=total, desc=description, unit="file", disable=None if progress else True) as bar,
     ):
-        for result in chain.from_iterable(results):
-            bar.update()
-            yield result
-
-
-def ahead(
-    function: Callable[[R], T],
-    items: Iterable[R],
-    *,
-    workers: int,
-    depth: int,
-    initializer: Callable[[], None] | None = None,
-) -> Generator[T]:
-    """``map(function, items)`` on threads, in order, at most ``depth`` results ahead."""
-    pool = ThreadPoolExecutor(workers, initializer=initializer)
-    pending: deque[Future[T]] = deque()
-    try:
-        for item in items:
-            pending.append(pool.submit(function, item))
-            if len(pending) > depth:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
+        # Many at a time: to wait for each result on its own would take longer than to read a header.
+        while parts := [part for _ in range(1024) if (part := list(islice(remaining, 16)))]:
+            for result in chain.from_iterable(pool.map(of_all, parts)):
+                bar.update()
+                yield result
 
 
 def problems_of(errors: list[InputError], total: int, remedy: str) -> InputError:
-    """Make one error of the problems of many recordings, ending with the remedy."""
+    """Combine the errors of many recordings into one that ends with the remedy."""
     shown = some(errors, 20, "\n  ")
     return InputError(f"{shown}\n{len(errors):,} of {total:,} recordings cannot be read{remedy and '; '}{remedy}.")
 
