@@ -10,10 +10,9 @@ import platform
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
-from typing import Any, Self, TypeGuard, TypeVar, cast
+from typing import Any, TypeGuard, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -30,21 +29,15 @@ ONEDNN_SETTING = "SPIDR_ONEDNN"
 SMALLEST = 1 << 22
 """Multiplications below which a product is PyTorch's: calling oneDNN takes 13 µs more than calling MKL."""
 
-SMALLEST_BATCHED = 1 << 19
-"""The same for the products of attention in bfloat16, of several heads at once."""
-
 PADDED = 32
 """Keys are padded to a multiple of this in bfloat16: softmax is slow on the rest of a row that fills no vector."""
 
 SAMPLES = 320_000
 """Samples that are convolved at a time without gradients: the first layer's output of an hour would fill 24 GB."""
 
-CPU_SAMPLES = 64_000
-"""The same on CPUs, with gradients too; twice as many in 16 bits. That output then has 26 MB, which malloc keeps: glibc
-gives blocks of more than 32 MB back at once, and the kernel takes long to clear as many pages again."""
-
-ROWS_AT_A_TIME = 4096
-"""Frames whose squares are summed together: they fit in a core's cache."""
+CPU_BYTES = 26_000_000
+"""Size of the first layer's output that is computed at a time on CPUs, with gradients too: malloc keeps such a block,
+while glibc gives one of more than 32 MB back at once, and the kernel takes long to clear as many pages again."""
 
 WEIGHTS_AT_A_TIME = 1 << 20
 """Attention weights that are computed together: so many stay in a core's cache."""
@@ -164,6 +157,43 @@ def prefers_onednn() -> bool:
     )
 
 
+class _OneDNN:
+    """PyTorch's switch that hands products to oneDNN, as long as anybody computes inside :meth:`products`."""
+
+    def __init__(self) -> None:
+        self.lock, self.users = threading.Lock(), 0
+        self.switch: Any = getattr(torch.backends.mkldnn, "matmul", None)  # from torch 2.9 on
+        self.before = "none"
+
+    @cached_property
+    def is_exact(self) -> bool:
+        """Whether float32 products stay exact: the switch allows bfloat16 in them, which processors with AMX do."""
+        if self.switch is None or not prefers_onednn() or torch.cpu._is_amx_tile_supported():
+            return False
+        a = (torch.arange(64 * 16) * 37 % 2047 - 1023).view(64, 16)  # 11 bits; bfloat16 has 8
+        with self:
+            return torch.equal(a.float() @ a.float().T, (a @ a.T).float())
+
+    def products(self, x: Tensor) -> AbstractContextManager[object]:
+        """Inside, ``@`` of float32 matrices like ``x`` on a CPU is oneDNN's where that is the faster library."""
+        return self if x.dtype == torch.float32 and is_plain(x) and self.is_exact else nullcontext()
+
+    def __enter__(self) -> None:
+        with self.lock:
+            self.users += 1
+            if self.users == 1:
+                self.before, self.switch.fp32_precision = self.switch.fp32_precision, "bf16"
+
+    def __exit__(self, *_: object) -> None:
+        with self.lock:
+            self.users -= 1
+            if self.users == 0:
+                self.switch.fp32_precision = self.before
+
+
+onednn = _OneDNN()
+
+
 def processor() -> str:
     """Description of the processor, its vendor included."""
     try:
@@ -198,13 +228,6 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return _Linear.apply(x, weight, bias)
     return _onednn_linear(x, weight, bias)
-
-
-def add_linear(out: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    """``out + x @ weight.T`` of matrices, maybe in place of ``out``; without gradients."""
-    if suits_onednn(x, weight):
-        return torch.ops.mkldnn._linear_pointwise.binary(x, out, weight, None, "add")
-    return out.addmm_(x, weight.T)
 
 
 def suits_onednn(x: Tensor, weight: Tensor) -> bool:
@@ -251,7 +274,8 @@ class _Linear(torch.autograd.Function):
 
 def _weight_grad(grad: Tensor, x: Tensor) -> Tensor:
     """Gradient of a linear layer's weight."""
-    return linear(grad.reshape(-1, grad.shape[-1]).T, x.reshape(-1, x.shape[-1]).T)
+    with onednn.products(grad):
+        return grad.reshape(-1, grad.shape[-1]).T @ x.reshape(-1, x.shape[-1])
 
 
 def through(module: nn.Module, x: Tensor) -> Tensor:
@@ -465,12 +489,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float)
         (B, H, T, D).
     """
     drops, (batch, heads, frames, dim) = 0 < dropout < 1, q.shape
-    smallest = SMALLEST if q.dtype == torch.float32 else SMALLEST_BATCHED
-    faster = frames * frames * dim >= smallest and multiplies_fast(q.dtype) and is_plain(q, k, v)
+    faster = multiplies_fast(q.dtype) and is_plain(q, k, v)
     if not (faster or (drops and is_lean(q))) or (dropout > 0 and not drops):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
-    by_head = faster and q.dtype == torch.float32  # batched products are MKL's; those of bfloat16 are oneDNN's
-    together = 0 if by_head else max(1, WEIGHTS_AT_A_TIME // frames**2)
     added = -frames % PADDED if q.dtype == torch.bfloat16 else 0
     kept, scale = draw_kept((batch * heads, frames, frames + added), dropout) if drops else (None, 1.0)
     bias = alive = None
@@ -481,7 +502,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float)
     q, k, v = (x.flatten(0, 1).contiguous() for x in (q, k, v))
     if added:
         k, v = F.pad(k, (0, 0, 0, added)), F.pad(v, (0, 0, 0, added))
-    out = _Attention.apply(q * dim**-0.5, k, v * scale if drops else v, kept, bias, alive, together)
+    out = _Attention.apply(q * dim**-0.5, k, v * scale if drops else v, kept, bias, alive)
     return out.unflatten(0, (batch, heads))
 
 
@@ -490,59 +511,54 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        kept: Tensor | None,
-        bias: Tensor | None,
-        alive: Tensor | None,
-        together: int,
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, kept: Tensor | None, bias: Tensor | None, alive: Tensor | None
     ) -> Tensor:
         ctx.save_for_backward(q, k, v, kept, bias, alive)
-        ctx.together = together
-        out = torch.empty_like(q)
-        step = q.shape[1] if together else max(1, WEIGHTS_AT_A_TIME // 4 // q.shape[1])
-        for i in _parts(len(q), together):
-            for start in range(0, q.shape[1], step):
-                part = (i, slice(start, start + step))
-                factors = [x if x is None else x[i if x.shape[1] == 1 else part] for x in (bias, alive, kept)]
-                _, weights = _weights(q[part], k[i], q.shape[1], *factors)
-                out[part] = _times(weights, v[i])
+        out, rows = torch.empty_like(q), max(1, WEIGHTS_AT_A_TIME // q.shape[1])
+        with onednn.products(q):
+            for i in _parts(q):
+                for start in range(0, q.shape[1], rows):
+                    part = (i, slice(start, start + rows))
+                    factors = [x if x is None else x[i if x.shape[1] == 1 else part] for x in (bias, alive, kept)]
+                    _, weights = _weights(q[part], k[i], q.shape[1], *factors)
+                    torch.bmm(weights, v[i], out=out[part])
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, *others = ctx.saved_tensors
-        grads = [torch.empty_like(x) for x in (q, k, v)]
+        grad_q, grad_k, grad_v = (torch.empty_like(x) for x in (q, k, v))
         grad = grad.contiguous()
-        for i in _parts(len(q), ctx.together):
-            bias, alive, kept = (None if x is None else x[i] for x in (others[1], others[2], others[0]))
-            softmax, weights = _weights(q[i], k[i], q.shape[1], bias, alive, kept)
-            grads[2][i] = _times(weights.mT, grad[i])
-            grad_weights = _times(grad[i], v[i].mT)
-            for factor in (alive, kept):
-                if factor is not None:
-                    grad_weights.mul_(factor)
-            scores = torch._softmax_backward_data(grad_weights, softmax, -1, softmax.dtype)
-            grads[0][i], grads[1][i] = _times(scores, k[i]), _times(scores.mT, q[i])
-        return *grads, None, None, None, None
+        with onednn.products(q):
+            for i in _parts(q):
+                kept, bias, alive = (x if x is None else x[i] for x in others)
+                softmax, weights = _weights(q[i], k[i], q.shape[1], bias, alive, kept)
+                torch.bmm(weights.mT, grad[i], out=grad_v[i])
+                grad_weights = grad[i] @ v[i].mT
+                for factor in (alive, kept):
+                    if factor is not None:
+                        grad_weights.mul_(factor)
+                scores = torch._softmax_backward_data(grad_weights, softmax, -1, softmax.dtype)
+                torch.bmm(scores, k[i], out=grad_q[i])
+                torch.bmm(scores.mT, q[i], out=grad_k[i])
+        return grad_q, grad_k, grad_v, None, None, None
 
 
-def _parts(count: int, together: int) -> Sequence[Any]:
-    """Indices of single heads, or slices of several."""
-    return [slice(i, i + together) for i in range(0, count, together)] if together else range(count)
+def _parts(q: Tensor) -> Iterator[slice]:
+    """Heads whose weights are computed together."""
+    step = max(1, WEIGHTS_AT_A_TIME // q.shape[1] ** 2)
+    return (slice(i, i + step) for i in range(0, len(q), step))
 
 
 def _weights(
     q: Tensor, k: Tensor, num_keys: int, bias: Tensor | None, alive: Tensor | None, kept: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Attention weights before and after masking and dropout."""
-    scores = _times(q, k.mT)
+    scores = q @ k.mT
     if bias is not None:
-        scores[..., : bias.shape[-1]] += bias
-    if scores.shape[-1] > num_keys:
+        scores[..., :num_keys] += bias
+    if k.shape[1] > num_keys:
         scores[..., num_keys:] = -torch.inf
     softmax = scores.softmax(-1)
     weights = softmax
@@ -552,68 +568,73 @@ def _weights(
     return softmax, weights
 
 
-def _times(a: Tensor, b: Tensor) -> Tensor:
-    """Products of several matrices by PyTorch, of two by oneDNN."""
-    return a @ b if a.ndim > 2 else _onednn_linear(a, b.mT, None)
-
-
 # ----------------------------------------------------------------------------------------- the feature extractor
 #
-# Channels-last: a convolution of kernel k and stride s is ⌈k/s⌉ matrix products on strided views of its input. Nothing
-# is unfolded or transposed, and each norm reads contiguous rows. The utterances of a batch lie one after the other in
-# one (rows, channels) matrix, each padded to a number of rows that all strides divide. Outputs whose kernel would reach
-# into the next utterance are computed with the rest and left out at the end.
+# Channels-last: each norm reads contiguous rows, and nothing is transposed. The utterances of a batch lie one after the
+# other in one (rows, channels) matrix, each padded to a number of rows that all strides divide. Outputs whose kernel
+# would reach into the next utterance are computed with the rest and left out at the end. Where oneDNN is the faster
+# library, it convolves such rows as they are; elsewhere, a convolution of kernel k and stride s is ⌈k/s⌉ products of
+# strided views of its input.
 
 ConvShapes = Sequence[tuple[int, int, int]]
 
 
-def _strided_conv(frames: Tensor, taps: Tensor, stride: int) -> Tensor:
-    """Convolve (rows * stride, C) frames with taps (kernel * C, O) to (rows, O).
+def _strided_conv(frames: Tensor, kernel: Tensor, stride: int) -> Tensor:
+    """Convolve (rows * stride, C) frames with a kernel (O, taps * C) to (rows, O).
 
     The last outputs, whose kernel passes the last frame, lack the taps that find nothing.
     """
+    overlap = _overlap(frames, kernel, stride)
+    if overlap and multiplies_fast(frames.dtype) and is_plain(frames):
+        padding = (0, overlap * stride)  # on both sides; the first outputs are left out again
+        return F.conv2d(_image(frames), _image(kernel, frames.shape[1]), None, (1, stride), padding)[0, :, 0].T[
+            overlap:
+        ]
     groups = frames.view(-1, stride * frames.shape[1])
-    first, *rest = taps.split(groups.shape[1])
-    out = linear(groups[:, : first.shape[0]], first.T)
+    first, *rest = kernel.split(groups.shape[1], dim=1)
+    out = linear(groups[:, : first.shape[1]], first)
     for shift, part in enumerate(rest, start=1):
-        out = add_linear(out, _shifted(groups, shift, part.shape[0]), part.T)
+        seen = groups.new_zeros(len(groups), part.shape[1])
+        seen[:-shift] = groups[shift:, : part.shape[1]]
+        out = out.addmm_(seen, part.T)
     return out
 
 
-def _shifted(groups: Tensor, shift: int, width: int) -> Tensor:
-    """The first columns of the rows that come ``shift`` later; zeros where there are none."""
-    shifted = groups.new_empty(len(groups), width)
-    shifted[:-shift] = groups[shift:, :width]
-    shifted[-shift:] = 0
-    return shifted
+def _overlap(frames: Tensor, kernel: Tensor, stride: int) -> int:
+    """How many outputs at the end see more frames than there are."""
+    return (kernel.shape[1] // frames.shape[1] - 1) // stride
+
+
+def _image(rows: Tensor, channels: int | None = None) -> Tensor:
+    """Frames as one image of height 1, or a kernel as several, channels-last: (N, C, 1, frames)."""
+    images = rows.unsqueeze(0) if channels is None else rows.unflatten(1, (-1, channels))
+    return images.mT.unsqueeze(2)
 
 
 def _strided_conv_backward(
-    grad: Tensor, frames: Tensor, taps: Tensor, stride: int, *, needs_frames: bool
+    grad: Tensor, frames: Tensor, kernel: Tensor, stride: int, *, needs_frames: bool
 ) -> tuple[Tensor | None, Tensor]:
-    """Gradients for frames, if needed, and taps."""
+    """Gradients for frames, if needed, and kernel."""
     groups = frames.view(-1, stride * frames.shape[1])
-    first, *rest = taps.split(groups.shape[1])
-    seen = [groups[:, : len(first)], *(_shifted(groups, i, len(part)) for i, part in enumerate(rest, start=1))]
-    if len(taps) < grad.shape[1]:  # oneDNN copies a transposed left factor: better the narrower one
-        grad_taps = torch.cat([linear(x.T, grad.T) for x in seen])
-    else:
-        transposed = grad.T.contiguous()
-        grad_taps = torch.cat([linear(transposed, x.T) for x in seen], dim=1).T
-    if not needs_frames:
-        return None, grad_taps
-    grad_groups = linear(grad, first)
-    if first.shape[0] < groups.shape[1]:  # the kernel is smaller than the stride: frames in between have no gradient
-        grad_groups = F.pad(grad_groups, (0, groups.shape[1] - first.shape[0]))
-    for shift, part in enumerate(rest, start=1):
-        grad_groups[shift:, : part.shape[0]] += linear(grad[:-shift], part)
-    return grad_groups.view_as(frames), grad_taps
+    parts = kernel.split(groups.shape[1], dim=1)
+    with onednn.products(grad):
+        grad_kernel = torch.cat(
+            [grad[: len(grad) - i].T @ groups[i:, : part.shape[1]] for i, part in enumerate(parts)], dim=1
+        )
+        if not needs_frames:
+            return None, grad_kernel
+        grad_groups = grad @ parts[0]
+        if grad_groups.shape[1] < groups.shape[1]:  # frames between two kernels have no gradient
+            grad_groups = F.pad(grad_groups, (0, groups.shape[1] - grad_groups.shape[1]))
+        for i, part in enumerate(parts[1:], start=1):
+            grad_groups[i:, : part.shape[1]].addmm_(grad[:-i], part)
+    return grad_groups.view_as(frames), grad_kernel
 
 
 class _Conv(torch.autograd.Function):
-    """:func:`_strided_conv` of frames, or of ``gelu(layer_norm(frames))``: that keeps one tensor instead of three.
+    """:func:`_strided_conv` of frames, or of ``gelu(norm(frames))``: that keeps one tensor instead of three.
 
-    ``first``: the frames are themselves products, ``source @ first``, cheap to compute and the largest tensor of the
+    ``first``: the frames are themselves products, ``source @ first.mT``, cheap to compute and the largest tensor of the
     model (6.5 MB for each second of speech), so they are not kept either.
     """
 
@@ -625,99 +646,85 @@ class _Conv(torch.autograd.Function):
         weight: Tensor | None,
         bias: Tensor | None,
         eps: float,
-        taps: Tensor,
+        kernel: Tensor,
         stride: int,
     ) -> Tensor:
-        ctx.save_for_backward(source, first, weight, bias, taps)
+        ctx.save_for_backward(source, first, weight, bias, kernel)
         ctx.eps, ctx.stride = eps, stride
-        frames = source if first is None else linear(source, first.T)
+        frames = source if first is None else _products(source, first)
         if weight is not None:
-            frames = F.gelu(F.layer_norm(frames, weight.shape, weight, bias, eps))
-        return _strided_conv(frames, taps, stride)
+            frames = F.layer_norm(frames, weight.shape, weight, bias, eps)
+        if weight is not None or _is_normalised(first):
+            frames = F.gelu(frames).to(kernel.dtype)
+        return _strided_conv(frames, kernel, stride)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        source, first, weight, bias, taps = ctx.saved_tensors
-        frames = source if first is None else linear(source, first.T)
-        grad: Any
+        source, first, weight, bias, kernel = ctx.saved_tensors
+        frames = source if first is None else _products(source, first)
         grad_weight = grad_bias = grad_first = None
-        if weight is None:
-            needs = ctx.needs_input_grad[0]
-            grad, grad_taps = _strided_conv_backward(grads[0], frames, taps, ctx.stride, needs_frames=needs)
-        else:
+        active = frames
+        if weight is not None:
             normed, mean, rstd = torch.native_layer_norm(frames, weight.shape, weight, bias, ctx.eps)
-            grad, grad_taps = _strided_conv_backward(grads[0], F.gelu(normed), taps, ctx.stride, needs_frames=True)
-            torch.ops.aten.gelu_backward.grad_input(grad, normed, grad_input=grad)
+            active = F.gelu(normed)
+        elif _is_normalised(first):
+            normed, active = frames, F.gelu(frames).to(kernel.dtype)
+        needs = active is not frames or ctx.needs_input_grad[0]
+        grad_frames: Any
+        grad_frames, grad_kernel = _strided_conv_backward(grads[0], active, kernel, ctx.stride, needs_frames=needs)
+        if active is not frames:
+            grad_frames = grad_frames.to(normed.dtype)
+            torch.ops.aten.gelu_backward.grad_input(grad_frames, normed, grad_input=grad_frames)
+            del active
+        if weight is not None:
             del normed  # it is large
-            grad, grad_weight, grad_bias = torch.ops.aten.native_layer_norm_backward(
-                grad, frames, weight.shape, mean, rstd, weight, bias, [True, True, True]
+            grad_frames, grad_weight, grad_bias = torch.ops.aten.native_layer_norm_backward(
+                grad_frames, frames, weight.shape, mean, rstd, weight, bias, [True, True, True]
             )
         if first is not None:
-            grad_first = linear(source.T, grad.T)
-            grad = linear(grad, first) if ctx.needs_input_grad[0] else None
-        return grad, grad_first, grad_weight, grad_bias, None, grad_taps, None
+            grad = grad_frames.view(*first.shape[:-2], -1, first.shape[-2])
+            with onednn.products(grad):
+                grad_first = grad.mT @ source.view(*first.shape[:-2], -1, first.shape[-1])
+                grad_frames = (grad @ first).view_as(source) if ctx.needs_input_grad[0] else None
+        return grad_frames, grad_first, grad_weight, grad_bias, None, grad_kernel, None
 
 
-@dataclass(frozen=True)
-class Moments:
-    """Number (B, 1, 1), mean and variance (B, 1, C) of each channel's values in each utterance, float32 at least."""
-
-    count: Tensor
-    mean: Tensor
-    var: Tensor
-
-    @classmethod
-    def of(cls, frames: Tensor, valid: Tensor) -> Self:
-        """Over the ``valid`` (B, R) of the frames (B, R, C)."""
-        frames = frames.to(torch.promote_types(frames.dtype, torch.float32))
-        weight = valid.unsqueeze(-1).to(frames.dtype)
-        count = weight.sum(1, keepdim=True)
-        divisor = count.clamp(min=1)
-        mean = (frames * weight).sum(1, keepdim=True) / divisor
-        return cls(count, mean, ((frames - mean).square() * weight).sum(1, keepdim=True) / divisor)
-
-    def joined(self, other: Self) -> Self:
-        """Over the values of both (Chan, Golub, LeVeque 1979)."""
-        count = (self.count + other.count).clamp(min=1)
-        share, delta = other.count / count, other.mean - self.mean
-        var = (1 - share) * self.var + share * other.var + (1 - share) * share * delta.square()
-        return type(self)(self.count + other.count, self.mean + share * delta, var)
-
-    def normalise(self, frames: Tensor, norm: nn.GroupNorm) -> Tensor:
-        """Give each channel of (B, R, C) mean 0 and variance 1, then scale and shift it."""
-        scale = torch.rsqrt(self.var + norm.eps) * norm.weight
-        return torch.addcmul(norm.bias, frames.to(self.mean.dtype) - self.mean, scale).to(frames.dtype)
+def _products(source: Tensor, first: Tensor) -> Tensor:
+    """``source @ first.mT``, of rows (R, K) and one matrix (O, K), or (B, O, K): one for each utterance."""
+    if first.ndim == 2:
+        return linear(source, first)
+    with onednn.products(source):
+        return (source.view(len(first), -1, source.shape[1]) @ first.mT).flatten(0, 1)
 
 
-class _GroupNorm(torch.autograd.Function):
-    """``Moments.of(rows[:, :count]).normalise(rows)``, keeping one tensor instead of seven."""
+def _is_normalised(first: Tensor | None) -> bool:
+    """Whether a group norm is part of the first products: then there is one matrix for each utterance."""
+    return first is not None and first.ndim == 3
 
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor, eps: float, count: int) -> Tensor:
-        wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
-        mean = wide[:, :count].mean(1, keepdim=True)
-        centred = wide - mean if wide is rows else wide.sub_(mean)
-        # In place and in parts: malloc gives blocks of this size back, and clearing their pages takes longest.
-        squares = [part.square().sum(1, keepdim=True) for part in centred[:, :count].split(ROWS_AT_A_TIME, 1)]
-        rstd = torch.rsqrt(torch.stack(squares).sum(0) / count + eps)
-        ctx.save_for_backward(rows, mean, rstd, weight)
-        ctx.count = count
-        return torch.addcmul(bias, centred, rstd * weight, out=centred).to(rows.dtype)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        rows, mean, rstd, weight = ctx.saved_tensors
-        parts = list(zip(rows.split(ROWS_AT_A_TIME, 1), grad.split(ROWS_AT_A_TIME, 1), strict=True))
-        total = torch.stack([part.sum(1, keepdim=True, dtype=mean.dtype) for _, part in parts]).sum(0)
-        along = rstd * torch.stack([((x - mean) * part).sum(1, keepdim=True) for x, part in parts]).sum(0)
-        scale = rstd * weight
-        shift, slope = scale * total / -ctx.count, scale * rstd * along / -ctx.count
-        grad_rows = torch.empty_like(rows)
-        for into, (x, part) in zip(grad_rows.split(ROWS_AT_A_TIME, 1), parts, strict=True):
-            into.copy_(torch.addcmul(shift, x - mean, slope).addcmul_(part, scale))
-        grad_rows[:, ctx.count :] = grad[:, ctx.count :] * scale  # these rows are not in the statistics
-        return grad_rows, along.sum((0, 1)), total.sum((0, 1)), None, None
+def gram(waveforms: Tensor, shape: tuple[int, int, int], lengths: Tensor | None = None) -> Tensor:
+    """Sums over time from which the mean and the variance of each output of a first convolution follow.
+
+    Args:
+        waveforms: (B, S).
+        shape: Of the convolution: (out_channels, kernel, stride).
+        lengths: Samples that count, (B,).
+
+    Returns:
+        ``sum(x x^T)`` over the ``kernel`` samples x under each output, with a 1 appended, (B, kernel + 1, kernel + 1),
+        in float64: the outputs may be a thousand times smaller than the samples.
+    """
+    _, kernel, stride = shape
+    wide = (waveforms.cpu() if waveforms.device.type == "mps" else waveforms).double()  # Apple's GPUs have no float64
+    seen = wide.unfold(1, kernel, stride)
+    exists = seen.new_ones(*seen.shape[:2], 1)
+    if lengths is not None:
+        exists *= valid_rows(wide, lengths.to(wide.device), shape, seen.shape[1]).unsqueeze(2)
+        seen = seen * exists
+    sums = exists.mT @ seen
+    count = exists.sum(1, keepdim=True)
+    found = torch.cat([torch.cat([seen.mT @ seen, sums], dim=1), torch.cat([sums.mT, count], dim=1)], dim=2)
+    return found.to(waveforms.device)
 
 
 def conv_shapes(convs: Iterable[nn.Conv1d]) -> list[tuple[int, int, int]]:
@@ -729,15 +736,15 @@ class _Block:
     """Weights of a convolution block, and its products on rows."""
 
     def __init__(self, layer: nn.Module) -> None:
-        conv = cast("nn.Conv1d", layer.conv)
-        self.bias, self.norm = conv.bias, cast("nn.Module | None", layer.layer_norm)
-        (self.shape,) = conv_shapes([conv])
+        self.conv = cast("nn.Conv1d", layer.conv)
+        self.bias, self.norm = self.conv.bias, cast("nn.Module | None", layer.layer_norm)
+        (self.shape,) = conv_shapes([self.conv])
         self.stride = self.shape[2]
-        self.taps = _autocast(conv.weight.permute(2, 1, 0).flatten(0, 1))
-        """The kernel as the right factor of products, (kernel * C, O)."""
+        self.kernel = _autocast(self.conv.weight.transpose(1, 2).flatten(1))
+        """(O, kernel * C)."""
 
     def convolve(
-        self, frames: Tensor, stride: int, norm: nn.LayerNorm | None = None, before: Self | None = None
+        self, frames: Tensor, stride: int, norm: nn.Module | None = None, first: Tensor | None = None
     ) -> Tensor:
         """Convolve the rows of all utterances, (B * R * stride, C) to (B * R, O).
 
@@ -745,12 +752,28 @@ class _Block:
             frames: The rows.
             stride: Of the convolution.
             norm: A LayerNorm whose output goes through GELU and is convolved.
-            before: A block without bias whose convolution of ``frames`` is what is normalised.
+            first: See :class:`_Conv`.
         """
-        taps = None if before is None else before.taps
-        weight, bias, eps = (None, None, 0.0) if norm is None else (norm.weight, norm.bias, norm.eps)
-        out: Tensor = _Conv.apply(_autocast(frames), taps, weight, bias, eps, self.taps, stride)
+        affine = (norm.weight, norm.bias, norm.eps) if isinstance(norm, nn.LayerNorm) else (None, None, 0.0)
+        frames = frames if _is_normalised(first) else _autocast(frames)
+        out: Tensor = _Conv.apply(frames, first, *affine, self.kernel, stride)
         return out if self.bias is None else out + self.bias.to(out.dtype)
+
+    def normalised(self, sums: Tensor) -> Tensor:
+        """Kernel and bias that give what the group norm makes of the convolution's output, (B, O, kernel + 1).
+
+        Args:
+            sums: See :func:`gram`.
+        """
+        norm, weight = cast("nn.GroupNorm", self.norm), self.conv.weight[:, 0]
+        bias = weight.new_zeros(len(weight)) if self.bias is None else self.bias
+        taps = torch.cat([weight, bias[:, None]], dim=1).double()
+        count = sums[:, -1:, -1:].clamp(min=1)
+        mean = taps @ sums[:, :, -1:] / count
+        var = ((taps @ sums) * taps).sum(2, keepdim=True) / count - mean.square()
+        scale = torch.rsqrt(var + norm.eps) * norm.weight[:, None]
+        shift = norm.bias[:, None] - mean * scale
+        return (taps * scale + F.pad(shift, (taps.shape[1] - 1, 0))).to(weight.dtype)
 
 
 def can_extract(layers: Sequence[nn.Module]) -> bool:
@@ -777,7 +800,7 @@ def can_extract(layers: Sequence[nn.Module]) -> bool:
 
 
 def extract(
-    layers: Sequence[nn.Module], waveforms: Tensor, lengths: Tensor | None = None, moments: Moments | None = None
+    layers: Sequence[nn.Module], waveforms: Tensor, lengths: Tensor | None = None, sums: Tensor | None = None
 ) -> Tensor:
     """Run the convolution blocks on waveforms.
 
@@ -785,72 +808,75 @@ def extract(
         layers: Blocks that :func:`can_extract` accepts.
         waveforms: (B, S).
         lengths: Samples that count in the statistics of a group norm, (B,).
-        moments: The group norm's statistics, if they are known already.
+        sums: What these statistics follow from, if known already: see :func:`gram`.
 
     Returns:
         (B, T, C).
     """
-    blocks = [_Block(layer) for layer in layers]
-    if any(isinstance(block.norm, nn.GroupNorm) for block in blocks):
-        return _extract(blocks, waveforms, lengths, moments)
-    parts = [_extract(blocks, piece) for piece in _pieces(waveforms, blocks)]
+    blocks, first = [_Block(layer) for layer in layers], None
+    if isinstance(blocks[0].norm, nn.GroupNorm):
+        first = blocks[0].normalised(gram(waveforms, blocks[0].shape, lengths) if sums is None else sums)
+    parts = [
+        _extract(blocks, piece, first if first is None else first[rows]) for rows, piece in _pieces(waveforms, blocks)
+    ]
     if len(parts) == 1:
         return parts[0]
     return torch.cat([part.flatten(0, 1) for part in parts]).unflatten(0, (len(waveforms), -1))
 
 
-def _pieces(waveforms: Tensor, blocks: Sequence[_Block]) -> Iterator[Tensor]:
+def _pieces(waveforms: Tensor, blocks: Sequence[_Block]) -> Iterator[tuple[slice, Tensor]]:
     """Parts of a batch, one utterance after the other, whose frames together are the frames of the batch."""
-    samples, on_cpu = waveforms.shape[1], waveforms.device.type == "cpu"
-    limit = CPU_SAMPLES * 4 // blocks[0].taps.itemsize if on_cpu else SAMPLES
+    (batch, samples), on_cpu = waveforms.shape, waveforms.device.type == "cpu"
+    channels, _, stride = blocks[0].shape
+    limit = CPU_BYTES * stride // (channels * blocks[0].kernel.itemsize) if on_cpu else SAMPLES
     if torch.compiler.is_compiling() or (torch.is_grad_enabled() and not on_cpu):
-        yield waveforms
+        yield slice(batch), waveforms
         return
     if samples <= limit:
-        yield from waveforms.split(limit // samples)
+        step = limit // samples
+        for start in range(0, batch, step):
+            yield slice(start, start + step), waveforms[start : start + step]
         return
     shapes = [block.shape for block in blocks]
     hop, field = math.prod(stride for _, _, stride in shapes), receptive_field(shapes)
     frames = conv_length(shapes, samples)
     count = -(-frames // max(1, limit // hop))
-    for row in waveforms.split(1):
+    for row in range(batch):
         for i in range(count):
             start, stop = frames * i // count, frames * (i + 1) // count
-            yield row[:, start * hop : (stop - 1) * hop + field]
+            yield slice(row, row + 1), waveforms[row : row + 1, start * hop : (stop - 1) * hop + field]
 
 
-def _extract(
-    blocks: Sequence[_Block], waveforms: Tensor, lengths: Tensor | None = None, moments: Moments | None = None
-) -> Tensor:
-    """:func:`extract` at once."""
-    batch, samples = waveforms.shape
-    shapes = [block.shape for block in blocks]
+def _extract(blocks: Sequence[_Block], waveforms: Tensor, first: Tensor | None) -> Tensor:
+    """:func:`extract` at once; ``first``: see :meth:`_Block.normalised`."""
+    (batch, samples), shapes = waveforms.shape, [block.shape for block in blocks]
     frames = _first_rows(waveforms, shapes)
-    if is_lean(frames) and all(isinstance(block.norm, nn.LayerNorm) for block in blocks):
-        frames = _extract_lean(blocks, frames)
+    if first is not None:
+        frames = F.pad(frames, (0, 1), value=1.0)
+    lean, norm = is_lean(frames), blocks[0].norm
+    block, *others = blocks
+    if lean and others and (first is not None or (block.bias is None and isinstance(norm, nn.LayerNorm))):
+        products = block.kernel if first is None else first
+        block, *others = others
+        frames = block.convolve(frames, block.stride, norm, products)
+        norm = block.norm
     else:
-        for index, block in enumerate(blocks):
-            frames = block.convolve(frames, block.stride if index else 1)
-            if isinstance(block.norm, nn.GroupNorm):
-                rows, norm = frames.unflatten(0, (batch, -1)), block.norm
-                if moments is None and lengths is None and waveforms.device.type == "cpu" and not _is_transformed():
-                    count = conv_length(shapes[:1], samples)
-                    rows = _GroupNorm.apply(rows, norm.weight, norm.bias, norm.eps, count)
-                else:
-                    if moments is None:
-                        moments = Moments.of(rows, valid_rows(waveforms, lengths, shapes[0], rows.shape[1]))
-                    rows = moments.normalise(rows, norm)
-                frames = rows.flatten(0, 1)
-            elif block.norm is not None:
-                frames = _layer_norm(frames, cast("nn.LayerNorm", block.norm))
-            frames = F.gelu(frames)
+        frames = block.convolve(frames, 1) if first is None else _products(frames, first)
+    for block in others:
+        if lean and isinstance(norm, nn.LayerNorm):  # it and GELU belong to the convolution that follows
+            frames = block.convolve(frames, block.stride, norm)
+        else:
+            frames = block.convolve(_activate(frames, norm), block.stride)
+        norm = block.norm
+    frames = _activate(frames, norm)
     return frames.view(batch, -1, frames.shape[1])[:, : conv_length(shapes, samples)]
 
 
-def first_conv(layer: nn.Module, waveforms: Tensor) -> Tensor:
-    """Output of the first convolution, before its norm, (B, R, C)."""
-    block = _Block(layer)
-    return block.convolve(_first_rows(waveforms, [block.shape]), 1).unflatten(0, (len(waveforms), -1))
+def _activate(frames: Tensor, norm: nn.Module | None) -> Tensor:
+    """GELU of a block's output, after its LayerNorm if it has one."""
+    if isinstance(norm, nn.LayerNorm):
+        frames = F.layer_norm(frames, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+    return F.gelu(frames)
 
 
 def valid_rows(waveforms: Tensor, lengths: Tensor | None, shape: tuple[int, int, int], num_rows: int) -> Tensor:
@@ -869,24 +895,6 @@ def _first_rows(waveforms: Tensor, shapes: ConvShapes) -> Tensor:
     # One channel: a matrix product over a whole kernel beats one over `stride` samples, and the copy is small.
     kernels = F.pad(waveforms, (0, max(0, (rows - 1) * stride + kernel - samples))).unfold(1, kernel, stride)
     return kernels[:, :rows].reshape(batch * rows, kernel)
-
-
-def _extract_lean(blocks: Sequence[_Block], kernels: Tensor) -> Tensor:
-    """All blocks. Each LayerNorm and GELU but the last belongs to the convolution that follows."""
-    first, *others = blocks
-    if others and first.bias is None:
-        second, *others = others
-        frames = second.convolve(kernels, second.stride, cast("nn.LayerNorm", first.norm), first)
-        norm = second.norm
-    else:
-        frames, norm = first.convolve(kernels, 1), first.norm
-    for block in others:
-        frames, norm = block.convolve(frames, block.stride, cast("nn.LayerNorm", norm)), block.norm
-    return F.gelu(_layer_norm(frames, cast("nn.LayerNorm", norm)))
-
-
-def _layer_norm(rows: Tensor, norm: nn.LayerNorm) -> Tensor:
-    return F.layer_norm(rows, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
 
 
 def _autocast(x: Tensor) -> Tensor:
