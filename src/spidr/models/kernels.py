@@ -338,11 +338,11 @@ def keeps_frames(conv: nn.Module) -> TypeGuard[nn.Conv1d]:
 
 
 def convolve(x: Tensor, conv: nn.Module) -> Tensor:
-    """Call a grouped convolution. In bfloat16, one that keeps frames gets a backward pass that takes half the time."""
+    """Call a grouped convolution. One that keeps frames gets a faster backward pass."""
     if not (is_lean(x) and keeps_frames(conv)):
         return conv(x)
     x, bias = _autocast(x), None if conv.bias is None else _autocast(conv.bias)
-    if x.dtype != torch.bfloat16 or not multiplies_fast(x.dtype):
+    if not multiplies_fast(x.dtype):
         return conv(x)
     return _GroupedConv.apply(x, _autocast(conv.weight), bias, conv.padding[0], conv.groups)
 
@@ -363,12 +363,13 @@ class _GroupedConv(torch.autograd.Function):
         groups, kernel = ctx.groups, weight.shape[2]
         flipped = weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1).flip(2)
         grad_x = F.conv1d(grad, flipped, padding=kernel - 1 - ctx.padding, groups=groups)
-        rows = F.pad(x.transpose(1, 2), (0, 0, ctx.padding, ctx.padding)).unflatten(2, (groups, -1)).permute(2, 0, 1, 3)
-        windows = rows.contiguous().unfold(2, kernel, 1).mT  # (G, B, T, K, C)
-        outputs = grad.unflatten(1, (groups, -1)).permute(1, 2, 0, 3).flatten(2)  # (G, O, B * T)
-        # Group by group, as the windows of one fit in a cache.
-        grads = [out @ seen.flatten(0, 1).flatten(1) for out, seen in zip(outputs, windows, strict=True)]
-        grad_weight = torch.cat(grads).unflatten(1, (kernel, -1)).transpose(1, 2)
+        # With time before the utterances, what a tap sees is one row; group by group, as that of one fits in a cache.
+        frames = F.pad(x, (ctx.padding, ctx.padding)).unflatten(1, (groups, -1)).permute(1, 2, 3, 0).contiguous()
+        seen = frames.unfold(2, grad.shape[2], 1).permute(0, 2, 1, 4, 3).flatten(3)  # (G, K, C, T * B)
+        outputs = grad.unflatten(1, (groups, -1)).permute(1, 3, 0, 2).flatten(1, 2)  # (G, T * B, O)
+        with onednn.products(x):
+            grads = [rows.flatten(0, 1) @ out for rows, out in zip(seen, outputs, strict=True)]
+        grad_weight = torch.stack(grads).unflatten(1, (kernel, -1)).permute(0, 3, 2, 1).flatten(0, 1)
         return grad_x, grad_weight, grad.sum((0, 2)) if ctx.needs_input_grad[2] else None, None, None
 
 
