@@ -37,7 +37,7 @@ def test_the_extractor_in_pieces(mode: str, piece: int, grad: bool, monkeypatch:
         for size in (10**9, piece):
             with monkeypatch.context() as patch, torch.set_grad_enabled(grad):
                 patch.setattr(long, "SAMPLES", size)
-                patch.setattr(kernels, "CPU_SAMPLES", size)
+                patch.setattr(kernels, "CPU_BYTES", size * 52)
                 out = long.extract_features(model.feature_extractor, waveforms, given)
             outcomes.append([out, *(torch.autograd.grad(out.square().mean(), parameters) if grad else ())])
         for one, other in zip(*outcomes, strict=True):

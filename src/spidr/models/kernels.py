@@ -290,11 +290,14 @@ def through(module: nn.Module, x: Tensor) -> Tensor:
 
 def through_gelu(module: nn.Module, x: Tensor) -> Tensor:
     """GELU of a linear layer's output, in one operation where no backward pass is to come."""
-    if torch.is_grad_enabled() or type(module) is not nn.Linear:
-        return F.gelu(through(module, x))
-    if suits_onednn(x, module.weight) and untouched(module):
-        return _onednn_linear(x, module.weight, module.bias, "gelu")
-    return F.gelu(module(x))
+    if type(module) is nn.Linear and not torch.is_grad_enabled() and untouched(module):
+        return gelu_linear(x, module.weight, module.bias)
+    return F.gelu(through(module, x))
+
+
+def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """GELU of :func:`linear`, without gradients."""
+    return _onednn_linear(x, weight, bias, "gelu") if suits_onednn(x, weight) else F.gelu(F.linear(x, weight, bias))
 
 
 def convolve_by_products(x: Tensor, conv: nn.Conv1d, chunk: int = 16) -> Tensor:
@@ -633,9 +636,9 @@ def _strided_conv_backward(
 
 
 class _Conv(torch.autograd.Function):
-    """:func:`_strided_conv` of frames, or of ``gelu(norm(frames))``: that keeps one tensor instead of three.
+    """:func:`_strided_conv` of frames, or of ``gelu(layer_norm(frames))``: that keeps one tensor instead of three.
 
-    ``first``: the frames are themselves products, ``source @ first.mT``, cheap to compute and the largest tensor of the
+    ``first``: the frames are themselves products, ``source @ first.T``, cheap to compute and the largest tensor of the
     model (6.5 MB for each second of speech), so they are not kept either.
     """
 
@@ -652,55 +655,63 @@ class _Conv(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(source, first, weight, bias, kernel)
         ctx.eps, ctx.stride = eps, stride
-        frames = source if first is None else _products(source, first)
+        frames = source if first is None else linear(source, first)
         if weight is not None:
-            frames = F.layer_norm(frames, weight.shape, weight, bias, eps)
-        if weight is not None or _is_normalised(first):
-            frames = F.gelu(frames).to(kernel.dtype)
+            frames = F.gelu(F.layer_norm(frames, weight.shape, weight, bias, eps))
         return _strided_conv(frames, kernel, stride)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         source, first, weight, bias, kernel = ctx.saved_tensors
-        frames = source if first is None else _products(source, first)
+        frames = source if first is None else linear(source, first)
+        grad: Any
         grad_weight = grad_bias = grad_first = None
-        active = frames
-        if weight is not None:
+        if weight is None:
+            needs = ctx.needs_input_grad[0]
+            grad, grad_kernel = _strided_conv_backward(grads[0], frames, kernel, ctx.stride, needs_frames=needs)
+        else:
             normed, mean, rstd = torch.native_layer_norm(frames, weight.shape, weight, bias, ctx.eps)
-            active = F.gelu(normed)
-        elif _is_normalised(first):
-            normed, active = frames, F.gelu(frames).to(kernel.dtype)
-        needs = active is not frames or ctx.needs_input_grad[0]
-        grad_frames: Any
-        grad_frames, grad_kernel = _strided_conv_backward(grads[0], active, kernel, ctx.stride, needs_frames=needs)
-        if active is not frames:
-            grad_frames = grad_frames.to(normed.dtype)
-            torch.ops.aten.gelu_backward.grad_input(grad_frames, normed, grad_input=grad_frames)
-            del active
-        if weight is not None:
+            grad, grad_kernel = _strided_conv_backward(grads[0], F.gelu(normed), kernel, ctx.stride, needs_frames=True)
+            torch.ops.aten.gelu_backward.grad_input(grad, normed, grad_input=grad)
             del normed  # it is large
-            grad_frames, grad_weight, grad_bias = torch.ops.aten.native_layer_norm_backward(
-                grad_frames, frames, weight.shape, mean, rstd, weight, bias, [True, True, True]
+            grad, grad_weight, grad_bias = torch.ops.aten.native_layer_norm_backward(
+                grad, frames, weight.shape, mean, rstd, weight, bias, [True, True, True]
             )
         if first is not None:
-            grad = grad_frames.view(*first.shape[:-2], -1, first.shape[-2])
-            with onednn.products(grad):
-                grad_first = grad.mT @ source.view(*first.shape[:-2], -1, first.shape[-1])
-                grad_frames = (grad @ first).view_as(source) if ctx.needs_input_grad[0] else None
-        return grad_frames, grad_first, grad_weight, grad_bias, None, grad_kernel, None
+            grad_first = _weight_grad(grad, source)
+            grad = linear(grad, first.T) if ctx.needs_input_grad[0] else None
+        return grad, grad_first, grad_weight, grad_bias, None, grad_kernel, None
 
 
-def _products(source: Tensor, first: Tensor) -> Tensor:
-    """``source @ first.mT``, of rows (R, K) and one matrix (O, K), or (B, O, K): one for each utterance."""
-    if first.ndim == 2:
-        return linear(source, first)
-    with onednn.products(source):
-        return (source.view(len(first), -1, source.shape[1]) @ first.mT).flatten(0, 1)
+class _FirstConvs(torch.autograd.Function):
+    """The first two convolutions of a model with a group norm, ``_strided_conv(gelu(source @ first.mT))``.
 
+    One utterance at a time, since what is in between then fits in a cache; it is not kept.
+    """
 
-def _is_normalised(first: Tensor | None) -> bool:
-    """Whether a group norm is part of the first products: then there is one matrix for each utterance."""
-    return first is not None and first.ndim == 3
+    @staticmethod
+    def forward(ctx: Any, source: Tensor, first: Tensor, kernel: Tensor, stride: int) -> Tensor:
+        ctx.save_for_backward(source, first, kernel)
+        ctx.stride = stride
+        pairs = zip(source.view(len(first), -1, source.shape[1]), first, strict=True)
+        return torch.cat([_strided_conv(gelu_linear(*pair).to(kernel.dtype), kernel, stride) for pair in pairs])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        source, first, kernel = ctx.saved_tensors
+        grad_source, grad_first = torch.empty_like(source) if ctx.needs_input_grad[0] else None, []
+        grad_kernel: Any = 0
+        for i, (rows, weight) in enumerate(zip(source.view(len(first), -1, source.shape[1]), first, strict=True)):
+            frames, part = linear(rows, weight), grad.view(len(first), -1, grad.shape[1])[i]
+            active = F.gelu(frames).to(kernel.dtype)
+            grads = _strided_conv_backward(part, active, kernel, ctx.stride, needs_frames=True)
+            grad_frames, grad_kernel = cast("Tensor", grads[0]).to(frames.dtype), grad_kernel + grads[1]
+            torch.ops.aten.gelu_backward.grad_input(grad_frames, frames, grad_input=grad_frames)
+            grad_first.append(_weight_grad(grad_frames, rows))
+            if grad_source is not None:
+                grad_source.view(len(first), *rows.shape)[i] = linear(grad_frames, weight.T)
+        return grad_source, torch.stack(grad_first), grad_kernel, None
 
 
 def gram(waveforms: Tensor, shape: tuple[int, int, int], lengths: Tensor | None = None) -> Tensor:
@@ -756,8 +767,11 @@ class _Block:
             first: See :class:`_Conv`.
         """
         affine = (norm.weight, norm.bias, norm.eps) if isinstance(norm, nn.LayerNorm) else (None, None, 0.0)
-        frames = frames if _is_normalised(first) else _autocast(frames)
-        out: Tensor = _Conv.apply(frames, first, *affine, self.kernel, stride)
+        out: Tensor = _Conv.apply(_autocast(frames), first, *affine, self.kernel, stride)
+        return self.biased(out)
+
+    def biased(self, out: Tensor) -> Tensor:
+        """With the convolution's bias."""
         return out if self.bias is None else out + self.bias.to(out.dtype)
 
     def normalised(self, sums: Tensor) -> Tensor:
@@ -854,15 +868,19 @@ def _extract(blocks: Sequence[_Block], waveforms: Tensor, first: Tensor | None) 
     frames = _first_rows(waveforms, shapes)
     if first is not None:
         frames = F.pad(frames, (0, 1), value=1.0)
-    lean, norm = is_lean(frames), blocks[0].norm
-    block, *others = blocks
-    if lean and others and (first is not None or (block.bias is None and isinstance(norm, nn.LayerNorm))):
-        products = block.kernel if first is None else first
+    lean, (block, *others) = is_lean(frames), blocks
+    norm: nn.Module | None = block.norm
+    if first is not None and lean and others:
         block, *others = others
-        frames = block.convolve(frames, block.stride, norm, products)
-        norm = block.norm
+        frames, norm = block.biased(_FirstConvs.apply(frames, first, block.kernel, block.stride)), block.norm
+    elif first is not None:
+        frames = (frames.view(batch, -1, frames.shape[1]) @ first.mT).flatten(0, 1)
+    elif lean and others and block.bias is None and isinstance(norm, nn.LayerNorm):
+        products = block.kernel
+        block, *others = others
+        frames, norm = block.convolve(frames, block.stride, norm, products), block.norm
     else:
-        frames = block.convolve(frames, 1) if first is None else _products(frames, first)
+        frames = block.convolve(frames, 1)
     for block in others:
         if lean and isinstance(norm, nn.LayerNorm):  # it and GELU belong to the convolution that follows
             frames = block.convolve(frames, block.stride, norm)
