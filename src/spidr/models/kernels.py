@@ -349,7 +349,7 @@ def convolve(x: Tensor, conv: nn.Module) -> Tensor:
         return conv(x)
     if is_lean(x):
         return _GroupedConv.apply(x, weight, bias, conv.padding[0], conv.groups)
-    return _convolve_last(x, weight, bias, conv.padding[0], conv.groups)
+    return _convolve_last(x, weight, bias, int(conv.padding[0]), conv.groups)
 
 
 def _convolve_last(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int, groups: int) -> Tensor:
