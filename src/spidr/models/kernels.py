@@ -170,7 +170,7 @@ class _OneDNN:
         """Whether float32 products stay exact: the switch allows bfloat16 in them, which processors with AMX do."""
         if self.switch is None or not prefers_onednn() or torch.cpu._is_amx_tile_supported():
             return False
-        a = (torch.arange(64 * 16) * 37 % 2047 - 1023).view(64, 16)  # 11 bits; bfloat16 has 8
+        a = (torch.arange(64 * 16, device="cpu") * 37 % 2047 - 1023).view(64, 16)  # 11 bits; bfloat16 has 8
         with self:
             return torch.equal(a.float() @ a.float().T, (a @ a.T).float())
 
@@ -290,9 +290,11 @@ def through(module: nn.Module, x: Tensor) -> Tensor:
 
 def through_gelu(module: nn.Module, x: Tensor) -> Tensor:
     """GELU of a linear layer's output, in one operation where no backward pass is to come."""
-    if type(module) is nn.Linear and not torch.is_grad_enabled() and untouched(module):
+    if torch.is_grad_enabled() or type(module) is not nn.Linear:
+        return F.gelu(through(module, x))
+    if suits_onednn(x, module.weight) and untouched(module):
         return gelu_linear(x, module.weight, module.bias)
-    return F.gelu(through(module, x))
+    return F.gelu(module(x))
 
 
 def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -486,8 +488,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float)
     """``scaled_dot_product_attention``.
 
     PyTorch's materialises the weights of all heads several times if there is dropout, and keeps them for the backward
-    pass. This one computes the weights of a few heads at a time, and again in the backward pass. Large products go to
-    oneDNN: in float32 head by head, in bfloat16 as a batch of several heads.
+    pass. This one computes the weights of a few heads at a time, and again in the backward pass.
 
     Args:
         q: (B, H, T, D), like ``k`` and ``v``.
@@ -598,9 +599,8 @@ def _strided_conv(frames: Tensor, kernel: Tensor, stride: int) -> Tensor:
     overlap = _overlap(frames, kernel, stride)
     if overlap and multiplies_fast(frames.dtype) and is_plain(frames):
         padding = (0, overlap * stride)  # on both sides; the first outputs are left out again
-        return F.conv2d(_image(frames), _image(kernel, frames.shape[1]), None, (1, stride), padding)[0, :, 0].T[
-            overlap:
-        ]
+        image = F.conv2d(_image(frames), _image(kernel, frames.shape[1]), None, (1, stride), padding)
+        return image[0, :, 0].T[overlap:]
     groups = frames.view(-1, stride * frames.shape[1])
     first, *rest = kernel.split(groups.shape[1], dim=1)
     out = linear(groups[:, : first.shape[1]], first)
@@ -693,32 +693,33 @@ class _Conv(torch.autograd.Function):
 class _FirstConvs(torch.autograd.Function):
     """The first two convolutions of a model with a group norm, ``_strided_conv(gelu(source @ first.mT))``.
 
-    One utterance at a time, since what is in between then fits in a cache; it is not kept.
+    What is in between is not kept, and is computed for one utterance at a time, as that fits in a cache.
     """
 
     @staticmethod
     def forward(ctx: Any, source: Tensor, first: Tensor, kernel: Tensor, stride: int) -> Tensor:
+        """``source``: (B, R, K), ``first``: (B, O, K)."""
         ctx.save_for_backward(source, first, kernel)
         ctx.stride = stride
-        pairs = zip(source.view(len(first), -1, source.shape[1]), first, strict=True)
-        return torch.cat([_strided_conv(gelu_linear(*pair).to(kernel.dtype), kernel, stride) for pair in pairs])
+        active = (gelu_linear(*pair).to(kernel.dtype) for pair in zip(source, first, strict=True))
+        return torch.cat([_strided_conv(frames, kernel, stride) for frames in active])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         source, first, kernel = ctx.saved_tensors
-        grad_source, grad_first = torch.empty_like(source) if ctx.needs_input_grad[0] else None, []
-        grad_kernel: Any = 0
-        for i, (rows, weight) in enumerate(zip(source.view(len(first), -1, source.shape[1]), first, strict=True)):
-            frames, part = linear(rows, weight), grad.view(len(first), -1, grad.shape[1])[i]
+        grads_source, grads_first, grad_kernel = [], [], torch.zeros_like(kernel)
+        for rows, weight, part in zip(source, first, grad.unflatten(0, (len(first), -1)), strict=True):
+            frames = linear(rows, weight)
             active = F.gelu(frames).to(kernel.dtype)
-            grads = _strided_conv_backward(part, active, kernel, ctx.stride, needs_frames=True)
-            grad_frames, grad_kernel = cast("Tensor", grads[0]).to(frames.dtype), grad_kernel + grads[1]
+            grad_active, grad_here = _strided_conv_backward(part, active, kernel, ctx.stride, needs_frames=True)
+            grad_kernel += grad_here
+            grad_frames = cast("Tensor", grad_active).to(frames.dtype)
             torch.ops.aten.gelu_backward.grad_input(grad_frames, frames, grad_input=grad_frames)
-            grad_first.append(_weight_grad(grad_frames, rows))
-            if grad_source is not None:
-                grad_source.view(len(first), *rows.shape)[i] = linear(grad_frames, weight.T)
-        return grad_source, torch.stack(grad_first), grad_kernel, None
+            grads_first.append(_weight_grad(grad_frames, rows))
+            if ctx.needs_input_grad[0]:
+                grads_source.append(linear(grad_frames, weight.T))
+        return torch.stack(grads_source) if grads_source else None, torch.stack(grads_first), grad_kernel, None
 
 
 def gram(waveforms: Tensor, shape: tuple[int, int, int], lengths: Tensor | None = None) -> Tensor:
@@ -731,10 +732,11 @@ def gram(waveforms: Tensor, shape: tuple[int, int, int], lengths: Tensor | None 
 
     Returns:
         ``sum(x x^T)`` over the ``kernel`` samples x under each output, with a 1 appended, (B, kernel + 1, kernel + 1),
-        in float64: the outputs may be a thousand times smaller than the samples.
+        in float64, since the outputs may be a thousand times smaller than the samples. On the CPU for an Apple GPU,
+        which has no float64.
     """
     _, kernel, stride = shape
-    wide = (waveforms.cpu() if waveforms.device.type == "mps" else waveforms).double()  # Apple's GPUs have no float64
+    wide = (waveforms.cpu() if waveforms.device.type == "mps" else waveforms).double()
     seen = wide.unfold(1, kernel, stride)
     exists = seen.new_ones(*seen.shape[:2], 1)
     if lengths is not None:
@@ -742,8 +744,7 @@ def gram(waveforms: Tensor, shape: tuple[int, int, int], lengths: Tensor | None 
         seen = seen * exists
     sums = exists.mT @ seen
     count = exists.sum(1, keepdim=True)
-    found = torch.cat([torch.cat([seen.mT @ seen, sums], dim=1), torch.cat([sums.mT, count], dim=1)], dim=2)
-    return found.to(waveforms.device)
+    return torch.cat([torch.cat([seen.mT @ seen, sums], dim=1), torch.cat([sums.mT, count], dim=1)], dim=2)
 
 
 def conv_shapes(convs: Iterable[nn.Conv1d]) -> list[tuple[int, int, int]]:
@@ -788,14 +789,12 @@ class _Block:
             sums: See :func:`gram`.
         """
         norm, weight = cast("nn.GroupNorm", self.norm), self.conv.weight[:, 0]
-        bias = weight.new_zeros(len(weight)) if self.bias is None else self.bias
-        taps = torch.cat([weight, bias[:, None]], dim=1).double()
-        count = sums[:, -1:, -1:].clamp(min=1)
-        mean = taps @ sums[:, :, -1:] / count
-        var = ((taps @ sums) * taps).sum(2, keepdim=True) / count - mean.square()
-        scale = torch.rsqrt(var + norm.eps) * norm.weight[:, None]
-        shift = norm.bias[:, None] - mean * scale
-        return (taps * scale + F.pad(shift, (taps.shape[1] - 1, 0))).to(weight.dtype)
+        bias = torch.zeros_like(norm.bias) if self.bias is None else self.bias
+        taps, scale, shift = (x.to(sums) for x in (torch.cat([weight, bias[:, None]], 1), norm.weight, norm.bias))
+        means = taps @ sums / sums[:, -1:, -1:].clamp(min=1)  # of each output's products with the samples, and of it
+        mean = means[:, :, -1:]
+        scale = scale[:, None] * torch.rsqrt((means * taps).sum(2, keepdim=True) - mean.square() + norm.eps)
+        return (taps * scale + F.pad(shift[:, None] - mean * scale, (weight.shape[1], 0))).to(weight)
 
 
 def can_extract(layers: Sequence[nn.Module]) -> bool:
@@ -873,15 +872,17 @@ def _extract(blocks: Sequence[_Block], waveforms: Tensor, first: Tensor | None) 
     """:func:`extract` at once; ``first``: see :meth:`_Block.normalised`."""
     (batch, samples), shapes = waveforms.shape, [block.shape for block in blocks]
     frames = _first_rows(waveforms, shapes)
-    if first is not None:
-        frames = F.pad(frames, (0, 1), value=1.0)
     lean, (block, *others) = is_lean(frames), blocks
     norm: nn.Module | None = block.norm
-    if first is not None and lean and others:
-        block, *others = others
-        frames, norm = block.biased(_FirstConvs.apply(frames, first, block.kernel, block.stride)), block.norm
-    elif first is not None:
-        frames = (frames.view(batch, -1, frames.shape[1]) @ first.mT).flatten(0, 1)
+    if first is not None:
+        source = F.pad(frames, (0, 1), value=1.0).view(batch, -1, first.shape[2])
+        with without_autocast(source):
+            if lean and others:
+                block, *others = others
+                frames = _FirstConvs.apply(source, first, block.kernel, block.stride)
+                frames, norm = block.biased(frames), block.norm
+            else:
+                frames = (source @ first.mT).flatten(0, 1)
     elif lean and others and block.bias is None and isinstance(norm, nn.LayerNorm):
         products = block.kernel
         block, *others = others
