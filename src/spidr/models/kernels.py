@@ -32,6 +32,9 @@ SMALLEST = 1 << 22
 PADDED = 32
 """Keys are padded to a multiple of this in bfloat16: softmax is slow on the rest of a row that fills no vector."""
 
+NARROW = 16
+"""Channels of a group below which a convolution leaves vectors of the processor partly empty."""
+
 SAMPLES = 320_000
 """Samples that are convolved at a time without gradients: the first layer's output of an hour would fill 24 GB."""
 
@@ -302,33 +305,6 @@ def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     return _onednn_linear(x, weight, bias, "gelu") if suits_onednn(x, weight) else F.gelu(F.linear(x, weight, bias))
 
 
-def convolve_by_products(x: Tensor, conv: nn.Conv1d, chunk: int = 16) -> Tensor:
-    """A grouped convolution over time that keeps the number of frames, as one batched product over the groups.
-
-    Each chunk of frames, with what the kernel sees around it, is multiplied by the kernel expanded to a Toeplitz
-    matrix: more operations, by ``(chunk + kernel - 1) / kernel``, in a form in which a GPU is fast.
-
-    Args:
-        x: (B, C, T).
-        conv: One that keeps the frames.
-        chunk: Frames that are computed together.
-
-    Returns:
-        (B, C', T), without the additional frame of an even kernel.
-    """
-    weight = conv.weight
-    batch, channels, frames = x.shape
-    groups, kernel, outputs = conv.groups, weight.shape[2], weight.shape[0]
-    chunks, size = -(-frames // chunk), chunk + kernel - 1
-    x = F.pad(x, (kernel // 2, chunks * chunk - frames + kernel - 1 - kernel // 2)).unfold(2, size, chunk)
-    seen = x.unflatten(1, (groups, -1)).permute(1, 0, 3, 4, 2).reshape(groups, batch * chunks, -1)
-    taps = weight.unflatten(0, (groups, -1)).permute(0, 3, 2, 1)  # (G, kernel, C / G, C' / G)
-    expanded = torch.stack([F.pad(taps, (0, 0, 0, 0, i, chunk - 1 - i)) for i in range(chunk)], dim=3)
-    out = torch.bmm(seen, expanded.reshape(groups, size * channels // groups, -1))
-    out = out.view(groups, batch, chunks, chunk, -1).permute(1, 0, 4, 2, 3).reshape(batch, outputs, -1)[..., :frames]
-    return out if conv.bias is None else out + conv.bias.unsqueeze(1)
-
-
 # ------------------------------------------------------------------------------------------- for training on a CPU
 
 
@@ -355,8 +331,44 @@ def convolve(x: Tensor, conv: nn.Module) -> Tensor:
 
 
 def _convolve_last(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int, groups: int) -> Tensor:
+    if weight.shape[1] < NARROW and x.numel() >= 1 << 14:
+        return convolve_by_products(x, weight, bias, padding, groups, chunk=4)
     image, kernels = (i.transpose(1, 2).contiguous().transpose(1, 2).unsqueeze(2) for i in (x, weight))
     return F.conv2d(image, kernels, bias, 1, (0, padding), 1, groups).squeeze(2)
+
+
+def convolve_by_products(
+    x: Tensor, weight: Tensor, bias: Tensor | None, padding: int, groups: int, *, chunk: int
+) -> Tensor:
+    """A grouped convolution over time as one batched product over the groups, with its output's channels last.
+
+    Each chunk of frames, with what the kernel sees around it, is multiplied by the kernel expanded to a Toeplitz
+    matrix: more operations, by ``(chunk + kernel - 1) / kernel``, in a form in which processors are faster.
+
+    Args:
+        x: (B, C, T).
+        weight: (C', C / groups, kernel).
+        bias: (C',).
+        padding: Frames of zeros at each end.
+        groups: Groups of channels.
+        chunk: Frames that are computed together.
+
+    Returns:
+        (B, C', T + 2 * padding - kernel + 1).
+    """
+    batch, channels, frames = x.shape
+    kernel = weight.shape[2]
+    count = frames + 2 * padding - kernel + 1
+    chunks, size = -(-count // chunk), chunk + kernel - 1
+    rows = x.unflatten(1, (groups, -1)).permute(1, 0, 3, 2)  # (G, B, T, C / G)
+    rows = F.pad(rows, (0, 0, padding, chunks * chunk + kernel - 1 - frames - padding))
+    seen = rows.unfold(2, size, chunk).mT.reshape(groups, batch * chunks, -1)
+    taps = weight.unflatten(0, (groups, -1)).permute(0, 3, 2, 1)  # (G, kernel, C / G, C' / G)
+    expanded = torch.stack([F.pad(taps, (0, 0, 0, 0, i, chunk - 1 - i)) for i in range(chunk)], dim=3)
+    with onednn.products(x):
+        out = seen @ expanded.reshape(groups, size * channels // groups, -1)
+    out = out.view(groups, batch, chunks * chunk, -1)[:, :, :count].permute(1, 2, 0, 3).flatten(2)
+    return (out if bias is None else out + bias).transpose(1, 2)
 
 
 class _GroupedConv(torch.autograd.Function):
@@ -501,7 +513,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float)
         (B, H, T, D).
     """
     drops, (batch, heads, frames, dim) = 0 < dropout < 1, q.shape
-    faster = multiplies_fast(q.dtype) and is_plain(q, k, v)
+    faster = is_plain(q, k, v) and multiplies_fast(q.dtype)
     if not (faster or (drops and is_lean(q))) or (dropout > 0 and not drops):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
     added = -frames % PADDED if q.dtype == torch.bfloat16 else 0
@@ -597,7 +609,7 @@ def _strided_conv(frames: Tensor, kernel: Tensor, stride: int) -> Tensor:
     The last outputs, whose kernel passes the last frame, lack the taps that find nothing.
     """
     overlap = _overlap(frames, kernel, stride)
-    if overlap and multiplies_fast(frames.dtype) and is_plain(frames):
+    if overlap and is_plain(frames) and multiplies_fast(frames.dtype):
         padding = (0, overlap * stride)  # on both sides; the first outputs are left out again
         image = F.conv2d(_image(frames), _image(kernel, frames.shape[1]), None, (1, stride), padding)
         return image[0, :, 0].T[overlap:]
