@@ -14,6 +14,6 @@ finally:
     sys.path.remove(_src)
 
 globals().update({name: getattr(hub, name) for name in PUBLISHED})
-dinor_base_reproduced = hub.dinosr_base_reproduced  # as the published page prints it
+dinor_base_reproduced = hub.dinosr_base_reproduced  # the published page's spelling
 
 __all__ = ["dinor_base_reproduced", *PUBLISHED]

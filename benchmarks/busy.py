@@ -1,9 +1,9 @@
-"""A training step beside other work, with what OpenMP's threads do while they wait.
+"""Time a training step on an idle and on a busy machine, for several ways in which OpenMP's threads wait.
 
     python benchmarks/busy.py [--loops N ...] [--steps N]
 
-The quick start's shape, milliseconds a step (median), idle and beside ``--loops`` processes that never rest: by
-default, with what the commands set (``GOMP_SPINCOUNT=1000``), with ``OMP_WAIT_POLICY=passive`` and with one thread.
+Prints the median milliseconds per step for the quick start's shape, alone and beside ``--loops`` busy processes: with
+OpenMP's default, with what commands set (``GOMP_SPINCOUNT=1000``), with ``OMP_WAIT_POLICY=passive``, with one thread.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ CHOSEN = ("GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OMP_WAIT_POLICY", "KMP_LIBRARY", "
 
 
 def milliseconds(steps: int) -> float:
-    """Of a step, the first two left out."""
+    """Median time of a step, without the first two."""
     from speed import Spidr, inputs
     from torch import autocast
 
@@ -39,9 +39,9 @@ def milliseconds(steps: int) -> float:
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--loops", type=int, nargs="+", default=[0, 3], help="processes beside it")
+    parser.add_argument("--loops", type=int, nargs="+", default=[0, 3], help="numbers of busy processes")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -49,7 +49,7 @@ def main() -> None:
         print(milliseconds(args.steps))
         return
     environ = {name: value for name, value in os.environ.items() if name not in CHOSEN}
-    print(f"| ms a step, beside | {' | '.join(CASES)} |\n| --- |{' --- |' * len(CASES)}")
+    print(f"| ms per step, beside | {' | '.join(CASES)} |\n| --- |{' --- |' * len(CASES)}")
     for count in args.loops:
         loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
         try:

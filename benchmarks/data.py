@@ -1,11 +1,10 @@
-"""How fast the data side is: manifests, batch order, masks and loading, at the size of LibriSpeech and Libri-Light.
+"""Time manifests, batch order, masks and loading at the size of LibriSpeech and Libri-Light.
 
     python benchmarks/data.py [--folder DIR] [--only NAME ...] [--scale N] [--published PYTHON]
 
-Prints the machine and one table: what was measured, the result, the target and, with ``--published``, the same
-measured in an environment that has the published package (0.1.2), which needs TorchCodec and FFmpeg. Needs about 3 GB
-of disk for made-up recordings and no network; takes less than eight minutes. ``--scale 100`` divides all numbers of
-files and rows by 100, to see whether it runs.
+Prints the machine and a table of results and targets. ``--published`` repeats the measurements in an environment with
+the published package (0.1.2), which needs TorchCodec and FFmpeg. Takes less than eight minutes and about 3 GB of disk
+for synthetic recordings; needs no network. ``--scale 100`` divides all numbers of files and rows by 100, for a trial.
 """
 
 from __future__ import annotations
@@ -39,11 +38,11 @@ LIBRISPEECH, LIBRILIGHT = 281_241, 10_000_000
 FILES = 20_000
 
 Row = tuple[str, float, str]
-"""What was measured, the value and its unit with the target."""
+"""Name, value, unit and target of a measurement."""
 
 
 def seconds(function: Callable[[], object], repeat: int = 5, clock: Callable[[], float] = time.perf_counter) -> float:
-    """Median time of a call, or of fewer than ``repeat`` calls if they take long."""
+    """Median wall time of ``repeat`` calls, or of fewer if they take long."""
     times: list[float] = []
     while len(times) < repeat and sum(times) < 10:
         start = clock()
@@ -53,26 +52,26 @@ def seconds(function: Callable[[], object], repeat: int = 5, clock: Callable[[],
 
 
 def machine() -> str:
-    """What this runs on."""
+    """Describe the machine."""
     lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
     model = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     return f"{model}, {os.cpu_count()} cores; Python {platform.python_version()}, torch {torch.__version__}"
 
 
 def core_seconds(function: Callable[[], object], repeat: int = 5) -> float:
-    """Median time of a core that a call takes in this process, whatever else the machine is doing."""
+    """Median processor time of a call in this process, whatever else the machine is doing."""
     return seconds(function, repeat, time.process_time)
 
 
 def speech(length: int, seed: int) -> np.ndarray:
-    """Noise with a falling spectrum and pauses: FLAC packs it about as well as speech."""
+    """Noise with a falling spectrum and pauses, which FLAC compresses about as well as speech."""
     rng = np.random.default_rng(seed)
     samples = np.convolve(rng.standard_normal(length), np.hanning(16) / 8, "same")
     return np.round(3000 * samples * np.abs(np.sin(np.arange(length) / 20_000))).astype(np.int16)
 
 
 def once(path: Path, make: Callable[[Path], object]) -> Path:
-    """Make a file or folder unless an earlier run did."""
+    """Make a file or folder unless an earlier run has."""
     if not path.exists():
         unfinished = path.with_name(f"unfinished-{path.name}")
         make(unfinished)
@@ -81,7 +80,7 @@ def once(path: Path, make: Callable[[Path], object]) -> Path:
 
 
 def recordings(folder: Path, suffix: str, seconds_each: float, count: int) -> Path:
-    """A folder of recordings; after the first hundred, further names of the same files."""
+    """A folder of recordings; after the first hundred, hard links to them."""
 
     def make(path: Path) -> None:
         path.mkdir()
@@ -96,7 +95,7 @@ def recordings(folder: Path, suffix: str, seconds_each: float, count: int) -> Pa
 
 
 def big_manifest(folder: Path, rows: int) -> Path:
-    """A CSV manifest with names and lengths like Libri-Light's."""
+    """A CSV manifest with names and lengths like those of Libri-Light."""
 
     def make(path: Path) -> None:
         number = pl.int_range(rows, eager=True).cast(pl.String).str.zfill(9)
@@ -126,27 +125,27 @@ def tar_of(dataset: Path) -> Path:
 
 
 LOADING = {".wav": 15_000, ".flac": 3500}
-"""Formats, and how many seconds of audio per second are wanted."""
+"""Formats and their targets in seconds of audio per second."""
 
 
 def utterances(folder: Path, scale: int, suffix: str) -> tuple[int, str]:
-    """Number and manifest of recordings of 12 s."""
+    """Number of 12 s recordings, and their manifest."""
     count, manifest = max(400, 2000 // scale), folder / f"utterances{suffix}.csv"
     write_manifest(recordings(folder, suffix, 12, count), manifest, suffix)
     return count, str(manifest)
 
 
-# Measured here and, with --published, there: through functions that both have.
+# Measured here and, with --published, there, through functions that both packages have.
 
 
 def manifests(folder: Path, scale: int) -> Iterator[Row]:
-    """Reading."""
+    """Reading manifests."""
     manifest = big_manifest(folder, LIBRISPEECH // scale)
     yield f"read a manifest of {LIBRISPEECH // scale:,} rows", seconds(lambda: read_manifest(manifest)), "s (< 0.3)"
 
 
 def writing(folder: Path, scale: int) -> Iterator[Row]:
-    """Writing, of folders and archives."""
+    """Writing manifests of folders and archives."""
     count = FILES // scale
     output = folder / "written.csv"
     for suffix in (".wav", ".flac"):
@@ -165,7 +164,7 @@ def writing(folder: Path, scale: int) -> Iterator[Row]:
 
 
 def reading(folder: Path, scale: int) -> Iterator[Row]:
-    """Whole recordings."""
+    """Reading whole recordings."""
     count = max(20, 2000 // scale)
     for suffix in (".wav", ".flac"):
         manifest = folder / f"reading{suffix}.csv"
@@ -176,7 +175,7 @@ def reading(folder: Path, scale: int) -> Iterator[Row]:
 
 
 def masking(_: Path, __: int) -> Iterator[Row]:
-    """Masks of a batch."""
+    """Drawing the masks of a batch."""
     padding = torch.zeros(12, 999, dtype=torch.bool)
     for name, options in {
         "static": {},
@@ -190,7 +189,7 @@ def masking(_: Path, __: int) -> Iterator[Row]:
 
 
 def loading(folder: Path, scale: int) -> Iterator[Row]:
-    """An epoch of batches made by a worker."""
+    """An epoch of batches, loaded by a worker."""
     for suffix, target in LOADING.items():
         count, manifest = utterances(folder, scale, suffix)
         loader = build_dataloader(DataConfig(manifest, num_workers=1, persistent_workers=False), MaskingConfig())
@@ -202,7 +201,7 @@ def loading(folder: Path, scale: int) -> Iterator[Row]:
 
 
 def in_a_process(function: Callable[..., object], *arguments: object) -> tuple[float, float]:
-    """Time of a call in a fresh process, and by how much memory grew there at most, in seconds and GB."""
+    """Time (s) of a call in a fresh process, and its peak increase in memory (GB)."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(_time_and_memory, (function, arguments))
 
@@ -226,7 +225,7 @@ def _order(rows: int) -> None:
 
 
 def librilight(folder: Path, scale: int) -> Iterator[Row]:
-    """Ten million rows."""
+    """A manifest of ten million rows."""
     rows = LIBRILIGHT // scale
     time_taken, memory = in_a_process(read_manifest, big_manifest(folder, rows))
     yield f"read a manifest of {rows:,} rows", time_taken, "s (< 10)"
@@ -237,7 +236,7 @@ def librilight(folder: Path, scale: int) -> Iterator[Row]:
 
 
 def order(_: Path, scale: int) -> Iterator[Row]:
-    """Batches of LibriSpeech."""
+    """The order of LibriSpeech's batches."""
     from spidr.data.sampler import BatchSampler
 
     rows = LIBRISPEECH // scale
@@ -251,7 +250,7 @@ def order(_: Path, scale: int) -> Iterator[Row]:
 
 
 def headers(folder: Path, scale: int) -> Iterator[Row]:
-    """What TorchCodec needs for a header, for comparison with write_manifest."""
+    """Reading headers with TorchCodec, for comparison with write_manifest."""
     try:
         from torchcodec.decoders import AudioDecoder
 
@@ -265,7 +264,7 @@ def headers(folder: Path, scale: int) -> Iterator[Row]:
 
 
 def hour(folder: Path, _: int) -> Iterator[Row]:
-    """Parts of a long recording."""
+    """Reading parts of a long recording."""
     dataset = folder / "hour"
     file = dataset / "hour.flac"
     dataset.mkdir(exist_ok=True)
@@ -282,7 +281,7 @@ def hour(folder: Path, _: int) -> Iterator[Row]:
 
 
 def one_core(folder: Path, scale: int) -> Iterator[Row]:
-    """An epoch of batches made in this process."""
+    """An epoch of batches, loaded in this process."""
     for suffix, target in LOADING.items():
         count, manifest = utterances(folder, scale, suffix)
         loader = build_dataloader(DataConfig(manifest, num_workers=0), MaskingConfig())
@@ -303,7 +302,7 @@ def archives(folder: Path, _: int) -> Iterator[Row]:
 
 
 def workers(folder: Path, scale: int) -> Iterator[Row]:
-    """Memory over epochs."""
+    """A worker's memory over epochs."""
     write_manifest(recordings(folder, ".wav", 12, max(400, 2000 // scale)), folder / "workers.csv")
     cfg = DataConfig(str(folder / "workers.csv"), num_workers=1, max_batch_length=600_000)
     loader = build_dataloader(cfg, MaskingConfig())
@@ -323,7 +322,7 @@ OURS = (order, librilight, headers, one_core, hour, archives, workers)
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "spidr-benchmark-data")
     parser.add_argument("--only", nargs="+", choices=[f.__name__ for f in (*COMMON, *OURS)], help="measure only these")
@@ -333,7 +332,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     args.folder.mkdir(parents=True, exist_ok=True)
-    if args.json:  # Called by the lines below, in the other environment.
+    if args.json:  # called below, in the other environment
         for function in COMMON:
             if args.only is None or function.__name__ in args.only:
                 try:

@@ -1,12 +1,12 @@
-"""How fast a corpus becomes units and features, against one file at a time through the published package.
+"""Time the extraction of units and features, against the published package encoding one file at a time.
 
     python benchmarks/extract.py FOLDER --published PYTHON [--minutes 30] [--feature-minutes 10] [--quick]
 
 FOLDER holds recordings (16 kHz mono WAV or FLAC). PYTHON is the interpreter of an environment with spidr 0.1.2 and
-soundfile: it reads, standardises and encodes one file after the other, by ``get_codebooks`` and
-``get_intermediate_outputs``. Both have the same base model, with random weights, and all cores. The recordings are cut
-into parts; each part is encoded by everyone in turn, and the ratios of the parts' times give the median. Prints a
-table in Markdown. The full run takes about ten minutes on two cores; ``--quick`` tries a minute on a small model.
+soundfile, which reads, standardises and encodes one file after another, with ``get_codebooks`` and
+``get_intermediate_outputs``. Both use the same base model with random weights, and all cores. The recordings are split
+into parts, which all encode in turn; the median is of the ratios per part. Prints a Markdown table. The full run takes
+about ten minutes on two cores; ``--quick`` is a one-minute trial with a small model.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ for line in sys.stdin:
 
 
 class Published:
-    """The published package in its own process."""
+    """The published package, in its own process."""
 
     def __init__(self, python: str, checkpoint: Path) -> None:
         environ = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
@@ -74,7 +74,7 @@ class Published:
         self.threads = json.loads(self._answer())["threads"]
 
     def seconds(self, what: str, files: list[Path], output: Path) -> float:
-        """Time for some files."""
+        """Seconds to encode some files."""
         assert self.process.stdin is not None
         print(json.dumps([what, str(output), [str(file) for file in files]]), file=self.process.stdin, flush=True)
         return float(self._answer())
@@ -94,7 +94,7 @@ class Published:
 
 
 def ours(what: str, files: list[Path], output: Path, model: SpidR, dtype: Any) -> float:
-    """Time for some files."""
+    """Seconds to encode some files."""
     options = Options(device="cpu", dtype=dtype, progress=False)
     start = time.perf_counter()
     if what == "features":
@@ -105,7 +105,7 @@ def ours(what: str, files: list[Path], output: Path, model: SpidR, dtype: Any) -
 
 
 def parts_of(folder: Path, minutes: float, count: int) -> list[tuple[list[Path], float]]:
-    """Recordings of about so many minutes, in parts, and the seconds of each part."""
+    """Recordings that add up to about ``minutes``, in parts, and the seconds of each part."""
     files = sorted(path for path in folder.rglob("*") if path.suffix in (".wav", ".flac"))
     np.random.default_rng(0).shuffle(files)
     chosen: list[tuple[Path, float]] = []
@@ -134,7 +134,7 @@ def check(what: str, files: list[Path], reference: Path, output: Path, same: lis
 def measure(
     what: str, parts: list[tuple[list[Path], float]], model: SpidR, published: Published | None, dtypes: list[str]
 ) -> None:
-    """Encode all parts by everyone in turn, and print a row for each."""
+    """Let every system encode every part in turn, and print a row for each system."""
     audio = sum(seconds for _, seconds in parts)
     times: dict[str, list[float]] = {name: [] for name in ("published", *dtypes)}
     same: dict[str, list[float]] = {dtype: [] for dtype in dtypes}
@@ -164,8 +164,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--published", metavar="PYTHON")
-    parser.add_argument("--minutes", type=float, default=30, help="audio for units")
-    parser.add_argument("--feature-minutes", type=float, default=10, help="audio for features")
+    parser.add_argument("--minutes", type=float, default=30, help="minutes of audio for units")
+    parser.add_argument("--feature-minutes", type=float, default=10, help="minutes of audio for features")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--quick", action="store_true")
     args = parser.parse_args()
@@ -186,14 +186,14 @@ def main() -> None:
         changed = {name: value for name, value in asdict(cfg).items() if value != asdict(SpidRConfig())[name]}
         Path(folder, "config.json").write_text(
             json.dumps(changed), encoding="utf-8"
-        )  # the published package knows fewer settings
+        )  # the published package has fewer settings
         model: Any = build_model(model_type="spidr", checkpoint=checkpoint).eval()
         published = Published(args.published, checkpoint) if args.published else None
         threads = f"{torch.get_num_threads()} threads"
         if published is not None and published.threads != torch.get_num_threads():
             sys.exit(f"the published package has {published.threads} threads, this one has {threads}")
         print(f"{platform.processor() or platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, {threads}\n")
-        print("| what | who | audio seconds a second | times published | values |\n| --- | --- | --- | --- | --- |")
+        print("| what | system | audio seconds per second | speed-up | agreement |\n| --- | --- | --- | --- | --- |")
         for what, minutes in (("units", args.minutes), ("features", args.feature_minutes)):
             if minutes > 0:
                 measure(what, parts_of(args.folder, minutes, parts), model, published, args.dtypes)

@@ -1,13 +1,13 @@
-"""Whether the package is right and fast on a GPU, in one command of at most eight minutes.
+"""Check that the package is right and fast on a GPU, in at most eight minutes.
 
     python benchmarks/gpu.py [--output FOLDER] [--sections NUMBER ...] [--published FOLDER] [--tiny] [--count]
 
-Every check ends with PASS, FAIL or SKIP and why; measurements stand beside what was predicted for an H200. FOLDER gets
-``gpu.json`` and a trace of two steps. Training is the package's own: state, step, loader, run. Recordings are noise, so
-packages that read audio and tables (polars, soundfile) may be missing. ``--published`` names a folder filled by
+Every check ends with PASS, FAIL or SKIP and a reason; measurements appear beside predictions for an H200. FOLDER gets
+``gpu.json`` and a trace of two steps. Training is the package's own (state, step, loader, run) on noise, so polars and
+soundfile need not be installed. ``--published`` names a folder filled by
 ``pip install --no-deps --target FOLDER spidr==0.1.2``, whose step is timed on the same batch. On a CPU, or with
-``--tiny``, shapes are tiny and the script only shows that it runs. ``--count`` prints how many kernels a training step
-starts and how many bytes they read and write, by tensors without values, and needs no GPU.
+``--tiny``, shapes are tiny and the script only shows that it runs. ``--count`` prints the kernels that a training step
+starts and the bytes they read and write, computed without values or a GPU.
 """
 
 # ruff: noqa: E402
@@ -64,7 +64,7 @@ from spidr.config import (
     to_dict,
 )
 from spidr.data.batch import Batch, Collator, Loaded
-from spidr.data.loader import Processes, SpeechLoader
+from spidr.data.loader import SpeechLoader
 from spidr.data.sampler import BatchSampler
 from spidr.environment import Environment, StopFlag, environment
 from spidr.models import SpidR, build_model, kernels
@@ -78,7 +78,7 @@ from spidr.validate import validate
 from spidr.warm_start import warm_start
 
 LIMIT = 480
-"""Seconds after which no check is begun."""
+"""Seconds after which no check is started."""
 
 GOLDEN = Path(__file__).parents[1] / "tests" / "golden"
 TINY: dict[str, Any] = {
@@ -110,7 +110,7 @@ PREDICTED = {
 
 
 class SkipError(Exception):
-    """Why a check cannot be made here."""
+    """A check cannot run here."""
 
 
 @dataclass
@@ -125,7 +125,7 @@ class Result:
 
 @dataclass
 class Bench:
-    """The device, the sizes, and what has been found."""
+    """The device, the sizes, and the results."""
 
     env: Environment
     tiny: bool
@@ -137,13 +137,13 @@ class Bench:
     begin: float = field(default_factory=time.monotonic)
 
     def check(self, what: str, function: Callable[[], object], *, gpu: bool = False) -> None:
-        """Run a check. What it returns is the detail; an exception is a failure. ``gpu``: skip it without one."""
+        """Run a check. Its return value is the detail, an exception a failure. ``gpu``: skip it without a GPU."""
         start = time.perf_counter()
         try:
             if gpu and not self.on_gpu:
                 raise SkipError("needs a GPU")
             if self.on_gpu and time.monotonic() - self.begin > LIMIT:
-                raise SkipError(f"{LIMIT} s are over")
+                raise SkipError(f"the {LIMIT} s are over")
             status, detail = "PASS", function()
         except SkipError as reason:
             status, detail = "SKIP", str(reason)
@@ -156,7 +156,7 @@ class Bench:
 
     @property
     def device(self) -> torch.device:
-        """Where to compute."""
+        """The device to compute on."""
         return self.env.device
 
     @property
@@ -165,7 +165,7 @@ class Bench:
         return self.device.type == "cuda"
 
     def time_of(self, function: Callable[[], object], repeat: int = 20) -> list[float]:
-        """Milliseconds of each of several calls, after two to warm up."""
+        """Milliseconds of each of several calls, after two warm-up calls."""
         repeat = repeat if self.on_gpu else 2
         times = []
         for i in range(repeat + 2):
@@ -185,15 +185,15 @@ class Bench:
         return times
 
     def milliseconds(self, function: Callable[[], object]) -> str:
-        """Median of a call, for the table."""
+        """Median time of a call, for the table."""
         return f"{statistics.median(self.time_of(function)):.3f} ms"
 
     def model_config(self, **changes: Any) -> SpidRConfig:
-        """The base model's or a tiny one's."""
+        """The configuration of the base model or of a tiny one."""
         return SpidRConfig(**((TINY if self.tiny else {}) | changes))
 
     def config(self, *, dtype: str = "bfloat16", run: dict[str, Any] | None = None, **model: Any) -> Config:
-        """A run of such a model on noise."""
+        """A run of that model on noise."""
         size = 4000 if self.tiny else 237_440
         data = DataConfig(
             manifest="noise",
@@ -207,7 +207,7 @@ class Bench:
         return Config(chosen, data, self.model_config(**model), OptimizerConfig(dtype=dtype, warmup_steps=10))
 
     def state(self, **options: Any) -> State:
-        """What a training step reads and changes; see :meth:`config`."""
+        """The state of a training run; for the arguments see :meth:`config`."""
         cfg = self.config(**options)
         state = build_state(cfg, self.env, StopFlag(), Hooks(loader=noise_loader), new=True)
         state.network = wrap(state.model, cfg, self.env)
@@ -235,12 +235,12 @@ class Bench:
 
 
 class Noise(Collator):
-    """Makes batches of noise instead of recordings; all else is as ever. Attribute: ``pageable``, not to be pinned."""
+    """Makes batches of noise instead of recordings. With ``pageable``, they are not pinned."""
 
     pageable = False
 
     def load(self, recording: Any, length: int) -> Loaded:
-        """Noise of that length."""
+        """Noise as long as the recording."""
         samples = np.random.default_rng(length).standard_normal(length, dtype=np.float32)
         return Loaded(recording, length, samples, None)
 
@@ -251,21 +251,21 @@ class Noise(Collator):
 
 
 class Pageable(Batch):
-    """A batch that stays where it is."""
+    """A batch that is not pinned."""
 
     def pin_memory(self) -> Pageable:
-        """Not done."""
+        """Return the batch unpinned."""
         return self
 
 
 class NoManifest:
-    """As many recordings as there are lengths."""
+    """A manifest of nothing but lengths."""
 
     def __init__(self, lengths: np.ndarray) -> None:
         self.lengths = lengths
 
     def recordings(self, rows: np.ndarray) -> list[Any]:
-        """Their names."""
+        """Names of the recordings."""
         return [f"noise {row}" for row in rows]
 
 
@@ -278,16 +278,16 @@ def noise_loader(
     rank: int = 0,
     world_size: int = 1,
 ) -> SpeechLoader:
-    """As :func:`spidr.data.build_dataloader`, of noise that is 3/8 to 1 of ``max_sample_size`` long."""
+    """Like :func:`spidr.data.build_dataloader`, for noise that is 3/8 to 1 of ``max_sample_size`` long."""
     longest = cfg.max_sample_size
     lengths = np.random.default_rng(0).integers(longest * 3 // 8, longest, size=20 * cfg.max_batch_length // longest)
     sampler = BatchSampler(lengths, cfg, world_size=world_size)
     collator = Noise(cfg, masking, conv_layer_config, channels)
-    return SpeechLoader(NoManifest(lengths), collator, sampler.epoch, Processes(rank, world_size))  # type: ignore[arg-type]
+    return SpeechLoader(NoManifest(lengths), collator, sampler.epoch, rank, world_size)  # type: ignore[arg-type]
 
 
 def backward(model: Any, batch: Batch, dtype: str = "float32") -> Tensor:
-    """Forward and backward; the mean loss."""
+    """Run forward and backward passes. Returns the mean loss."""
     batch = batch.to(next(model.parameters()).device)
     with torch.autocast(batch.waveforms.device.type, getattr(torch, dtype), enabled=dtype != "float32"):
         loss: Tensor = model(batch.waveforms, **batch.options)[0].mean()
@@ -296,12 +296,12 @@ def backward(model: Any, batch: Batch, dtype: str = "float32") -> Tensor:
 
 
 def gradient(model: nn.Module) -> Tensor:
-    """All gradients, one after the other."""
+    """All gradients, concatenated."""
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
 def close(a: Tensor, b: Tensor, tolerance: float) -> str:
-    """Relative difference of two tensors, which must be small."""
+    """Assert that two tensors are close. Returns their relative difference."""
     a, b = a.detach().float().cpu(), b.detach().float().cpu()
     difference = float((a - b).norm() / b.norm().clamp(min=1e-12))
     assert difference <= tolerance, f"relative difference {difference:.2e}, at most {tolerance:.0e} expected"
@@ -312,7 +312,7 @@ def close(a: Tensor, b: Tensor, tolerance: float) -> str:
 
 
 def machine(bench: Bench) -> None:
-    """Versions, memory, and what the device reaches at best."""
+    """Report versions, memory, and the device's peak speed."""
 
     def versions() -> str:
         found = f"torch {torch.__version__}, CUDA {torch.version.cuda}, Python {sys.version.split()[0]}"
@@ -337,7 +337,7 @@ def machine(bench: Bench) -> None:
 
 
 def correct(bench: Bench) -> None:
-    """The device against the CPU and against recorded values."""
+    """Compare the device with the CPU and with recorded values."""
 
     def golden(name: str) -> str:
         folder = GOLDEN / name
@@ -402,7 +402,7 @@ def correct(bench: Bench) -> None:
 
 @contextmanager
 def patch_tf32() -> Iterator[None]:
-    """TF32 in convolutions, as is PyTorch's default."""
+    """TF32 in convolutions, which is PyTorch's default."""
     conv: Any = torch.backends.cudnn
     name, value = "allow_tf32", True
     if hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # from torch 2.9 on
@@ -419,7 +419,7 @@ def patch_tf32() -> Iterator[None]:
 
 
 def runs(bench: Bench) -> None:
-    """Every kind of run, with a tiny model."""
+    """Try every kind of run with a tiny model."""
     tiny = replace(bench, tiny=True)
     plain, padded = tiny.batch(), tiny.batch(padded=True)
     channels = torch.zeros(2, TINY["encoder_embed_dim"], dtype=torch.bool, device=bench.device)
@@ -470,7 +470,7 @@ def runs(bench: Bench) -> None:
                 path.write_text(json.dumps(to_dict(cfg)), encoding="utf-8")
                 status = subprocess.run([sys.executable, __file__, "--kill", str(path)], check=False).returncode
                 assert status == -signal.SIGKILL, f"ended with {status} before it was killed"
-                assert (cfg.run.dir / "step_2.pt").exists()  # step 4's may not be whole
+                assert (cfg.run.dir / "step_2.pt").exists()  # step 4's may be incomplete
             train(cfg, Hooks(loader=noise_loader))
             found.append(torch.load(cfg.run.dir / "final.pt")["model"])
         different = [name for name, value in found[0].items() if not torch.equal(value, found[1][name])]
@@ -497,7 +497,7 @@ def runs(bench: Bench) -> None:
 
 
 def waiting(bench: Bench) -> None:
-    """Nothing in a step waits for the device."""
+    """Check that nothing in a step waits for the device."""
 
     def quiet() -> str:
         state = bench.state()
@@ -519,7 +519,7 @@ def waiting(bench: Bench) -> None:
 
 
 def processes(bench: Bench) -> None:
-    """One process of NCCL (Gloo on a CPU), and DistributedDataParallel around the compiled model, both ways."""
+    """Run one NCCL process (Gloo on a CPU), and DistributedDataParallel around the compiled model, both ways."""
 
     def collectives() -> str:
         start = time.perf_counter()
@@ -566,7 +566,7 @@ def processes(bench: Bench) -> None:
 
 
 def pieces(bench: Bench) -> None:
-    """The parts of a step, each on its own, in bfloat16."""
+    """Time each part of a step on its own, in bfloat16."""
     device, dtype = bench.device, torch.bfloat16
     rows, frames, dim, groups = (2, 99, 32, 4) if bench.tiny else (16, 741, 768, 16)
 
@@ -663,7 +663,7 @@ def pieces(bench: Bench) -> None:
 
 
 def whole_step(bench: Bench) -> None:
-    """Time, memory and use of the device of a training step."""
+    """Measure time, memory and utilisation of a training step."""
     batch = bench.batch()
     mask = batch.mask_indices
     assert mask is not None
@@ -795,14 +795,14 @@ for step in range(12 if gpu else 3):
 memory = f", {torch.cuda.max_memory_allocated() / 1e9:.1f} GB" if gpu else ""
 print(f"spidr {version('spidr')}: {statistics.median(times[2:]):.1f} ms a step{memory}, loss {loss.item():.3f}")
 """
-"""A step of the published package as its users write it, compiled on a GPU."""
+"""A step of the published package, written as its users do, compiled on a GPU."""
 
 
 # ---------------------------------------------------------------------------------------------------------- 7 profile
 
 
 def profile(bench: Bench) -> None:
-    """Two steps under the profiler."""
+    """Profile two steps."""
 
     def two_steps() -> str:
         state, batch = bench.state(run={"compile": bench.on_gpu}), bench.batch()
@@ -836,7 +836,7 @@ def profile(bench: Bench) -> None:
 
 
 def category(kernel: str) -> str:
-    """What a kernel is for, by its name."""
+    """Guess from a kernel's name what it is for."""
     name = kernel.lower()
     for found, parts in {
         "products": ("gemm", "matmul", "addmm", "::mm", "bmm", "nvjet", "cutlass", "linear_pointwise"),
@@ -856,14 +856,14 @@ def category(kernel: str) -> str:
 
 
 class Traffic(TorchDispatchMode):
-    """Counts operations that start a kernel, and the bytes they read and write."""
+    """Counts operations that start a kernel, and the bytes that they read and write."""
 
     def __init__(self) -> None:
         super().__init__()
         self.kernels, self.bytes = Counter[str](), 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Count one, unless it only gives another view."""
+        """Count an operation unless it only returns a view."""
         out = func(*args, **(kwargs or {}))
         is_kernel = func.namespace == "aten" and not func.is_view
         if is_kernel and not any(part in func.name() for part in ("empty", "detach", "_unsafe_view", "sym_")):
@@ -889,9 +889,9 @@ def count(bench: Bench) -> str:
             loss = model(batch.waveforms, **batch.options)[0].mean()
         with parts["backward"]:
             loss.backward()
-        optimizer.step()  # the first one makes its state
+        optimizer.step()  # the first step creates the optimizer's state
         with parts["clipping and AdamW"]:
-            nn.utils.clip_grad_norm_(parameters, 10.0, foreach=True)  # as it is on a GPU
+            nn.utils.clip_grad_norm_(parameters, 10.0, foreach=True)  # as on a GPU
             optimizer.step()
         with parts["teacher and codebooks"]:
             model.update_ema(1)
@@ -907,7 +907,7 @@ SECTIONS = (machine, correct, runs, waiting, processes, pieces, whole_step, prof
 
 
 def be_killed(path: str) -> None:
-    """Train until the fifth step, and no further."""
+    """Train until the fifth step."""
 
     def after_step(state: State) -> None:
         if state.step == 5:
@@ -917,7 +917,7 @@ def be_killed(path: str) -> None:
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("gpu-check"), help="folder for gpu.json and the trace")
     parser.add_argument("--sections", type=int, nargs="+", choices=range(len(SECTIONS)), default=range(len(SECTIONS)))
@@ -945,11 +945,11 @@ def main() -> None:
 
 
 def run_section(bench: Bench, number: int) -> None:
-    """Run a section and save what is known so far."""
+    """Run a section and save the results so far."""
     section = SECTIONS[number]
     bench.section = f"{number} {section.__name__}"
     try:
-        # As a run has it; features must be right whatever the caller's settings are.
+        # As in a run; features must be right whatever the caller's settings are.
         with nullcontext() if section is correct else environment("auto"):
             section(bench)
     except Exception as caught:

@@ -1,9 +1,10 @@
-"""Kill training at random moments, start it again, and compare the bits of what comes out with an undisturbed run.
+"""Kill training at random moments, restart it, and compare the result bit by bit with that of an undisturbed run.
 
-``python benchmarks/kill.py [--kills 60] [--minutes M] [--seed 0]``: small models on 1, 2 and 4 processes
-with data workers. Every disturbed run is killed several times, also while it resumes and around ``freeze_step``, before
-it may finish. Ends with a table. If anything differs the status is 1, the two run folders stay, and the first tensor
-that differs is printed, from which checkpoint on and by how much.
+    python benchmarks/kill.py [--kills 60] [--minutes M] [--seed 0]
+
+Trains small models on 1, 2 and 4 processes with data workers. Every disturbed run is killed several times, also while
+it resumes and around ``freeze_step``, before it may finish. Ends with a table. If anything differs, the exit status is
+1, the two run folders are kept, and the first differing tensor and checkpoint are printed.
 """
 
 from __future__ import annotations
@@ -32,16 +33,16 @@ from spidr.config import read_config
 SIGNALS = ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT", "SIGHUP")
 KINDS = ("one rank", "all ranks", "data worker", *SIGNALS, "validation", "checkpoint", "freeze", "resume")
 ONCE_SEEN = ("resume", "one rank", "all ranks", "SIGTERM")
-"""After these a run on one process once ended with other weights, which never happened again."""
+"""A run on one process once ended with different weights after these; it has not happened since."""
 
 SETUPS = [("spidr", 1, 1), ("dinosr", 2, 2), ("dinosr", 1, 2), ("spidr", 2, 1), ("spidr", 4, 1), ("dinosr", 4, 2)]
-"""Model, processes and micro-batches of each."""
+"""Model, number of processes and micro-batches."""
 
 FREEZE_STEP = 9
 
 
 def children(pid: int | None) -> list[int]:
-    """Process ids of a process's children: its data workers."""
+    """Ids of a process's children, which are its data workers."""
     try:
         return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text("utf-8").split()]
     except OSError:
@@ -49,7 +50,7 @@ def children(pid: int | None) -> list[int]:
 
 
 def disturb(config: Path, world_size: int, kind: str, seconds: float, rng: random.Random) -> bool:
-    """Run until something bad happens. Returns whether it did before the run had finished."""
+    """Run until something bad happens. Returns whether that was before the end of the run."""
     rank, fault = rng.randrange(world_size), None
     if kind in ("validation", "checkpoint"):
         fault = Fault(kind, rng.randint(1, 3), rank=0 if kind == "checkpoint" else rank)
@@ -59,7 +60,7 @@ def disturb(config: Path, world_size: int, kind: str, seconds: float, rng: rando
         )
     ranks = Ranks(config, world_size, fault)
     if fault is None:
-        # Before all have met, nobody but a launcher can know that one is missing.
+        # Before all processes have joined, only a launcher can know that one is missing.
         while world_size > 1 and "training" not in ranks.log.read_text("utf-8") and ranks.processes[0].is_alive():
             time.sleep(0.01)
         time.sleep(rng.uniform(0, (0.1 if kind == "resume" else 0.6) * seconds))
@@ -73,7 +74,7 @@ def disturb(config: Path, world_size: int, kind: str, seconds: float, rng: rando
 
 
 def tensors(value: Any, name: str = "") -> dict[str, torch.Tensor]:
-    """The tensors in nested containers by their place."""
+    """The tensors in nested containers, by path."""
     if isinstance(value, torch.Tensor):
         return {name: value}
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple)) else ()
@@ -81,7 +82,7 @@ def tensors(value: Any, name: str = "") -> dict[str, torch.Tensor]:
 
 
 def first_difference(found: Path, expected: Path) -> str:
-    """Which tensor differs first between the checkpoints of two runs, from which one on, and by how much."""
+    """The first tensor that differs between two runs, in which checkpoint, and by how much."""
     paths = sorted(expected.glob("step_*.pt"), key=lambda path: int(path.stem[5:]))
     for path in [*paths, expected / "final.pt"]:
         if not (found / path.name).exists():
@@ -98,8 +99,8 @@ def first_difference(found: Path, expected: Path) -> str:
 def main() -> int:
     """Run the command line. Returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--kills", type=int, default=60, help="how many kills at least (default: %(default)s)")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after so many (default: when done)")
+    parser.add_argument("--kills", type=int, default=60, help="minimum number of kills (default: %(default)s)")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after this time (default: when done)")
     parser.add_argument("--seed", type=int, default=0, help="seed of kinds and moments (default: %(default)s)")
     args = parser.parse_args()
     rng = random.Random(args.seed)
@@ -107,7 +108,7 @@ def main() -> int:
     runs = different = 0
     folder = Path(tempfile.mkdtemp(prefix="kill-"))
     manifest = write_recordings(folder / "data", count=24)
-    warm_up = CONTEXT.Process(target=int)  # the server's start is no part of a run
+    warm_up = CONTEXT.Process(target=int)  # starts the fork server, which is not part of a run
     warm_up.start()
     warm_up.join()
     few = write_recordings(folder / "few", count=4)

@@ -1,12 +1,11 @@
-"""Does a small model learn phonetic units from an hour of speech? SpidR, DinoSR and k-means, on the same speakers.
+"""Compare SpidR, DinoSR and k-means: does a small model learn phonetic units from an hour of speech?
 
     python benchmarks/learning.py SPEECH OUTPUT [--only baselines] [--seeds 0 1 2] [--starts random warm]
 
-SPEECH holds ``audio/``, ``alignments.jsonl`` (with speaker, gender and duration) and ``phoneme.item``. The speakers are
-split, 45 minutes to train on, the others to validate; everything is measured on the latter. OUTPUT gets the manifests,
-the runs, ``results.jsonl`` (one line for each system, seed and layer) and ``table.md``. The baselines take a minute,
-each of the trainings three on one core, a warm start (:mod:`spidr.warm_start`) six; what is in ``results.jsonl`` is not
-done again, and an interrupted run goes on.
+SPEECH holds ``audio/``, ``alignments.jsonl`` (with speaker, gender and duration) and ``phoneme.item``. 45 minutes of
+speakers are for training; everything is measured on the others. OUTPUT gets the manifests, the runs, ``results.jsonl``
+(one line per system, seed and layer) and ``table.md``. On one core, the baselines take a minute, each training three,
+a warm start (:mod:`spidr.warm_start`) six. Interrupt it at any time and rerun it to resume.
 """
 
 import argparse
@@ -56,7 +55,7 @@ def prepare(speech: Path, output: Path) -> None:
     for row in rows:
         speaker = row["gender"], row["speaker"]
         minutes[speaker] = minutes.get(speaker, 0) + row["duration"] / 60
-    # By turns a woman and a man, so that both halves have both.
+    # Women and men alternate, so that both halves have both.
     by_gender = [sorted(s for s in minutes if s[0] == gender) for gender in sorted({gender for gender, _ in minutes})]
     turns = sorted((i, speaker) for speakers in by_gender for i, speaker in enumerate(speakers))
     train: set[str] = set()
@@ -87,7 +86,7 @@ def prepare(speech: Path, output: Path) -> None:
 
 
 def smoothed(waveforms: torch.Tensor, shapes: Sequence[tuple[int, int, int]]) -> torch.Tensor:
-    """What a warm start imitates, before standardisation and weights."""
+    """A warm start's targets, before standardisation and weights."""
     x = cepstra(waveforms, shapes)
     return smooth_and_slope(x, torch.tensor([x.shape[1]]))
 
@@ -135,11 +134,11 @@ class Results:
         )
 
     def has(self, system: str, seed: int) -> bool:
-        """Whether a system has been measured."""
+        """Whether a system has already been measured."""
         return any((line["system"], line["seed"]) == (system, seed) for line in self.lines)
 
     def add(self, system: str, seed: int, rows: list[dict[str, Any]]) -> None:
-        """Keep the rows of a system, together."""
+        """Store all rows of a system."""
         self.lines += [{"system": system, "seed": seed, **row} for row in rows]
         self.path.write_text("".join(json.dumps(line) + "\n" for line in self.lines), encoding="utf-8")
         print(f"{system}, seed {seed}: {rows}", flush=True)
@@ -159,7 +158,7 @@ class Results:
 
 
 def measure(output: Path, of_features: ABX, units: dict[str, np.ndarray], size: int, scorer: Scorer) -> dict[str, Any]:
-    """Unit quality and ABX of the units, beside the ABX of the features that they were made of."""
+    """Unit quality and ABX of the units, and the ABX of the features they were made from."""
     phones = read_alignments(output / "alignments.jsonl")
     data: Any = {name: (phones[name], sequence) for name, sequence in units.items()}
     quality = units_quality(data, num_units=size, num_phones=100)
@@ -174,7 +173,7 @@ def measure(output: Path, of_features: ABX, units: dict[str, np.ndarray], size: 
 
 
 def baselines(output: Path, sizes: list[int], seeds: list[int], results: Results, scorer: Scorer) -> None:
-    """k-means on log-mel frames, on cepstra, and on what a warm start imitates."""
+    """k-means on log-mel frames, on cepstra, and on a warm start's targets."""
     ones = torch.ones(1)
     for name, compute, scale in (
         ("log-mel", log_mel, ones),
@@ -193,7 +192,7 @@ def baselines(output: Path, sizes: list[int], seeds: list[int], results: Results
 
 
 def train(output: Path, config: Path, start: str, seed: int) -> tuple[Path, str]:
-    """Train a configuration, if that is not done yet, and return the run's folder and what to call the system."""
+    """Train a configuration unless that is done. Returns the run's folder and the system's name."""
     cfg = to_dict(read_config(config))
     system = config.stem if start == "random" else f"{config.stem}, {start}"
     name = system.replace(", ", "-") + f"-{seed}"
@@ -215,14 +214,14 @@ def train(output: Path, config: Path, start: str, seed: int) -> tuple[Path, str]
 
 
 def timed(name: str, module: str, *arguments: Path) -> None:
-    """Run a module and say what it cost."""
+    """Run a module and print its processor time."""
     before = cpu_minutes()
     subprocess.run([sys.executable, "-m", module, *map(str, arguments)], check=True)
     print(f"{name}: {cpu_minutes() - before:.1f} minutes of processor time", flush=True)
 
 
 def cpu_minutes() -> float:
-    """Processor time of all processes that this one has started and that have ended."""
+    """Processor time of all child processes that have ended."""
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return (usage.ru_utime + usage.ru_stime) / 60
 
@@ -243,7 +242,7 @@ def measure_units(output: Path, checkpoint: Path, system: str, seed: int, result
 
 
 def measure_k_means(output: Path, checkpoint: Path, system: str, seed: int, results: Results, scorer: Scorer) -> None:
-    """Measure k-means on the layers of a checkpoint that have a codebook, with as many units."""
+    """Measure k-means on each layer of a checkpoint that has a codebook, with as many units."""
     if results.has(system, seed):
         return
     model = build_model(checkpoint=checkpoint).eval()
@@ -262,7 +261,7 @@ def main() -> None:
     parser.add_argument("speech", type=Path)
     parser.add_argument("output", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--sizes", type=int, nargs="+", default=[64], help="numbers of units of k-means")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[64], help="numbers of k-means units")
     parser.add_argument(
         "--configs",
         type=Path,

@@ -1,9 +1,9 @@
-"""What batches of varying length cost on a CPU, with PyTorch's caches of compiled operations and with smaller ones.
+"""Time batches of varying length on a CPU, with PyTorch's caches of compiled operations and with smaller ones.
 
     python benchmarks/lengths.py [--size SIZE] [--steps N]
 
-One process for each takes the same training steps, every batch of another length. Shows the median time of a step per
-second of speech, and the memory of the process as it grows.
+For each cache size, a process takes the same training steps, every batch of a different length. Prints the median time
+of a step per second of speech, and the process's memory as it grows.
 """
 
 import argparse
@@ -37,7 +37,7 @@ def worker(size: str, steps: int) -> None:
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", default="quickstart", help="shape of the model, see speed.py")
     parser.add_argument("--steps", type=int, default=200)
@@ -48,7 +48,7 @@ def main() -> None:
         return
     from spidr.tools.threads import CAPACITIES
 
-    print(f"| entries | ms for a second of speech | GB after 2 steps | {args.steps // 2} | {args.steps} |")
+    print(f"| entries | ms per second of speech | GB after 2 steps | {args.steps // 2} | {args.steps} |")
     print("| --- |" + " --- |" * 4, flush=True)
     for chosen in ({}, CAPACITIES):
         command = [sys.executable, __file__, "--worker", "--size", args.size, "--steps", str(args.steps)]

@@ -1,18 +1,18 @@
-"""How fast the models are: this package, published ones (0.1.2, 0.2.0) and HuBERT of ``transformers``, side by side.
+"""Compare the speed of this package, the published ones (0.1.2, 0.2.0) and HuBERT in ``transformers``.
 
     python benchmarks/speed.py [--published PYTHON ...] [--rows NAME ...] [--dtypes NAME ...] [--size SIZE]
 
-Every system is a process of its own that stays for the whole run; they take turns, on the same inputs, and the median
-of each counts. ``--published`` names Pythons of environments with published versions: each model gets the weights of
-ours through a checkpoint, and its features and loss are compared. HuBERT-base takes part where ``transformers`` is
-installed, with random weights and a loss of masked prediction. The limit is the speed of a large matrix product, by the
-faster of MKL and oneDNN, measured in between. Memory is that of two steps in a fresh process, over what it had after
-its imports. bfloat16 (autocast) is measured where the machine multiplies it natively, or when asked for. This package
-keeps its memory as its training command does.
+Each system has its own process for the whole run. They take turns on the same inputs, and the table shows medians.
+``--published`` names Pythons of environments with published versions: each gets our model's weights from a checkpoint,
+and its features and loss are compared with ours. HuBERT-base, with random weights and a masked-prediction loss, takes
+part if ``transformers`` is installed. The limit is the speed of a large matrix product, with the faster of MKL and
+oneDNN, measured in between. Memory is that of two steps in a fresh process, beyond what its imports took. bfloat16
+(autocast) is measured if the machine multiplies it natively, or on request. This package keeps its memory, as its
+training command does.
 
-``--processor-time`` counts processor seconds of one thread: for a machine with other work. ``--size`` takes the quick
-start's shape, or one so small that Python's own time shows. ``--compile`` adds this package under ``torch.compile``. A
-run with HuBERT and one published version needs less than 20 GB.
+``--processor-time`` counts processor seconds of one thread, for a machine with other work. ``--size`` selects the quick
+start's shape, or one so small that Python's own time matters. ``--compile`` adds this package under ``torch.compile``.
+A run with HuBERT and one published version needs less than 20 GB.
 """
 
 from __future__ import annotations
@@ -64,10 +64,10 @@ SIZES: dict[str, dict[str, Any]] = {
 """Settings of the models."""
 
 LENGTHS = {"base": (8, (3, 6, 10, 15)), "quickstart": (5, (3, 6, 10)), "tiny": (1, (1, 2))}
-"""Seconds of the four utterances of a step, and of single utterances."""
+"""Durations of the four utterances of a step, and of single utterances, in seconds."""
 
 TIMES = {"base": 1, "quickstart": 5, "tiny": 20}
-"""How often a system does the same in its turn: what is small takes longer right after a pause."""
+"""Repetitions within a system's turn: small work takes longer right after a pause."""
 
 ROWS = ("step", "features", "units", "memory")
 TARGETS = {"step": 2.0, "features": 1.7, "units": 2.4, "memory": 1 / 0.6}
@@ -92,7 +92,7 @@ def inputs(size: str) -> tuple[Tensor, Tensor, list[Tensor]]:
 
 
 class Spidr:
-    """SpidR of whichever ``spidr`` is installed, through names that both versions have."""
+    """SpidR from the installed ``spidr``, through names that all versions have."""
 
     def __init__(self, size: str, *, compiled: bool) -> None:
         from spidr.config import OptimizerConfig, SpidRConfig
@@ -127,7 +127,7 @@ class Spidr:
         self.model.update_ema(self.steps)
 
     def masked(self, mask: Tensor) -> dict[str, Tensor]:
-        """The masked frames as this version takes them."""
+        """The masked frames, in the form that this version takes."""
         if "mask" in inspect.signature(self.model.forward).parameters:
             return {"mask": mask}
         return {"mask_indices": mask.nonzero()[:, 1].view(len(mask), -1)}
@@ -187,9 +187,9 @@ class Hubert:
 
 
 def worker(system: str, size: str, folder: Path, clock: Callable[[], float]) -> None:
-    """Answer requests, one a line, until there are no more."""
+    """Answer requests, one per line, until there are no more."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # whatever libraries print goes elsewhere
+    os.dup2(2, 1)  # what libraries print must not mix with answers
     if system == "here":
         from spidr.tools.threads import keep_memory
 
@@ -231,18 +231,18 @@ def _peak_memory() -> int:
 
 
 class Process:
-    """A system in a process of its own."""
+    """A system in its own process."""
 
     def __init__(self, python: str, system: str, args: argparse.Namespace, folder: Path) -> None:
         command = [python, __file__, "--worker", system, "--folder", str(folder), "--size", args.size]
         command += ["--processor-time"] if args.processor_time else []
-        # Else the other environment would measure this package.
+        # Otherwise the other environment would measure this package.
         environ = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         environ |= {"OMP_NUM_THREADS": "1"} if args.processor_time else {}
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environ)
 
     def ask(self, task: str, dtype: str = "float32") -> float:
-        """Seconds for a task; GB for "memory"."""
+        """Seconds for a task, or GB for "memory"."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         time.sleep(0.3)  # OpenMP's threads in the process that has just answered spin for 0.2 s
@@ -261,7 +261,7 @@ class Process:
 
 
 def matrix_product(dtype: str, size: int, clock: Callable[[], float]) -> float:
-    """TFLOP/s of a square matrix product, by the faster of PyTorch's own library and oneDNN."""
+    """TFLOP/s of a square matrix product, with the faster of PyTorch's own library and oneDNN."""
     a, b = (torch.randn(size, size, dtype=getattr(torch, dtype)) for _ in range(2))
     ways: list[Callable[[], Tensor]] = [lambda: a @ b]
     if hasattr(torch.ops.mkldnn, "_linear_pointwise"):
@@ -276,18 +276,18 @@ def matrix_product(dtype: str, size: int, clock: Callable[[], float]) -> float:
 
 
 def clock_of(args: argparse.Namespace) -> Callable[[], float]:
-    """What measures time."""
+    """The clock."""
     return time.process_time if args.processor_time else time.perf_counter
 
 
 def version_of(python: str) -> str:
-    """``spidr`` and the version that an environment has."""
+    """``spidr`` and its version in an environment."""
     code = "import importlib.metadata as m; print('spidr', m.version('spidr'))"
     return subprocess.run([python, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
 
 
 def step_tflop(size: str) -> float:
-    """Of a training step, from the formula that training logs."""
+    """TFLOP of a training step, by the formula that training logs."""
     from spidr.config import SpidRConfig
     from spidr.models.flops import step_flops
 
@@ -297,7 +297,7 @@ def step_tflop(size: str) -> float:
 
 
 def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Everything that was asked for: {"times": {dtype: {row: {system: [...]}}}, ...}."""
+    """Measure all that was asked for: {"times": {dtype: {row: {system: [...]}}}, ...}."""
     pythons = {"here": sys.executable}
     pythons |= {version_of(python): python for python in args.published}
     if importlib.util.find_spec("transformers") and not args.no_hubert:
@@ -309,7 +309,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     for system, python in pythons.items():
         processes[system] = Process(python, system, args, folder)
         if system != "hubert":
-            processes[system].ask("compare")  # the first one writes the weights that the others read
+            processes[system].ask("compare")  # the first system writes the weights that the others read
     versions = [name for name in processes if name.startswith("spidr ")]
     for version in versions:
         ours, theirs = (torch.load(folder / f"{name}.pt", weights_only=True) for name in ("here", version))
@@ -327,7 +327,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
                     if name in times:
                         taken = process.ask(row, dtype)
                         print(f"{dtype} {row} {name} {taken:.2f} s, matrix product {peaks[-1]:.3f}", file=sys.stderr)
-                        if repetition:  # the first is to warm up
+                        if repetition:  # the first one warms up
                             times[name].append(taken)
                         elif name == "compiled":
                             results["compile_seconds"][f"{row}, {dtype}"] = taken
@@ -378,17 +378,17 @@ def table(results: dict[str, Any], size: str) -> str:
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     native = ["float32", "bfloat16"] if torch.ops.mkldnn._is_mkldnn_bf16_supported() else ["float32"]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--published", nargs="+", default=[], help="pythons of environments with published versions")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
     parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16"], default=native)
     parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--compile", action="store_true", help="measure torch.compile too")
+    parser.add_argument("--compile", action="store_true", help="also measure torch.compile")
     parser.add_argument("--no-hubert", action="store_true", help="leave HuBERT out")
     parser.add_argument("--json", type=Path, help="write every measurement here")
-    parser.add_argument("--size", choices=SIZES, default="base", help="shape of the models")
+    parser.add_argument("--size", choices=SIZES, default="base", help="shape of the model")
     parser.add_argument("--processor-time", action="store_true", help="processor seconds of one thread")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)

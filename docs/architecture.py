@@ -1,4 +1,4 @@
-"""``python docs/architecture.py``: draw ``docs/images/architecture.svg``, what SpidR computes in a training step."""
+"""Draw ``docs/images/architecture.svg``, a training step of SpidR: ``python docs/architecture.py``."""
 
 import math
 import random
@@ -16,7 +16,7 @@ parts: list[str] = []
 def text(
     x: float, y: float, words: str, *, size: int = 14, colour: str = INK, anchor: str = "middle", weight: int = 400
 ) -> None:
-    """Write a line of text around ``x``."""
+    """Write a line of text at ``x``."""
     parts.append(
         f'<text x="{x:g}" y="{y:g}" font-size="{size}" font-weight="{weight}" fill="{colour}" text-anchor="{anchor}">'
         f"{words}</text>"
@@ -24,7 +24,7 @@ def text(
 
 
 def box(x: float, y: float, width: float, height: float, colour: str, *lines: str, size: int = 14) -> None:
-    """Draw a rounded box with lines of text in its middle."""
+    """Draw a rounded box with centred lines of text."""
     parts.append(
         f'<rect x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" rx="6" fill="{PALE[colour]}" '
         f'stroke="{colour}" stroke-width="1.4"/>'
@@ -64,7 +64,7 @@ def frames(x: float, y: float, masked: set[int]) -> None:
 
 
 def stack(x: float, y: float, colour: str, name: str, note: str) -> list[float]:
-    """Draw a transformer. Returns the heights of its layers that have a codebook, from the top."""
+    """Draw a transformer. Returns the y positions of the layers with a codebook, from the top."""
     text(x + 80, y - 24, name, size=15, colour=colour, weight=600)
     text(x + 80, y - 8, note, size=12, colour=SOFT)
     for i, label in enumerate(LAYERS):
@@ -80,7 +80,7 @@ def draw() -> str:
     box(174, 196, 118, 78, SOFT, "convolutions,", "projection")
     text(233, 290, "50 frames a second", size=12, colour=SOFT)
 
-    # The teacher sees all frames, the student those that are not masked.
+    # The teacher sees all frames, the student only unmasked ones.
     arrow((292, 220), (312, 220), (312, 120), (330, 120))
     arrow((292, 250), (312, 250), (312, 364), (330, 364))
     frames(334, 109, set())

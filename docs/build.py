@@ -1,6 +1,6 @@
-"""``python docs/build.py [FOLDER]``: the guides and the reference of the Python API as one site.
+"""Build the guides and the API reference as one site: ``python docs/build.py [FOLDER]``, by default in ``docs/build``.
 
-It goes to ``docs/build`` by default. Needs the extra ``docs``. A warning is an error. Nothing is fetched.
+It needs the extra ``docs`` and no network. Warnings are errors.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""Settings of the site: see ``build.py``."""
+"""Sphinx configuration: see ``build.py``."""
 
 import ast
 import dataclasses
@@ -24,7 +24,7 @@ html_theme = "furo"
 html_title = f"SpidR {version}"
 html_copy_source = False
 myst_enable_extensions = ["colon_fence"]
-suppress_warnings = ["ref.python"]  # a name that is also known elsewhere
+suppress_warnings = ["ref.python"]  # names with more than one target
 myst_heading_anchors = 3
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
@@ -47,17 +47,17 @@ REFERENCE = {
     "slurm": "SLURM",
     "tools": "Tools",
 }
-"""Pages of the reference: a package or module, and its title. All others are on the page of `train`."""
+"""Pages of the reference: packages or modules and their titles. All other modules are on the page `train`."""
 
 
 def write_reference(app: Sphinx) -> None:
-    """Write a page for each part of the package, and one with all settings."""
+    """Write a page per part of the package, and one with all settings."""
     folder = Path(app.srcdir) / "reference"
     folder.mkdir(exist_ok=True)
     found = list(pkgutil.walk_packages(spidr.__path__, "spidr."))
     packages = {module.name for module in found if module.ispkg}  # their names are documented where they are defined
     names = [module.name for module in found]
-    hidden = ("__main__", ".components", ".utils")  # and what other packages import from the published one
+    hidden = ("__main__", ".components", ".utils")  # like .compat, kept for code written for the published package
     names = [name for name in names if not name.endswith(hidden) and ".compat" not in name]
     pages: dict[str, list[str]] = {part: [] for part in REFERENCE}
     for name in names:
@@ -78,8 +78,8 @@ def write_reference(app: Sphinx) -> None:
 
 
 def settings() -> str:
-    """All settings with their defaults and what `config.py` says beside them, section by section."""
-    text = "Settings\n========\n\nOf a configuration file, TOML or JSON, holding only what differs from a default.\n"
+    """All settings with their defaults and comments in ``config.py``, section by section."""
+    text = "Settings\n========\n\nA configuration file (TOML or JSON) lists only what differs from these defaults.\n"
     sections = {
         "run": config.RunConfig,
         "run.slurm_validation": config.SlurmConfig,
@@ -99,7 +99,7 @@ def settings() -> str:
 
 
 def default(field: dataclasses.Field[object]) -> str:
-    """The default of a setting, as a file has it."""
+    """The default of a setting, as written in a file."""
     value = field.default if field.default is not dataclasses.MISSING else field.default_factory
     if value in (dataclasses.MISSING, REQUIRED):
         return "required"
@@ -108,7 +108,7 @@ def default(field: dataclasses.Field[object]) -> str:
 
 
 def comments(cls: type) -> dict[str, str]:
-    """What stands beside each field of a dataclass."""
+    """The comment beside each field of a dataclass."""
     source = inspect.getsource(cls)
     at = {
         token.start[0]: token.string[2:]
@@ -120,7 +120,7 @@ def comments(cls: type) -> dict[str, str]:
 
 
 def write(path: Path, text: str) -> None:
-    """Write a file if it has changed, so that nothing is built twice."""
+    """Write a file only if it has changed, so that Sphinx does not rebuild it."""
     if not path.exists() or path.read_text(encoding="utf-8") != text:
         path.write_text(text, encoding="utf-8")
 

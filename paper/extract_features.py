@@ -1,9 +1,9 @@
-"""Features of one layer of a model: OUTPUT/<file stem>.pt, float32 (frames, dimensions), 50 frames a second.
+"""Write the features of one layer of a model: OUTPUT/<file stem>.pt, float32 (frames, dimensions), 50 frames a second.
 
     python paper/extract_features.py MANIFEST OUTPUT [--layer 6] [--checkpoint spidr_base]
 
-What figures 8 and 9 are drawn from, and what fastabx reads. `python -m spidr.extract features` is the same with more
-options. Takes as long as the model needs for the recordings; the same command resumes where it was interrupted.
+Figures 8 and 9 are drawn from these, and fastabx reads them. `python -m spidr.extract features` does the same with more
+options. It takes as long as the model needs for the recordings; interrupt it at any time and rerun it to resume.
 """
 
 from __future__ import annotations

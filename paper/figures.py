@@ -3,10 +3,10 @@
     python paper/figures.py [--only 2,7,…] [--output DIR]
                             [--features DIR …] [--units FILE] [--alignments FILE]
 
-2 to 7 and 11 to 16 come from the measured values in paper/results and from the package itself (schedules, masks), and
-take twenty seconds. 8 and 9 (t-SNE of phone embeddings) need features and alignments, 10 (phones given units) needs
-units and alignments, of LibriSpeech dev-clean in the paper: a minute for 3,000 phones. Without them they are left
-out, and what is missing is said.
+Figures 2 to 7 and 11 to 16 come from the measured values in paper/results and from the package itself (schedules,
+masks), and take twenty seconds. Figures 8 and 9 (t-SNE of phone embeddings) need features and alignments, and 10
+(phones given units) needs units and alignments (LibriSpeech dev-clean in the paper): a minute for 3,000 phones.
+Without these files, the script skips the figures and says what is missing.
 """
 
 from __future__ import annotations
@@ -55,15 +55,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         type=Path,
         nargs="+",
         metavar="DIR",
-        help="8, 9: from paper/extract_features.py (default: none, they are left out)",
+        help="8, 9: from paper/extract_features.py (default: skip them)",
     )
     parser.add_argument("--segments", type=int, default=3000, help="8, 9: phones to draw (default: %(default)s)")
     parser.add_argument(
-        "--units", type=Path, metavar="FILE", help="10: from python -m spidr.extract units (default: left out)"
+        "--units", type=Path, metavar="FILE", help="10: from python -m spidr.extract units (default: skip it)"
     )
     parser.add_argument("--num-units", type=int, default=256, help="10: size of the codebook (default: %(default)s)")
     parser.add_argument(
-        "--alignments", type=Path, metavar="FILE", help="8, 9, 10: phones in JSON lines (default: left out)"
+        "--alignments", type=Path, metavar="FILE", help="8, 9, 10: phones in JSON lines (default: skip them)"
     )
     args = parser.parse_args(argv)
     for number in args.only or NUMBERS:
@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if missing and args.only:
             raise InputError(f"figure {number} needs {' and '.join(missing)} (see --help)")
         if missing:
-            write_result(f"figure {number}: left out, it needs {' and '.join(missing)}\n")
+            write_result(f"figure {number}: skipped, it needs {' and '.join(missing)}\n")
     for number, figure in _draw(args):
         for path in save(figure, args.output, f"figure{number}"):
             write_result(f"{path}\n")

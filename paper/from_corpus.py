@@ -1,4 +1,4 @@
-"""Figures of what was extracted from a corpus: phone embeddings (8, 9) and P(phone | unit) (10)."""
+"""Figures of features and units extracted from a corpus: phone embeddings (8, 9) and P(phone | unit) (10)."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ from matplotlib.patheffects import withStroke
 from sklearn.manifold import TSNE
 from style import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILLION, WIDTH, YELLOW, new_figure
 
-from spidr.data.alignments import match_alignments, read_alignments
+from spidr.data.alignments import read_alignments
+from spidr.data.names import match_names
 from spidr.data.units import read_units
 from spidr.evaluate import FeatureFolder
 from spidr.models.metrics import proba_phone_code
 from spidr.tools.errors import InputError
 
 FRAMES = 2
-"""Frames of an alignment (10 ms) to one of the model (20 ms)."""
+"""Alignment frames (10 ms) per model frame (20 ms)."""
 SILENCE = {"SIL", "SPN", "sil", "spn", "sp", ""}
 CLASSES = {
     "vowels": (BLUE, "AA AE AH AO EH ER IH IY UH UW"),
@@ -41,19 +42,19 @@ Segments = tuple[np.ndarray, list[str], list[str]]
 
 
 def phone_segments(features: Path, alignments: Mapping[str, list[str]], limit: int, seed: int = 0) -> Segments:
-    """Mean features of phone segments, silences left out.
+    """Mean features of phone segments, without silences.
 
     Args:
         features: Folder of ``NAME.pt`` or ``NAME.npy``, ``(T, D)`` at 50 Hz.
         alignments: Phones of each recording, one per 10 ms.
-        limit: How many segments to keep, drawn at random.
-        seed: Of the draw.
+        limit: Number of segments to keep, drawn at random.
+        seed: Seed of the draw.
 
     Raises:
-        InputError: No such file, none with an alignment, or one that does not fit its alignment.
+        InputError: There is no such file, none has an alignment, or one does not fit its alignment.
     """
     recordings = FeatureFolder(features)
-    matched = match_alignments(dict(alignments), recordings)
+    matched = {name: alignments[found] for name, found in match_names(dict(alignments), recordings).items()}
     segments = [
         (name, start, stop, phone)
         for name, phones in sorted(matched.items())
@@ -61,14 +62,14 @@ def phone_segments(features: Path, alignments: Mapping[str, list[str]], limit: i
         if phone not in SILENCE
     ]
     if not segments:
-        raise InputError(f"{features}: none of the {len(recordings)} recordings is aligned, {min(recordings)} for one.")
+        raise InputError(f"{features}: none of the {len(recordings)} recordings is aligned, such as {min(recordings)}.")
     chosen = np.random.default_rng(seed).permutation(len(segments))[:limit]
     means, phones, speakers = [], [], []
     loaded: tuple[str, np.ndarray] = ("", np.empty(0))
     for name, start, stop, phone in (segments[index] for index in sorted(chosen)):
         if loaded[0] != name:
             loaded = (name, _fitting(recordings[name], len(matched[name]), features / name))
-        # Frames of the model whose middle lies in the segment, at least one.
+        # Model frames centred in the segment, at least one.
         first = min((start + FRAMES // 2) // FRAMES, len(loaded[1]) - 1)
         last = max(first + 1, (stop + FRAMES // 2) // FRAMES)
         means.append(loaded[1][first:last].mean(0))
@@ -97,9 +98,9 @@ def embed(features: np.ndarray, seed: int = 0) -> np.ndarray:
 
 
 def embeddings(folders: Sequence[Path], alignments: Path, limit: int) -> tuple[Figure, Figure]:
-    """Figures 8 and 9. t-SNE of phone segments (mean features): colours are phone classes (8), speakers (9).
+    """Figures 8 and 9. t-SNE of phone segments (mean features), coloured by phone class (8) and speaker (9).
 
-    A good layer keeps phones apart and speakers together. One panel for each folder: layers, or models, to compare.
+    A good layer separates phones and mixes speakers. There is one panel per folder, to compare layers or models.
     """
     aligned = read_alignments(alignments)
     panels = []
@@ -130,7 +131,7 @@ def embeddings(folders: Sequence[Path], alignments: Path, limit: int) -> tuple[F
 
 
 def scatter(ax: Axes, points: np.ndarray, groups: Sequence[str], colors: Mapping[str, str]) -> None:
-    """Draw the points of each group in its color, and all others in grey."""
+    """Draw the points of each group in its colour, and all others in grey."""
     groups_array = np.array(groups)
     others = ~np.isin(groups_array, list(colors))
     if others.any():
@@ -146,20 +147,20 @@ def scatter(ax: Axes, points: np.ndarray, groups: Sequence[str], colors: Mapping
 
 
 def width_of_points(columns: int) -> float:
-    """How wide the points of a panel are on paper, about, in 1/72 inch."""
+    """Approximate width of a panel's points on paper, in 1/72 inch."""
     return 72 * 0.8 * WIDTH / columns
 
 
 def name_phones(ax: Axes, points: np.ndarray, phones: Sequence[str], width: float) -> None:
-    """Write each phone at the median of its points, frequent ones first, unless another is written there.
+    """Write each phone at the median of its points, frequent phones first, unless another label is in the way.
 
     Args:
         ax: The panel.
         points: (N, 2).
-        phones: Of the points.
-        width: Of the points on paper, in 1/72 inch.
+        phones: One per point.
+        width: Width of the points on paper, in 1/72 inch.
     """
-    room = np.array([13, 8]) * np.ptp(points, axis=0).max() / width  # what a name takes
+    room = np.array([13, 8]) * np.ptp(points, axis=0).max() / width  # the size of a label
     taken: list[np.ndarray] = []
     for phone, count in Counter(phones).most_common():
         place = np.median(points[np.array(phones) == phone], axis=0)
@@ -170,11 +171,11 @@ def name_phones(ax: Axes, points: np.ndarray, phones: Sequence[str], width: floa
 
 
 def phones_given_units(units: Path, alignments: Path, num_units: int = 256) -> Figure:
-    """Figure 10. P(phone | unit): units in the order of their most likely phone, phones by frequency.
+    """Figure 10. P(phone | unit), with units ordered by their most likely phone and phones by frequency.
 
     Args:
-        units: At 50 Hz, see :func:`spidr.data.units.read_units`.
-        alignments: See :func:`spidr.data.alignments.read_alignments`.
+        units: Units at 50 Hz, see :func:`spidr.data.units.read_units`.
+        alignments: Alignments, see :func:`spidr.data.alignments.read_alignments`.
         num_units: Size of the codebook.
     """
     data = aligned_units(units, alignments)
@@ -198,8 +199,9 @@ def phones_given_units(units: Path, alignments: Path, num_units: int = 256) -> F
 def aligned_units(units: Path, alignments: Path) -> dict[str, Any]:
     """Phones (100 Hz) and units (50 Hz) of the recordings that have both."""
     sequences = read_units(units)
-    phones = match_alignments(read_alignments(alignments), sequences)
-    data = {name: (row, sequences[name]) for name, row in phones.items() if len(sequences[name])}
+    phones = read_alignments(alignments)
+    matched = match_names(phones, sequences).items()
+    data = {name: (phones[found], sequences[name]) for name, found in matched if len(sequences[name])}
     if not data:
-        raise InputError(f"{units}: none of these {len(sequences)} recordings is aligned in {alignments}.")
+        raise InputError(f"{units}: none of the {len(sequences)} recordings is aligned in {alignments}.")
     return data

@@ -1,4 +1,4 @@
-"""Figures of what the package does: learning-rate and teacher schedules (5), masks (6)."""
+"""Figures computed by the package: learning-rate and teacher schedules (5), masks (6)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FRAME_SECONDS = 0.02
 
 
 def schedules() -> Figure:
-    """Figure 5. Learning rate, and decay of the teacher of SpidR and DinoSR, over the 400,000 steps of the paper."""
+    """Figure 5. Learning rate and teacher decay of SpidR and DinoSR over the paper's 400,000 steps."""
     optimizer, spidr, dinosr = OptimizerConfig(), SpidRConfig(), DinoSRConfig()
     steps = np.arange(0, optimizer.max_steps + 1, 500)
     rates = [optimizer.lr * lr_factor(int(step), optimizer) for step in steps]
@@ -58,12 +58,12 @@ def schedules() -> Figure:
 
 
 def masks(rows: int = 8, seconds: int = 10) -> Figure:
-    """Figure 6. Masks of some utterances, and how long the masked stretches are that overlapping spans make."""
+    """Figure 6. Masks of some utterances, and the lengths of masked stretches, as overlapping spans merge."""
     cfg = MaskingConfig()
     frames = int(seconds / FRAME_SECONDS) - 1
     draw = MaskGenerator(cfg).frames.draw
     shown = _dense(draw(np.full(rows, frames), [np.random.default_rng(5)]), frames)
-    # One utterance at a time, as cutting rows to the same number of masked frames breaks stretches.
+    # One utterance at a time: equalising the number of masked frames in a batch would break stretches.
     many = [_dense(draw(np.full(1, frames), [np.random.default_rng(seed)]), frames)[0] for seed in range(2000)]
     lengths = np.concatenate([lengths_of_runs(mask) for mask in many]) * FRAME_SECONDS * 1000
     figure, (top, bottom) = new_figure(2.9, 2, height_ratios=[1.25, 1])
@@ -96,6 +96,6 @@ def _dense(positions: np.ndarray, frames: int) -> np.ndarray:
 
 
 def lengths_of_runs(mask: np.ndarray) -> np.ndarray:
-    """Lengths of the stretches of True."""
+    """Lengths of the runs of True."""
     edges = np.flatnonzero(np.diff(np.concatenate([[False], mask, [False]])))
     return edges[1::2] - edges[::2]

@@ -1,4 +1,4 @@
-"""Figures of the paper's measured values: 2 to 4, 7 and 11 to 16."""
+"""Figures of the paper's measured values (2 to 4, 7 and 11 to 16)."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from published import BEST_LAYER, METRICS, MODELS, perplexities, pretraining_hou
 from style import BLUE, GREY, MODEL_STYLES, ORANGE, legend_only, model_handle, new_figure
 
 LM_HOURS = 6000
-"""Hours of speech of the spoken language models that are compared by layer."""
+"""Hours of training data of the spoken language models that are compared by layer."""
 MAIN_TASKS = ("swuggy_all", "sblimp", "tsc")
 ALL_LAYERS = ("spidr", "hubert")
-"""Models whose spoken language models were trained on the units of every layer: figures 13 and 14."""
+"""Models with a spoken language model for the units of every layer (figures 13 and 14)."""
 LINES = {"continuous": "-", "probabilities": "--", "codebooks": "-", "kmeans": "--", "text": ":"}
 SHORT = {"dinosr_original": "DinoSR (orig.)", "dinosr_reproduced": "DinoSR (repr.)"}
 
 
 def perplexity_while_training() -> Figure:
-    """Figure 2. Perplexity of targets and predictions of each layer's codebook, of 256, on dev-clean."""
+    """Figure 2. Perplexity of targets and predictions of each layer's codebook (256 codewords) on dev-clean."""
     table = perplexities().filter(dataset="dev-clean")
     layers = sorted(table["layer"].unique())
     colors = colormaps["viridis"](np.linspace(0, 0.93, len(layers)))
@@ -35,12 +35,12 @@ def perplexity_while_training() -> Figure:
     for ax, (model, metric) in zip(axes, panels, strict=True):
         for layer, color in zip(layers, colors, strict=True):
             line = table.filter(model=model, metric=metric, layer=layer).sort("step")
-            dashes = "--" if layer % 2 else "-"  # colours of neighbours are close
+            dashes = "--" if layer % 2 else "-"  # neighbouring colours are too similar
             ax.plot(line["step"] / 1000, line["value"], dashes, color=color, label=str(layer))
         name = {"spidr": "SpidR", "dinosr": "DinoSR"}[model]
         ax.set_title(f"{name}, {'targets' if metric == 'target_ppl' else 'predictions'}")
         ax.set(xlim=(0, 400), ylim=(40, 256), xticks=[0, 200, 400], yticks=[64, 128, 192, 256])
-    figure.get_layout_engine().set(wspace=0.12)  # labels of neighbours must not touch
+    figure.get_layout_engine().set(wspace=0.12)  # keeps neighbouring labels apart
     figure.supxlabel("Training step (thousands)", fontsize=7)
     figure.supylabel("Perplexity", fontsize=7)
     handles, labels = axes[0].get_legend_handles_labels()
@@ -56,7 +56,7 @@ def spoken_lm_by_hours() -> Figure:
 
 
 def spoken_lm_by_hours_all() -> Figure:
-    """Figure 15. As figure 3: all tasks, units of codebooks and of k-means."""
+    """Figure 15. Like figure 3, for all tasks, with units from codebooks and from k-means."""
     series = [(model, "codebooks") for model in ("spidr", "dinosr_original", "dinosr_reproduced")]
     series += [(model, "kmeans") for model in ("spidr", "dinosr_original", "dinosr_reproduced", "hubert")]
     return _by_hours(("swuggy_all", "swuggy_invocab", "sblimp", "tsc", "ssc"), [*series, ("text", "text")], height=4.4)
@@ -89,7 +89,7 @@ def _by_hours(tasks: Sequence[str], series: Sequence[tuple[str, str]], height: f
 
 
 def pretraining_time() -> Figure:
-    """Figure 4. Hours of pretraining SpidR, 400,000 steps, against the number of GPUs."""
+    """Figure 4. Hours to pretrain SpidR for 400,000 steps, against the number of GPUs."""
     table = pretraining_hours()
     figure, (ax,) = new_figure(2.3)
     for (gpu, compiled), line in table.sort("gpus").group_by("gpu_type", "compile", maintain_order=True):
@@ -118,7 +118,7 @@ def pretraining_time() -> Figure:
 def continuous_by_layer() -> Figure:
     """Figure 7. ABX error (mean of clean, other, within, across) and MAP of words (mean of clean and other) by layer.
 
-    Features and the probabilities that the heads predict.
+    For features and for the probabilities that the heads predict.
     """
     models = ("spidr", "dinosr_original", "dinosr_reproduced", "hubert")
     series = [(model, "continuous") for model in models] + [(model, "probabilities") for model in models[:3]]
@@ -150,7 +150,7 @@ def _by_layer(panels: Iterable[tuple[str, pl.DataFrame]], series: Sequence[tuple
 
 
 def spoken_lm_by_layer() -> Figure:
-    """Figure 12. Accuracy of spoken language models, trained on 6,000 hours, by the layer that the units come from."""
+    """Figure 12. Accuracy of spoken language models trained on 6,000 hours, by the layer their units come from."""
     table = results("spoken_lm").filter(num_units=256, lm_hours=LM_HOURS)
     series = [("spidr", "codebooks"), ("spidr", "kmeans"), ("hubert", "kmeans")]
     figure, axes = new_figure(4.4, 3, 2, sharex=True)
@@ -171,9 +171,9 @@ def spoken_lm_by_layer() -> Figure:
 
 
 def spoken_lm_against_features() -> Figure:
-    """Figure 13. Spoken language models (6,000 hours) against ABX error and MAP of what their units are made from.
+    """Figure 13. Spoken language models (6,000 hours) against ABX error and MAP of the source of their units.
 
-    Units of k-means against features, units of codebooks against the probabilities that the heads predict.
+    The source is the features for k-means units, and the probabilities that the heads predict for codebook units.
     """
     made_from = {"continuous": "kmeans", "probabilities": "codebooks"}
     tables = [
@@ -192,7 +192,7 @@ def spoken_lm_against_units() -> Figure:
 
 
 def spoken_lm_against_superb() -> Figure:
-    """Figure 16. Spoken language models (6,000 hours, units of k-means) against phone and word recognition (SUPERB)."""
+    """Figure 16. Spoken language models (6,000 hours, k-means units) against phone and word recognition (SUPERB)."""
     superb = results("superb").with_columns(representation=pl.lit("kmeans"))
     layers = pl.col.model.replace_strict(BEST_LAYER, return_dtype=pl.Int64)
     tables = [superb.filter(metric=metric).with_columns(layer=layers) for metric in ("per", "asr")]
@@ -200,7 +200,7 @@ def spoken_lm_against_superb() -> Figure:
 
 
 def _against(columns: Sequence[tuple[str, pl.DataFrame]], models: Sequence[str] = tuple(MODELS)) -> Figure:
-    """Accuracies, one row of panels a task, against measures, one column each, with Pearson's r."""
+    """Plot accuracies against measures: a row of panels per task, a column per measure, with Pearson's r."""
     spoken = results("spoken_lm").filter(pl.col.model.is_in(models), num_units=256, lm_hours=LM_HOURS)
     key = ["model", "representation", "layer"]
     figure, axes = new_figure(4.6, len(MAIN_TASKS), len(columns), sharex="col", sharey="row")

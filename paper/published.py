@@ -1,4 +1,4 @@
-"""The paper's measured values (``results/*.csv``) and how its models are called."""
+"""The paper's measured values (``results/*.csv``) and the names of its models."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ BEST_LAYER = {
     "wavlm": 11,
     "wav2vec2": 6,
 }
-"""The layer of each model that the paper takes units from."""
+"""The layer of each model from which the paper takes units."""
 
 REPRESENTATIONS = {
     "continuous": "features",
@@ -72,14 +72,14 @@ METRICS = {
 }
 
 ALIASES = {"dinosr": "dinosr_original", "wavlm_base": "wavlm"}
-"""The same model under another name in a part of the published values."""
+"""Other names of the same models in parts of the published values."""
 
 
 def results(experiment: str, path: Path = FOLDER / "results.csv") -> pl.DataFrame:
-    """The values of one experiment, one a row, in the columns of :data:`SCHEMA`; missing values are left out.
+    """The values of one experiment, one per row, in the columns of :data:`SCHEMA`, without missing values.
 
-    Names are made uniform: models by :data:`ALIASES`, and the representation "codebooks" without a number of units
-    (what the heads predict) is called "probabilities", so that "codebooks" always means discrete units.
+    Names are unified: models by :data:`ALIASES`; the representation "codebooks" without a number of units (the
+    heads' predictions) becomes "probabilities", so that "codebooks" always means discrete units.
     """
     table = pl.read_csv(path, schema=SCHEMA).filter(experiment=experiment).drop_nulls("value")
     onehot = pl.col.model == "spidr_onehot"  # MAP of discrete units

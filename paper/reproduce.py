@@ -3,14 +3,14 @@
     python paper/reproduce.py CHECKPOINT LIBRISPEECH [--layer 6] [--alignments FILE] [--items SET=FILE …] [--output DIR]
 
 CHECKPOINT is a file or a published model (spidr_base, dinosr_base_reproduced, dinosr_base_original). LIBRISPEECH is the
-folder with dev-clean and dev-other, or one of them, as downloaded. Writes manifests, features (layer6/) and units
+folder with dev-clean, dev-other or both, as downloaded. The script writes manifests, features (layer6/) and units
 (layer6.jsonl) to runs/reproduced/MODEL, measures unit quality (with phone alignments) and ABX errors of features and
-units (with item files, through fastabx), and ends in a table of published and reproduced values and their difference
-(table.md, results.csv; paper/tables.py --reproduced takes the latter).
+units (with item files, by fastabx), and ends with a table of published and reproduced values and their difference
+(table.md, results.csv; paper/tables.py --reproduced reads the latter).
 
-The time is that of the model for twice 10.7 hours of speech, then minutes for ABX. Features need 6 GB with the base
-model. The same command resumes where it was interrupted. Values are comparable with the published ones as far as
-alignments and items are those of the paper.
+It takes as long as the model needs to encode 10.7 hours of speech twice, plus minutes for ABX. The base model's
+features take 6 GB. Interrupt it at any time and rerun it to resume. Values compare with the published ones only if
+alignments and items are the paper's.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ with command_needs("paper", __name__):
     import polars as pl
     from published import KEYS, METRICS, REPRESENTATIONS, SCHEMA, results
 
-    from spidr.data.alignments import match_alignments, read_alignments
+    from spidr.data.alignments import read_alignments
+    from spidr.data.names import match_names
     from spidr.data.units import read_units
     from spidr.data.write_manifest import write_manifest
     from spidr.evaluate import evaluate_abx
@@ -81,16 +82,16 @@ def _parser() -> argparse.ArgumentParser:
         help="ABX item files (default: no ABX)",
     )
     parser.add_argument("--output", type=Path, help="folder (default: runs/reproduced/MODEL)")
-    parser.add_argument("--compare", choices=PUBLISHED, help="published model to compare with (default: of its type)")
+    parser.add_argument("--compare", choices=PUBLISHED, help="published model to compare with (default: by model type)")
     parser.add_argument("--device", **DEVICE)
     return parser
 
 
 def reproduce(args: argparse.Namespace) -> pl.DataFrame:
-    """Do what is not yet done, then print and write the table; returns the reproduced values."""
+    """Run the missing steps, print and write the table, and return the reproduced values."""
     sets = [name for name in SETS if (args.librispeech / name).is_dir()]
     if not sets:
-        raise InputError(f"{args.librispeech}: neither {' nor '.join(SETS)} in this folder; expected LibriSpeech's.")
+        raise InputError(f"{args.librispeech}: neither {' nor '.join(SETS)} in this folder; is it LibriSpeech's?")
     items: dict[str, Path] = dict(args.items)
     if unknown := sorted(items.keys() - set(sets)):
         raise InputError(f"--items {unknown[0]}=…: there is no {unknown[0]} in {args.librispeech}.")
@@ -141,7 +142,7 @@ def reproduce(args: argparse.Namespace) -> pl.DataFrame:
     with atomic_write(output / "results.csv") as file:
         table.write_csv(file)
     text = comparison(table) if rows else ""
-    text += "".join(f"- left out, {reason}\n" for reason in missing)
+    text += "".join(f"- skipped, {reason}\n" for reason in missing)
     with atomic_write(output / "table.md") as file:
         file.write(text.encode())
     write_result(text)
@@ -149,7 +150,7 @@ def reproduce(args: argparse.Namespace) -> pl.DataFrame:
 
 
 def _encode(args: argparse.Namespace, sets: Sequence[str], model: DinoSR, layer: int, output: Path) -> Path | None:
-    """Manifests, features in ``layerN/``, units in ``layerN.jsonl``; returns the latter, None without codebook."""
+    """Write manifests, features (``layerN/``) and units (``layerN.jsonl``). Returns the units' path, if any."""
     manifests = [output / f"{name}.csv" for name in sets]
     for name, manifest in zip(sets, manifests, strict=True):
         write_manifest(args.librispeech / name, manifest, ".flac")
@@ -163,23 +164,23 @@ def _encode(args: argparse.Namespace, sets: Sequence[str], model: DinoSR, layer:
 
 
 def _quality(units: Path, alignments: Path, model: DinoSR) -> dict[str, float]:
-    """Unit quality over all aligned recordings, and how many are not."""
+    """Unit quality over all aligned recordings, and the number of unaligned ones."""
     sequences = read_units(units)
-    phones = match_alignments(read_alignments(alignments), sequences)
-    data: Any = {name: (row, sequences[name]) for name, row in phones.items()}
-    inventory = {phone for row in phones.values() for phone in row}
+    phones = read_alignments(alignments)
+    data: Any = {name: (phones[found], sequences[name]) for name, found in match_names(phones, sequences).items()}
+    inventory = {phone for row, _ in data.values() for phone in row}
     quality = units_quality(data, num_units=model.cfg.codebook_size, num_phones=len(inventory))
-    return {**quality._asdict(), "unaligned": len(sequences) - len(phones)}
+    return {**quality._asdict(), "unaligned": len(sequences) - len(data)}
 
 
 def _abx(source: Path, items: Path) -> dict[str, float]:
-    """ABX errors in %, for the conditions that the items allow."""
+    """ABX errors in %, for the conditions that the items cover."""
     errors = evaluate_abx(source, Scorer(read_items(items)))._asdict()
     return {name: 100 * errors[name] for name in ("within", "across") if errors[name] is not None}
 
 
 class _Measured:
-    """Measurements in a folder, done again only if the files that they depend on have changed."""
+    """Measurements kept in a folder and repeated only if their input files have changed."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(exist_ok=True)
@@ -202,7 +203,7 @@ class _Measured:
 
 
 def _fingerprint(path: Path) -> str:
-    """Of a file's content; of a folder, the names, sizes and times of its files."""
+    """Hash a file's content, or the names, sizes and times of a folder's files."""
     if path.is_file():
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()

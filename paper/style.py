@@ -1,4 +1,4 @@
-"""How the figures look: column width, one colour and marker for each model, lines that also differ without colour."""
+"""The style of the figures: column width, a colour and marker per model, lines that differ even without colour."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def new_figure(height: float, rows: int = 1, columns: int = 1, **options: Any) -
 
 
 def legend_only(axes: Axes, handles: list[Line2D], **options: Any) -> None:
-    """Turn a panel into a place for the legend."""
+    """Use a panel for the legend only."""
     axes.axis("off")
     axes.legend(handles=handles, loc="center", **options)
 
@@ -85,7 +85,7 @@ def model_handle(model: str, label: str, **options: Any) -> Line2D:
 
 
 def save(figure: Figure, folder: Path, name: str) -> list[Path]:
-    """Write ``NAME.pdf`` and ``NAME.png``, the same bytes for the same figure."""
+    """Write ``NAME.pdf`` and ``NAME.png``; the same figure gives the same bytes."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{name}.pdf", folder / f"{name}.png"]
     figure.draw_without_rendering()

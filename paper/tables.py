@@ -1,10 +1,10 @@
-"""Write the tables of the SpidR paper as Markdown, LaTeX (booktabs) and CSV: a second.
+"""Write the tables of the SpidR paper as Markdown, LaTeX (booktabs) and CSV; takes a second.
 
     python paper/tables.py [--only NAME …] [--output DIR] [--reproduced FILE …]
 
-ABX error of features and of units, unit quality, spoken language models, SUPERB, pretraining time. The best value of
-each column is bold, and named beneath the table (in CSV: a column of its own). Files of paper/reproduce.py
-(results.csv) add a column of reproduced values beside each published one.
+They cover ABX error of features and of units, unit quality, spoken language models, SUPERB and pretraining time. The
+best value of each column is bold, and listed below the table (in CSV: in the column "best"). With a results.csv of
+paper/reproduce.py, each published value has the reproduced one beside it.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ ROW_KEYS = ["model", "representation", "num_units", "layer", "lm_hours"]
 
 @dataclass
 class Column:
-    """Values of one measure, one a row; None where there is none."""
+    """Values of one measure, one per row; None if missing."""
 
     name: str
     values: list[float | None]
     decimals: int
     best: str = ""
-    """"min", "max" or "" where neither is better."""
+    """"min", "max", or "" if neither is better."""
     topline: frozenset[int] = frozenset()
     """Rows that do not compete."""
 
@@ -68,7 +68,7 @@ class Column:
 
 @dataclass
 class Table:
-    """A table: what each row is, then the measures."""
+    """A table: labels of the rows, then the measures."""
 
     title: str
     heads: list[str]
@@ -76,7 +76,7 @@ class Table:
     columns: list[Column]
 
     def best(self) -> list[tuple[str, str, str]]:
-        """For each measure with one: its name, the best value, and which rows have it."""
+        """Name, best value, and the rows that reach it, for each measure that has a best value."""
         found = []
         for column in self.columns:
             rows = sorted(column.best_rows())
@@ -98,7 +98,7 @@ class Table:
         )
 
     def cells(self, bold: Callable[[str], str]) -> list[list[str]]:
-        """All rows as text, best values set by ``bold``."""
+        """All rows as text, with ``bold`` applied to the best values."""
         best = [column.best_rows() for column in self.columns]
         return [
             [
@@ -170,7 +170,7 @@ MAP: list[Measure] = [("map", dataset, None) for dataset in ("dev-clean", "dev-o
 def _measured(
     title: str, experiments: Sequence[str], measures: Sequence[Measure], keep: pl.Expr, reproduced: pl.DataFrame
 ) -> Table:
-    """A table of published values at the paper's layers, and at those that were reproduced."""
+    """A table of the published values, at the paper's layers and the reproduced ones."""
     published = pl.concat([results(name) for name in experiments]).filter(keep)
     reproduced = reproduced.filter(pl.col.experiment.is_in(list(experiments)) & keep)
     best_layer = pl.col.model.replace_strict(BEST_LAYER, default=None, return_dtype=pl.Int64)
@@ -258,11 +258,11 @@ TABLES: dict[str, Callable[[pl.DataFrame], Table]] = {
 
 
 def read_reproduced(paths: Sequence[Path]) -> pl.DataFrame:
-    """Results of ``reproduce.py``; of values given twice, the last counts."""
+    """Results of ``reproduce.py``; if a value occurs twice, the last one counts."""
     try:
         tables = [pl.read_csv(path, schema=SCHEMA) for path in paths]
     except (OSError, pl.exceptions.PolarsError) as error:
-        raise InputError(f"{', '.join(map(str, paths))}: no results of paper/reproduce.py ({error}).") from None
+        raise InputError(f"{', '.join(map(str, paths))}: not results of paper/reproduce.py ({error}).") from None
     return pl.concat([pl.DataFrame(schema=SCHEMA), *tables]).unique(KEYS, keep="last", maintain_order=True)
 
 

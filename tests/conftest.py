@@ -1,13 +1,11 @@
-"""Fixtures shared by all tests, and what holds for the suite as a whole."""
+"""Fixtures and hooks shared by all tests."""
 
 from __future__ import annotations
 
 import os
 import signal
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun sets it; results to the last bit depend on it
-if hasattr(signal, "SIGHUP"):
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # as in a terminal: below `nohup`, programs of ours ignore it
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does; the last bits of results depend on it
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +15,11 @@ import pytest
 from helpers.slurm_cluster import Cluster, missing_programs
 from helpers.small_models import GOLDEN, GoldenCase
 from helpers.web import Server, serving
+
+# As in a terminal: programs that are started below `nohup`, or in the background of a script, ignore these two.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(params=["spidr-tiny", "dinosr-tiny"])
@@ -46,7 +49,7 @@ def cluster(started: Cluster, monkeypatch: pytest.MonkeyPatch) -> Cluster:
 
 @pytest.fixture
 def sbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An sbatch that accepts everything, first on the path, for tests of what lies around it."""
+    """An sbatch that accepts everything, first on the path."""
     program = tmp_path / "bin" / "sbatch"
     program.parent.mkdir()
     program.write_text("#!/bin/sh\ncat > /dev/null\necho 12\n")
@@ -78,10 +81,10 @@ ALLOWED_SKIPS = (
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """In CI, a test that is skipped for a reason that nobody has thought of is a failure."""
+    """In CI, a test skipped for an unexpected reason is a failure."""
     skipped = {report.nodeid: str(report.longrepr[2]) for report in terminalreporter.stats.get("skipped", [])}
     wanting = [test for test, reason in skipped.items() if "FFmpeg is not" in reason or "SLURM is not" in reason]
-    if path := os.environ.get("SPIDR_TESTS_WANTING"):  # `.ci/run` installs what they want and runs them
+    if path := os.environ.get("SPIDR_TESTS_WANTING"):  # `.ci/run` installs what they need and runs them
         Path(path).write_text("\n".join(wanting), encoding="utf-8")
     reasons = set(skipped.values())
     unexpected = [reason for reason in reasons if not any(allowed in reason for allowed in ALLOWED_SKIPS)]
@@ -91,7 +94,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Long versions of tests run when they are asked for by name or marker."""
+    """Run long tests only if selected by name or marker."""
     if config.option.markexpr or config.option.keyword:
         return
     for marker in ("slow", "versions", "published"):

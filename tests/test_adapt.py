@@ -1,4 +1,4 @@
-"""Adapting a trained model: how the run begins, what stays as it is, and what is kept instead of computed again."""
+"""Adapting a trained model: how the run starts, what stays frozen, and what is cached."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def write(folder: Path, manifest: Path, trained: Path, name: str = "run", **sections: dict[str, Any]) -> Path:
-    """A configuration that adapts for 15 steps, five of which are an epoch."""
+    """A configuration that adapts for 15 steps, five per epoch."""
     defaults: dict[str, dict[str, Any]] = {
         "run": {"init_ckpt": str(trained), "save_interval": 7},
         "data": {"max_batch_length": 48_000},
@@ -59,7 +59,7 @@ def write(folder: Path, manifest: Path, trained: Path, name: str = "run", **sect
     tables = {key: defaults.get(key, {}) | sections.get(key, {}) for key in defaults | sections}
     path = write_config(folder, manifest, name, **tables)
     document = json.loads(path.read_text())
-    document["model"] = tables["model"]  # without the shape, which is the trained model's
+    document["model"] = tables["model"]  # without the shape, which comes from the trained model
     del document["validation"]
     path.write_text(json.dumps(document))
     return path
@@ -73,7 +73,7 @@ def losses(folder: Path) -> list[float]:
     return [line["loss"] for line in read_metrics(folder / "metrics.jsonl") if line["group"] == "train"]
 
 
-def test_student_and_codebooks_move_and_nothing_else(tmp_path: Path, manifest: Path, trained: Path) -> None:
+def test_only_student_and_codebooks_move(tmp_path: Path, manifest: Path, trained: Path) -> None:
     cfg = read_config(write(tmp_path, manifest, trained))
     train(cfg)
     before, after = weights(trained), weights(cfg.run.dir / "final.pt")
@@ -85,7 +85,7 @@ def test_student_and_codebooks_move_and_nothing_else(tmp_path: Path, manifest: P
 
 @pytest.mark.parametrize("name", ["adapt", "adapt-fast"])
 def test_shipped_recipes(name: str, caplog: pytest.LogCaptureFixture) -> None:
-    """As DiscoPhon and SpidR-Adapt publish them."""
+    """As published for DiscoPhon and SpidR-Adapt."""
     cfg = read_config(Path(__file__).parents[1] / "configs" / f"{name}.toml")
     assert not caplog.records
     optimizer, data = cfg.optimizer, cfg.data
@@ -126,11 +126,11 @@ def test_cached_and_plain_training_give_the_same_losses(
         found.append(losses(cfg.run.dir))
     plain, cached = found
     assert cached == pytest.approx(plain, rel=2e-3)
-    assert cached != plain  # of float16
+    assert cached != plain  # since the cache is float16
     assert len(set(plain)) == 15  # masks are new each time
 
 
-def test_what_is_kept_goes_into_one_compiled_graph() -> None:
+def test_cached_frames_go_into_one_compiled_graph() -> None:
     model = tiny_model(**DROPOUT).train()
     model.defer_codebook_updates = True
     model.freeze_extractor()
@@ -163,7 +163,7 @@ def test_cache_in_a_group_norm_model(tmp_path: Path, manifest: Path) -> None:
 
 
 def test_stopped_with_a_cache(tmp_path: Path, manifest: Path, trained: Path) -> None:
-    """It is filled again; the same bits come out."""
+    """The cache is refilled, and the result has the same bits."""
     data = {"max_batch_length": 48_000, "cache": True}
     model = FROZEN | DROPOUT | {"codebook_decay": 1.0, "reset": "codebooks"}
     undisturbed, config = (write(tmp_path, manifest, trained, n, data=data, model=model) for n in ("whole", "killed"))
@@ -206,11 +206,11 @@ def test_reset_of_codebooks_and_heads(tmp_path: Path, manifest: Path, trained: P
     assert changed == {"heads", "codebooks"}
     done = weights(cfg.run.dir / "final.pt")
     (cfg.run.dir / "final.pt").unlink()
-    train(cfg)  # goes on without another reset
+    train(cfg)  # resumes without another reset
     again = weights(cfg.run.dir / "final.pt")
     assert all(torch.equal(again[name], value) for name, value in done.items())
 
-    # A run that begins with this one does not reset its codebooks again unless it says so.
+    # A run that starts from this one resets its codebooks only if told to.
     cfg = read_config(write(tmp_path, manifest, cfg.run.dir / "final.pt", "next"))
     assert model_settings(cfg).reset == "none"
 
@@ -249,7 +249,7 @@ def test_reset_is_the_same_on_all_processes(tmp_path: Path, manifest: Path, trai
 # -------------------------------------------------------------------------------------------------- fewer layers
 
 
-def test_layers_beyond_the_last_wanted_one_are_gone(tmp_path: Path, manifest: Path, trained: Path) -> None:
+def test_layers_above_train_layers_are_removed(tmp_path: Path, manifest: Path, trained: Path) -> None:
     full = build_model(trained).eval()  # layers 1 to 4, codebooks of 2 to 4
     path = write(tmp_path, manifest, trained, model=FROZEN | DROPOUT | {"train_layers": 3})
     cfg = read_config(path)
@@ -264,13 +264,13 @@ def test_layers_beyond_the_last_wanted_one_are_gone(tmp_path: Path, manifest: Pa
     assert read_config(cfg.run.dir / "config.json").model.encoder_num_layers == 3
 
     (cfg.run.dir / "final.pt").unlink()
-    train(cfg)  # goes on with what it has cut
+    train(cfg)  # resumes with the smaller model
     assert (cfg.run.dir / "final.pt").exists()
     with pytest.raises(InputError, match="train_layers = 2 here, 3 there"):
         train(read_config(path, ["model.train_layers=2"]))
 
 
-def test_layers_may_be_cut_from_a_model_that_is_spelt_out(tmp_path: Path, manifest: Path, trained: Path) -> None:
+def test_train_layers_beside_a_full_model_table(tmp_path: Path, manifest: Path, trained: Path) -> None:
     shape = {"encoder_num_layers": 4, "num_codebooks": 3}
     cfg = read_config(write(tmp_path, manifest, trained, model=FROZEN | shape | {"train_layers": 2}))
     train(cfg)

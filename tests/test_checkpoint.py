@@ -1,4 +1,4 @@
-"""Checkpoints: written whole or not at all, damaged ones passed over, old ones and foreign ones told apart."""
+"""Checkpoints: complete or absent, damaged ones skipped, old and foreign ones recognised."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_everything_comes_back(tmp_path: Path) -> None:
     assert found.load_existing_run()
     assert (found.step, found.epoch, found.last) == (6, 3, tmp_path / "step_6.pt")
     assert found.extra == {"position": 12, "means": {"loss": [1.5, 2]}}
-    for _ in range(2):  # the same from here on
+    for _ in range(2):  # identical from here on
         for name, value in saved.model.state_dict().items():
             assert torch.equal(value, found.model.state_dict()[name]), name
         assert found.scheduler.get_last_lr() == saved.scheduler.get_last_lr()
@@ -148,7 +148,7 @@ DAMAGES = [_truncate, _empty, _flip_a_weight, _other_step, _weights_only, _text,
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_damaged_checkpoint_is_passed_over(
+def test_damaged_checkpoint_is_skipped(
     tmp_path: Path, damage: Callable[[Path], None], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -163,7 +163,7 @@ def test_damaged_checkpoint_is_passed_over(
 
 
 @pytest.mark.parametrize("damage", [_truncate, _empty, _malicious])
-def test_damaged_final_checkpoint_is_passed_over(tmp_path: Path, damage: Callable[[Path], None]) -> None:
+def test_damaged_final_checkpoint_is_skipped(tmp_path: Path, damage: Callable[[Path], None]) -> None:
     saved = checkpointer(tmp_path)
     saved.save(3, 0)
     saved.save_final(4, 0)
@@ -183,8 +183,8 @@ def test_the_later_of_final_and_numbered(tmp_path: Path) -> None:
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(position=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7), cut=st.booleans())
-def test_any_damage_is_noticed_or_harmless(tmp_path: Path, position: float, bit: int, cut: bool) -> None:
-    """A flipped bit or a cut anywhere: either it is refused, or what is read has not changed."""
+def test_any_damage_is_detected_or_harmless(tmp_path: Path, position: float, bit: int, cut: bool) -> None:
+    """A flipped bit or a cut anywhere is refused or leaves what is read unchanged."""
     good = tmp_path / "good.pt"
     if not good.exists():
         checkpointer(tmp_path).save(1, 0)
@@ -217,7 +217,7 @@ def test_load_says_what_is_wrong(tmp_path: Path) -> None:
 
 
 def test_checkpoint_of_version_0_1_2(tmp_path: Path) -> None:
-    """``module.`` before the names, a scheduler and a scaler of other kinds, other optimizer flags, no position."""
+    """Names with ``module.``, another scheduler and scaler, other optimizer flags, no data position."""
     saved = checkpointer(tmp_path)
     for _ in range(6):
         train_a_step(saved)
@@ -302,7 +302,7 @@ def test_on_its_own_with_any_model_and_schedule(tmp_path: Path) -> None:
 
 
 def test_moved_freeze_step(tmp_path: Path) -> None:
-    """With parameters frozen when it was saved but not now, and the other way round."""
+    """With parameters frozen when saved but not now, and vice versa."""
     saved = checkpointer(tmp_path)
     train_a_step(saved)
     saved.save(1, 0)
@@ -321,7 +321,7 @@ def test_moved_freeze_step(tmp_path: Path) -> None:
     train_a_step(earlier)
 
 
-def test_none_that_can_be_used_is_an_error(tmp_path: Path) -> None:
+def test_no_usable_checkpoint_is_an_error(tmp_path: Path) -> None:
     saved = checkpointer(tmp_path)
     saved.save(1, 0)
     saved.save_final(2, 0)
@@ -332,7 +332,7 @@ def test_none_that_can_be_used_is_an_error(tmp_path: Path) -> None:
         checkpointer(tmp_path).load_existing_run()
 
 
-def test_weights_that_are_not_finite_are_not_gone_on_with(tmp_path: Path) -> None:
+def test_checkpoints_with_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     saved = checkpointer(tmp_path)
     saved.save(1, 0)
     saved.model.mask_embedding.data[3] = float("nan")  # type: ignore[union-attr, operator]
@@ -343,7 +343,7 @@ def test_weights_that_are_not_finite_are_not_gone_on_with(tmp_path: Path) -> Non
 
 
 def test_in_the_background(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is written is what was there when it was saved; one file at a time; what fails is said by the next."""
+    """Writes the state at the time of saving, one file at a time; the next call reports a failure."""
     state = checkpointer(tmp_path, keep_latest=1)
     state._background = True
     gate, rename = threading.Event(), files._rename
@@ -357,7 +357,7 @@ def test_in_the_background(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     written = read_checkpoint(tmp_path / "step_1.pt")["model"]
     assert all(torch.equal(value, written[name]) for name, value in before.items())
     state.wait()
-    assert steps(tmp_path) == [2]  # and only now is the one before removed
+    assert steps(tmp_path) == [2]  # and only now is the previous one removed
 
     def full(*_: Path) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")

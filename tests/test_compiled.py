@@ -1,4 +1,4 @@
-"""The compiled forward as a GPU would get it: one graph, few recompilations, the same numbers, on several processes."""
+"""The compiled forward that a GPU would run: one graph, few recompilations, same numbers, several processes."""
 
 import multiprocessing
 import socket
@@ -29,7 +29,7 @@ NO_DROPOUT = {"encoder_dropout": 0.0, "encoder_attention_dropout": 0.0}
 
 @pytest.fixture(autouse=True)
 def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Without what serves CPUs only, and with a compiler that forgets."""
+    """Disable what is for CPUs only, and clear the compiler's caches."""
     monkeypatch.setattr(kernels, "is_lean", lambda _: False)
     torch._dynamo.reset()
     counters.clear()
@@ -48,7 +48,7 @@ def model_for(model_type: str, **settings: Any) -> DinoSR:
 
 
 def batch(model: DinoSR, rows: int, samples: int, *, padded: bool) -> tuple[Tensor, dict[str, Any]]:
-    """Waveforms and options as the loop gives them."""
+    """Waveforms and options as the training loop passes them."""
     frames = model.feature_extractor.num_frames(samples)
     options: dict[str, Any] = {"attention_mask": None, "lengths": None, "channel_mask": None}
     options["mask"] = torch.stack([torch.randperm(frames)[: frames // 2].sort().values for _ in range(rows)])
@@ -61,7 +61,7 @@ def batch(model: DinoSR, rows: int, samples: int, *, padded: bool) -> tuple[Tens
 
 @pytest.mark.parametrize(("model_type", "mode"), [("spidr", "layer_norm"), ("dinosr", "group_norm")])
 def test_one_graph_for_all_sizes(model_type: str, mode: str) -> None:
-    """Of both kinds of batches. One row is a case of its own for the compiler."""
+    """For both kinds of batches, and for one row, which the compiler treats separately."""
     model = model_for(model_type, extractor_mode=mode, encoder_layer_norm_first=mode == "group_norm")
     call = compiled.compile_forward(model, backend="eager")
     graphs = []
@@ -76,7 +76,7 @@ def test_one_graph_for_all_sizes(model_type: str, mode: str) -> None:
     assert counters["stats"]["unique_graphs"] == 3
 
 
-def test_it_fails_where_the_compiler_would_give_up() -> None:
+def test_it_fails_if_the_compiler_would_give_up() -> None:
     model = model_for("spidr")
     call = compiled.compile_forward(model, backend="eager")
     with torch._dynamo.config.patch(recompile_limit=1):
@@ -88,7 +88,7 @@ def test_it_fails_where_the_compiler_would_give_up() -> None:
 
 
 def test_gradients_equal_those_of_eager_code() -> None:
-    """Through the joint graph of forward and backward, with the extractor's operation of our own."""
+    """Through the joint graph of forward and backward, with the extractor's custom operation."""
     gradients = []
     for compiles in (False, True):
         torch.manual_seed(0)
@@ -103,12 +103,12 @@ def test_gradients_equal_those_of_eager_code() -> None:
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-5, msg=name)
 
 
-@pytest.mark.filterwarnings("ignore:dynamo_pgo force disabled")  # one of the caches
+@pytest.mark.filterwarnings("ignore:dynamo_pgo force disabled")  # from one of the caches
 def test_the_compiler_makes_one_graph_for_all_lengths() -> None:
-    """With Inductor, which gets the gradient of a convolution to compile."""
+    """With Inductor, which compiles the gradient of a convolution."""
     compiled.leave_convolutions_dynamic()
     conv = nn.Conv1d(4, 4, 5, padding=2, groups=2)
-    with inductor.patch(force_disable_caches=True):  # they know nothing of what was changed
+    with inductor.patch(force_disable_caches=True):  # the caches do not know what was changed
         call = torch.compile(lambda x: conv(x), dynamic=True, fullgraph=True)
         for samples in (5000, 7001, 6002):
             x = torch.randn(3, 4, samples, requires_grad=True)
@@ -127,7 +127,7 @@ def test_not_compiled_on_a_cpu(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def _rank(rank: int, port: int, folder: Path) -> None:
-    """Gradients of a step on one of two processes, compiled and not."""
+    """Compute the gradients of a step on one of two processes, compiled and not."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     cfg = read_config(write_config(folder / str(rank), folder / "none.csv"))
@@ -154,7 +154,7 @@ def _compiled(model: DinoSR, _: torch.device, *, compiles: bool) -> Any:
 
 
 def test_two_processes(tmp_path: Path) -> None:
-    """DistributedDataParallel around a compiled model: one graph, and gradients as without."""
+    """DistributedDataParallel around a compiled model: one graph, and the same gradients."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

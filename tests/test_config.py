@@ -1,4 +1,4 @@
-"""Configurations: what is read, what is written, and one clear error for everything else."""
+"""Configurations: what is read, what is written, and one clear error for anything else."""
 
 import dataclasses
 import inspect
@@ -41,7 +41,7 @@ MINIMAL: dict[str, Any] = {
 
 
 def document(**sections: dict[str, Any]) -> dict[str, Any]:
-    """The smallest configuration with some keys added or replaced; a value of None is written as null."""
+    """The smallest configuration with some keys added or replaced; None is written as null."""
     return {name: MINIMAL.get(name, {}) | sections.get(name, {}) for name in MINIMAL | sections}
 
 
@@ -58,7 +58,7 @@ def write(tmp_path: Path):
 
 
 def problems(path: Path) -> list[str]:
-    """The lines of the error, each `key: text`; every error must name the file."""
+    """The error's lines, `key: text`; every error must name the file."""
     with pytest.raises(InputError) as info:
         read_config(path)
     message = str(info.value)
@@ -84,7 +84,7 @@ def test_smallest_toml(write) -> None:
 
 
 def test_published_defaults() -> None:
-    """The names and defaults of existing configuration files; a changed default changes people's training."""
+    """The names and defaults of existing configuration files: changing one changes people's training."""
     assert dataclasses.asdict(DataConfig("m")) == {
         "manifest": "m",
         "enable_padding": False,
@@ -224,7 +224,7 @@ def test_model_class_follows_model_type(write, model_type: str, expected: type) 
 
 
 def test_model_given(write) -> None:
-    """An initial checkpoint's model holds without a [model] table, so an empty table is not a missing one."""
+    """Without a [model] table, the initial checkpoint's model is used, so an empty table is not a missing one."""
     config = read_config(write(document()))
     assert config.model_given is None
     assert dataclasses.replace(config, run=dataclasses.replace(config.run, wandb_name="b")).model_given is None
@@ -524,7 +524,7 @@ def test_all_problems_at_once(write) -> None:
 
 
 def test_a_rule_waits_for_valid_fields(write) -> None:
-    """No complaint about a combination when one of its values is already reported."""
+    """A combination is not reported if one of its values already is."""
     assert len(problems(write(document(model={"encoder_embed_dim": "wide", "encoder_num_heads": 7})))) == 1
 
 
@@ -551,7 +551,7 @@ def test_unparsable(write, name: str, content: str | bytes, expected: str) -> No
     assert found.startswith(expected)
 
 
-def test_a_number_that_python_does_not_write(write) -> None:
+def test_a_number_too_long_for_python_to_print(write) -> None:
     found = problems(write("[optimizer]\nlr = 0x" + "f" * 5000, "c.toml"))
     assert any(line.startswith("optimizer.lr: found 0xffff") and len(line) < 200 for line in found)
 
@@ -563,8 +563,8 @@ def test_unreadable(tmp_path: Path) -> None:
         read_config("a\0b")
 
 
-def test_deep_values_are_shown_short(write) -> None:
-    """Dotted keys nest without recursion in the parser: showing the value must not recurse either."""
+def test_deep_values_are_shortened(write) -> None:
+    """The parser nests dotted keys without recursion, so showing the value must not recurse either."""
     (found, *_) = problems(write("data.manifest" + ".a" * 5000 + " = 1", "c.toml"))
     assert len(found) < 500
     assert len(problems(write(document(data={"x" * 10_000: "y" * 10_000})))[0]) < 1000
@@ -625,7 +625,7 @@ def test_python_is_checked_too() -> None:
         DataConfig("m").manifest = "n"  # type: ignore[misc]
 
 
-def test_help_is_the_same_every_time() -> None:
+def test_help_is_deterministic() -> None:
     assert " at 0x" not in f"{inspect.signature(DataConfig)} {inspect.signature(SpidRConfig)}"
 
 
@@ -646,8 +646,8 @@ def test_model_config() -> None:
         model_config("dinosr", {"codebok_size": 3}, source="c.json")
 
 
-def test_a_system_that_does_not_tell_its_memory() -> None:
-    """Windows has no module ``resource``; models are loaded there all the same."""
+def test_a_system_that_does_not_report_its_memory() -> None:
+    """Windows has no module ``resource``, but models must load there."""
     code = "import sys; sys.modules['resource'] = None; import spidr.tools.untrusted as u; u.check_memory(2**60, '')"
     subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -662,7 +662,7 @@ def test_a_system_that_does_not_tell_its_memory() -> None:
         ({"max_steps": 500_000, "scheduler": "cosine"}, None),
     ],
 )
-def test_odd_schedules_are_remarked(write, steps: dict[str, Any], expected: str | None) -> None:
+def test_odd_schedules_give_warnings(write, steps: dict[str, Any], expected: str | None) -> None:
     remark = schedule_remark(read_config(write(document(optimizer=steps))).optimizer)
     assert remark is None if expected is None else remark and re.search(expected, remark)
 
@@ -703,7 +703,7 @@ def test_overrides(write) -> None:
             read_config(path, [wrong])
 
 
-def test_what_the_published_package_does_not_know_is_written_only_if_it_is_used(write) -> None:
+def test_settings_unknown_to_the_published_package_are_written_only_if_used(write) -> None:
     ours = {"run": {"device": "cpu"}, "data": {"on_error": "skip"}, "model": {"codebook_init": "data"}}
     plain, used = to_dict(read_config(write(document()))), to_dict(read_config(write(document(**ours))))
     for section, table in ours.items():

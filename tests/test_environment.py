@@ -1,4 +1,4 @@
-"""Who a process is, what it computes on, how it hears that it must stop."""
+"""A process's rank, device and stop signals."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ TORCHRUN = {
 
 @pytest.fixture
 def variables(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """No variable of any launcher is set, and none that is set in a test stays."""
+    """Unset all launcher variables, and restore them after the test."""
     for name in VARIABLES:
-        monkeypatch.setenv(name, "")  # so that it is restored
+        monkeypatch.setenv(name, "")  # so that monkeypatch restores it
         monkeypatch.delenv(name)
     return monkeypatch
 
@@ -64,7 +64,16 @@ def test_slurm_job_step(variables: pytest.MonkeyPatch, tmp_path: Path) -> None:
         variables.setenv(name, value)
     assert ranks() == (5, 1, 8)
     find_meeting_place()
-    assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == ("node03", str(20_000 + 123456 % 20_000))
+    assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == ("node03", str(20_000 + 123456 % 12_000))
+
+
+@pytest.mark.parametrize("job_id", ["0", "11999", "12000", "15999", "18000", str(2**32)])
+def test_meeting_port_is_none_of_an_outgoing_connection(variables: pytest.MonkeyPatch, job_id: str) -> None:
+    """Linux takes those from 32,768 on."""
+    for name, value in (SLURM | {"SLURM_JOB_ID": job_id, "MASTER_ADDR": "node03"}).items():
+        variables.setenv(name, value)
+    find_meeting_place()
+    assert 20_000 <= int(os.environ["MASTER_PORT"]) < 32_768
 
 
 def test_slurm_allocation_without_a_step_is_alone(variables: pytest.MonkeyPatch) -> None:
@@ -114,7 +123,7 @@ WRONG: list[tuple[dict[str, str], Given, str]] = [
 
 
 @pytest.mark.parametrize(("launcher", "changes", "message"), WRONG)
-def test_variables_that_cannot_be(
+def test_impossible_variables(
     variables: pytest.MonkeyPatch, launcher: dict[str, str], changes: Given, message: str
 ) -> None:
     variables.delenv("OMP_NUM_THREADS", raising=False)
@@ -147,7 +156,7 @@ def test_variables_that_cannot_be(
 )
 @pytest.mark.parametrize("module", ["spidr", "spidr.train", "spidr.extract"])
 def test_command_lines_with_wrong_variables(tmp_path: Path, module: str, given: dict[str, str], message: str) -> None:
-    """Through the real programs, which end at once, with one line and a status of 2."""
+    """The real programs end at once, with one line and status 2."""
     manifest = write_recordings(tmp_path / "data", count=2)
     arguments = ["features", str(manifest), str(tmp_path / "out"), "--model=x", "--layer=1"]
     if module != "spidr.extract":
@@ -166,7 +175,7 @@ def test_command_lines_with_wrong_variables(tmp_path: Path, module: str, given: 
 
 
 @pytest.mark.parametrize(("name", "module"), [("cuda", torch.cuda), ("mps", torch.backends.mps)])
-def test_device_that_is_not_there(name: str, module: object, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_device(name: str, module: object, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "is_available", lambda: False)
     with pytest.raises(InputError, match=f'run.device is "{name}".*use "auto" or "cpu"'):
         choose_device(name)
@@ -205,15 +214,16 @@ def test_stop_flag_remembers_the_first_signal() -> None:
     assert before == [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)]
 
 
-def test_stop_flag_may_end_the_process_where_it_is() -> None:
+def test_stop_flag_may_end_the_process_at_once() -> None:
     with StopFlag().listening() as stop:
         stop.immediate = True
         with pytest.raises(Preempted) as preempted:
             os.kill(os.getpid(), signal.SIGTERM)
         assert (preempted.value.signum, preempted.value.code) == (signal.SIGTERM, 75)
+        os.kill(os.getpid(), signal.SIGTERM)  # once: ending is not to be interrupted
 
 
-def test_second_ctrl_c_is_not_waited_for(capsys: pytest.CaptureFixture[str]) -> None:
+def test_second_ctrl_c_ends_at_once(capsys: pytest.CaptureFixture[str]) -> None:
     with StopFlag().listening() as stop:
         os.kill(os.getpid(), signal.SIGINT)
         assert stop.signum == signal.SIGINT
@@ -267,7 +277,7 @@ def test_process_that_never_comes(variables: pytest.MonkeyPatch, rank: int, mess
         environment("cpu").__enter__()
 
 
-def test_place_that_is_taken(variables: pytest.MonkeyPatch) -> None:
+def test_port_that_is_taken(variables: pytest.MonkeyPatch) -> None:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()

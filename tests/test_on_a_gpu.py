@@ -1,4 +1,4 @@
-"""The code that runs on a GPU only, on a pretended one: every tensor in its place, no waiting, the CPU's numbers."""
+"""GPU-only code on a pretended GPU: every tensor on the right device, no waiting, the CPU's numbers."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_a_step_waits_for_nothing(
         measured = train_step(state, micro_batches)
         assert measured is not None
         assert measured.loss.device == measured.grad_norm.device == CUDA
-        # The scaler of float16 looks whether it has overflowed.
+        # The float16 scaler checks for overflows.
         assert set(gpu.waits) <= ({"_local_scalar_dense"} if dtype == "float16" else set())
     state.loader.close()
 
@@ -82,7 +82,7 @@ def test_a_run_as_on_the_cpu(gpu: PretendedGpu, tmp_path: Path, manifest: Path) 
 
 
 def _outcome(cfg: Config) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
-    """Weights, and metrics apart from rates."""
+    """Weights, and metrics without rates."""
     train(cfg)
     lines = read_metrics(cfg.run.dir / "metrics.jsonl")
     unequal = MEASURED | {"mfu"}
@@ -90,7 +90,7 @@ def _outcome(cfg: Config) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]
 
 
 @pytest.mark.parametrize(("model_type", "mode"), [("spidr", "group_norm"), ("dinosr", "layer_norm")])
-def test_a_model_in_use(gpu: PretendedGpu, model_type: str, mode: str) -> None:
+def test_inference(gpu: PretendedGpu, model_type: str, mode: str) -> None:
     waveforms, lengths = torch.randn(2, 4000), [4000, 3000]
     found = []
     for device in (torch.device("cpu"), CUDA):
@@ -109,7 +109,7 @@ def test_a_model_in_use(gpu: PretendedGpu, model_type: str, mode: str) -> None:
         model.encode(waveforms, layer=2)
 
 
-def test_batches_are_copied_beside_the_computing(gpu: PretendedGpu) -> None:
+def test_copies_of_batches_overlap_with_computation(gpu: PretendedGpu) -> None:
     batch = Batch(torch.randn(2, 400), torch.arange(2), torch.zeros(2, dtype=torch.int64), 800, 4, 2)
     copied = Uploader(CUDA)(batch)
     assert {tensor.device for tensor in copied.tensors.values()} == {CUDA}

@@ -1,4 +1,4 @@
-"""What the package is as a whole: what it imports, prints and touches, and how its modules depend on each other."""
+"""The package as a whole: what it imports, prints and touches, and how its modules depend on each other."""
 
 import ast
 import json
@@ -64,7 +64,7 @@ def test_models_need_torch_and_numpy_only_and_touch_nothing(tmp_path: Path) -> N
 
 
 def without(missing: set[str], module: str, *arguments: str) -> str:
-    """Code that is ``python -m module`` where some packages are not installed."""
+    """Code equivalent to ``python -m module`` with some packages missing."""
     return f"""{REFUSE}
 import runpy
 sys.meta_path.insert(0, Refuse({sorted(missing)!r}))
@@ -94,7 +94,7 @@ def test_help_needs_no_extra_and_does_not_wait_for_torch(module: str, tmp_path: 
     command = [sys.executable, "-c", without(OPTIONAL | {"torch"}, module, "--help")]
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert (result.returncode, result.stderr) == (0, "")
-    named = module.removesuffix(".train")  # which is the program of the package itself
+    named = module.removesuffix(".train")  # which runs the package's own program
     assert result.stdout.startswith(f"usage: python -m {named} ")
     assert not list(tmp_path.iterdir())
 
@@ -112,7 +112,7 @@ def test_help_needs_no_extra_and_does_not_wait_for_torch(module: str, tmp_path: 
         *(f"paper/{name}.py" for name in ("extract_features", "figures", "reproduce", "tables")),
     ],
 )
-def test_help_tells_every_default(command: str) -> None:
+def test_help_states_every_default(command: str) -> None:
     done = subprocess.run(
         [sys.executable, *command.split(), "--help"],
         capture_output=True,
@@ -131,7 +131,7 @@ def test_help_tells_every_default(command: str) -> None:
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with something for every command to begin with."""
+    """A folder with input for every command."""
     folder = tmp_path_factory.mktemp("inputs")
     manifest = write_recordings(folder / "recordings", count=2)
     cfg = read_config(write_config(folder, manifest))
@@ -189,7 +189,7 @@ SUBMIT = ("run.json", "-A", "a", "-N", "1", "-G", "1", "--dump", "dump")
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else value,
 )
-def test_commands_say_which_extra_is_missing(
+def test_commands_name_the_missing_extra(
     missing: str, extra: str, command: tuple[str, ...], inputs: Path, forks: Forks
 ) -> None:
     before = sorted(inputs.rglob("*"))
@@ -202,7 +202,7 @@ def test_commands_say_which_extra_is_missing(
     assert sorted(inputs.rglob("*")) == before
 
 
-def test_missing_packages_of_modules_and_of_ours() -> None:
+def test_missing_packages_and_missing_modules_of_ours() -> None:
     message = r"^`cycler` is missing: install it with `pip install 'spidr\[train,plot\]'`$"
     with pytest.raises(InputError, match=message), needs_extra("train,plot"):
         raise ModuleNotFoundError("No module named 'cycler.a'", name="cycler.a")
@@ -221,7 +221,7 @@ PLACES = {
     "huggingface_hub": {"tools"},
     "matplotlib": {"report"},
     "onnxscript": {"export"},
-    "polars": {"data", "evaluate", "extract"},  # tables are polars tables
+    "polars": {"data", "evaluate", "extract"},  # tables are polars'
     "praatio": {"data"},
     "safetensors": {"models"},
     "sklearn": {"extract"},
@@ -233,11 +233,11 @@ PLACES = {
     "viztracer": {"tools"},
     "wandb": {"compat", "tools"},
 }
-"""Which part of the package imports what is not torch, numpy or a progress bar: in one of its modules."""
+"""Parts of the package that may import each package other than torch, numpy and tqdm."""
 
 
 def imported(path: Path) -> set[str]:
-    """Names of the modules that a module imports, at its top or in a function, but not for type checking only."""
+    """Modules that a module imports, at its top or in a function, but not only for type checking."""
     tree = ast.parse(path.read_text("utf-8"))
     for node in ast.walk(tree):
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":

@@ -1,4 +1,4 @@
-"""Validation: the same numbers however it is done, and the right ones."""
+"""Validation gives the right numbers, however it runs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def cfg(tmp_path: Path, manifest: Path) -> Config:
-    """With random phones, of which one recording has none."""
+    """Recordings with random phones, except one without."""
     alignments = tmp_path / "alignments.jsonl"
     rows = [line.split(",") for line in manifest.read_text("utf-8").splitlines()[2:]]
     with alignments.open("w") as file:
@@ -46,7 +46,7 @@ def cfg(tmp_path: Path, manifest: Path) -> Config:
 
 
 def test_loss_is_the_mean_over_masked_frames(cfg: Config) -> None:
-    """One recording after the other, by hand."""
+    """Against a loop over single recordings."""
     data, model = cfg.validation["dev"], tiny_model(**AT_50_HZ).eval()
     loader = build_validation_dataloader(data, cfg.masking, conv_layer_config=model.cfg.extractor_conv_layer_config)
     found = validate(model.train(), loader, "cpu")
@@ -102,7 +102,7 @@ def test_alignments_of_other_recordings(cfg: Config) -> None:
         validate_set(tiny_model(**AT_50_HZ), cfg.validation["dev"], cfg.masking, CPU)
 
 
-def test_signal_interrupts(cfg: Config) -> None:
+def test_a_signal_interrupts(cfg: Config) -> None:
     stop = StopFlag()
     stop.set(12)
     with pytest.raises(Preempted) as preempted:

@@ -1,10 +1,11 @@
-"""Validation in jobs of its own: what is noted in files, what fails, and jobs on a real SLURM."""
+"""Validation in separate jobs: bookkeeping in files, failures, and jobs on a real SLURM."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import replace
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 
 from helpers.slurm_cluster import Cluster, logs, wait_for
 from helpers.tiny_run import write_config, write_recordings
+from spidr import validation_jobs
 from spidr.config import Config, ResumeConfig, SlurmConfig, read_config
 from spidr.models import build_model
 from spidr.slurm import validation_job_config
@@ -68,15 +70,58 @@ def test_results_are_collected_in_the_order_of_steps(tmp_path: Path, caplog: pyt
     results(100)
     lines = jobs.collect()
     assert [next(lines) for _ in range(3)][-1] == {"step": 200, "group": "a"}
-    lines.close()  # a process that dies here
+    lines.close()  # as if the process died here
     assert [line["step"] for line in ValidationJobs(tmp_path).collect()] == [200, 200]
     assert (jobs.pending(), jobs.needed()) == (set(), {1000})
-    results(1000)  # it was done again
+    results(1000)  # it was repeated
     assert len(list(jobs.collect())) == 2
     assert list(folder.iterdir()) == []
 
 
-def test_a_submission_that_was_cut_off_has_failed(tmp_path: Path) -> None:
+def test_results_that_are_collected_while_their_job_is_written_down(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job may be done before a slow sbatch has answered."""
+    cfg = read_config(write_config(tmp_path, tmp_path / "m.csv", run={"slurm_validation": vars(ONE_TASK)}))
+    jobs, collected, write = ValidationJobs(tmp_path), list[dict[str, Any]](), validation_jobs.write_json
+    collector = Thread(target=lambda: collected.extend(jobs.collect()))
+
+    def submit(*_: Any, **__: Any) -> tuple[str, Path]:
+        put(jobs.folder, 5, ".jsonl", '{"step": 5, "group": "dev"}\n')
+        return "12", tmp_path
+
+    def write_meanwhile(path: Path, values: dict[str, str]) -> None:
+        if values.get("job"):
+            collector.start()
+            collector.join(1)
+        write(path, values)
+
+    monkeypatch.setattr(validation_jobs, "submit", submit)
+    monkeypatch.setattr(validation_jobs, "write_json", write_meanwhile)
+    jobs.submit(cfg, 5, tmp_path / "step_5.pt")
+    jobs.close()
+    collector.join()
+    assert [line["step"] for line in collected] == [5]
+    assert list(jobs.folder.iterdir()) == []
+
+
+def test_results_that_are_collected_while_slurm_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The job has ended then, and its results are no longer where it put them."""
+    jobs = ValidationJobs(tmp_path)
+    put(jobs.folder, 5, ".pending", '{"checkpoint": "step_5.pt", "job": "12"}')
+
+    def collect_and_answer(_: str) -> str:
+        put(jobs.folder, 5, ".jsonl", '{"step": 5, "group": "dev"}\n')
+        assert len(list(jobs.collect())) == 1
+        return ""
+
+    monkeypatch.setattr(validation_jobs, "job_state", collect_and_answer)
+    jobs.find_lost()
+    assert jobs.failures() == {}
+    assert list(jobs.folder.iterdir()) == []
+
+
+def test_an_interrupted_submission_has_failed(tmp_path: Path) -> None:
     put(tmp_path / "validation", 5, ".pending", '{"checkpoint": "step_5.pt", "job": ""}')
     jobs = ValidationJobs(tmp_path)
     assert jobs.pending() == {5}
@@ -112,7 +157,7 @@ def test_training_goes_on_while_sbatch_hangs_and_when_it_refuses(tmp_path: Path,
 
 @pytest.fixture
 def cfg(tmp_path: Path) -> Config:
-    """A run that keeps one checkpoint, and has those of steps 0, 20 and 40."""
+    """A run that keeps one checkpoint, and saves at steps 0, 20 and 40."""
     run = {"slurm_validation": vars(ONE_TASK), "keep_latest": 1}
     cfg = read_config(write_config(tmp_path, write_recordings(tmp_path / "data", count=4), run=run))
     cfg.run.dir.mkdir(parents=True)
@@ -131,7 +176,7 @@ def submit_all(cfg: Config, *steps: int) -> ValidationJobs:
 
 
 def test_validation_jobs(cluster: Cluster, tmp_path: Path, cfg: Config, capsys: pytest.CaptureFixture[str]) -> None:
-    """A job that fails is named with its log, and done again; then old checkpoints go."""
+    """A failed job is named with its log, and repeated; then old checkpoints are removed."""
     (cfg.run.dir / "step_20.pt").rename(tmp_path / "moved.pt")
     jobs = submit_all(cfg, 0, 20, 40)
     assert wait_for(lambda: not jobs.pending(), 120), logs(jobs.folder)
@@ -161,10 +206,10 @@ def test_validation_jobs(cluster: Cluster, tmp_path: Path, cfg: Config, capsys: 
     assert capsys.readouterr().out.startswith("0 lines collected: no validation job has results")
 
 
-def test_validation_job_that_is_lost(
+def test_lost_validation_job(
     cluster: Cluster, tmp_path: Path, cfg: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    cluster.run("scontrol", "update", "PartitionName=main", "State=DOWN")  # the job shall wait
+    cluster.run("scontrol", "update", "PartitionName=main", "State=DOWN")  # the job has to wait
     try:
         jobs = submit_all(cfg, 20)
         job_id = json.loads((jobs.folder / "step_20.pending").read_text())["job"]
@@ -173,7 +218,7 @@ def test_validation_job_that_is_lost(
         cluster.run("scancel", job_id)
     finally:
         cluster.run("scontrol", "update", "PartitionName=main", "State=UP")
-    with monkeypatch.context() as patch:  # no answer is no news
+    with monkeypatch.context() as patch:  # without an answer, nothing changes
         patch.setenv("SLURM_CONF", str(cluster.write_conf_without_controller(tmp_path)))
         jobs.find_lost()
     assert jobs.pending() == {20}

@@ -1,4 +1,4 @@
-"""The warm start: cepstra against a slow oracle, what is learned, and a training that goes on from it."""
+"""The warm start: cepstra against a slow oracle, what is learned, and training that starts from it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ STEPS = 200
 
 @pytest.fixture(scope="module")
 def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Recordings of six tones, another one every 50 ms."""
+    """Recordings that alternate between six tones every 50 ms."""
     folder = tmp_path_factory.mktemp("data")
     rng = np.random.default_rng(0)
     (folder / "audio").mkdir()
@@ -75,13 +75,13 @@ def test_cepstra_of_every_frame(shapes: list[tuple[int, int, int]]) -> None:
         mels = [
             np.log(max(1e-6, float(power @ np.interp(frequencies, edges[m : m + 3], [0, 1, 0])))) for m in range(80)
         ]
-        # The norms differ in c0 only.
+        # The norms differ only in c0.
         expected = dct(mels, norm="ortho")[:13] * [np.sqrt(2), *[1] * 12]
         torch.testing.assert_close(found[1, t], torch.tensor(expected).float(), rtol=1e-3, atol=1e-3)
 
 
 def test_smooth_and_slope() -> None:
-    """Each row as if it were alone and its first and last frame went on forever."""
+    """Each row as if it were alone, with its first and last frame repeated forever."""
     x, lengths = torch.randn(3, 9, 2, generator=torch.Generator().manual_seed(0)), [9, 4, 1]
     found = smooth_and_slope(x, torch.tensor(lengths)).numpy()
     for row, length in enumerate(lengths):
@@ -93,7 +93,7 @@ def test_smooth_and_slope() -> None:
 
 
 def unexplained(model: DinoSR, manifest: Path) -> float:
-    """Share of the smoothed cepstra's variance that no linear map of the last layer gives, recordings taken whole."""
+    """Share of the smoothed cepstra's variance that a linear map of the last layer leaves, on whole recordings."""
     dataset = speech_dataset(manifest, normalize=True)
     waveforms = [dataset[row].unsqueeze(0) for row in range(len(dataset))]
     features = torch.cat(
@@ -109,14 +109,14 @@ def unexplained(model: DinoSR, manifest: Path) -> float:
     return (targets - inputs @ torch.linalg.lstsq(inputs, targets).solution).square().mean().item()
 
 
-def test_far_below_the_variance(warm: Path, manifest: Path) -> None:
+def test_little_variance_is_left(warm: Path, manifest: Path) -> None:
     model = build_model(checkpoint=warm)
     share = unexplained(model, manifest)
     assert share < 0.1
     assert share < 0.6 * unexplained(build_model(cfg=model.cfg), manifest)
 
 
-def test_more_steps_leave_less(manifest: Path, tmp_path: Path) -> None:
+def test_more_steps_leave_less_variance(manifest: Path, tmp_path: Path) -> None:
     cfg = read_config(config(tmp_path, manifest))
     first, later = (warm_start(cfg, tmp_path / f"{steps}.pt", steps=steps, device="cpu") for steps in (1, 100))
     assert later < 0.7 < first
@@ -141,7 +141,7 @@ def test_training_starts_from_it(warm: Path, manifest: Path, tmp_path: Path) -> 
     )
 
 
-def test_the_heads_are_as_a_run_begins(warm: Path, manifest: Path, tmp_path: Path) -> None:
+def test_the_heads_are_those_of_a_new_run(warm: Path, manifest: Path, tmp_path: Path) -> None:
     cfg = read_config(config(tmp_path, manifest))
     torch.manual_seed(cfg.run.random_seed)
     cold = build_model(cfg=cfg.model).state_dict()
@@ -179,7 +179,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
     return error
 
 
-def test_refused_before_anything_is_trained(
+def test_mistakes_are_refused_before_training(
     warm: Path, manifest: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = config(tmp_path, manifest)

@@ -1,8 +1,8 @@
 """Train a small SpidR on the recorded prompts in this folder, on two CPU cores in at most ten minutes.
 
-Writes two manifests, one for training and one for validation, to ``runs/quickstart`` and trains
-``configs/quickstart.toml``. It ends with a table: for every codebook, how much its units say about the phones, before
-and after training. Interrupt it at any time; rerun it to resume.
+This writes manifests for training and validation to ``runs/quickstart`` and trains ``configs/quickstart.toml``. It ends
+with a table: how well each codebook's units predict the phones, before and after training. Interrupt it at any time;
+rerun it to resume.
 """
 
 import argparse
@@ -16,12 +16,12 @@ ROOT = HERE.parents[1]
 OUTPUT = Path("runs/quickstart")
 
 BEFORE = """\
-This trains a small SpidR on {train} recorded prompts ({minutes:.0f} minutes of speech) and looks at its units on
-{valid} others, in three to ten minutes on two CPU cores. Everything goes to {folder}.
+This trains a small SpidR on {train} recorded prompts ({minutes:.0f} minutes of speech) and evaluates its units on
+{valid} others, in three to ten minutes on two CPU cores. All output goes to {folder}.
 """
 AFTER = """
-PNMI says how much of what there is to know about the phone the unit tells: 0 is nothing, 1 is everything. It should
-have risen in both layers. The model is {model}. Next, in {here}:
+PNMI is the share of the phones' information that the units carry, from 0 to 1. It should have risen in both layers.
+The model is {model}. Next, in {here}:
 
   {python} -m spidr.extract units examples/quickstart/audio runs/units.jsonl --model {model} --layer 2
   {python} -m spidr.evaluate units runs/units.jsonl examples/quickstart/alignments.jsonl
@@ -32,7 +32,7 @@ For your own recordings, copy configs/laptop.toml.
 
 
 def write_manifests() -> str:
-    """Write the manifests of both sets. Returns what is to be said before the training."""
+    """Write the manifests of both sets. Returns the message to print before training."""
     import polars as pl
 
     from spidr.data import read_manifest
@@ -57,9 +57,9 @@ def main() -> int:
 
     set_up_threads()  # before torch is loaded
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("settings", nargs="*", help="changes of the configuration, such as optimizer.max_steps=100")
+    parser.add_argument("settings", nargs="*", help="settings to change, such as optimizer.max_steps=100")
     settings = parser.parse_args().settings
-    os.chdir(ROOT)  # the paths of the configuration begin there
+    os.chdir(ROOT)  # the configuration's paths are relative to it
 
     from spidr.__main__ import main as train
     from spidr.config import read_config

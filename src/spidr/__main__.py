@@ -6,6 +6,7 @@ import os
 import re
 import runpy
 import shlex
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from typing import Any
 from spidr import __version__
 from spidr.config import Config, SlurmConfig, read_config, schedule_remark
 from spidr.tools.command import PROGRAMS, Parser, command, write_result
-from spidr.tools.errors import InputError, ProblemsError
+from spidr.tools.errors import InputError
 from spidr.tools.lazy import needs_extra
 from spidr.tools.threads import keep_memory, set_up_threads
 
@@ -38,7 +39,12 @@ def spidr() -> None:
     if name in PROGRAMS and name != "train":
         del sys.argv[1]
         runpy.run_module(PROGRAMS[name], run_name="__main__", alter_sys=False)
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    finally:
+        for name in ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"):  # none may change the status while Python ends
+            if hasattr(signal, name):  # Windows has only some of them
+                signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 @command
@@ -69,7 +75,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         configs = {path: read_config(path, overrides) for path in dict.fromkeys(paths)}
         _check_folders(configs)
     if args.dry_run or on_slurm:
-        _check_inputs(list(configs.values()))
+        with needs_extra("train"):
+            from spidr.inputs import check_inputs
+        check_inputs(configs.values())
         for path, config in configs.items():
             if (remark := schedule_remark(config.optimizer)) is not None:
                 logger.warning("%s: %s", path, remark)
@@ -122,15 +130,6 @@ def _check_folders(configs: dict[str, Config]) -> None:
     for path, config in configs.items():
         if (other := users.setdefault(config.run.dir.resolve(), path)) != path:
             raise InputError(f"{other} and {path} both train in {config.run.dir}; change run.wandb_name of one of them")
-
-
-def _check_inputs(configs: Sequence[Config]) -> None:
-    """Find everything that is missing before a job waits for its turn."""
-    with needs_extra("train"):
-        from spidr.inputs import problems_of
-
-    if problems := dict.fromkeys(problem for config in configs for problem in problems_of(config)):
-        raise ProblemsError(("", problem) for problem in problems)
 
 
 def _on_slurm(configs: Sequence[Config], options: dict[str, Any], dump: Path | None, *, dry_run: bool) -> int:

@@ -18,15 +18,13 @@ from spidr.models import DinoSR
 from spidr.models.codebook import Codebook
 from spidr.models.hub import load_weights
 from spidr.models.kernels import untouched
-from spidr.models.long import extract_features
 from spidr.tools.errors import InputError
 from spidr.tools.frames import conv_length
 from spidr.tools.untrusted import check_memory
 
 logger = logging.getLogger(__name__)
 
-HEADS_STEPS, HEADS_LR = 20, 5e-2
-"""How new heads are fitted, as in SpidR-Adapt."""
+HEADS_STEPS, HEADS_LR = 20, 5e-2  # how new heads are fitted, as in SpidR-Adapt
 
 
 def truncated(model: DinoSRConfig) -> DinoSRConfig:
@@ -142,7 +140,7 @@ class FrozenOutputs:
         key = (batch.waveforms.shape[1], *(None if x is None else x.numpy().tobytes() for x in parts))
         model, device = self._model, self._device
         if key not in self._frames:
-            found = extract_features(model.feature_extractor, there.waveforms, there.lengths)
+            found = model.extract(there.waveforms, there.lengths)
             self._frames[key] = self._store(found, torch.float16)
         kept = {"frames": self._frames[key].to(device, non_blocking=True).float()}
         if self.has_labels(step):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from torch.utils._pytree import tree_map_only
 
 from spidr.optimizer import Schedule, drop_frozen, load_optimizer
 from spidr.tools.errors import InputError, first_line
@@ -273,19 +274,13 @@ def copy_to_host(state: Any) -> Any:
     """Copy the tensors in nested containers to the CPU, from a GPU into page-locked memory. Waits for the copies."""
     devices: set[torch.device] = set()
 
-    def copy(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: copy(item) for key, item in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [copy(item) for item in value]
-        if not isinstance(value, Tensor):
-            return value
+    def copy(value: Tensor) -> Tensor:
         if value.device.type != "cuda":
             return value.detach().to("cpu", copy=True)
         devices.add(value.device)
         return torch.empty(value.shape, dtype=value.dtype, pin_memory=True).copy_(value.detach(), non_blocking=True)
 
-    copied = copy(state)
+    copied = tree_map_only(Tensor, copy, state)
     for device in devices:
         torch.cuda.current_stream(device).synchronize()
     return copied

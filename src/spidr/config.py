@@ -13,19 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal, cast
 
 from spidr.tools.errors import InputError, ProblemsError
 from spidr.tools.files import expand
-from spidr.tools.schema import (
-    REQUIRED,
-    Accepts,
-    Rule,
-    Settings,
-    between,
-    describe,
-    from_table,
-    hints_of,
-    is_default_of_ours,
-    ours,
-    show,
-)
+from spidr.tools.schema import REQUIRED, Accepts, Rule, Settings, between, describe, from_table, hints_of, ours, show
 from spidr.tools.untrusted import parse_toml_value, read_table
 
 SAMPLE_RATE = 16_000
@@ -45,13 +33,6 @@ def _is_below(name: str) -> bool:
 
 def _divides(part: int, whole: int) -> bool:
     return whole % part == 0
-
-
-def _uniform_lengths_exist(selection: str, other: float, length: int) -> bool:
-    return selection != "uniform" or other <= 2 * length
-
-
-_UNIFORM_LENGTHS = "uniform draws lengths from the second value to twice the third, so the second must not exceed that"
 
 
 MAX_SAMPLES = 2**31 - 1
@@ -299,7 +280,11 @@ class MaskingConfig(Settings):
     mask_channel_min_space: Space = 1  # between them
 
     RULES: ClassVar = tuple(
-        Rule((f"{mask}_selection", f"{mask}_other", f"{mask}_length"), _uniform_lengths_exist, _UNIFORM_LENGTHS)
+        Rule(
+            (f"{mask}_selection", f"{mask}_other", f"{mask}_length"),
+            lambda selection, other, length: selection != "uniform" or other <= 2 * length,
+            "uniform draws lengths from the second value to twice the third, so the second must not exceed that",
+        )
         for mask in ("mask", "mask_channel")
     )
 
@@ -423,8 +408,8 @@ def to_dict(config: Settings) -> dict[str, Any]:
 
     Settings that the published package does not have are left out where they have their defaults.
     """
-    values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if not is_default_of_ours(config, f)}
-    return {name: _to_json(value) for name, value in values.items()}
+    values = ((f, getattr(config, f.name)) for f in dataclasses.fields(config))
+    return {f.name: _to_json(value) for f, value in values if not (f.metadata.get("ours") and value == f.default)}
 
 
 def _to_json(value: Any) -> Any:
@@ -448,12 +433,7 @@ def may_differ(name: str) -> bool:
 
 
 def model_config(model_type: str, table: Mapping[str, Any], *, source: str = "model") -> DinoSRConfig:
-    """Check a [model] table on its own.
-
-    Args:
-        model_type: "spidr", for a :class:`SpidRConfig`, or "dinosr", for a :class:`DinoSRConfig`.
-        table: The settings that differ from the defaults.
-        source: Where the table comes from, for the error message.
+    """Check a [model] table of a "spidr" or "dinosr" on its own; ``source`` is where it comes from, for the message.
 
     Raises:
         InputError: An unknown model type, or wrong keys or values.

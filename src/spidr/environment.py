@@ -23,7 +23,7 @@ from torch import Tensor
 from spidr.models.kernels import exact_products
 from spidr.tools.errors import InputError
 from spidr.tools.lazy import names_from
-from spidr.tools.peers import Cause, Peers, connect
+from spidr.tools.peers import Cause, Peers
 
 logger = logging.getLogger(__name__)
 
@@ -60,11 +60,9 @@ class Preempted(SystemExit):
 
 
 class StopFlag:
-    """Remembers the first stop signal until the training loop looks, between two steps.
+    """Remembers the first stop signal, 0 if there was none, until the training loop looks, between two steps.
 
-    Attributes:
-        signum: The signal, 0 if there was none.
-        immediate: Whether a signal ends the process at once, because nobody looks at the flag.
+    While nobody looks, ``immediate`` is set: the first signal then ends the process at once.
     """
 
     def __init__(self) -> None:
@@ -82,6 +80,7 @@ class StopFlag:
             raise KeyboardInterrupt
         self.signum = self.signum or signum
         if self.immediate:
+            self.immediate = False  # SLURM sends several: ending is not to be interrupted
             raise Preempted(signum)
         if signum == signal.SIGINT:
             sys.stderr.write("\nstopping after this step, to save; press Ctrl-C again to stop at once\n")
@@ -191,8 +190,9 @@ def find_meeting_place() -> None:
         if "MASTER_ADDR" not in environ:
             environ["MASTER_ADDR"] = _first_host(_needed("SLURM_JOB_NODELIST"))
         if "MASTER_PORT" not in environ:
-            # The same on every node, and rarely the same for two jobs that share one.
-            environ["MASTER_PORT"] = str(20_000 + _number("SLURM_JOB_ID", 0, 2**63 - 1) % 20_000)
+            # The same on every node, rarely the same for two jobs that share one, and below the ports (32,768 and up)
+            # that Linux gives to outgoing connections.
+            environ["MASTER_PORT"] = str(20_000 + _number("SLURM_JOB_ID", 0, 2**63 - 1) % 12_000)
     _needed("MASTER_ADDR")
     _number("MASTER_PORT", 1, 65_535)
 
@@ -233,14 +233,9 @@ def _first_host(nodelist: str) -> str:
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
-    """The device to compute on.
+    """The device of a name: "auto" (CUDA, else MPS, else the CPU), "cuda", "mps" or "cpu".
 
-    Args:
-        name: "auto" (CUDA, else MPS, else the CPU), "cuda", "mps" or "cpu".
-        local_rank: Which GPU of this machine, modulo their number.
-
-    Raises:
-        InputError: If there is no such device here.
+    Of several GPUs, the one of the local rank, modulo their number. Raises InputError if there is none here.
     """
     if name in ("auto", "cuda") and torch.cuda.is_available():
         return torch.device("cuda", local_rank % torch.cuda.device_count())
@@ -253,13 +248,16 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
 
 
 def _connect(rank: int) -> Any:
-    """Connect to the store through which all processes of the run meet."""
+    """Connect to the store through which all processes of the run meet; rank 0 serves it if no launcher does."""
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     try:
-        return connect(rank, MEETING_TIMEOUT, serve=True)
+        return dist.TCPStore(  # type: ignore[attr-defined]
+            host, port, is_master=serves, timeout=MEETING_TIMEOUT, wait_for_workers=False
+        )
     except RuntimeError as error:
-        place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         what = "cannot be opened" if rank == 0 else "does not answer: rank 0 has not started or cannot be reached"
-        text = f"the place where all processes of the run meet, {place}, {what}"
+        text = f"the place where all processes of the run meet, {host}:{port}, {what}"
         raise SystemExit(f"\nerror: rank {rank}: {text} ({error})") from error
 
 
@@ -275,11 +273,7 @@ def _join(peers: Peers, store: Any, device: torch.device) -> None:
 
 
 class RunEndedError(SystemExit):
-    """This process ends because of another one of the run.
-
-    Attributes:
-        cause: What happened.
-    """
+    """This process ends because of another one of the run, for ``cause``."""
 
     def __init__(self, cause: Cause, rank: int) -> None:
         super().__init__(f"\nerror: {cause.text}" if cause.told_by == rank else cause.status)
@@ -305,7 +299,7 @@ def environment(device_name: str, *, use_deterministic: bool = False) -> Iterato
             yield Environment(rank, local_rank, world_size, device)
             return
         store = _connect(rank)
-        with closing(Peers(rank, world_size)) as peers:
+        with closing(Peers(store, rank, world_size)) as peers:
             try:
                 _join(peers, store, device)
                 logger.info("rank %d of %d on %s (%s)", rank, world_size, socket.gethostname(), device)
@@ -313,8 +307,8 @@ def environment(device_name: str, *, use_deterministic: bool = False) -> Iterato
             except Preempted as stop:
                 if stop.agreed:
                     peers.leave()
-                else:
-                    peers.explain(stop, status=PREEMPTED_EXIT_CODE)
+                elif (cause := peers.explain(stop, status=PREEMPTED_EXIT_CODE)).status != PREEMPTED_EXIT_CODE:
+                    raise RunEndedError(cause, rank) from stop  # a launcher stops all when one has failed
                 raise
             except Exception as error:
                 cause = peers.explain(error, status=2 if isinstance(error, InputError) else 1)

@@ -1,9 +1,10 @@
 """Check that everything a configuration names is there, before a job waits for its turn."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -18,28 +19,30 @@ from spidr.models.published import PUBLISHED
 from spidr.models.weights import fitting
 from spidr.state import model_settings
 from spidr.tools.download import is_remote
-from spidr.tools.errors import InputError, some
+from spidr.tools.errors import InputError, ProblemsError, some
 
 
-def problems_of(cfg: Config) -> list[str]:
-    """List what is missing or does not fit: weights to begin with, manifests, alignments, recordings.
+def check_inputs(configs: Iterable[Config]) -> None:
+    """Check weights to begin with, manifests, alignments and recordings; raise all problems together.
 
     All recordings must exist; of some, the length is compared with the manifest's.
     """
     checks: list[Callable[[], object]] = []
-    if cfg.run.init_ckpt is not None and not cfg.run.dir.exists():  # a run that has begun does not need it again
-        checks.append(lambda: _check_weights(cfg, str(cfg.run.init_ckpt)))
-    for data in (cfg.data, *cfg.validation.values()):
-        checks.append(lambda data=data: _check_recordings(data))  # type: ignore[misc]
-        if data.alignments_path is not None:
-            checks.append(lambda path=data.alignments_path: read_alignments(path))  # type: ignore[misc]
-    problems = []
+    for cfg in configs:
+        if cfg.run.init_ckpt is not None and not cfg.run.dir.exists():  # a run that has begun does not need it again
+            checks.append(partial(_check_weights, cfg, cfg.run.init_ckpt))
+        for data in (cfg.data, *cfg.validation.values()):
+            checks.append(partial(_check_recordings, data))
+            if data.alignments_path is not None:
+                checks.append(partial(read_alignments, data.alignments_path))
+    problems: dict[str, None] = {}
     for check in checks:
         try:
             check()
         except InputError as error:
-            problems.append(str(error))
-    return problems
+            problems[str(error)] = None
+    if problems:
+        raise ProblemsError(("", problem) for problem in problems)
 
 
 def _check_weights(cfg: Config, source: str) -> None:

@@ -45,14 +45,11 @@ LOADING = ("num_workers", "pin_memory", "prefetch_factor", "persistent_workers",
 
 
 class Run:
-    """A run: its state, its folder and everything that surrounds its training loop.
+    """A run: its state, its folder and everything that surrounds its training loop, as a context manager.
 
-    A context manager. All processes call every method at the same steps; the main one writes. Nothing but a lock is
-    written before :meth:`begin` has found that the run can be resumed.
-
-    Attributes:
-        state: What a step reads and changes, from :meth:`begin` on.
-        must_stop: Whether a stop signal has reached any process; the same on all of them.
+    All processes call every method at the same steps; the main one writes. Nothing but a lock is written before
+    :meth:`begin` has found that the run can be resumed. ``must_stop``, the same on all processes, says whether a
+    stop signal has reached any.
     """
 
     env: Environment
@@ -73,9 +70,12 @@ class Run:
             run = self.cfg.run
             self._open_log = stack.enter_context(run_log(rank, processes))
             stack.enter_context(_reason_in_log())
-            self.env = stack.enter_context(environment(run.device, use_deterministic=run.use_deterministic))
             self.stop = stack.enter_context(StopFlag().listening())
             self.stop.immediate = True
+            self.env = stack.enter_context(environment(run.device, use_deterministic=run.use_deterministic))
+            stack.callback(
+                setattr, self.stop, "immediate", False
+            )  # processes that end tell each other why, undisturbed
             self._on_main(lambda: self._take_folder(stack))
             self._stack = stack.pop_all()
         return self
@@ -215,8 +215,8 @@ class Run:
         self._stack.callback(self.wandb.close)
         for line in read_metrics(self.metrics.path):
             self.wandb.push(line)
-        self.jobs = ValidationJobs(self.folder) if cfg.validation and validates_in_jobs(cfg) else None
-        if self.jobs is not None:
+        if cfg.validation and validates_in_jobs(cfg):
+            self.jobs = ValidationJobs(self.folder)
             self._stack.callback(self.jobs.close)
             self.checkpointer.needed = self.jobs.needed
             self._collect_validation()

@@ -113,12 +113,7 @@ class State:
 def build_state(cfg: Config, env: Environment, stop: StopFlag, hooks: Hooks, *, new: bool) -> State:
     """Build a run's state, the same on every process.
 
-    Args:
-        cfg: The configuration.
-        env: The processes.
-        stop: The flag to look at.
-        hooks: What to add.
-        new: Whether the run begins here. If not, a checkpoint will be loaded, so no weights are needed.
+    A run that is not ``new`` loads a checkpoint afterwards, so it needs no weights to begin with.
     """
     if env.device.type == "cuda":
         check_batch_length(cfg)

@@ -29,8 +29,7 @@ __all__ = ["Hooks", "State", "train", "train_step"]
 
 __getattr__ = names_from(__name__, "spidr.compat.training")  # what published packages also have here
 
-MAX_SKIPPED_STEPS = 10
-"""The run stops after float16 has overflowed in so many steps in a row."""
+MAX_SKIPPED_STEPS = 10  # the run stops after float16 has overflowed in so many steps in a row
 
 
 def train(cfg: Config, hooks: Hooks | None = None) -> None:
@@ -76,7 +75,8 @@ def train_step(state: State, micro_batches: list[Batch]) -> Measured | None:
     """
     model, env, optimizer, scaler = state.model, state.env, state.optimizer, state.scaler
     seed_step(state.cfg.run.random_seed, state.step, env.rank)
-    scale = _loss_scale(state.cfg)
+    # Keeps gradients near their final size until the number of masked frames is known, as float16 needs.
+    scale = 1 / max(1, conv_length(state.cfg.model.extractor_conv_layer_config, state.cfg.data.max_batch_length))
     for i, micro_batch in enumerate(micro_batches):
         with _sync_gradients(state.network, when=i == len(micro_batches) - 1):
             objective = _forward(state, micro_batch)
@@ -162,11 +162,6 @@ def _skip(state: State) -> None:
             f"step {state.step + 1}: float16 overflowed {MAX_SKIPPED_STEPS} times in a row; "
             'lower optimizer.lr or use optimizer.dtype = "bfloat16"'
         )
-
-
-def _loss_scale(cfg: Config) -> float:
-    """Keeps gradients near their final size until the number of masked frames is known, as float16 needs."""
-    return 1 / max(1, conv_length(cfg.model.extractor_conv_layer_config, cfg.data.max_batch_length))
 
 
 def _sync_gradients(network: Any, *, when: bool) -> Any:

@@ -33,8 +33,7 @@ from spidr.tools.frames import conv_length
 
 AnyBatch = Batch | tuple[Tensor, Tensor | None, Tensor | None]
 
-Measured = tuple[float, dict[str, list[float]]]
-"""Masked frames of a batch, and its values."""
+Measured = tuple[float, dict[str, list[float]]]  # masked frames of a batch, and its values
 
 
 def validate(model: nn.Module, loader: Iterable[AnyBatch], device: torch.device | str) -> dict[str, float]:
@@ -111,14 +110,7 @@ def layer_names(model: DinoSR) -> list[str]:
 def validate_set(
     model: DinoSR, data: DataConfig, masking: MaskingConfig, env: Environment, stop: StopFlag | None = None
 ) -> dict[str, float]:
-    """Validate on one ``[validation.NAME]`` set, shared among all processes.
-
-    Args:
-        model: On the device of ``env``.
-        data: The set.
-        masking: Which frames to mask.
-        env: The processes to share with.
-        stop: Set if time is up.
+    """Validate on one ``[validation.NAME]`` set, shared among all processes, whose device the model is on.
 
     Returns:
         The values of :func:`validate`, ``target_ppl_lN`` and ``pred_ppl_lN`` for each layer N that has a codebook and,
@@ -200,14 +192,8 @@ def encode_rows(
 ) -> Iterator[tuple[int, Tensor, list[Tensor]]]:
     """Encode this process's share of some recordings, whole, in batches of similar length, the shortest first.
 
-    Args:
-        model: On the device of ``env``.
-        dataset: The recordings.
-        rows: Which of them; those too short for a frame are left out.
-        max_batch_length: Samples of a batch with its padding.
-        env: The processes to share with.
-        stop: Set if time is up.
-        layers: Whose outputs are wanted, counted from 1; they take a second forward pass.
+    Rows too short for a frame are left out; a batch has up to ``max_batch_length`` samples with its padding. The
+    outputs of ``layers``, counted from 1, take a second forward pass.
 
     Yields:
         Each row, its units (K, T) and the outputs of those layers, each (T, D), on the CPU.

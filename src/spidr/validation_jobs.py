@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from threading import Thread
+from threading import Lock as ThreadLock, Thread
 from typing import NamedTuple
 
 from spidr.config import Config, ResumeConfig, SlurmConfig, read_config, to_dict
@@ -34,14 +34,12 @@ class ValidationJobs:
     ``step_N.pending`` names a job's checkpoint, id and log; ``step_N.failed`` says why it gave no results;
     ``step_N.jsonl`` holds results to be collected. So a restarted run, or ``spidr metrics`` after its end, knows as
     much as the process that submitted. Only one process at a time may use them. Submitting happens in threads.
-
-    Args:
-        run_dir: The run folder.
     """
 
     def __init__(self, run_dir: Path) -> None:
         self.folder = run_dir / "validation"
         self._threads: dict[int, Thread] = {}
+        self._collecting = ThreadLock()
         self._told: set[int] = set()
 
     def submit(self, cfg: Config, step: int, checkpoint: Path) -> None:
@@ -70,8 +68,9 @@ class ValidationJobs:
             name, step = f"{cfg.run.wandb_name}-step{resume.step}", resume.step
             calls = [(_validate, (cfg, resume, str(self._path(step, ".failed"))))]
             job_id, folder = submit(name, calls, self.folder, slurm, max_restarts=5)  # each time it starts over
-            if self._path(step, ".pending").exists():  # unless the job is already done
-                self._write(step, ".pending", checkpoint=resume.checkpoint, job=job_id, log=_log_of(folder, job_id))
+            with self._collecting:
+                if self._path(step, ".pending").exists():  # unless the job is already done
+                    self._write(step, ".pending", checkpoint=resume.checkpoint, job=job_id, log=_log_of(folder, job_id))
         except Exception as error:
             self._fail(resume.step, str(error) if isinstance(error, InputError) else repr(error))
 
@@ -112,8 +111,9 @@ class ValidationJobs:
             if step > waiting:
                 return
             yield from read_metrics(self._path(step, ".jsonl"))
-            for suffix in (".pending", ".failed", ".jsonl"):
-                self._path(step, suffix).unlink(missing_ok=True)
+            with self._collecting:
+                for suffix in (".pending", ".failed", ".jsonl"):
+                    self._path(step, suffix).unlink(missing_ok=True)
 
     def find_lost(self) -> None:
         """Mark as failed the jobs that ended silently: cancelled, out of memory, on a machine that died."""
@@ -122,12 +122,13 @@ class ValidationJobs:
             if not job.get("job"):
                 if step not in self._threads:
                     self._fail(step, "the run ended while the job was submitted")
-            elif job_state(job["job"]) == "" and not self._path(step, ".jsonl").exists():
+            elif job_state(job["job"]) == "":
                 self._fail(step, f"job {job['job']} ended without results, see {job.get('log', self.folder)}")
 
     def _fail(self, step: int, reason: str) -> None:
-        if not self._path(step, ".failed").exists():  # else the job has said why
-            self._write(step, ".failed", reason=reason)
+        with self._collecting:
+            if step in self.pending():  # else its results have come, or the job has said why
+                self._write(step, ".failed", reason=reason)
 
     def _path(self, step: int, suffix: str) -> Path:
         return self.folder / f"step_{step}{suffix}"
@@ -174,9 +175,6 @@ class Collected(NamedTuple):
 def collect_metrics(folder: Path) -> Collected:
     """Collect new results of validation, then remove the checkpoints that only they needed.
 
-    Args:
-        folder: The folder of a run that is not training.
-
     Raises:
         InputError: The folder is not a run's, or the run is training.
     """
@@ -199,11 +197,8 @@ def collect_metrics(folder: Path) -> Collected:
 def push_metrics(folder: Path, entity: str, run_id: str | None = None) -> int:
     """Push to wandb the lines that it does not have, whatever ``run.wandb_mode`` was, and count them.
 
-    Args:
-        folder: The folder of a run that is not training.
-        entity: The wandb user or team.
-        run_id: wandb's id of the run. None: as recorded in the folder, else the one finished run with the
-            configuration's project and name.
+    The run must not be training. Without ``run_id``, it is the one recorded in the folder, else the one finished run
+    with the configuration's project and name. ``entity`` is a user or team.
 
     Raises:
         InputError: There is no one such run, or wandb does not take the lines.

@@ -26,11 +26,8 @@ from spidr.tools.files import atomic_write, check_file, make_folder
 from spidr.tools.frames import receptive_field
 from spidr.tools.lazy import command_needs
 
-STEPS = 1500
-"""With 600, twice as much of the targets' variance is left."""
-
-LR = 4e-3
-"""Several times the rate of a training run."""
+STEPS = 1500  # with 600, twice as much of the targets' variance is left
+LR = 4e-3  # several times the rate of a training run
 
 
 def _arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -70,15 +67,10 @@ SLOPE = (-1, -2, 0, 2, 1)
 
 
 def log_mel(waveforms: Tensor, shapes: Sequence[tuple[int, int, int]]) -> Tensor:
-    """Log-mel energies of what each frame of an extractor sees.
+    """Log-mel energies (B, T, 80) of what each frame of an extractor sees of waveforms (B, S) at 16 kHz.
 
-    Args:
-        waveforms: (B, S) float, 16 kHz.
-        shapes: (out_channels, kernel, stride) of the extractor's convolutions: a frame is a Hann window of their
-            receptive field (25 ms in the base models), and frames are as many, at the same places.
-
-    Returns:
-        (B, T, 80).
+    Each is of a Hann window of the receptive field of the convolutions (25 ms in the base models); they are as many
+    as the extractor's frames, at the same places.
     """
     field, hop = receptive_field(shapes), math.prod(stride for _, _, stride in shapes)
     size = 1 << (field - 1).bit_length()

@@ -1,4 +1,4 @@
-"""The check of a GPU runs, with tiny shapes, where only torch is installed."""
+"""The GPU check runs, with tiny shapes and only torch installed."""
 
 import importlib.util
 import json
@@ -31,7 +31,7 @@ def test_every_section(tmp_path: Path) -> None:
 
 
 def test_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which the script sets
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # the script sets it
     spec = importlib.util.spec_from_file_location("gpu", SCRIPT)
     assert spec is not None
     assert spec.loader is not None

@@ -1,4 +1,4 @@
-"""The benchmark runs; what it measures is for the machine it runs on."""
+"""The benchmark runs; its numbers depend on the machine."""
 
 import json
 import subprocess

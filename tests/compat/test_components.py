@@ -1,4 +1,4 @@
-"""The blocks compute what those of the published package compute."""
+"""The blocks compute what the published package's blocks compute."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Samplers, datasets and collator keep what the tests of the published package promise of them."""
+"""Samplers, datasets and collator do what the published package's tests promise."""
 
 import random
 from pathlib import Path
@@ -61,7 +61,7 @@ def test_an_epoch_does_not_depend_on_those_before() -> None:
     assert list(one) != list(other)
 
 
-def test_a_last_batch_that_is_not_full_is_dropped_on_request() -> None:
+def test_an_incomplete_last_batch_is_dropped_on_request() -> None:
     size = {"max_token_count": None, "batch_size": 7, "shuffle": False}
     assert [len(batch) for batch in sampler(**size)][-1] < 7
     assert {len(batch) for batch in sampler(drop_last=True, **size)} == {7}
@@ -70,7 +70,7 @@ def test_a_last_batch_that_is_not_full_is_dropped_on_request() -> None:
 @pytest.mark.parametrize(
     "wrong", [{"batch_size": 3}, {"max_token_count": None}, {"max_len": 100}, {"max_token_count": 10_000}]
 )
-def test_settings_that_contradict_each_other(wrong: dict[str, Any]) -> None:
+def test_contradictory_settings(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError):
         sampler(**wrong)
 
@@ -85,7 +85,7 @@ def dealt(inner: BucketizeBatchSampler, ranks: int, **options: Any) -> list[Dist
 
 
 @pytest.mark.parametrize("drop_last", [False, True])
-def test_ranks_share_all_batches_equally_and_leave_the_sampler_as_it_is(*, drop_last: bool) -> None:
+def test_ranks_share_all_batches_equally_without_changing_the_sampler(*, drop_last: bool) -> None:
     inner = sampler()
     inner.set_epoch(2)
     before = [list(batch) for batch in inner]
@@ -119,13 +119,13 @@ def manifest(tmp_path: Path) -> Path:
 
 
 class WithUnits(SpeechDatasetFromFiles):
-    """As minimal-hubert has it."""
+    """Minimal-hubert's dataset."""
 
     def __getitem__(self, index: int) -> Any:
         return super().__getitem__(index), torch.tensor(self.manifest[index, "units"])
 
 
-def test_a_dataset_is_subclassed(manifest: Path) -> None:
+def test_a_dataset_can_be_subclassed(manifest: Path) -> None:
     dataset = WithUnits(manifest, normalize=True)
     waveform, units = dataset[2]
     assert waveform.shape == (20_000,)
@@ -136,7 +136,7 @@ def test_a_dataset_is_subclassed(manifest: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")  # how torch starts workers
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_loader_of_the_parts(manifest: Path, workers: int) -> None:
+def test_a_loader_made_of_the_parts(manifest: Path, workers: int) -> None:
     dataset = SpeechDatasetFromFiles(manifest, normalize=True)
     collator = SpeechCollatorWithMasking(
         MaskGenerator(MaskingConfig()),
@@ -169,8 +169,3 @@ def test_masks_are_repeatable_ascending_and_never_in_the_padding() -> None:
     assert torch.equal(first, second)
     assert not (first & padding).any()
     assert len(set(first.sum(1).tolist())) == 1
-
-
-def test_lengths_after_the_convolutions() -> None:
-    lengths = conv_length(DEFAULT_CONV_LAYER_CONFIG, torch.tensor([0, 399, 400, 16_000]))
-    assert lengths.clamp(min=0).tolist() == [0, 0, 1, 49]

@@ -1,11 +1,11 @@
-"""The names that packages on the index and training scripts import, where published packages have them."""
+"""The names that other packages and training scripts import, where the published packages have them."""
 
 import inspect
 from importlib import import_module
 
 import pytest
 
-# Of each parameter: its name, "=" if it has a default, after "*" the keyword-only ones.
+# Parameters: "=" marks a default, "*" starts the keyword-only ones.
 SIGNATURES = {
     "spidr.checkpoint.find_checkpoints": "folder",
     "spidr.checkpoint.Checkpointer": "folder interval keep_latest= * disable= start=",
@@ -78,7 +78,7 @@ def found(name: str) -> object:
 
 @pytest.mark.parametrize("name", SIGNATURES)
 def test_signature(name: str) -> None:
-    """Parameters of other packages' calls, in this order; further ones are optional."""
+    """The parameters that other packages use, in this order; any others are optional."""
     actual = inspect.signature(found(name)).parameters  # type: ignore[arg-type]
     positional, _, keyword = SIGNATURES[name].partition("*")
     if not any(parameter.kind is parameter.VAR_POSITIONAL for parameter in actual.values()):
@@ -96,7 +96,7 @@ def test_signature(name: str) -> None:
         )
 
 
-def test_a_name_that_is_nowhere() -> None:
+def test_an_unknown_name() -> None:
     for module in ("spidr.checkpoint", "spidr.tools", "spidr.data.dataset"):
         with pytest.raises(AttributeError, match=f"module '{module}' has no attribute 'nothing'"):
             import_module(module).nothing  # noqa: B018

@@ -26,7 +26,7 @@ from spidr.tools import AverageMeters, init_logger, profiler_context
 
 @pytest.fixture(autouse=True)
 def as_before() -> Iterator[None]:
-    """These functions are about the whole process."""
+    """Restore what these functions change in the process."""
     environ, root = dict(os.environ), logging.getLogger()
     handlers, level = root.handlers[:], root.level
     yield
@@ -94,14 +94,14 @@ def test_seed_and_environment() -> None:
 
 def test_training_alone_and_under_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RANK", raising=False)
-    for _ in range(2):  # the second time with the variables that the first has set
+    for _ in range(2):  # the second time with the variables set by the first
         setup_training(5)
         assert (dist.get_rank(), dist.get_world_size(), os.environ["LOCAL_RANK"]) == (0, 1, "0")
         assert torch.initial_seed() == 5
         dist.destroy_process_group()
 
 
-def test_checkpoints_in_order(tmp_path: Path) -> None:
+def test_checkpoints_are_sorted(tmp_path: Path) -> None:
     for name in ("step_10.pt", "step_9.pt", "final.pt", "step_0.pt", "step_x.pt", "other.pt"):
         (tmp_path / name).touch()
     assert [path.name for path in find_checkpoints(tmp_path)] == ["step_0.pt", "step_9.pt", "step_10.pt", "final.pt"]

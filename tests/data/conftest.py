@@ -1,4 +1,4 @@
-"""A manifest with its recordings, for the tests of the data."""
+"""A manifest with its recordings, for tests of the data."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +11,7 @@ from spidr.data.write_manifest import write_manifest
 
 @pytest.fixture
 def recordings(tmp_path: Path) -> Callable[..., Path]:
-    """Write recordings of the given lengths and their manifest; returns the manifest's path."""
+    """Write recordings of the given lengths and their manifest. Returns the manifest's path."""
 
     def write(lengths: list[int], suffix: str = ".wav", **options: bool) -> Path:
         for i, length in enumerate(lengths):

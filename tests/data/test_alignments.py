@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from praatio import textgrid
 
-from spidr.data.alignments import match_alignments, read_alignments
+from spidr.data.alignments import read_alignments
 from spidr.tools.errors import InputError
 
 QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart" / "alignments.jsonl"
@@ -25,16 +25,16 @@ def test_intervals_and_frames(tmp_path: Path) -> None:
         {"fileid": "a", "phones": [["SIL", 0.0, 0.02], ["AA", 0.02, 0.045], ["B", 0.045, 0.0579]]},
         {"name": "0017", "phones": ["SIL", "B"]},
     )
-    # The middle of frame 4 is at 45 ms: there B has begun. The last 7.9 ms are no whole frame.
+    # The middle of frame 4 is at 45 ms, when B has begun. The last 7.9 ms are not a whole frame.
     assert read_alignments(file) == {"a": ["SIL", "SIL", "AA", "AA", "B"], "0017": ["SIL", "B"]}
 
 
-def test_no_phone_lies_beyond_the_duration(tmp_path: Path) -> None:
+def test_no_phone_ends_after_the_duration(tmp_path: Path) -> None:
     file = write(tmp_path, {"fileid": "a", "duration": 0.02, "phones": [["A", 0, 0.02], ["B", 0.02, 0.04]]})
     assert read_alignments(file) == {"a": ["A", "A", "B", "B"]}
 
 
-def test_against_a_search_frame_by_frame() -> None:
+def test_against_a_search_for_every_frame() -> None:
     alignments = read_alignments(QUICKSTART)
     rows = [json.loads(line) for line in QUICKSTART.read_text().splitlines()]
     assert alignments.keys() == {row["fileid"] for row in rows}
@@ -102,7 +102,7 @@ def tier(name: str, *entries: tuple[float, float, str]) -> textgrid.IntervalTier
 
 @pytest.mark.parametrize("form", ["long_textgrid", "short_textgrid"])
 def test_textgrids(tmp_path: Path, form: str) -> None:
-    """The intervals of the first test, with a gap for the silence, beside tiers that are not meant."""
+    """The intervals of the first test, with a gap as the silence, beside other tiers."""
     phones = tier("speaker - phones", (0.02, 0.045, "AA"), (0.045, 0.0579, "ʃ"))
     others = tier("speaker - words", (0.0, 0.05, "ash")), textgrid.PointTier("events", [(0.01, "x")], 0, 0.0579)
     write_grid(tmp_path / "s1" / "a.TextGrid", others[0], phones, others[1], form=form)
@@ -132,15 +132,8 @@ def test_bad_textgrids(tmp_path: Path) -> None:
         read_alignments(tmp_path / "empty")
 
 
-def test_match() -> None:
-    alignments = {"a": ["A"], "x/b.wav": ["B"], "x/c": ["C"], "y/c": ["D"]}
-    assert match_alignments(alignments, ["a", "b", "z"]) == {"a": ["A"], "b": ["B"]}
-    with pytest.raises(InputError, match="x/c, y/c"):
-        match_alignments(alignments, ["c"])
-
-
 def textgrid_text(intervals: list[tuple[str, str, str]]) -> str:
-    """A long TextGrid as other programs write its numbers."""
+    """A long TextGrid with numbers as other programs write them."""
     head = 'File type = "ooTextFile"\nObject class = "TextGrid"\n\nxmin = 0\nxmax = 0.2\ntiers? <exists>\nsize = 1\n'
     head += 'item []:\n item [1]:\n class = "IntervalTier"\n name = "phones"\n xmin = 0\n xmax = 0.2\n'
     lines = [f" intervals: size = {len(intervals)}\n"]
@@ -173,7 +166,7 @@ def test_textgrids_with_rounded_times(
     assert read_alignments(tmp_path) == {"a": expected}
 
 
-def test_bad_textgrids_are_left_out(tmp_path: Path) -> None:
+def test_bad_textgrids_are_skipped(tmp_path: Path) -> None:
     (tmp_path / "good.TextGrid").write_text(textgrid_text([("0", "0.2", "A")]))
     (tmp_path / "overlap.TextGrid").write_text(textgrid_text([("0", "0.1", "A"), ("0.05", "0.2", "B")]))
     (tmp_path / "other.TextGrid").write_text("else")
@@ -191,7 +184,7 @@ SILENT = ["sil", "sp", "", "SIL", "<sil>", "pau", "spn"]
 
 
 def test_silence_has_one_rule(tmp_path: Path) -> None:
-    """The same in TextGrids, in intervals and frame by frame, and as it is given."""
+    """The same for TextGrids, intervals and frames, and whatever it is called."""
     times = [f"{i / 100:.2f}" for i in range(len(SILENT) + 1)]
     (tmp_path / "a.TextGrid").write_text(textgrid_text(list(zip(times, times[1:], SILENT, strict=False))))
     intervals = [[label, i / 100, (i + 1) / 100] for i, label in enumerate(SILENT)]

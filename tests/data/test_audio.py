@@ -1,4 +1,4 @@
-"""Samples and lengths, bit for bit, and recordings that must be refused."""
+"""Samples and lengths, bit for bit, and recordings to refuse."""
 
 import os
 import shutil
@@ -46,7 +46,7 @@ def test_samples_and_ranges_are_libsndfiles(tmp_path: Path, suffix: str, subtype
 
 
 @pytest.mark.parametrize(("suffix", "subtype"), FORMATS)
-def test_names_that_are_no_utf8(tmp_path: Path, suffix: str, subtype: str) -> None:
+def test_names_that_are_not_utf8(tmp_path: Path, suffix: str, subtype: str) -> None:
     path = os.fsencode(write_audio(tmp_path / f"a{suffix}", noise(500), subtype=subtype))
     name = os.fsdecode(path.replace(b"/a.", b"/\xff."))
     Path(os.fsdecode(path)).rename(name)
@@ -64,7 +64,7 @@ def test_errors_of_the_disk_name_the_recording(tmp_path: Path, suffix: str) -> N
 
 
 @pytest.mark.parametrize(("suffix", "subtype"), FORMATS)
-def test_more_than_there_is(tmp_path: Path, suffix: str, subtype: str) -> None:
+def test_reading_past_the_end(tmp_path: Path, suffix: str, subtype: str) -> None:
     path = write_audio(tmp_path / f"a{suffix}", noise(1000), subtype=subtype)
     with pytest.raises(InputError, match="has 1000 samples; asked for were those up to 2000"):
         read_audio(path, 0, 2000)
@@ -90,7 +90,7 @@ def test_statistics(tmp_path: Path, samples: int) -> None:
 
 
 def corrupt(tmp_path: Path) -> dict[str, Path]:
-    """One file for each reason to refuse a recording."""
+    """One file per reason to refuse a recording."""
     good = noise(40_000)
     flac = write_audio(tmp_path / "good.flac", good).read_bytes()
     wav = write_audio(tmp_path / "good.wav", good).read_bytes()
@@ -140,7 +140,7 @@ def test_bad_recordings_are_refused_by_name(tmp_path: Path) -> None:
             read_audio(files[name], 0, 40_000)
 
 
-def test_long_statistics_refuse_too(tmp_path: Path) -> None:
+def test_statistics_of_long_recordings_refuse_too(tmp_path: Path) -> None:
     files = corrupt(tmp_path)
     for name in ("damaged.flac", "not finite.wav"):
         with pytest.raises(InputError, match=name):
@@ -180,7 +180,7 @@ def test_every_format_of_libsndfile(tmp_path: Path, name: str) -> None:
 
 
 def headers_that_lie(folder: Path) -> dict[str, tuple[int, bool]]:
-    """File → the samples that are there, and whether more were promised."""
+    """File → its samples, and whether the header promises more."""
     wav, flac = (write_audio(folder / f"good{end}", noise(20_000)).read_bytes() for end in (".wav", ".flac"))
     mp3 = write_audio(folder / "good.mp3", wave(64_000)).read_bytes()
 
@@ -207,7 +207,7 @@ def headers_that_lie(folder: Path) -> dict[str, tuple[int, bool]]:
     return {name: (samples, more) for name, (_, samples, more) in made.items()}
 
 
-def test_lengths_are_counted_where_the_header_lies(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_lengths_are_counted_if_the_header_lies(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for name, (there, more) in headers_that_lie(tmp_path).items():
         caplog.clear()
         samples = read_audio(tmp_path / name)
@@ -220,7 +220,7 @@ def test_lengths_are_counted_where_the_header_lies(tmp_path: Path, caplog: pytes
         assert all(warning.startswith(str(tmp_path / name)) for warning in warnings)
 
 
-def test_half_a_flac_is_half_and_a_damaged_one_is_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_half_a_flac_is_read_and_a_damaged_one_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     flac = write_audio(tmp_path / "a.flac", noise(100_000)).read_bytes()
     (tmp_path / "half.flac").write_bytes(flac[: len(flac) // 2])
     samples = read_audio(tmp_path / "half.flac")
@@ -297,8 +297,8 @@ def test_pipes_are_refused(tmp_path: Path) -> None:
                 read(tmp_path / name)
 
 
-def test_memory_is_that_of_the_samples(tmp_path: Path) -> None:
-    """A header of many channels or of years of audio asks for nothing."""
+def test_memory_depends_on_the_samples_only(tmp_path: Path) -> None:
+    """A header that claims many channels or years of audio allocates nothing."""
     file = write_audio(tmp_path / "a.wav", noise(100))
     data = bytearray(file.read_bytes())
     data[22:24], data[32:34] = struct.pack("<H", 1024), struct.pack("<H", 2048)

@@ -45,7 +45,7 @@ def whole(manifest: Path, *, normalize: bool = True) -> list[torch.Tensor]:
 def test_cropped_to_the_shortest(
     recordings: Callable[..., Path], normalize: bool, rand_crop: bool, suffix: str, stats: bool
 ) -> None:
-    """Each waveform is a part of the recording as standardised whole, also where only that part is read."""
+    """Each waveform is a part of the recording standardised as a whole, even if only that part is read."""
     manifest = recordings([5000, 9000, 70_000, 20_001], suffix, stats=stats)
     batch = collate(manifest, replace(CFG, normalize=normalize, rand_crop=rand_crop))
     assert batch.waveforms.shape == (4, 5000)
@@ -82,7 +82,7 @@ def test_padded(recordings: Callable[..., Path]) -> None:
     assert batch.attention_mask[0, 0, 0, :15].all()
     assert batch.mask is not None
     assert not (batch.mask & ~batch.attention_mask[:, 0, 0]).any()
-    # Nothing to pad: no lengths, no attention mask.
+    # Without padding, there are no lengths and no attention mask.
     same = collate(manifest, replace(CFG, enable_padding=True), rows=[1, 1])
     assert same.lengths is same.attention_mask is None
 
@@ -138,7 +138,7 @@ def test_crops_reach_both_ends(recordings: Callable[..., Path]) -> None:
     assert min(starts.count(i) for i in range(3)) > 8
 
 
-def test_long_recordings_are_decoded_whole_once_at_most(
+def test_long_recordings_are_decoded_whole_at_most_once(
     recordings: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     manifest = recordings([300_000], ".flac")
@@ -156,7 +156,7 @@ def test_long_recordings_are_decoded_whole_once_at_most(
     assert max(decoded) <= audio.BLOCK
     decoded.clear()
     collate(manifest, number=1)
-    assert decoded == [1, 20_000]  # is the last sample there?
+    assert decoded == [1, 20_000]  # does the last sample exist?
     decoded.clear()
     collate(recordings([300_000], ".flac", stats=True))
     assert decoded[-1] == 20_000
@@ -186,7 +186,7 @@ def test_pinned_and_moved_to_a_gpu(recordings: Callable[..., Path]) -> None:
 
 @pytest.fixture
 def partly_bad(recordings: Callable[..., Path], tmp_path: Path) -> Path:
-    """Rows 1 (gone), 3 (long, damaged far inside) and 4 (shorter than the manifest says) are bad."""
+    """Rows 1 (missing), 3 (long, damaged far inside) and 4 (shorter than in the manifest) are bad."""
     manifest = recordings([16_000, 17_000, 18_000, 200_000, 19_000], ".flac")
     (tmp_path / "audio" / "00001.flac").unlink()
     long = tmp_path / "audio" / "00003.flac"
@@ -223,7 +223,7 @@ def test_skip(partly_bad: Path, normalize: bool, padding: bool) -> None:
     assert batch.num_samples == sum(lengths)
 
 
-def test_nothing_left_to_stand_in(partly_bad: Path) -> None:
+def test_no_replacement_is_left(partly_bad: Path) -> None:
     with pytest.raises(InputError, match=r"No recording of a batch can be read. .*00001.flac"):
         collate(partly_bad, replace(CFG, on_error="skip"), rows=[1, 4])
 
@@ -248,7 +248,7 @@ def test_frames_are_a_multiple(recordings: Callable[..., Path], padding: bool, m
 
 
 @pytest.mark.parametrize("padding", [True, False])
-def test_wrong_lengths_make_no_batch_too_long(
+def test_wrong_lengths_do_not_make_a_batch_too_long(
     recordings: Callable[..., Path], caplog: pytest.LogCaptureFixture, padding: bool
 ) -> None:
     manifest = recordings([15_000] * 4)

@@ -1,4 +1,4 @@
-"""Loaders: the same batches for any number of workers and processes, and errors that arrive."""
+"""Loaders: the same batches for any number of workers and processes, and errors that reach the user."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_every_recording_once(cfg: DataConfig) -> None:
 
 
 def test_buckets_do_not_depend_on_the_model(cfg: DataConfig) -> None:
-    """What is too short for one frame is left out; the buckets are those of the configuration."""
+    """Recordings too short for one frame are skipped; the buckets are the configuration's."""
     loader = build_dataloader(cfg, None, conv_layer_config=[(8, 2500, 10)])
     expected = BatchSampler(np.array(LENGTHS), cfg, shortest=2500).epoch(0)
     assert [batch.rows.tolist() for batch in loader] == [rows.tolist() for rows in expected]
@@ -125,7 +125,7 @@ def test_epochs_can_begin_anywhere(cfg: DataConfig, workers: int) -> None:
     for start in range(steps):
         assert identical(list(loader.epoch(3, start)), batches[2 * start :])
     assert list(loader.epoch(3, steps)) == []
-    # Left in the middle, and begun anew with the same workers.
+    # Left in the middle, and restarted with the same workers.
     for _ in range(3):
         iterator = loader.epoch(3)
         next(iterator)
@@ -144,7 +144,7 @@ def test_global_batch_length(cfg: DataConfig) -> None:
             build_dataloader(replace(cfg, global_batch_length=length), None, world_size=world_size)
 
 
-def test_recordings_of_less_than_a_frame_are_left_out(recordings: Callable[..., Path]) -> None:
+def test_recordings_shorter_than_a_frame_are_skipped(recordings: Callable[..., Path]) -> None:
     cfg = DataConfig(str(recordings([399, 400, 401])), min_sample_size=0, num_workers=0)
     assert sorted(row for batch in build_dataloader(cfg, None) for row in batch.rows.tolist()) == [1, 2]
     small = build_dataloader(cfg, None, conv_layer_config=[(8, 2, 2)])
@@ -153,8 +153,8 @@ def test_recordings_of_less_than_a_frame_are_left_out(recordings: Callable[..., 
         build_dataloader(replace(cfg, max_sample_size=300), None)
 
 
-def test_dropout_does_not_notice_the_loader(cfg: DataConfig) -> None:
-    """Iterating draws nothing from torch's generator, or a resumed run would go on with other dropout masks."""
+def test_the_loader_does_not_affect_dropout(cfg: DataConfig) -> None:
+    """Iterating draws nothing from torch's generator, or a resumed run would draw other dropout masks."""
     torch.manual_seed(0)
     before = torch.get_rng_state()
     loader = build_dataloader(replace(cfg, num_workers=1), MaskingConfig())
@@ -182,7 +182,7 @@ def test_validation_is_the_same_for_any_number_of_processes(cfg: DataConfig, pad
 
 
 def test_validation_draws_follow_the_recording(cfg: DataConfig) -> None:
-    """With padding, a crop is the recording's own, whatever it is batched with."""
+    """With padding, a recording's crop does not depend on its batch."""
     cfg = replace(cfg, enable_padding=True)
     starts = {}
     for size in (10_000, 20_000):
@@ -195,9 +195,7 @@ def test_validation_draws_follow_the_recording(cfg: DataConfig) -> None:
 
 
 @pytest.mark.parametrize("padding", [False, True])
-def test_validation_masks_the_channels_of_a_recording_whatever_it_is_batched_with(
-    cfg: DataConfig, padding: bool
-) -> None:
+def test_a_validation_channel_mask_does_not_depend_on_the_batch(cfg: DataConfig, padding: bool) -> None:
     masking = MaskingConfig(mask_channel_prob=0.3, mask_channel_length=8)
     masks: list[dict[int, bytes]] = []
     for size in (8_000, 20_000, 40_000):
@@ -290,7 +288,7 @@ def test_workers_outlive_signals_meant_for_the_main_process(cfg: DataConfig) -> 
 
 
 def test_a_failing_program_ends(cfg: DataConfig, tmp_path: Path) -> None:
-    """Workers do not keep a program alive that ends without closing its loader."""
+    """Workers do not keep a program alive if it ends without closing its loader."""
     script = tmp_path / "program.py"
     script.write_text(
         textwrap.dedent(f"""
@@ -334,14 +332,14 @@ def test_workers_end_with_a_killed_program(cfg: DataConfig, tmp_path: Path, meth
     assert done.returncode == -signal.SIGKILL
     workers = [Path("/proc") / pid for pid in done.stdout.split()]
     assert len(workers) == 2
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     while any(running(worker) for worker in workers):
         assert time.monotonic() < deadline, "workers live on"
         time.sleep(0.1)
 
 
 def running(process: Path) -> bool:
-    """Whether a process exists and is not only waiting for its parent to take note of its end."""
+    """Whether a process exists and is not a zombie."""
     try:
         return "State:\tZ" not in (process / "status").read_text()
     except OSError:
@@ -360,7 +358,7 @@ def test_a_process_group_deals_the_batches(cfg: DataConfig, rank: int) -> None:
     assert mine == (whole + whole[: len(whole) % 2])[rank::2]
 
 
-def test_published_ways_to_choose_an_epoch_and_its_draws(cfg: DataConfig) -> None:
+def test_published_ways_to_set_epoch_and_seed(cfg: DataConfig) -> None:
     loader, ours = build_dataloader(cfg, MaskingConfig()), build_dataloader(cfg, MaskingConfig())
     loader.batch_sampler.set_epoch(3)
     third = list(loader)
@@ -376,7 +374,7 @@ def test_published_ways_to_choose_an_epoch_and_its_draws(cfg: DataConfig) -> Non
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_batch_of_one_bad_file_is_replaced(cfg: DataConfig, workers: int) -> None:
-    """By another batch of the epoch, the same one each time; and counted."""
+    """By another batch of the epoch, always the same one; and it is counted."""
     cfg = replace(cfg, on_error="skip", num_workers=workers, max_batch_length=5000)
     bad = Path(cfg.manifest).parent / "audio" / "00039.wav"
     bad.write_bytes(b"")
@@ -435,7 +433,7 @@ def test_several_manifests_with_weights(recordings: Callable[..., Path], tmp_pat
         shares.append(lengths[drawn[drawn < 5]].sum() / lengths[drawn].sum())
         assert 0.7 < lengths[drawn].sum() / lengths.sum() < 1.3
         if epoch == 0:
-            assert np.bincount(drawn, minlength=30)[:5].min() >= 2  # each of the few several times
+            assert np.bincount(drawn, minlength=30)[:5].min() >= 2  # the few recordings occur several times
     assert abs(np.mean(shares) - 0.5) < 0.03
     with pytest.raises(InputError, match="must be as many as there are manifests"):
         replace(both, weights=[1.0])
@@ -476,7 +474,7 @@ def test_a_killed_worker_ends_the_epoch(cfg: DataConfig) -> None:
 
 
 def test_workers_killed_while_they_send_to_a_thread(cfg: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No signal tells a thread, and it would wait for the rest of a batch for ever."""
+    """A thread gets no signal, and would wait forever for the rest of a batch."""
     monkeypatch.setattr("spidr.data.loader._has_shared_memory", lambda *_: False)  # so they send more than a pipe holds
     loader = build_dataloader(replace(cfg, num_workers=2), None)
     others = multiprocessing.active_children()

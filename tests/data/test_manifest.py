@@ -14,7 +14,7 @@ from spidr.tools.errors import InputError
 ROWS = {"fileid": ["0017", "b"], "path": ["/a/0017.wav", "/a/b.wav"], "num_samples": [16_000, 3]}
 
 
-def test_csv_keeps_further_columns_and_zeros(tmp_path: Path) -> None:
+def test_csv_keeps_other_columns_and_leading_zeros(tmp_path: Path) -> None:
     file = tmp_path / "m.csv"
     file.write_text("speaker,num_samples,path,fileid\n1,16000,/a/0017.wav,0017\n2,3,/a/b.wav,b\n")
     manifest = read_manifest(file)
@@ -63,8 +63,8 @@ def test_quotes_within_values(tmp_path: Path) -> None:
     assert read_manifest(tmp_path / "m.csv")["path"].to_list() == ['/a/12" mix.wav', '/a/b, "c".wav']
 
 
-def test_columns_that_begin_late(tmp_path: Path) -> None:
-    """Types are taken from all rows: no span or column of the user's is lost, nor a value of another type."""
+def test_columns_that_start_late(tmp_path: Path) -> None:
+    """Types come from all rows, so no span, user's column or value of another type is lost."""
     rows = [{"path": f"/{i}.wav", "num_samples": 5, "speaker": 1} for i in range(1500)]
     rows[1400] |= {"start": 1, "end": 2.5, "fileid": "x"}
     rows[1401] |= {"speaker": "f2"}
@@ -80,6 +80,16 @@ def test_columns_that_begin_late(tmp_path: Path) -> None:
     assert manifest.row(1402, named=True)["note"] == "loud"
     assert manifest["units"][1402].to_list() == [1, 2]
     assert manifest["start"].null_count() == 1499
+
+
+def test_names_that_are_numbers_stay_as_they_are(tmp_path: Path) -> None:
+    for number, name in ((2, "2"), (2.5, "2.5"), ("b", "b")):
+        rows = [
+            {"fileid": 1, "path": "/1.wav", "num_samples": 5},
+            {"fileid": number, "path": "/2.wav", "num_samples": 5},
+        ]
+        (tmp_path / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        assert read_manifest(tmp_path / "m.jsonl")["fileid"].to_list() == ["1", name]
 
 
 @pytest.mark.parametrize("name", ["m.tsv", "list.txt"])
@@ -124,7 +134,7 @@ def test_lists(tmp_path: Path) -> None:
 
 
 def test_spans_in_tables(tmp_path: Path) -> None:
-    """The number of samples beside them may be the whole's."""
+    """``num_samples`` may be that of the whole recording."""
     (tmp_path / "m.csv").write_text("path,start,end,num_samples\n/a.wav,1,2.5,99999\n/b.wav,,,5\n/c.wav,,1,\n")
     assert read_manifest(tmp_path / "m.csv")["num_samples"].to_list() == [24_000, 5, 16_000]
     (tmp_path / "m.csv").write_text("path,start,num_samples\n/a.wav,1,99999\n")
@@ -148,7 +158,7 @@ def test_relative_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         "path,num_samples,archive,byte_offset,byte_size\ndeep/3.wav,5,audio/2.wav,512,10\naudio/2.wav,5,,,\n"
     )
     manifest = read_manifest(corpus / "tar.csv")
-    assert manifest["path"].to_list() == ["deep/3.wav", f"{corpus}/audio/2.wav"]  # a member's name stays
+    assert manifest["path"].to_list() == ["deep/3.wav", f"{corpus}/audio/2.wav"]  # a member's name does not change
     assert manifest["archive"].to_list() == [f"{corpus}/audio/2.wav", None]
 
 
@@ -167,7 +177,7 @@ def test_archive_and_statistics_columns(tmp_path: Path) -> None:
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0$~")), min_size=1))
 @settings(max_examples=100, deadline=None)
 def test_every_name_survives(names: list[str]) -> None:
-    """Polars writes what we read, quotes, line breaks and empty names included."""
+    """What polars writes is read back, including quotes, line breaks and empty names."""
     table = pl.DataFrame({"fileid": names, "path": names, "num_samples": range(len(names))})
     for suffix, write in ((".csv", table.write_csv), (".jsonl", table.write_ndjson)):
         file = Path("/dev/shm" if Path("/dev/shm").is_dir() else "/tmp") / f"spidr-names{suffix}"

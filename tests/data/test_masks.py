@@ -1,4 +1,4 @@
-"""Masks, against slow oracles written span by span."""
+"""Masks against slow oracles written span by span."""
 
 from dataclasses import replace
 from itertools import pairwise
@@ -26,7 +26,7 @@ STRATEGIES = [
 
 
 def oracle(spans: Spans, frames: int, rng: np.random.Generator) -> np.ndarray:
-    """One row's mask before rows are made equal, as the rules say it."""
+    """One row's mask before rows are equalised, written from the rules."""
     count = max(spans.min_spans, int(spans.prob * frames / spans.length + rng.random()))
     mask = np.zeros(frames, dtype=bool)
     if count == 0:
@@ -64,13 +64,13 @@ def oracle(spans: Spans, frames: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def runs(mask: np.ndarray) -> list[tuple[int, int]]:
-    """(start, stop) of each stretch of masked frames."""
+    """(start, stop) of each run of masked frames."""
     edges = np.flatnonzero(np.diff(np.concatenate(([0], mask.astype(int), [0]))))
     return list(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True))
 
 
 def describe(masks: np.ndarray) -> np.ndarray:
-    """Per row: masked share, its square, number of stretches, longest stretch, masked share of the first fifth."""
+    """Per row: masked share, its square, number of runs, longest run, masked share of the first fifth."""
     stretches = [[stop - start for start, stop in runs(mask)] for mask in masks]
     share = masks.mean(1)
     fifth = masks[:, : masks.shape[1] // 5].mean(1)
@@ -84,7 +84,7 @@ def describe(masks: np.ndarray) -> np.ndarray:
 )
 @pytest.mark.parametrize("frames", [40, 200])
 def test_like_the_oracle(spans: Spans, frames: int) -> None:
-    """Means over many draws agree within five standard errors, for what characterises the masks."""
+    """Means of the statistics over many draws agree within five standard errors."""
     rng = np.random.default_rng(frames)
     ours = describe(spans.draw_masks(np.full(1500, frames), frames, rng))
     theirs = describe(np.array([oracle(spans, frames, rng) for _ in range(1500)]))
@@ -93,7 +93,7 @@ def test_like_the_oracle(spans: Spans, frames: int) -> None:
 
 
 def test_share_with_the_defaults() -> None:
-    """About half the frames of long utterances are masked; less, the more rows have to agree."""
+    """About half the frames of long utterances are masked; fewer with more rows to equalise."""
     masks = MaskGenerator(MaskingConfig())
     rng = [np.random.default_rng(0)]
     for rows, frames, expected in ((4, 999, 0.545), (12, 999, 0.53), (48, 250, 0.468)):
@@ -105,7 +105,7 @@ def test_starts_are_uniform_and_distinct() -> None:
     """Spans of one frame show where spans start: chi-square over all positions but the last."""
     spans = Spans(0.3, "static", 0.0, 1, no_overlap=False, min_space=1, min_spans=2)
     masks = spans.draw_masks(np.full(4000, 51), 51, np.random.default_rng(1))
-    assert set(masks.sum(1).tolist()) == {15, 16}  # floor(15.3 + u), none lost to a repetition
+    assert set(masks.sum(1).tolist()) == {15, 16}  # floor(15.3 + u), none repeated
     counts = masks.sum(0)
     assert counts[50] == 0
     expected = counts.sum() / 50
@@ -125,7 +125,7 @@ def test_number_of_spans() -> None:
     [("static", 0.0, 6, 6, 6), ("uniform", 2.0, 2, 12, 7), ("normal", 3.0, 1, 99, 6.02), ("poisson", 0.0, 1, 99, 3)],
 )
 def test_lengths_of_spans(selection: str, other: float, least: int, most: int, mean: float) -> None:
-    """Spans kept apart show their lengths."""
+    """Spans that do not overlap show their lengths."""
     spans = Spans(0.03, selection, other, 6, no_overlap=True, min_space=1, min_spans=2)  # type: ignore[arg-type]
     masks = spans.draw_masks(np.full(1000, 1000), 1000, np.random.default_rng(3))
     lengths = np.array([stop - start for mask in masks for start, stop in runs(mask)])
@@ -137,13 +137,13 @@ def test_lengths_of_spans(selection: str, other: float, least: int, most: int, m
 
 @given(st.sampled_from(STRATEGIES), st.lists(st.integers(1, 60), min_size=1, max_size=6), st.integers(0, 2**32))
 @settings(deadline=None, max_examples=300)
-def test_whatever_the_lengths(spans: Spans, lengths: list[int], seed: int) -> None:
+def test_any_lengths(spans: Spans, lengths: list[int], seed: int) -> None:
     frames = np.array(lengths)
     masks = spans.draw_masks(frames, max(lengths), np.random.default_rng(seed))
     assert masks.shape == (len(lengths), max(lengths))
     for mask, length in zip(masks, lengths, strict=True):
         assert not mask[length:].any()
-        # Only a span that must not be cut can find no place.
+        # Only a span that must not be cut may not fit.
         assert length == 1 or spans.min_spans == 0 or spans.no_overlap or mask.any()
         if spans.no_overlap:
             for (_, stop), (start, _) in pairwise(runs(mask)):
@@ -158,7 +158,7 @@ def test_whatever_the_lengths(spans: Spans, lengths: list[int], seed: int) -> No
 
 
 def test_kept_frames_are_chosen_at_random() -> None:
-    """Rows that lose frames to the row with the fewest lose them anywhere."""
+    """Rows cut to the smallest number of masked frames lose them anywhere."""
     spans = Spans(1.0, "static", 0.0, 1, no_overlap=True, min_space=0, min_spans=2)
     lengths = np.array([40, 10])
     kept = np.zeros(40)
@@ -179,7 +179,7 @@ def test_draws_by_row_do_not_depend_on_the_batch(spans: Spans) -> None:
     indices = spans.draw(np.array(lengths), [np.random.default_rng(i) for i in range(3)])
     for i, mask in enumerate(together):
         assert mask[indices[i]].all()
-    # The row with the fewest masked frames keeps them all, whatever the others are.
+    # The row with the fewest masked frames always keeps them all.
     fewest = int(np.argmin([mask.sum() for mask in together]))
     alone = spans.draw(np.array([lengths[fewest]]), [np.random.default_rng(fewest)])
     np.testing.assert_array_equal(indices[fewest], alone[0])
@@ -195,7 +195,7 @@ def test_draws_by_row_do_not_depend_on_the_batch(spans: Spans) -> None:
 def test_masks_of_a_row_are_nested_whatever_it_is_batched_with(
     spans: Spans, lengths: list[int], more: list[int], seed: int
 ) -> None:
-    """A row's frames are put into an order that is its own; the batch decides only how many of the first are kept."""
+    """Each row orders its frames by itself; the batch only decides how many of the first are kept."""
 
     def draw(lengths: list[int]) -> list[set[int]]:
         rngs = [np.random.default_rng((seed, row)) for row in range(len(lengths))]
@@ -251,7 +251,7 @@ def test_channels() -> None:
     assert mask.shape == (4, 100)
     assert MaskGenerator(cfg)(padding)[1] is None
     assert MaskGenerator(MaskingConfig())(padding, channels=64)[1] is None
-    # No minimum: with a small share, most batches mask no channel at all.
+    # There is no minimum: with a small share, most batches mask no channel.
     rare = MaskGenerator(replace(cfg, mask_channel_prob=0.01))
     assert not rare.draw_channels(4, 64, [np.random.default_rng(0)]).all(1).any()
     assert sum(rare.draw_channels(1, 64, [np.random.default_rng(i)]).any() for i in range(200)) < 40

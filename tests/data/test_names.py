@@ -19,7 +19,7 @@ from spidr.tools.errors import InputError
         (".npy", ".npy"),
     ],
 )
-def test_known_endings_only_are_cut(name: str, plain: str) -> None:
+def test_only_known_extensions_are_removed(name: str, plain: str) -> None:
     assert plain_name(name) == plain
 
 
@@ -54,13 +54,13 @@ def test_whole_trailing_paths(names: list[str], wanted: str, found: str | None) 
         (["b/c", "c"], ["a/b/c"]),
     ],
 )
-def test_several_could_be_meant(names: list[str], wanted: list[str]) -> None:
+def test_ambiguous_names(names: list[str], wanted: list[str]) -> None:
     with pytest.raises(InputError, match="several recordings could be meant"):
         match_names(names, wanted)
 
 
 def test_rows_of_a_manifest() -> None:
-    """By fileid where it is unique, by path where it is not or the fileid says nothing."""
+    """By fileid if it is unique, otherwise by path."""
     names = ["spk1/001", "spk2/001"]
     assert match_rows(names, ["x", "spk2/001"], ["/d/spk1/001.wav", "/d/2.wav"]) == {0: "spk1/001", 1: "spk2/001"}
     assert match_rows(names, ["001", "001"], ["/d/spk1/001.wav", "/d/spk2/001.wav"]) == {0: "spk1/001", 1: "spk2/001"}

@@ -1,4 +1,4 @@
-"""Members of archives, opened once and read where they are; spans of recordings."""
+"""Members of archives, opened once and read in place; spans of recordings."""
 
 import gc
 import io
@@ -38,7 +38,7 @@ def test_archives_are_opened_once(tmp_path: Path) -> None:
     assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 
-def test_an_archive_that_was_replaced_is_read_anew(tmp_path: Path) -> None:
+def test_a_replaced_archive_is_read_again(tmp_path: Path) -> None:
     data = [write_audio(tmp_path / "a.wav", noise(3000, seed)).read_bytes() for seed in (1, 2)]
     (member,) = write_archive(tmp_path / "t.tar", {"a.wav": data[0]})
     np.testing.assert_array_equal(read_audio(member), read_audio(data[0]))
@@ -61,10 +61,10 @@ def test_bad_archives(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("padding", [0, READ_AT_ONCE])
 @pytest.mark.parametrize(("kind", "at", "change"), [("AIFF", 31, b"\xff" * 8), ("RF64", 32, b"\0\0\0\x80")])
-def test_headers_that_lead_out_of_the_archive(
+def test_headers_that_point_outside_the_archive(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], kind: str, at: int, change: bytes, padding: int
 ) -> None:
-    """To before its beginning, or to where no file ends: no error is left in a function that libsndfile calls."""
+    """Before its start or past any file's end: no error is lost in a function that libsndfile calls."""
     file = io.BytesIO()
     soundfile.write(file, noise(3000), 16_000, format=kind, subtype="PCM_16")
     data = bytearray(file.getvalue()) + bytes(padding)
@@ -88,7 +88,7 @@ def test_a_span_is_a_recording(tmp_path: Path, suffix: str) -> None:
     np.testing.assert_array_equal(read_resampled(span), samples)
     assert statistics(span) == statistics_of(samples)
     assert num_samples(Recording(str(file), start=2)) == num_samples(Recording(str(file), end=1)) == 16_000
-    assert num_samples(Recording(str(file), start=2.5, end=3.4)) == 8000  # labels may end a little late
+    assert num_samples(Recording(str(file), start=2.5, end=3.4)) == 8000  # labels may end slightly late
     for start, end in ((2.5, 3.6), (3, None), (3.1, 3.2)):
         with pytest.raises(InputError, match=rf"a{suffix} \[.*: not within the 3 s that the recording lasts"):
             num_samples(Recording(str(file), start=start, end=end))

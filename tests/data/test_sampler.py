@@ -1,4 +1,4 @@
-"""The order of batches, against a slow oracle and its promises."""
+"""The order of batches, against a slow oracle and stated properties."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_pack_fills_batches_one_after_the_other(lengths: list[int], limit: int) 
 
 @given(lengths_and_cfg, st.integers(0, 3), st.integers(1, 4), st.integers(1, 4))
 @settings(deadline=None)
-def test_promises_of_an_epoch(
+def test_properties_of_an_epoch(
     case: tuple[np.ndarray, DataConfig], epoch: int, world_size: int, accumulation: int
 ) -> None:
     lengths, cfg = case
@@ -105,14 +105,14 @@ def test_a_function_of_seed_and_epoch() -> None:
     assert as_lists(sampler.epoch(1)) != first
     assert as_lists(sampler.epoch(0)) == first
     assert as_lists(BatchSampler(lengths, replace(CFG, random_seed=1)).epoch(0)) != first
-    # Within an epoch, neither the rows of a bucket nor the batches stay in the manifest's order.
+    # Within an epoch, neither a bucket's rows nor the batches keep the manifest's order.
     one_bucket = BatchSampler(np.full(500, 100), CFG).epoch(0)
     assert one_bucket.rows.tolist() != list(range(500))
     assert one_bucket.order.tolist() != list(range(len(one_bucket)))
 
 
 def test_every_place_is_equally_likely() -> None:
-    """Chi-square of where a recording ends up within its bucket, over many epochs."""
+    """Chi-square of a recording's position within its bucket, over many epochs."""
     sampler = BatchSampler(np.full(8, 100), CFG)
     places = [sampler.epoch(epoch).rows.tolist().index(0) for epoch in range(2000)]
     counts = np.bincount(places, minlength=8)
@@ -144,7 +144,7 @@ def test_nothing_is_long_enough() -> None:
 
 
 def test_memory_is_arrays() -> None:
-    """No object per recording: a million rows in a few arrays."""
+    """A million rows take a few arrays, not an object per recording."""
     import tracemalloc
 
     lengths = np.random.default_rng(0).integers(16_000, 280_000, 1_000_000)

@@ -1,4 +1,4 @@
-"""Generators are functions of what they are for."""
+"""Generators depend on their arguments only."""
 
 from spidr.data.seeds import Draw, generator
 

@@ -1,4 +1,4 @@
-"""What is said of recordings that training does not hear."""
+"""The summary of recordings that training does not use."""
 
 import logging
 import re
@@ -14,7 +14,7 @@ CFG = {"num_workers": 0, "num_buckets": 1}
 
 
 def summary(folder: Path, lengths: list[int], **settings: object) -> tuple[DataSummary, list[str]]:
-    """The manifest's lengths are all that counts."""
+    """A manifest of these lengths."""
     rows = "".join(f"/{i}.wav,{length}\n" for i, length in enumerate(lengths))
     (folder / "m.csv").write_text(f"path,num_samples\n{rows}")
     cfg = DataConfig(str(folder / "m.csv"), **CFG | settings)  # type: ignore[arg-type]
@@ -22,7 +22,7 @@ def summary(folder: Path, lengths: list[int], **settings: object) -> tuple[DataS
     return found, found.warnings(cfg)
 
 
-def test_nothing_to_say(tmp_path: Path) -> None:
+def test_nothing_to_report(tmp_path: Path) -> None:
     found, warnings = summary(tmp_path, [160_000] * 10)
     assert found == DataSummary(10, 1_600_000 / 57_600_000, 1, 1_600_000 / 57_600_000)
     assert str(found) == "10 recordings, 1.67 min; an epoch hears 1.67 min in 1 batches"

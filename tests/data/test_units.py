@@ -1,4 +1,4 @@
-"""Units in the forms in which programs write them."""
+"""Units in the formats that programs write."""
 
 import gzip
 from pathlib import Path
@@ -53,7 +53,7 @@ def test_parquet_and_folders(tmp_path: Path) -> None:
 
 
 def test_lines_without_names(tmp_path: Path) -> None:
-    """Of k-means labels, in the order of a manifest: given, or fairseq's beside the file."""
+    """k-means labels in the order of a manifest, given or (fairseq's) beside the file."""
     path = write_lines(tmp_path / "train.km", "4 4 4 2", "7")
     with pytest.raises(InputError, match=r"train\.km: lines without names: .* say --manifest or train\.tsv"):
         read_units(path)

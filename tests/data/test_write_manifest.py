@@ -1,4 +1,4 @@
-"""Manifests that we write: complete, exact, the same every time, or not there."""
+"""Written manifests are complete, exact and deterministic, or absent."""
 
 import subprocess
 import sys
@@ -64,7 +64,7 @@ def test_several_extensions(tmp_path: Path) -> None:
 
 
 def test_without_semaphores(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in containers in which /dev/shm cannot be written."""
+    """As in containers where /dev/shm is not writable."""
 
     def refuse(*_: object, **__: object) -> None:
         raise OSError(30, "Read-only file system")
@@ -80,7 +80,7 @@ def test_relative_folder_gives_absolute_paths(corpus: Path, tmp_path: Path, monk
     assert all(Path(path).is_file() and Path(path).is_absolute() for path in read_manifest(tmp_path / "m.csv")["path"])
 
 
-def test_archive_is_the_folder(corpus: Path, tmp_path: Path) -> None:
+def test_an_archive_equals_its_folder(corpus: Path, tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "corpus.tar", "w") as tar:
         tar.add(corpus, arcname="")
     write_manifest(corpus, tmp_path / "folder.csv")
@@ -132,12 +132,12 @@ def test_statistics(corpus: Path, tmp_path: Path) -> None:
         assert (mean, std) == pytest.approx((samples.mean(), samples.std()), rel=1e-5)
 
 
-def test_order_is_kept_over_many_files(tmp_path: Path, recordings: Callable[..., Path]) -> None:
+def test_many_files_keep_their_order(tmp_path: Path, recordings: Callable[..., Path]) -> None:
     lengths = np.random.default_rng(0).integers(1, 50, 700).tolist()
     assert read_manifest(recordings(lengths))["num_samples"].to_list() == lengths
 
 
-def test_all_that_is_wrong_is_said_at_once_or_left_out(
+def test_all_problems_are_reported_at_once_or_skipped(
     corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bad = {
@@ -245,7 +245,7 @@ def test_bad_arguments(corpus: Path, tmp_path: Path) -> None:
     (tmp_path / "cut.tar").write_bytes((tmp_path / "t.tar").read_bytes()[:3000])
     damaged = bytearray((tmp_path / "t.tar").read_bytes())
     with tarfile.open(tmp_path / "t.tar") as tar:
-        damaged[tar.getmembers()[3].offset + 150] ^= 1  # in its checksum
+        damaged[tar.getmembers()[3].offset + 150] ^= 1  # damages its checksum
     (tmp_path / "damaged.tar").write_bytes(damaged)
     (tmp_path / "text.tar").write_text("no archive " * 100)
     (tmp_path / "t.tar.zst").write_bytes(b"\x28\xb5\x2f\xfd" + bytes(100))
@@ -273,7 +273,7 @@ def test_bad_arguments(corpus: Path, tmp_path: Path) -> None:
         write_manifest_tar(tmp_path / "t.tar", csv, "flac")
 
 
-def test_names_that_are_no_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_names_that_are_not_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = write_audio(tmp_path / "corpus" / "a.wav", noise(100))
     Path(f"{tmp_path}/corpus/\udcff.wav").write_bytes(file.read_bytes())
     with tarfile.open(tmp_path / "t.tar", "w") as tar:

@@ -1,4 +1,4 @@
-"""ABX on cases whose error rates can be counted by hand."""
+"""ABX on cases with error rates that can be counted by hand."""
 
 import sys
 from fractions import Fraction
@@ -23,12 +23,12 @@ def write_items(path: Path, *lines: str) -> Path:
 
 
 def phones(speaker: str, *names: str) -> list[str]:
-    """A recording named as its speaker, with a phone every 40 ms, all in the same context."""
+    """A recording named after its speaker, with a phone every 40 ms, all in the same context."""
     return [f"{speaker} {0.04 * i:.2f} {0.04 * (i + 1):.2f} {name} x y {speaker}" for i, name in enumerate(names)]
 
 
 def frames(**vectors: list[list[float]]) -> dict[str, NDArray[Any]]:
-    """Two equal frames for each phone, that is 50 a second."""
+    """Two equal frames per phone, 50 frames a second."""
     return {name: np.array(rows, np.float32).repeat(2, axis=0) for name, rows in vectors.items()}
 
 
@@ -37,6 +37,7 @@ def test_the_old_name_works() -> None:
     assert spidr.abx.read_items is read_items
 
 
+@needs_fastabx
 def test_separate_and_mixed_phones(tmp_path: Path) -> None:
     items = read_items(
         write_items(tmp_path / "a.item", *phones("s1", "A", "A", "B", "B"), *phones("s2", "A", "A", "B", "B"))
@@ -44,11 +45,11 @@ def test_separate_and_mixed_phones(tmp_path: Path) -> None:
     a, b = [1.0, 0.0], [0.0, 1.0]
     apart = Scorer(items).score(frames(s1=[a, a, b, b], s2=[a, a, b, b]))
     assert apart == (0.0, 0.0, 8, 0)
-    # Within s1 all is well. In s2 each phone sounds once like A and once like B: of the X, one finds A farther than one
-    # B and as far as the other: (1 + 1/2) / 2 wrong.
+    # s1 has no errors. In s2 each phone sounds once like A and once like B, so each X is farther from A than from one
+    # B and as far as from the other: (1 + 1/2) / 2 wrong.
     mixed = Scorer(items).score(frames(s1=[a, a, b, b], s2=[a, b, a, b]))
     assert mixed.within == pytest.approx((0 + 0.75) / 2)
-    # A and B by s1, X by s2: half of them wrong. A and B by s2, X by s1: nearest to A, to B or as far: half of it.
+    # A and B by s1, X by s2: half are wrong. A and B by s2, X by s1: closer to A, closer to B, or as far: half of it.
     assert mixed.across == pytest.approx(0.5)
     same = Scorer(items).score(frames(s1=[a, a, a, a], s2=[a, a, a, a]))
     assert (same.within, same.across) == (0.5, 0.5)
@@ -57,11 +58,11 @@ def test_separate_and_mixed_phones(tmp_path: Path) -> None:
 
 
 @needs_fastabx
-def test_units_are_the_same_or_not(tmp_path: Path) -> None:
+def test_units_are_equal_or_not(tmp_path: Path) -> None:
     items = read_items(write_items(tmp_path / "a.item", *phones("s1", "A", "A", "B", "B")))
     units = {"folder/s1": np.array([7, 7, 7, 7, 200, 200, 201, 201])}
     scorer = Scorer(items)
-    # X = A: nothing wrong. X = B, with the other B as A: as far from it as from any A.
+    # X = A: no errors. X = B, with the other B as A: as far from it as from any A.
     assert scorer.score(units, "identical") == (0.25, None, 4, 0)
     assert scorer.score({"s1": np.array([[7, 1.0]] * 4 + [[-9, 5]] * 4)}).within == 0.0
 
@@ -71,12 +72,12 @@ def test_another_context(tmp_path: Path) -> None:
     lines = ["r 0.00 0.04 A x y s", "r 0.04 0.08 A x y s", "r 0.08 0.12 B z y s", "r 0.12 0.16 B z y s"]
     items = read_items(write_items(tmp_path / "a.item", *lines))
     features = frames(r=[[1, 0], [1, 0], [0, 1], [0, 1]])
-    assert Scorer(items).score(features).within is None  # no B in the context of the A
+    assert Scorer(items).score(features).within is None  # no B in A's context
 
 
 @needs_fastabx
 def test_frames_of_an_item_are_those_of_fastabx(tmp_path: Path) -> None:
-    """Against fastabx reading the same items and features from files, phones of odd lengths among them."""
+    """Against fastabx reading the same items and features from files, including phones of odd lengths."""
     import fastabx
     import torch
 
@@ -104,12 +105,12 @@ def test_frames_of_an_item_are_those_of_fastabx(tmp_path: Path) -> None:
 
 @needs_fastabx
 def test_items_without_a_frame(tmp_path: Path) -> None:
-    """The middle of a frame must be inside, at its ends too; the last frames of a recording may be missing."""
+    """The middle of a frame must be within the item, or on its edge; a recording's last frames may be missing."""
     lines = ["r 0.031 0.049 A x y s", "r 0.05 0.05 B x y s", "r 0.10 0.14 A x y s", "r 0.13 0.15 A x y s"]
     items = read_items(write_items(tmp_path / "a.item", *lines))
     scorer = Scorer(items)
     features = {"r": np.ones((6, 2), np.float32)}
-    assert scorer.score(features)[2:] == (2, 2)  # the first has no frame, the last one lies behind the end
+    assert scorer.score(features)[2:] == (2, 2)  # the first has no frame, the last lies after the end
     with pytest.raises(InputError, match=r"a\.item: an item ends at frame 8 of r, which has 5 frames; is the frame"):
         scorer.score({"r": features["r"][:5]})
     with pytest.raises(InputError, match="no frame lies within any item"):
@@ -147,7 +148,7 @@ def test_bad_item_files(tmp_path: Path, content: str, message: str) -> None:
 @needs_fastabx
 @pytest.mark.parametrize("separator", ["\t", " "])
 def test_items_as_people_write_them(tmp_path: Path, separator: str) -> None:
-    """A byte order mark, tabs, a name with blanks, an empty last line, an onset just before the recording."""
+    """A byte order mark, tabs, a name with spaces, an empty last line, an onset just before the recording."""
     rows = [line.split() for line in [HEADER, *phones("s1", "A", "A", "B", "B")]]
     rows[1][1] = "-0.02"
     named = [[row[0].replace("s1", "my rec.1"), *row[1:]] for row in rows]
@@ -161,7 +162,7 @@ def test_items_as_people_write_them(tmp_path: Path, separator: str) -> None:
 
 @needs_fastabx
 def test_the_frame_rate_is_as_recorded(tmp_path: Path) -> None:
-    """At half the rate every item would be found as well, in the wrong place."""
+    """At half the rate, every item would be found in the wrong place."""
     items = read_items(write_items(tmp_path / "a.item", *phones("s1", "A", "A", "B", "B")))
     (tmp_path / "features").mkdir()
     np.save(tmp_path / "features" / "s1.npy", np.array([[1.0, 0.0]] * 8 + [[0.0, 1.0]] * 8))

@@ -1,4 +1,4 @@
-"""Units, features and models evaluated from files, as on the command line."""
+"""Units, features and models evaluated from files, by the command line."""
 
 import json
 import math
@@ -28,7 +28,7 @@ needs_fastabx = pytest.mark.skipif(sys.version_info < (3, 12), reason="fastabx n
 
 
 def varied_model(model_type: str) -> DinoSR:
-    """Without biases, its units depend on the audio."""
+    """A model without biases, so that its units depend on the audio."""
     model = tiny_model(model_type, **AT_50_HZ).eval()
     for head in model.heads:
         torch.nn.init.zeros_(head[0].bias)  # type: ignore[index]
@@ -49,7 +49,7 @@ def rows_of(capsys: pytest.CaptureFixture[str]) -> list[dict[str, float]]:
 
 
 def test_units_with_known_quality(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A, B and silence as often; A has one unit, B two, of which one is also that of the silence."""
+    """A, B and silence are equally frequent; A has one unit, B two, one of which is also the silence's."""
     phones = write_lines(
         tmp_path / "phones.jsonl",
         {"fileid": "r1", "phones": [["A", 0.0, 0.08], ["B", 0.08, 0.16]], "duration": 0.16},
@@ -64,7 +64,7 @@ def test_units_with_known_quality(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert main(["units", str(units), str(phones), "--num-units", "16", "--json"]) == 0
     (row,) = rows_of(capsys)
     entropy = math.log2(3)
-    given_unit = 6 / 12 * (math.log2(3) - 2 / 3)  # only unit 0 leaves a doubt: B or, twice as likely, silence
+    given_unit = 6 / 12 * (math.log2(3) - 2 / 3)  # only unit 0 is ambiguous: B or, twice as likely, silence
     assert row == {
         "units": str(units),
         "phone_purity": pytest.approx((4 + 2 + 4) / 12),
@@ -97,7 +97,7 @@ assert not {"torch", "polars", "soundfile", "fastabx"} & sys.modules.keys()
 """
 
 
-def test_units_wait_for_no_import_but_numpy(tmp_path: Path) -> None:
+def test_units_import_only_numpy(tmp_path: Path) -> None:
     """Importing torch takes longer than the units of LibriSpeech's dev sets."""
     phones = write_lines(tmp_path / "phones.jsonl", {"name": "r", "phones": ["A", "A", "B", "B"]})
     units = write_lines(tmp_path / "units.jsonl", {"name": "r", "units": [0, 1]})
@@ -126,7 +126,7 @@ def test_mistakes_end_with_one_message(tmp_path: Path, capsys: pytest.CaptureFix
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Noise with random phones and its items, from two speakers; recording 0 is not aligned."""
+    """Noise with random phones and items, from two speakers; recording 0 is not aligned."""
     folder = tmp_path_factory.mktemp("corpus")
     manifest = write_recordings(folder / "recordings", count=9)
     (folder / "manifest.csv").write_text(manifest.read_text())
@@ -204,7 +204,7 @@ def test_a_full_disk_is_named(tmp_path: Path) -> None:
 @needs_fastabx
 @pytest.mark.parametrize("model_type", ["spidr", "dinosr"])
 def test_model(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], model_type: str) -> None:
-    """Every layer and codebook, as if one recording after the other had been encoded."""
+    """Every layer and codebook, as if recordings were encoded one by one."""
     model = varied_model(model_type)
     arguments = [save_model(tmp_path, model, model_type), str(corpus / "manifest.csv"), str(corpus / "phones.jsonl")]
     arguments += ["--item", str(corpus / "phoneme.item"), "--device", "cpu", "--max-batch-length", "24000", "--json"]

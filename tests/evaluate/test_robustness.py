@@ -1,4 +1,4 @@
-"""Changes of the sound against what they are by definition, and the table they end in."""
+"""Changes of the sound against their definitions, and the resulting table."""
 
 import math
 from pathlib import Path
@@ -62,7 +62,7 @@ def test_reverberation() -> None:
 
 @pytest.mark.parametrize("factor", [0.9, 1.1])
 def test_tempo(factor: float) -> None:
-    """Another length, the same pitch."""
+    """Tempo changes the length, not the pitch."""
     x = tone(440)
     changed = tempo(x, factor)
     assert len(changed) == round(len(x) / factor)
@@ -72,7 +72,7 @@ def test_tempo(factor: float) -> None:
 
 @pytest.mark.parametrize("semitones", [-2, 2])
 def test_pitch(semitones: float) -> None:
-    """Another pitch, the same length."""
+    """Pitch changes, the length does not."""
     x = tone(440)
     changed = pitch(x, semitones)
     assert len(changed) == len(x)
@@ -113,7 +113,7 @@ def test_table(tmp_path: Path) -> None:
         evaluate_robustness(model, manifest, max_minutes=0)
 
 
-def test_lengths_that_the_manifest_lacks_and_recordings_of_a_single_frame(tmp_path: Path) -> None:
+def test_manifests_without_lengths_and_recordings_of_a_single_frame(tmp_path: Path) -> None:
     manifest = pl.read_csv(write_recordings(tmp_path, count=3), infer_schema=False)
     soundfile.write(tmp_path / "short.wav", np.full(410, 0.1), 16_000)  # too short at another tempo
     short = pl.DataFrame({"fileid": ["short"], "path": [str(tmp_path / "short.wav")]})

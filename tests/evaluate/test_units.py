@@ -1,4 +1,4 @@
-"""Units paired with the phones of their recordings, and DiscoPhon's metrics of them."""
+"""Units paired with their recordings' phones, and DiscoPhon's metrics."""
 
 import json
 from pathlib import Path
@@ -9,13 +9,13 @@ import pytest
 
 from helpers.synthetic import write_lines
 from spidr.evaluate import evaluate_units, main
-from spidr.evaluate.units import evaluate_all, pair
+from spidr.evaluate.units import pair
 from spidr.tools.errors import InputError
 
 
 @pytest.fixture
 def rows(tmp_path: Path) -> tuple[Path, Path]:
-    """Units of 0.2 s, and alignments that are as long, 60 ms shorter, and 40 ms longer."""
+    """Units of 0.2 s, and alignments of equal length, 60 ms shorter, and 40 ms longer."""
     rng = np.random.default_rng(0)
     units = [{"fileid": name, "units": rng.integers(0, 200, 10).tolist()} for name in "abc"]
     phones = [
@@ -27,7 +27,7 @@ def rows(tmp_path: Path) -> tuple[Path, Path]:
 
 
 def test_alignments_of_another_length(rows: tuple[Path, Path], caplog: pytest.LogCaptureFixture) -> None:
-    """Filled with silence or cut up to a tolerance, which is said."""
+    """Filled with silence or cut, up to a tolerance, with a message."""
     data = pair(*rows).data
     assert [len(phones) for phones, _ in data.values()] == [20, 20, 20]
     assert list(data["b"][0][-6:]) == ["SIL"] * 6
@@ -85,7 +85,7 @@ def test_the_size_of_the_codebook_is_as_recorded(
 
 
 def test_one_table_for_all_languages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """As DiscoPhon names its files, and with its alignments."""
+    """Files named as in DiscoPhon, with its alignments."""
     units, truth = tmp_path / "units", tmp_path / "discophon"
     (truth / "alignment").mkdir(parents=True)
     units.mkdir()
@@ -103,7 +103,7 @@ def test_one_table_for_all_languages(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 def noisy_units(tmp_path: Path, num_units: int) -> tuple[Path, Path]:
-    """Units that mostly tell the phone."""
+    """Units that mostly identify the phone."""
     rng = np.random.default_rng(1)
     units, phones = [], []
     for name in "abcd":
@@ -115,11 +115,12 @@ def noisy_units(tmp_path: Path, num_units: int) -> tuple[Path, Path]:
 
 
 @pytest.mark.parametrize("num_units", [30, 9, 4])
-def test_discophon(tmp_path: Path, num_units: int) -> None:
-    """Against the package's own entry point, where it takes the units."""
+def test_discophon(tmp_path: Path, num_units: int, capsys: pytest.CaptureFixture[str]) -> None:
+    """Against discophon's own function, if it accepts the units."""
     discophon = pytest.importorskip("discophon.evaluate")
     paths = noisy_units(tmp_path, num_units)
-    (row,) = evaluate_all([paths[0]], paths[1], discophon=True, num_units=num_units)
+    assert main(["units", *map(str, paths), "--discophon", "--num-units", str(num_units), "--json"]) == 0
+    row = json.loads(capsys.readouterr().out)
     data = pair(*paths, num_units=num_units).data
     units = {name: np.asarray(sequence).tolist() for name, (_, sequence) in data.items()}
     phones: dict[str, Any] = {name: labels for name, (labels, _) in data.items()}

@@ -1,4 +1,4 @@
-"""Exported encoders, loaded by the software they are for, give what the model gives."""
+"""Exported encoders, loaded by their target software, give the model's results."""
 
 import json
 import os
@@ -36,7 +36,7 @@ CASES = [("spidr", {}), ("spidr", OTHER), ("dinosr", {}), ("dinosr", OTHER)]
 
 
 def trained(model_type: str, changes: dict[str, Any]) -> DinoSR:
-    """A model whose norms and biases are not what they are in a new one."""
+    """A model whose norms and biases differ from a new model's."""
     model = tiny_model(model_type, **changes)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -46,7 +46,7 @@ def trained(model_type: str, changes: dict[str, Any]) -> DinoSR:
 
 
 def batch(size: int, samples: int) -> tuple[Tensor, Tensor]:
-    """Utterances of unequal lengths, with something else than silence in the padding."""
+    """Utterances of unequal lengths, with padding that is not silence."""
     generator = torch.Generator().manual_seed(size * samples)
     lengths = torch.randint(min(500, samples - 1), samples, (size,), generator=generator)
     lengths[0] = samples
@@ -75,8 +75,8 @@ def test_safetensors_and_back(tmp_path: Path, model_type: str, changes: dict[str
         assert file.metadata()["spidr_version"] == spidr.__version__
 
 
-def test_safetensors_of_others(tmp_path: Path) -> None:
-    """Without a configuration in the header, config.json beside the file holds."""
+def test_safetensors_from_elsewhere(tmp_path: Path) -> None:
+    """Without a configuration in the header, config.json beside the file is used."""
     model = trained("spidr", {})
     weights = {name: value for name, value in model.state_dict().items() if not name.startswith("teacher.")}
     save_file(weights, tmp_path / "model.safetensors")
@@ -120,7 +120,7 @@ def test_safetensors_damaged(tmp_path: Path, content: bytes) -> None:
 # ------------------------------------------------------------------------------------------------------------- ONNX
 
 
-FEW = {"encoder_num_layers": 3, "num_codebooks": 2, "encoder_pos_conv_depth": 1}  # exporting takes seconds a layer
+FEW = {"encoder_num_layers": 3, "num_codebooks": 2, "encoder_pos_conv_depth": 1}  # exporting takes seconds per layer
 
 
 @pytest.mark.parametrize(("model_type", "changes"), [CASES[0], CASES[3]])
@@ -138,7 +138,7 @@ def test_onnx(tmp_path: Path, capfd: pytest.CaptureFixture[str], model_type: str
     assert json.loads(metadata["layers"]) == [1, 2]
     assert metadata["spidr_version"] == spidr.__version__
     assert model_config(metadata["model_type"], json.loads(metadata["model"])) == model.cfg
-    # No layer is in it twice, nor one that no output needs: the units of DinoSR need all of them.
+    # No layer occurs twice, or without being needed; DinoSR's units need all layers.
     softmaxes = [node for node in proto.graph.node if node.op_type == "Softmax"]
     assert len(softmaxes) == {"spidr": 2, "dinosr": 3}[model_type]
 
@@ -160,7 +160,7 @@ def check_outputs(model: DinoSR, path: Path) -> None:
             torch.testing.assert_close(found[f"features_{layer}"][exists], features[exists], rtol=0, atol=1e-4)
         assert (found["units_2"] == units).float().mean() > 0.99  # two codewords may be equally likely
         assert torch.equal(found["units_2"] == -1, ~exists)
-    # What the library refuses, a graph cannot: such rows say so, the others are as ever.
+    # A graph cannot refuse input as the library does: bad rows are marked, the others are unaffected.
     waveforms, lengths = batch(3, 8000)
     waveforms[0, 100] = torch.nan
     lengths[1] = 9000
@@ -247,7 +247,7 @@ def test_transformers_refuses_padding_at_the_beginning() -> None:
             encoder(waveforms, wrong)
 
 
-def test_hidden_folders_of_others_are_left_alone(tmp_path: Path) -> None:
+def test_other_hidden_folders_are_left_alone(tmp_path: Path) -> None:
     (tmp_path / ".out.tmp").mkdir()
     (tmp_path / ".out.tmp" / "data").write_text("precious")
     export_transformers(trained("spidr", {}), tmp_path / "out")
@@ -268,7 +268,7 @@ def checkpoint(tmp_path: Path) -> Path:
 
 
 def header_and_weights(path: Path) -> tuple[Any, ...]:
-    """The order of the header's entries is random."""
+    """Metadata and weights, to compare files whose header entries are in random order."""
     with safe_open(path, "pt") as file:
         return file.metadata(), {name: file.get_tensor(name).tolist() for name in file.keys()}  # noqa: SIM118
 

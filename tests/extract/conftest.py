@@ -1,4 +1,4 @@
-"""A model for all tests of extraction."""
+"""A model shared by all tests of extraction."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ def checkpoint(model: DinoSR, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def varied(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model whose units change now and then: its heads look at how features differ from their mean."""
+    """A model whose units vary: its heads read how features differ from their mean."""
     model = small(seed=1)
     noise = 0.1 * torch.randn(1, 160_000, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

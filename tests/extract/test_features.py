@@ -47,7 +47,7 @@ def test_a_name_that_is_too_long_for_a_file(flat: bool, checkpoint: Path, tmp_pa
     (tmp_path / "m.csv").write_text(f"fileid,path,num_samples\n{'x' * 300},{noise(tmp_path / 'a.wav')},8000\n")
     noise(tmp_path / "b.wav")
     common: Any = {"model": checkpoint, "layer": LAYER, "flat": flat, "options": QUIET}
-    if not flat:  # named by its path
+    if not flat:  # then it is named by its path
         assert extract_features(tmp_path / "m.csv", tmp_path / "f", **common) == {}
         return
     with pytest.raises(InputError, match=r"xxx\.npy: cannot be written \(File name too long\)"):

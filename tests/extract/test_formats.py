@@ -1,4 +1,4 @@
-"""Units as other programs read them."""
+"""Units in other programs' formats."""
 
 import json
 from itertools import groupby
@@ -69,7 +69,7 @@ def test_the_lines_of_each_format(corpus: Path, varied: Path, tmp_path: Path) ->
 def test_every_format_resumes(
     file_format: str, corpus: Path, varied: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Also when the corpus has grown, in the order of the sources; what is damaged is made again."""
+    """Also when the corpus has grown, in the order of the sources; damaged units are recomputed."""
     caplog.set_level("INFO")
     out = tmp_path / f"u.{SUFFIXES.get(file_format, 'jsonl')}"
     before = extract(corpus, out, file_format, varied)
@@ -81,7 +81,7 @@ def test_every_format_resumes(
     assert f"{3 if nameless else 1} recordings have damaged values" in caplog.text
     noise(corpus / "s1" / "aa.wav", 12_000, seed=7)
     after = extract(corpus, out, file_format, varied)
-    if nameless:  # all rows are of this call, and lie in its order
+    if nameless:  # all rows come from this call, in its order
         assert [after[0], *after[2:]] == before
     else:
         assert sorted({*after} - {*before}) == [line for line in after if "aa" in line]
@@ -89,7 +89,7 @@ def test_every_format_resumes(
     assert "1 recordings (0.0 min) encoded" in caplog.text
 
 
-def test_a_skipped_recording_keeps_its_line_where_none_has_a_name(corpus: Path, varied: Path, tmp_path: Path) -> None:
+def test_a_skipped_recording_keeps_its_line_in_files_without_names(corpus: Path, varied: Path, tmp_path: Path) -> None:
     whole = extract(corpus, tmp_path / "whole.km", "km", varied)
     (corpus / "s1" / "b.wav").write_bytes(b"no recording")
     skipping = Options(on_error="skip", progress=False)
@@ -130,7 +130,7 @@ def test_the_names_of_discophons_files(corpus: Path, varied: Path, tmp_path: Pat
 
 @pytest.mark.parametrize(("kmeans", "penalty"), [(False, 1.0), (True, 3e-5)])
 def test_penalised_units(kmeans: bool, penalty: float, varied: Path, corpus: Path, tmp_path: Path) -> None:
-    """No cost is the best unit of each frame; a high one leaves one unit; batches change nothing."""
+    """No cost gives the best unit of each frame, a high cost one unit; batches change nothing."""
     common: dict[str, Any] = {}
     if kmeans:
         fit_kmeans(corpus, tmp_path / "k.npz", model=varied, layer=LAYER, units=8, options=QUIET)

@@ -1,4 +1,4 @@
-"""Extractions that are interrupted, repeated, shared, or made beside others."""
+"""Extractions that are interrupted, repeated, shared, or run beside others."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ import polars as pl
 import pytest
 
 from helpers.extraction import LAYER, PROMPTS, QUIET, noise, read, rows, save, small, units
-from spidr.extract import Options, extract_features, extract_units, session, sources
+from spidr.data import audio
+from spidr.extract import Options, extract_features, extract_units
 from spidr.extract.__main__ import main
 from spidr.models import DinoSR
 from spidr.tools.errors import InputError
@@ -39,7 +40,7 @@ def test_other_settings_into_the_same_output(checkpoint: Path, tmp_path: Path) -
     extract_features(source, folder, model=checkpoint, layer=3, options=QUIET)
     with pytest.raises(InputError, match='made with stored = "float32", now it is "float16"'):
         extract_features(source, folder, model=checkpoint, layer=3, output_dtype="float16", options=QUIET)
-    other = noise(tmp_path / "other" / "b.wav")  # of which nothing is there yet
+    other = noise(tmp_path / "other" / "b.wav")  # nothing of it is encoded yet
     with pytest.raises(InputError, match="made with layer = 3, now it is 4"):
         extract_features(other, folder, model=checkpoint, layer=4, options=QUIET)
     with pytest.raises(InputError, match="made with layer = 3, now it is 4"):
@@ -62,7 +63,7 @@ def test_another_recording_of_the_same_name(checkpoint: Path, tmp_path: Path, mo
         extract("1", output, **common)
         extract("3", output, **common)
         with pytest.raises(InputError, match="Choose another output; if the recordings have only been moved, remove"):
-            extract("2", output, **common)  # what came between is no matter
+            extract("2", output, **common)  # a call in between does not matter
         extract("1", output, **common)
         files = {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()}
         with pytest.raises(InputError, match=rf"^{said}: the output of (s/)?u there is that of {first}, .* {second}\."):
@@ -72,12 +73,12 @@ def test_another_recording_of_the_same_name(checkpoint: Path, tmp_path: Path, mo
         Path(said).write_text("[]", encoding="utf-8")
         with pytest.raises(InputError, match=rf"{said}: says of which recordings .* but cannot be read"):
             extract("1", output, **common)
-        Path(said).unlink()  # of an earlier version
+        Path(said).unlink()  # as written by an earlier version
         extract("1", output, **common)
         assert list(json.loads(Path(said).read_text("utf-8")).values()) == [str(first)]
 
 
-def test_a_name_of_which_nothing_is_done(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_name_that_is_not_encoded_yet(checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "1").mkdir()
     (tmp_path / "1/u.wav").write_bytes(b"no recording")
     noise(tmp_path / "2/u.wav")
@@ -108,7 +109,7 @@ def test_a_corpus_that_grows(model: DinoSR, checkpoint: Path, tmp_path: Path) ->
         assert list(found(out).items()) == [("u", unit("a/u.wav")), ("v", unit("a/v.wav")), ("w", unit("b/w.wav"))]
         extract_units(corpus / "a", out, **common)  # type: ignore[arg-type]
         assert list(found(out)) == ["w", "u", "v"]
-        noise(corpus / "u.wav", seed=4)  # a clash: what there was keeps its name, and nothing is encoded again
+        noise(corpus / "u.wav", seed=4)  # a clash: the old recording keeps its name and is not encoded again
         noise(corpus / "b" / "u.wav", seed=5)
         extract_units(corpus, out, **common)  # type: ignore[arg-type]
         files = {"u": "a/u", "v": "a/v", "w": "b/w", "b/u": "b/u", "u.wav": "u"}
@@ -118,7 +119,7 @@ def test_a_corpus_that_grows(model: DinoSR, checkpoint: Path, tmp_path: Path) ->
 
 
 def test_a_full_disk(checkpoint: Path, tmp_path: Path) -> None:
-    """Limits to the size of files stand for it."""
+    """Simulated by a limit on file sizes."""
     for i in range(20):
         noise(tmp_path / "audio" / f"{i}.wav", 16_000, seed=i)
     script = (
@@ -160,7 +161,7 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def undisturbed(checkpoint: Path, prompts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Features and units of all of them, in one go."""
+    """Features and units of all prompts, from an uninterrupted run."""
     folder = tmp_path_factory.mktemp("undisturbed")
     extract_units(prompts, folder / "u.jsonl", model=checkpoint, layer=LAYER, options=QUIET)
     extract_features(prompts, folder / "f", model=checkpoint, layer=LAYER, options=QUIET)
@@ -191,16 +192,15 @@ def test_killed_and_started_again(
     before = done()
     assert 5 <= len(before) < 72
     assert not (tmp_path / "u.jsonl").exists()
-    if kind == "units":  # as if it had been killed while it wrote
+    if kind == "units":  # as if killed while writing
         (part,) = (tmp_path / "u.jsonl.unfinished").glob("*/*.jsonl")
         with part.open("ab") as file:
             file.write(b'{"name": "half", "units": [1, 2')
     else:
         (out / f".spidr-{Process.current().machine}-{process.pid}-1-0.tmp").write_bytes(b"half")
     read_again = []
-    monkeypatch.setattr(
-        session, "read_item", lambda item, **kw: (read_again.append(item.name), sources.read_item(item, **kw))[1]
-    )
+    read = audio.read_audio
+    monkeypatch.setattr(audio, "read_audio", lambda where: (read_again.append(Path(where.path).stem), read(where))[1])
     again: Any = extract_units if kind == "units" else extract_features
     again(prompts, out, model=checkpoint, layer=LAYER, options=QUIET)
     assert not before & set(read_again)

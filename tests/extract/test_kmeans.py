@@ -70,7 +70,7 @@ def test_kmeans(model: DinoSR, checkpoint: Path, tmp_path: Path) -> None:
             extract_units(files, tmp_path / "x.jsonl", model=checkpoint, kmeans=tmp_path / f"{name}.npz", options=QUIET)
 
 
-def test_kmeans_of_what_cannot_be_encoded(checkpoint: Path, tmp_path: Path) -> None:
+def test_kmeans_of_recordings_that_cannot_be_encoded(checkpoint: Path, tmp_path: Path) -> None:
     for name in ("a.wav", "b.wav"):
         (tmp_path / name).write_bytes(b"no recording")
     options = Options(on_error="skip", progress=False)
@@ -78,7 +78,7 @@ def test_kmeans_of_what_cannot_be_encoded(checkpoint: Path, tmp_path: Path) -> N
         fit_kmeans(tmp_path, tmp_path / "k.npz", model=checkpoint, layer=2, units=2, options=options)
 
 
-def test_kmeans_of_too_few_frames_by_choice(checkpoint: Path, tmp_path: Path) -> None:
+def test_kmeans_with_too_few_frames_chosen(checkpoint: Path, tmp_path: Path) -> None:
     files = [noise(tmp_path / f"{i}.wav", 160_000, seed=i) for i in range(2)]
     for seed in range(10):  # of 998 frames, about 100 are drawn
         try:
@@ -98,7 +98,7 @@ def test_kmeans_of_too_few_frames_by_choice(checkpoint: Path, tmp_path: Path) ->
     pytest.fail("never too few")
 
 
-def test_frames_are_drawn_whatever_the_order() -> None:
+def test_the_draw_of_frames_does_not_depend_on_the_order() -> None:
     recordings = {f"{i}": np.arange(1000, dtype=np.float32)[:, None] + 1000 * i for i in range(20)}
     found = []
     for names in (list(recordings), list(recordings)[::-1]):

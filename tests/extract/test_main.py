@@ -24,7 +24,7 @@ from spidr.tools.errors import InputError
 @pytest.mark.parametrize(
     ("rate", "channels", "message"), [(44_100, 1, "the sample rate is 44100 Hz"), (16_000, 2, "2 channels")]
 )
-def test_other_formats_are_refused_with_the_remedy(
+def test_other_formats_are_refused_with_a_remedy(
     rate: int, channels: int, message: str, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = noise(tmp_path / "a.wav", 8000, rate, channels=channels)
@@ -136,10 +136,10 @@ def test_a_mistyped_model_is_reported_before_the_sources_are_read(
     ("samples", "expected"), [(288_000, r"0\.60/0\.60 min of audio"), (28_800_000, r"1\.00/1\.00 h of audio")]
 )
 def test_progress_in_a_terminal(samples: int, expected: str, checkpoint: Path, tmp_path: Path) -> None:
-    """In minutes or hours of audio, also where the terminal does not say how wide it is."""
+    """In minutes or hours of audio, even if the terminal does not report its width."""
     lines = ["fileid,path,num_samples"]
     for name in ("a", "b"):
-        file = noise(tmp_path / f"{name}.wav", min(samples, 288_000))  # the long ones are not as long: skipped
+        file = noise(tmp_path / f"{name}.wav", min(samples, 288_000))  # long ones are shorter than listed: skipped
         lines.append(f"{name},{file},{samples}")
     (tmp_path / "m.csv").write_text("\n".join(lines))
     arguments = ["features", tmp_path / "m.csv", tmp_path / "f", "--model", checkpoint, "--layer", "3"]
@@ -157,8 +157,8 @@ def test_progress_in_a_terminal(samples: int, expected: str, checkpoint: Path, t
     assert re.fullmatch(rf"Features: 100%\|.*\| {expected}, 00:\d\d passed, 00:00 left *", bar[-1])
 
 
-def test_what_is_said_at_the_end(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """One line in a log file, and no bar; also when nothing was left to do."""
+def test_the_last_line(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One line in a log file, and no bar; also if nothing was left to do."""
     for name in ("a", "b"):
         noise(tmp_path / "audio" / f"{name}.wav", 288_000)
     out = tmp_path / "u.jsonl"
@@ -184,7 +184,7 @@ def test_a_log_file_gets_a_line_a_minute(monkeypatch: pytest.MonkeyPatch, caplog
 
 
 def test_benchmark() -> None:
-    """It runs, without the published package."""
+    """It runs without the published package."""
     benchmark = Path(__file__).parents[2] / "benchmarks" / "extract.py"
     result = subprocess.run(
         [sys.executable, benchmark, PROMPTS, "--quick"], capture_output=True, text=True, timeout=200, check=True

@@ -1,4 +1,4 @@
-"""What is there stays as it was, and what goes wrong is said."""
+"""What exists is kept, and what goes wrong is reported."""
 
 import json
 import os
@@ -47,9 +47,7 @@ def test_every_name_of_a_recording_has_a_row(checkpoint: Path, tmp_path: Path) -
     assert len(found["s1"]) == len(found["s2"]) == 12
 
 
-def test_only_what_clashes_gets_a_longer_name(
-    checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_only_clashing_names_get_longer(checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     for name in ("a/1.wav", "b/2.wav", "b/3.wav"):
         noise(tmp_path / "c" / name)
@@ -82,7 +80,7 @@ def test_three_jobs_add_to_one_table(checkpoint: Path, tmp_path: Path) -> None:
     assert left == {"u.jsonl", "u.jsonl.json", "u.jsonl.recordings.json"}
 
 
-def test_folders_of_others_among_the_unfinished_stay(checkpoint: Path, tmp_path: Path) -> None:
+def test_unrelated_unfinished_folders_are_kept(checkpoint: Path, tmp_path: Path) -> None:
     noise(tmp_path / "a.wav")
     kept = tmp_path / "u.jsonl.unfinished" / "notes" / "precious.txt"
     kept.parent.mkdir(parents=True)
@@ -94,7 +92,7 @@ def test_folders_of_others_among_the_unfinished_stay(checkpoint: Path, tmp_path:
 
 @pytest.mark.parametrize("name", ["u.jsonl", "u.parquet", "f"])
 def test_recordings_that_another_job_encodes(name: str, checkpoint: Path, tmp_path: Path) -> None:
-    """They are refused while it lives; what a dead one has left is taken over, with rows of other recordings."""
+    """They are refused while it runs; if it is dead, its work is taken over, rows of other recordings included."""
     extract: Any = extract_features if name == "f" else extract_units
     for letter in "abc":
         noise(tmp_path / "audio" / f"{letter}.wav")
@@ -120,7 +118,7 @@ def test_recordings_that_another_job_encodes(name: str, checkpoint: Path, tmp_pa
 # ---------------------------------------------------------------------------------------------------- damage
 
 
-def test_damaged_rows_are_made_again(checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_damaged_rows_are_recomputed(checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for i in range(8):
         noise(tmp_path / "audio" / f"{i}.wav", 16_000, seed=i)
     out = tmp_path / "u.jsonl"
@@ -139,7 +137,7 @@ def test_damaged_rows_are_made_again(checkpoint: Path, tmp_path: Path, caplog: p
 
 
 @pytest.mark.parametrize("file_format", ["npy", "pt"])
-def test_damaged_arrays_are_made_again(file_format: Any, checkpoint: Path, tmp_path: Path) -> None:
+def test_damaged_arrays_are_recomputed(file_format: Any, checkpoint: Path, tmp_path: Path) -> None:
     for i in range(6):
         noise(tmp_path / "audio" / f"{i}.wav", 16_000, seed=i)
     common = {"model": checkpoint, "file_format": file_format, **COMMON}
@@ -159,7 +157,7 @@ def test_damaged_arrays_are_made_again(file_format: Any, checkpoint: Path, tmp_p
             assert torch.load(file).shape == (49, 32)
 
 
-def test_the_name_of_a_model_is_no_setting(checkpoint: Path, tmp_path: Path) -> None:
+def test_the_name_of_a_model_is_not_a_setting(checkpoint: Path, tmp_path: Path) -> None:
     noise(tmp_path / "audio" / "a.wav")
     out = tmp_path / "u.jsonl"
     extract_units(tmp_path / "audio", out, model=checkpoint, **COMMON)
@@ -170,7 +168,7 @@ def test_the_name_of_a_model_is_no_setting(checkpoint: Path, tmp_path: Path) -> 
     assert list(rows(out)) == ["a", "b"]
 
 
-# ---------------------------------------------------------------------------------------------------- said
+# ---------------------------------------------------------------------------------------------------- messages
 
 
 def test_all_bad_recordings_are_named_at_once(checkpoint: Path, tmp_path: Path) -> None:
@@ -199,7 +197,7 @@ def test_quiet_recordings_and_constant_units(
     assert "all frames have unit" in caplog.text
 
 
-def test_features_that_are_no_numbers(tmp_path: Path) -> None:
+def test_features_that_are_not_finite(tmp_path: Path) -> None:
     model = small()
     model.student.layers[0].feed_forward.output_dense.weight.data[0, 0] = torch.nan
     noise(tmp_path / "audio" / "a.wav", 160_000)
@@ -218,10 +216,10 @@ def test_features_that_are_no_numbers(tmp_path: Path) -> None:
         }
 
 
-# ---------------------------------------------------------------------------------------------------- the caller's
+# ---------------------------------------------------------------------------------------------------- the caller
 
 
-def test_what_is_the_callers_stays_as_it_was(model: DinoSR, tmp_path: Path) -> None:
+def test_the_callers_state_does_not_change(model: DinoSR, tmp_path: Path) -> None:
     noise(tmp_path / "a.wav")
     trained = small().train()
     trained.student.layers[0].eval()
@@ -243,7 +241,7 @@ def test_what_is_the_callers_stays_as_it_was(model: DinoSR, tmp_path: Path) -> N
     assert units(tmp_path / "u.jsonl")["a"] == model.units(read(tmp_path / "a.wav")[None], layer=LAYER)[0][0].tolist()
 
 
-def test_nobody_reads_what_is_said(checkpoint: Path, tmp_path: Path) -> None:
+def test_standard_error_that_nobody_reads(checkpoint: Path, tmp_path: Path) -> None:
     for i in range(20):
         noise(tmp_path / "audio" / f"{i}.wav", 16_000, seed=i)
     noise(tmp_path / "audio" / "short.wav", 100)
@@ -268,7 +266,7 @@ def test_nobody_reads_what_is_said(checkpoint: Path, tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------------------- long recordings
 
 
-def test_features_of_a_long_recording_are_an_ordinary_file(checkpoint: Path, tmp_path: Path) -> None:
+def test_features_of_a_long_recording_are_an_ordinary_array(checkpoint: Path, tmp_path: Path) -> None:
     file = noise(tmp_path / "a.wav", 100_000)
     options = Options(window=1.0, progress=False)
     for file_format in ("npy", "pt"):
@@ -293,10 +291,10 @@ for source in sys.argv[3:]:
 
 
 def test_memory_does_not_grow_with_a_recording_in_windows(checkpoint: Path, tmp_path: Path) -> None:
-    """Samples of eight minutes would take 31 MB."""
+    """The samples of eight minutes would take 31 MB."""
     files = [noise(tmp_path / f"{minutes}.wav", minutes * 960_000) for minutes in (3, 11)]
     command = [sys.executable, "-c", MEASURE, checkpoint, tmp_path / "f", *files]
-    # Nothing freed stays in the heap, so what is measured is what is in use.
+    # Freed memory leaves the heap, so that only memory in use is measured.
     at_once = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "1000000", "MALLOC_TRIM_THRESHOLD_": "1000000"}
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True, env=os.environ | at_once)
     before, after = map(int, done.stdout.split())

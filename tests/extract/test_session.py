@@ -1,4 +1,4 @@
-"""Recordings through a model: the same for every one, whatever happens around it."""
+"""A recording's result does not depend on what happens around it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from spidr.tools.errors import InputError
 
 
 def nearly_tied(model_type: str) -> DinoSR:
-    """A model in whose heads every codeword has a double that differs by rounding only: batching decides which wins."""
+    """A model whose codewords have near-duplicates, so that rounding, and so batching, decides which wins."""
     model = small(model_type)
     for head in model.heads:
         weight, bias = head[0].weight.data, head[0].bias.data
@@ -51,7 +51,7 @@ def test_units_are_those_of_each_recording_alone(
     assert [name for name in found if found[name] != expected] == []
     if model_type == "dinosr":
         return
-    # Without the second look at what is nearly tied, some would not be.
+    # Without the second look at near ties, some units would differ.
     monkeypatch.setattr(session, "NEAR", 0.0)
     options = Options(batch_seconds=90, progress=False)
     extract_units(files, tmp_path / "once.jsonl", model=model, layer=LAYER, options=options)
@@ -87,7 +87,7 @@ def test_long_recordings_in_windows(model: DinoSR, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("seconds", [None, 60.0])
 def test_a_manifest_without_lengths(seconds: float | None, model: DinoSR, checkpoint: Path, tmp_path: Path) -> None:
-    """In windows all the same, and k-means draws no more frames."""
+    """Windows still work, and k-means draws no more frames."""
     files = [noise(tmp_path / f"{i}.wav", samples, seed=i) for i, samples in enumerate((160_000, 96_000, 8000))]
     lines = [f"{file.stem},{file},{0 if i < 2 else 8000}" for i, file in enumerate(files)]
     (tmp_path / "m.csv").write_text("\n".join(["fileid,path,num_samples", *lines]))
@@ -116,7 +116,7 @@ def test_number_of_frames(tmp_path: Path) -> None:
     assert [num_frames(n) for n in (0, 399, 400, 719, 720, 16_000)] == [0, 0, 1, 1, 2, 49]
 
 
-def test_as_many_threads_as_are_accepted(checkpoint: Path, tmp_path: Path) -> None:
+def test_number_of_threads(checkpoint: Path, tmp_path: Path) -> None:
     files = [noise(tmp_path / f"{i}.wav", 4000) for i in range(20)]
     options = Options(threads=1000, progress=False)
     extract_units(files, tmp_path / "u.jsonl", model=checkpoint, layer=LAYER, options=options)
@@ -133,7 +133,7 @@ def test_as_many_threads_as_are_accepted(checkpoint: Path, tmp_path: Path) -> No
     ],
 )
 def test_equal_weights_in_another_model(changes: dict[str, Any], tmp_path: Path) -> None:
-    """Other heads and strides give other features, settings of training do not."""
+    """Heads and strides change the result, training settings do not."""
     common: dict[str, Any] = {"extractor_conv_layer_config": SHAPES, "encoder_num_heads": 4}
     model, other = (tiny_model("spidr", 0, **common | changed).eval() for changed in ({}, changes))
     assert all(torch.equal(value, other.state_dict()[name]) for name, value in model.state_dict().items())
@@ -164,7 +164,7 @@ def test_no_thread_outlives_an_error(
     with pytest.raises(InputError, match="no room") as error:
         extract(files, tmp_path / "out.jsonl", model=checkpoint, layer=LAYER, options=options)
     assert set(threading.enumerate()) <= before
-    del error  # holds what was running
+    del error  # it keeps the running frames alive
 
 
 def test_ahead_keeps_the_order_and_its_distance() -> None:

@@ -1,4 +1,4 @@
-"""The best sequence of units when changes cost something."""
+"""The best sequence of units with a cost for each change."""
 
 from itertools import pairwise, product
 
@@ -30,7 +30,7 @@ def test_no_other_sequence_is_better(seed: int) -> None:
     assert total(scores, tuple(units), penalty) == pytest.approx(total(scores, best, penalty))
 
 
-def test_extremes_and_what_lies_between() -> None:
+def test_no_cost_high_cost_and_in_between() -> None:
     scores = np.random.default_rng(0).standard_normal((3000, 12)).astype(np.float32)
     changes = []
     for penalty in (1e-9, 0.5, 2.0, 1e6):

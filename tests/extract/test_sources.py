@@ -1,4 +1,4 @@
-"""What is encoded, and what it is called."""
+"""Which recordings are encoded, and their names."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import pytest
 import soundfile
 
 from helpers.extraction import LAYER, QUIET, noise, read, rows, units
+from spidr.data import audio
 from spidr.data.write_manifest import write_manifest, write_manifest_fairseq, write_manifest_tar
 from spidr.extract import Options, extract_features, extract_units, fit_kmeans, session, sources
 from spidr.extract.__main__ import main
@@ -66,14 +67,14 @@ def test_names_never_collide(checkpoint: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("rate", [8000, 22_050, 44_100, 48_000])
-def test_resampling_keeps_what_can_be_kept(rate: int, tmp_path: Path) -> None:
+def test_resampling_keeps_the_band_below_half_the_rate(rate: int, tmp_path: Path) -> None:
     at, to = np.arange(2 * rate) / rate, np.arange(32_000) / 16_000
     kept = (300, 1000, 3000) if rate == 8000 else (300, 1000, 6000)
-    lost = 0.2 * np.sin(2 * np.pi * 10_000 * at) if rate > 20_000 else 0.0  # would come back as 6000 Hz
+    lost = 0.2 * np.sin(2 * np.pi * 10_000 * at) if rate > 20_000 else 0.0  # would alias to 6000 Hz
     sound = lost + sum(0.1 * np.sin(2 * np.pi * f * at) for f in kept)
     soundfile.write(tmp_path / "a.wav", np.stack([sound, sound], 1), rate, subtype="FLOAT")
     (item,), _ = sources.find_lengths(sources.find_items(tmp_path / "a.wav"), Options(resample=True), shortest=400)
-    found = sources.read_item(item, resample=True)
+    found = audio.read_resampled(item.recording)
     expected = sum(np.sin(2 * np.pi * f * to) for f in kept)
     assert abs(item.num_samples - 32_000) <= 1
     assert len(found) == pytest.approx(32_000, abs=1)
@@ -100,13 +101,13 @@ def test_bad_recordings(checkpoint: Path, tmp_path: Path) -> None:
         table = tmp_path / f"{batch}.jsonl"
         assert set(extract_units(folder, table, model=checkpoint, layer=LAYER, options=options)) == {"2", "4"}
         assert list(rows(table)) == ["0", "1", "3", "5"]
-        noise(folder / "4.wav")  # mended: the same command encodes it, and only it
+        noise(folder / "4.wav")  # repaired: the same command encodes only this file
         assert set(extract_units(folder, table, model=checkpoint, layer=LAYER, options=options)) == {"2"}
         assert list(rows(table)) == ["0", "1", "3", "4", "5"]
         (folder / "4.wav").write_bytes(b"")
 
 
-def test_recordings_that_are_not_as_the_manifest_says(checkpoint: Path, tmp_path: Path) -> None:
+def test_recordings_that_differ_from_the_manifest(checkpoint: Path, tmp_path: Path) -> None:
     file = noise(tmp_path / "audio" / "a.wav")
     write_manifest(tmp_path / "audio", tmp_path / "m.csv")
     file.write_bytes(file.read_bytes()[:9000])
@@ -115,7 +116,7 @@ def test_recordings_that_are_not_as_the_manifest_says(checkpoint: Path, tmp_path
 
 
 def test_lengths_of_older_manifests_are_rounded(model: DinoSR, checkpoint: Path, tmp_path: Path) -> None:
-    """spidr 0.1.2 wrote them so: a sample too many or too few."""
+    """spidr 0.1.2 wrote them with a sample too many or too few."""
     file = noise(tmp_path / "a.flac", 8000)
     expected = model.units(read(file).unsqueeze(0), layer=LAYER)[0][0].tolist()
     for given in (7999, 8001):

@@ -1,4 +1,4 @@
-"""What people do to a model from outside. Run as a script with the published package, it records what came of it there.
+"""Changes that people make to a model from outside, and their effect on the published package.
 
 ``python tests/helpers/changes.py``, with ``spidr`` 0.1.2 installed, rewrites ``tests/golden/changes.json``.
 """
@@ -19,12 +19,12 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 def bent(y: Any) -> Any:
-    """Not merely scaled, which a LayerNorm would undo."""
+    """Distort a tensor in a way that a LayerNorm does not undo."""
     return y + torch.tanh(2 * y) if isinstance(y, Tensor) else (bent(y[0]), *y[1:])
 
 
 class Bent(nn.Module):
-    """Calls a module and bends what it gives, or the first thing of it."""
+    """Calls a module and bends its output, or the first of its outputs."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class BentWeight(nn.Module):
 
 
 class Adapter(nn.Module):
-    """LoRA: a layer and a product of two small matrices beside it."""
+    """LoRA: a layer plus a product of two small matrices."""
 
     def __init__(self, inner: nn.Linear) -> None:
         super().__init__()
@@ -109,7 +109,7 @@ def without(model: nn.Module, path: str) -> None:
 
 
 def changes(model: nn.Module) -> Iterator[tuple[str, str, Callable[[nn.Module, str], None]]]:
-    """(name of the change, of the module, the change) for a module of each kind."""
+    """(name of the change, path of the module, the change) for one module of each kind."""
     seen = set()
     for path, module in model.named_modules():
         kind = re.sub(r"\d+", "N", path)
@@ -141,7 +141,7 @@ def changes(model: nn.Module) -> Iterator[tuple[str, str, Callable[[nn.Module, s
 
 
 def prepare(model: nn.Module) -> nn.Module:
-    """Larger weights, so that a change anywhere is seen at the end."""
+    """Enlarge the weights, so that a change anywhere affects the output."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
@@ -150,7 +150,7 @@ def prepare(model: nn.Module) -> nn.Module:
 
 
 def measure(model: nn.Module, waveforms: Tensor) -> list[float]:
-    """A layer's features, probabilities of its units, the loss, and the gradient."""
+    """Features, unit probabilities, loss and gradient, each as one number."""
     with torch.no_grad():
         features = model.get_intermediate_outputs(waveforms)  # type: ignore[operator]
         probabilities = model.get_codebooks(waveforms)  # type: ignore[operator]
@@ -164,7 +164,7 @@ def measure(model: nn.Module, waveforms: Tensor) -> list[float]:
 
 
 def outcomes(model: nn.Module, waveforms: Tensor) -> dict[str, list[float]]:
-    """What each change leads to, by name."""
+    """Measurements after each change, by name."""
     found = {"unchanged": measure(copy.deepcopy(model), waveforms)}
     for name, path, change in changes(model):
         changed = copy.deepcopy(model)
@@ -174,7 +174,7 @@ def outcomes(model: nn.Module, waveforms: Tensor) -> dict[str, list[float]]:
 
 
 def calls(model: nn.Module, waveforms: Tensor) -> dict[str, list[Any]]:
-    """How often each module is called in a training forward, and the shapes of what goes in and comes out."""
+    """Number of calls of each module in a training forward, and the shapes of its input and output."""
     found: dict[str, list[Any]] = {}
 
     def shape(value: Any) -> Any:

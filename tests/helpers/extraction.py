@@ -1,4 +1,4 @@
-"""Small models, recordings, and what was extracted from them."""
+"""Small models, recordings, and readers of what was extracted."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ QUIET = Options(progress=False)
 
 
 def save(model: DinoSR, folder: Path) -> Path:
-    """A checkpoint and the configuration beside it."""
+    """Save a checkpoint with its configuration beside it."""
     folder.mkdir(parents=True, exist_ok=True)
     torch.save({"model": model.state_dict()}, folder / "model.pt")
     document = {"model_type": type(model).__name__.lower(), "model": asdict(model.cfg)}

@@ -1,4 +1,4 @@
-"""What fairseq saves for a DinoSR."""
+"""Checkpoints as fairseq saves them for a DinoSR."""
 
 import argparse
 import collections
@@ -19,7 +19,7 @@ class Choice(enum.Enum):
 
 
 def fairseq_checkpoint(weights: dict[str, Tensor], step: Any = 77) -> dict[str, Any]:
-    """What fairseq saves for a model with these weights, from the table of names in both."""
+    """The checkpoint that fairseq saves for a model with these weights."""
     model: dict[str, Any] = collections.OrderedDict()
     teacher: dict[str, Any] = {}
 

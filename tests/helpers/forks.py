@@ -1,4 +1,4 @@
-"""Commands in processes forked from one that has imported torch already, which takes seconds."""
+"""Run commands in forks of a process that has already imported torch, which takes seconds."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ for line in sys.stdin:
 
 
 class Forks:
-    """Runs code as ``python -c`` would.
+    """Runs code like ``python -c``.
 
     Args:
         folder: Where standard output and error go meanwhile.

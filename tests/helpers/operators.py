@@ -1,4 +1,4 @@
-"""The operators that a piece of code calls."""
+"""Record the operators that a piece of code calls."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Operators(TorchDispatchMode):
-    """Name and output of every operator."""
+    """Records name and output of every operator."""
 
     def __init__(self) -> None:
         super().__init__()

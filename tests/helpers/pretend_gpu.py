@@ -1,7 +1,7 @@
-"""A GPU for machines without one: tensors that say they are on ``cuda:0``, with their values on the CPU.
+"""A GPU for machines without one: tensors that claim to be on ``cuda:0``, with their values on the CPU.
 
-An operator that gets tensors of both devices raises, as on a GPU, and what waits for the device is noted. There is no
-backward pass: PyTorch's engine asks the driver for the device. Gradients are a made-up function of the weights.
+An operator that gets tensors of both devices raises, as on a GPU, and what waits for the device is recorded. There is
+no backward pass, since PyTorch's engine asks the driver for the device; gradients are made up from the weights.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class FakeTensor(Tensor):
 
 
 class Stream:
-    """Knows its name; what waits for what is noted."""
+    """Has a name; records what waits for what."""
 
     def __init__(self, device: Any = None, *, name: str = "side") -> None:
         self.device, self.name = device, name
@@ -180,7 +180,7 @@ def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendedGpu]:
     torch._C._ensureCUDADeviceGuardSet()
     swaps = torch.__future__.get_swap_module_params_on_conversion()
     torch.__future__.set_swap_module_params_on_conversion(True)
-    torch._C._set_only_lift_cpu_tensors(True)  # of this thread: so `torch.tensor(…, device="cuda")` is an operator, too
+    torch._C._set_only_lift_cpu_tensors(True)  # for this thread: makes `torch.tensor(…, device="cuda")` an operator
     _active.append(gpu)
     try:
         with gpu:

@@ -1,4 +1,4 @@
-"""Training in real processes that a test can kill: ranks forked from a server that has imported everything already."""
+"""Training in real processes that a test can kill: ranks forked from a server that has already imported everything."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from spidr.config import read_config
 from spidr.tools.command import command
 from spidr.tools.metrics import read_metrics
 
-torch.set_num_threads(1)  # more of them only slow such small models down
+torch.set_num_threads(1)  # more threads only slow down such small models
 CONTEXT = multiprocessing.get_context("forkserver")
-# torch imports its last two only when they are needed, which takes seconds.
+# torch imports the last two lazily, which takes seconds.
 CONTEXT.set_forkserver_preload(["spidr.train", "helpers.processes", "torch._dynamo", "torch.distributed.fsdp"])
 
 
@@ -34,14 +34,14 @@ PLACES = {
     "validation": ("spidr.validate", "_measure"),
     "checkpoint": ("spidr.tools.files", "_rename"),
 }
-"""Functions that a rank calls when it waits for the others, begins a step, begins to validate or renames a new file."""
+"""Functions that a rank calls when it waits for others, begins a step or a validation, or renames a new file."""
 
 
 @dataclass(frozen=True)
 class Fault:
-    """A signal that a rank sends when it gets to one of ``PLACES`` for the ``count``-th time.
+    """A signal that a rank sends when it reaches one of ``PLACES`` for the ``count``-th time.
 
-    ``rank`` None: each of them. ``worker``: it is sent to its data worker, otherwise to itself.
+    ``rank`` None means every rank. With ``worker``, the signal goes to its data worker, otherwise to itself.
     """
 
     place: str
@@ -51,7 +51,7 @@ class Fault:
     worker: bool = False
 
     def arm(self) -> None:
-        """Make it happen in this process."""
+        """Install the fault in this process."""
         module_name, name = PLACES[self.place]
         module = importlib.import_module(module_name)
         original, calls = getattr(module, name), itertools.count(1)
@@ -71,10 +71,10 @@ def _rank(config: Path, rank: int, world_size: int, port: int, log: Path, fault:
     from spidr.train import train
 
     torch.set_num_threads(1)
-    multiprocessing.set_start_method("fork", force=True)  # the default for data workers, which this process is not
+    multiprocessing.set_start_method("fork", force=True)  # the default where data workers start
     sys.stderr = sys.stdout = log.open("a", encoding="utf-8", buffering=1)
     os.dup2(sys.stderr.fileno(), 2)
-    peers.BEAT, peers.SILENCE, peers.GRACE = 0.2, 6, 5  # the dead are to be missed soon
+    peers.BEAT, peers.SILENCE, peers.GRACE = 0.2, 6, 5  # notice dead processes soon
     if world_size > 1:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -100,7 +100,7 @@ class Ranks:
         hooks: Callable[[], Any] | None = None,
         missing: int = 0,
     ) -> None:
-        """Start them, but for the last ``missing``."""
+        """Start all processes but the last ``missing``."""
         self.log = config.with_suffix(".log")
         self.log.write_text("")
         port = free_port()
@@ -112,7 +112,7 @@ class Ranks:
             process.start()
 
     def wait(self, timeout: float = 120) -> list[int | None]:
-        """Exit status of each rank; all end in time or it is an error."""
+        """Exit status of each rank; raises if one does not end in time."""
         deadline = time.monotonic() + timeout
         for process in self.processes:
             process.join(max(0.0, deadline - time.monotonic()))
@@ -124,14 +124,14 @@ class Ranks:
 
 
 def complete(config: Path, world_size: int = 1, hooks: Callable[[], Any] | None = None, timeout: float = 120) -> Path:
-    """Run to the end. Returns the run folder."""
+    """Run to the end. Returns the run's folder."""
     ranks = Ranks(config, world_size, hooks=hooks)
     assert ranks.wait(timeout) == [0] * world_size, ranks.log.read_text()
     return read_config(config).run.dir
 
 
 def outcome(run_dir: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The final checkpoint and the metrics of a finished run, measured times and rates aside."""
+    """The final checkpoint and the metrics of a finished run, without times and rates."""
     checkpoint = torch.load(run_dir / "final.pt", weights_only=True)
     lines = read_metrics(run_dir / "metrics.jsonl")
     return checkpoint, [{key: value for key, value in line.items() if key not in MEASURED} for line in lines]

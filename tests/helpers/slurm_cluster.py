@@ -1,8 +1,8 @@
 """A real SLURM on this machine for the tests: slurmctld, munged and one slurmd per node, all below one folder.
 
-Needs Debian's packages slurm-wlm and munge and nothing of the system's configuration: no systemd, cgroups, database or
-GPU. Nodes are called 127.0.0.1, 127.0.0.2, …, so that their names resolve; their GPUs are device files that exist
-everywhere. A job of partition "high" preempts those of "main", the default one, after GRACE seconds.
+Needs Debian's packages slurm-wlm and munge, but no systemd, cgroups, database or GPU, nor any system configuration.
+Nodes are called 127.0.0.1, 127.0.0.2, …, so that their names resolve; their GPUs are device files that exist
+everywhere. A job of partition "high" preempts those of "main", the default, after GRACE seconds.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ PartitionName=high PriorityTier=10 PreemptMode=OFF
 
 
 def missing_programs() -> list[str]:
-    """What has to be installed before a cluster can start."""
+    """Programs that a cluster needs and that are not installed."""
     return [name for name in PROGRAMS if shutil.which(name, path=SEARCH_PATH) is None]
 
 
@@ -83,7 +83,7 @@ class Cluster:
         self.nodes = [f"127.0.0.{index + 1}" for index in range(nodes)]
         self.cpus = cpus
         self.conf = root / "slurm.conf"
-        # Without what a test run inside another SLURM's job would bring along.
+        # Without variables of an enclosing SLURM job.
         self.env = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "SBATCH", "SUBMITIT"))}
         self.env |= {"SLURM_CONF": str(self.conf), "PATH": SEARCH_PATH}
         self._stack = ExitStack()
@@ -95,7 +95,7 @@ class Cluster:
             f"--{name}={self.root}/munge.{name.split('-')[0]}"
             for name in ("socket", "pid-file", "log-file", "seed-file")
         ]
-        with self._stack:  # ends what has started if something does not
+        with self._stack:  # if one daemon fails to start, ends the others
             self._stack.callback(self._end_steps)
             self._start(munged)
             self._until("munge", (self.root / "munge.socket").exists)
@@ -132,7 +132,7 @@ class Cluster:
             (self.root / node).mkdir()
             text += f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs={self.cpus} "
             text += f"RealMemory=64000 Gres=gpu:{len(GPU_FILES)} State=UNKNOWN Features=a100\n"
-        if _resolves_to_loopback(host):  # else the daemons listen on every address, behind munge's key
+        if _resolves_to_loopback(host):  # otherwise the daemons listen on every address, behind munge's key
             text += "CommunicationParameters=NoInAddrAny,NoCtldInAddrAny\n"
         self.conf.write_text(text)
         gpus = [f"NodeName={node} Name=gpu File={file}\n" for node in self.nodes for file in GPU_FILES]
@@ -153,7 +153,7 @@ class Cluster:
         self._until("slurmctld", lambda: "UP" in self.run("scontrol", "ping").stdout)
 
     def stop_controller(self) -> None:
-        """End slurmctld: nothing can be submitted, what runs runs on."""
+        """Stop slurmctld: nothing can be submitted, running jobs continue."""
         _end(self._controller)
 
     def write_conf_without_controller(self, folder: Path) -> Path:
@@ -176,7 +176,7 @@ class Cluster:
         self._until("end of all jobs", lambda: not self.run("squeue", "-h").stdout)
 
     def _end_steps(self) -> None:
-        """End what slurmd has started and left behind: it is told by this cluster's configuration."""
+        """Kill leftovers of slurmd, recognised by this cluster's configuration."""
         mine = f"SLURM_CONF={self.conf}".encode()
         for pid, name, environment in _processes():
             started = name.startswith("slurmstepd") or any(each.startswith(b"SLURM_JOB_ID=") for each in environment)
@@ -184,7 +184,7 @@ class Cluster:
                 _kill(pid, signal.SIGKILL)
 
     def signal_tasks(self, job_id: str, signum: signal.Signals) -> None:
-        """Send a signal to a job's tasks, as slurmd does, but whether or not there is a controller."""
+        """Send a signal to a job's tasks, as slurmd does, but without needing a controller."""
         mine = {f"SLURM_CONF={self.conf}".encode(), f"SLURM_JOB_ID={job_id}".encode()}
         for pid, _, environment in _processes():
             if mine <= environment and any(each.startswith(b"SLURM_PROCID=") for each in environment):
@@ -196,12 +196,12 @@ class Cluster:
         return subprocess.run(command, **options)
 
     def job(self, job_id: str) -> dict[str, str]:
-        """What SLURM knows of a job, an array's task included (``12_0``): JobState, Restarts, NodeList, ExitCode, …"""
+        """SLURM's record of a job or an array's task (``12_0``): JobState, Restarts, NodeList, ExitCode, …"""
         shown = self.run("scontrol", "--oneliner", "show", "job", job_id).stdout
         return dict(word.split("=", 1) for word in shown.split() if "=" in word)
 
     def wait(self, job_id: str, *states: str, seconds: float = 60) -> dict[str, str]:
-        """Wait until a job is in one of ``states``, by default until it has ended."""
+        """Wait until a job is in one of ``states`` (default: until it has ended)."""
         ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
         if not wait_for(lambda: self.job(job_id).get("JobState") in (states or ended), seconds):
             raise RuntimeError(f"job {job_id} is not {states or ended} after {seconds} s: {self.job(job_id)}")
@@ -209,9 +209,9 @@ class Cluster:
 
 
 def _processes() -> Iterator[tuple[int, str, set[bytes]]]:
-    """Id, name and environment of every process that this one may look at."""
+    """Id, name and environment of every process that this one may inspect."""
     for process in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):  # it has ended, or is another user's
+        with suppress(OSError):  # it has ended, or belongs to another user
             environment = (process / "environ").read_bytes()
             yield int(process.name), (process / "comm").read_text(), set(environment.split(b"\0"))
 
@@ -232,7 +232,7 @@ def wait_for(condition: Callable[[], bool], seconds: float) -> bool:
 
 
 def logs(folder: Path) -> str:
-    """All that the tasks of a job and SLURM wrote."""
+    """All output of a job's tasks and of SLURM."""
     return "\n".join(path.read_text() for path in sorted(folder.rglob("*.err")) + sorted(folder.glob("*.log")))
 
 

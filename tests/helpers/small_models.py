@@ -1,4 +1,4 @@
-"""Models small enough for tests, and those of which the outputs are known."""
+"""Models small enough for tests, and models with recorded outputs."""
 
 import json
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 
 @dataclass
 class GoldenCase:
-    """A small model, inputs, and what they must give."""
+    """A small model with inputs and expected outputs."""
 
     folder: Path
 
@@ -48,11 +48,11 @@ TINY = {
     "num_codebooks": 3,
 }
 AT_50_HZ = {"extractor_conv_layer_config": [(16, kernel, stride) for _, kernel, stride in DEFAULT_CONV_LAYER_CONFIG]}
-"""Settings of a model with the usual frame rate."""
+"""Settings for the usual frame rate."""
 
 
 def tiny_config(model_type: str = "spidr", **changes: Any) -> DinoSRConfig:
-    """A model small enough for tests; keyword arguments change its settings."""
+    """The configuration of a model small enough for tests; keyword arguments change settings."""
     return model_config(model_type, {**TINY, **changes})
 
 

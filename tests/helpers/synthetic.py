@@ -12,7 +12,7 @@ from spidr.data.recording import Recording
 
 
 def noise(samples: int, seed: int = 0) -> np.ndarray:
-    """Noise with a mean of its own, int16-valued."""
+    """Noise with a random mean, as int16."""
     rng = np.random.default_rng((seed, samples))
     values = rng.normal(2000 * rng.random(), 3000 * (0.1 + rng.random()), samples)
     return np.clip(values, -32768, 32767).astype(np.int16)
@@ -25,7 +25,7 @@ def write_audio(path: Path, samples: np.ndarray, sample_rate: int = 16_000, **op
 
 
 def write_archive(path: Path, members: dict[str, bytes]) -> list[Recording]:
-    """Write an archive; returns where its members are."""
+    """Write an archive. Returns the locations of its members."""
     with tarfile.open(path, "w") as tar:
         for name, data in members.items():
             member = tarfile.TarInfo(name)

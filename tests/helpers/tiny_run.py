@@ -1,4 +1,4 @@
-"""A whole run small enough for tests: recordings, manifest, configuration, and what counts of its results."""
+"""A whole run small enough for tests: recordings, manifest, configuration, and results to compare."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MEASURED = {"audio_seconds_per_second", "data_wait_share", "peak_memory_gib", "t
 
 
 def write_recordings(folder: Path, count: int = 24) -> Path:
-    """Write noise of up to 0.75 s and its manifest; returns the manifest's path."""
+    """Write noise of up to 0.75 s and its manifest. Returns the manifest's path."""
     rng = np.random.default_rng(0)
     (folder / "audio").mkdir(parents=True)
     for index in range(count):
@@ -55,7 +55,7 @@ def write_config(folder: Path, manifest: Path, name: str = "run", **sections: di
 
 
 def outcome(run_dir: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
-    """A finished run's weights and the training lines of its metrics, measured times and rates aside."""
+    """A finished run's weights and the training lines of its metrics, without times and rates."""
     weights = torch.load(run_dir / "final.pt", weights_only=True)["model"]
     lines = [line for line in read_metrics(run_dir / "metrics.jsonl") if line["group"] == "train"]
     return weights, [{key: value for key, value in line.items() if key not in MEASURED} for line in lines]

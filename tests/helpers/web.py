@@ -1,4 +1,4 @@
-"""A web server on loopback that can be slow, break off, or send parts."""
+"""A web server on loopback that can be slow, break off, or send byte ranges."""
 
 import http.server
 import io
@@ -32,7 +32,7 @@ class Server(http.server.ThreadingHTTPServer):
         return f"{self.host}/models/{name}"
 
     def put(self, name: str, content: Any, **options: Any) -> str:
-        """Serve what torch.save makes of something, or bytes as they are."""
+        """Serve bytes as they are, and anything else as torch.save writes it."""
         if not isinstance(content, bytes):
             file = io.BytesIO()
             torch.save(content, file, **options)
@@ -67,7 +67,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.server.announce:
             self.send_header("Content-Length", str(len(content) - first))
         self.send_header("ETag", etag)
-        self.send_header("X-Repo-Commit", "0" * 40)  # as the Hugging Face hub has it
+        self.send_header("X-Repo-Commit", "0" * 40)  # as the Hugging Face hub sends it
         self.end_headers()
         if self.command == "HEAD":
             return

@@ -1,4 +1,4 @@
-"""Small models with weights that no new model has."""
+"""Small models whose weights no freshly made model has."""
 
 from typing import Any
 
@@ -25,7 +25,7 @@ FAIRSEQ = DinoSRConfig(**SMALL, encoder_qkv_bias=True)
 
 
 def random_weights(model: DinoSR, seed: int = 0) -> dict[str, Tensor]:
-    """Other weights than any new model has, in every entry of the state dict."""
+    """Random values for every entry of the state dict."""
     generator = torch.Generator().manual_seed(seed)
     return {
         name: torch.randn(value.shape, generator=generator) if value.is_floating_point() else torch.tensor([77])

@@ -1,4 +1,4 @@
-"""Online clustering against loops written from its definition."""
+"""Online clustering, against loops written from its definition."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from spidr.models.codebook import Codebook, StepStatistics, assign, count_perple
 
 
 def test_initial_codewords() -> None:
-    """Standard normal, normalise_over_timed over the codewords for each feature; counts 1."""
+    """Standard normal, then standardised over the codewords for each feature; counts are 1."""
     codebook = Codebook(48, 256, 0.9)
     assert torch.equal(codebook.counts, torch.ones(256))
     torch.testing.assert_close(codebook.codebook.mean(0), torch.zeros(48), atol=1e-5, rtol=0)
@@ -25,7 +25,7 @@ def test_reset_gives_new_codewords() -> None:
     assert not torch.equal(codebook.codebook, before)
 
 
-def test_normalise_over_time_over_time_within_each_utterance() -> None:
+def test_normalise_over_time_within_each_utterance() -> None:
     x = torch.randn(3, 50, 4) * 5 + 2
     torch.testing.assert_close(
         normalise_over_time(x), torch.nn.functional.instance_norm(x.transpose(1, 2)).transpose(1, 2)
@@ -45,7 +45,7 @@ def test_assignment_is_the_nearest_codeword(books: int, frames: int, size: int, 
     torch.testing.assert_close(chosen, distances.amin(-1), rtol=1e-4, atol=1e-4)
 
 
-def test_update_moves_used_codewords_only() -> None:
+def test_update_moves_only_used_codewords() -> None:
     torch.manual_seed(0)
     codebook = Codebook(3, 6, 0.9)
     before, counts = codebook.codebook.clone(), torch.arange(1.0, 7.0)
@@ -95,7 +95,7 @@ def test_revival_leaves_single_frames_and_living_codewords_alone() -> None:
 
 
 def test_revival_brings_all_codewords_into_use() -> None:
-    """Eight clusters of points, and codewords of which all but one begin far away."""
+    """Eight clusters of points; all codewords but one start far away."""
     generator = torch.Generator().manual_seed(0)
     points = 5 * torch.randn(8, 16, generator=generator).repeat_interleave(50, 0)
     points += 0.5 * torch.randn(points.shape, generator=generator)
@@ -130,7 +130,7 @@ def test_statistics_add_up() -> None:
         assert torch.equal(views["assigned"][k], labels[k].bincount(minlength=5).float())
         for v in range(5):
             torch.testing.assert_close(views["sums"][k, v], targets[k, labels[k] == v].sum(0))
-    assert not whole.state_dict()  # zero between steps, so no part of a checkpoint
+    assert not whole.state_dict()  # zero between steps, so not part of a checkpoint
 
 
 @pytest.mark.parametrize(("counts", "expected"), [([1, 1, 1, 1], 4.0), ([5, 0, 0, 0], 1.0), ([3, 3, 0, 0], 2.0)])

@@ -1,4 +1,4 @@
-"""What DinoSR and SpidR do in training and inference, beyond the golden values."""
+"""DinoSR and SpidR in training and inference, beyond the golden values."""
 
 import copy
 import math
@@ -29,7 +29,7 @@ NO_DROPOUT = {"encoder_dropout": 0.0, "encoder_attention_dropout": 0.0, "encoder
 
 
 def training_loss(model: DinoSR, waveforms: Tensor, mask: Tensor) -> Tensor:
-    """The loss written from its definition, frame by frame and codebook by codebook; post-norm, nothing padded."""
+    """The loss from its definition, by frame and codebook; post-norm, without padding."""
     features, _ = model.project(waveforms)
     targets = model.teacher.get_intermediate_outputs(features)[-model.num_codebooks :]
     masked_input = features.clone()
@@ -55,7 +55,7 @@ def test_loss_equals_its_definition(model_type: str) -> None:
     model = tiny_model(model_type, **NO_DROPOUT)
     waveforms = torch.randn(2, 1500)
     mask = torch.rand(2, num_frames(model, 1500)) < 0.5
-    expected = training_loss(model.train(), waveforms, mask)  # with the codebooks from before their update
+    expected = training_loss(model.train(), waveforms, mask)  # with the codebooks before their update
     loss, _ = model(waveforms, mask=mask)
     torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
     loss_of_all, _ = model(waveforms)
@@ -102,13 +102,13 @@ def test_codebook_statistics_add_up_over_micro_batches(model_type: str) -> None:
     for (name, whole), (_, parts) in zip(*(m.codebooks.named_buffers() for m in models), strict=True):
         torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-5, msg=name)
     again = models[0].codebooks[0].codebook.clone()
-    models[0].update_ema(2)  # nothing has been gathered since
+    models[0].update_ema(2)  # nothing has been accumulated since
     assert torch.equal(models[0].codebooks[0].codebook, again)
 
 
 @BOTH
 def test_every_training_forward_moves_the_codebooks(model_type: str) -> None:
-    """As fine-tuning with a frozen teacher needs it, which never calls ``update_ema``."""
+    """Fine-tuning with a frozen teacher needs this, as it never calls ``update_ema``."""
     model = tiny_model(model_type, **NO_DROPOUT).train()
     deferred = copy.deepcopy(model)
     deferred.defer_codebook_updates = True
@@ -140,7 +140,7 @@ def test_a_codebook_on_its_own_updates_itself_in_training() -> None:
 
 
 def test_either_kind_of_mask_under_either_name() -> None:
-    dinosr._warn_of_boolean_indices.cache_clear()  # another test may have made it warn
+    dinosr._warn_of_boolean_indices.cache_clear()  # another test may have triggered the warning
     model, waveforms = tiny_model(**NO_DROPOUT), torch.randn(2, 1500)
     frames = num_frames(model, 1500)
     indices = torch.stack([torch.randperm(frames)[:7].sort().values for _ in range(2)])
@@ -169,12 +169,12 @@ def test_no_update_of_codebooks_with_a_decay_of_one_nor_in_eval_mode() -> None:
         assert all(torch.equal(a, b) for a, b in zip(before, model.codebooks.buffers(), strict=True))
 
 
-def test_a_reduction_sums_all_that_a_step_gathered_at_once() -> None:
+def test_one_reduction_sums_all_statistics_of_a_step() -> None:
     single, double = (tiny_model(**NO_DROPOUT).train() for _ in range(2))
     single.defer_codebook_updates = double.defer_codebook_updates = True
     calls: list[int] = []
 
-    def twice(x: Tensor) -> None:  # as if two processes had seen the same
+    def twice(x: Tensor) -> None:  # as if two processes had seen the same batch
         calls.append(x.numel())
         x.mul_(2)
 
@@ -182,7 +182,7 @@ def test_a_reduction_sums_all_that_a_step_gathered_at_once() -> None:
     waveforms = torch.randn(2, 1500)
     for model in (single, double):
         model(waveforms)
-    assert calls == []  # with a reduction handed over, forward passes leave the perplexities to the caller
+    assert calls == []  # given a reduction, forward passes leave the perplexities to the caller
     assigned = 2 * single.reduce_statistics()["assigned"]
     assert torch.equal(double.reduce_statistics()["assigned"], assigned)
     double.update_ema(1)
@@ -235,7 +235,7 @@ def test_averages_or_copies_the_whole_teacher(excluded: list[str]) -> None:
         torch.testing.assert_close(teacher, decay * old + (1 - decay) * student)
 
 
-def test_teacher_starts_from_its_own_draw() -> None:
+def test_teacher_starts_from_its_own_random_weights() -> None:
     model = tiny_model()
     assert not torch.equal(model.teacher.layers[0].attention.qkv.weight, model.student.layers[0].attention.qkv.weight)
     for teacher, student in zip(
@@ -265,7 +265,7 @@ def test_no_update_at_all_outside_the_open_interval() -> None:
 def test_ema_schedules() -> None:
     dinosr = [ema_scheduler(t, 0.9, 0.99, 10, 20) for t in (0, 5, 10, 19, 20, 21)]
     assert dinosr == pytest.approx([0.9, 0.945, 0.99, 0.99, 1.0, 1.0])
-    late = [ema_scheduler(t, 0.9, 0.99, 10, 4) for t in (4, 9, 10, 11)]  # rises to the end first
+    late = [ema_scheduler(t, 0.9, 0.99, 10, 4) for t in (4, 9, 10, 11)]  # rises to its final value first
     assert late == pytest.approx([0.936, 0.981, 1.0, 1.0])
     assert exp_ema_scheduler(0, 0.999, 100, 1e-7) == pytest.approx(0.999)
     assert exp_ema_scheduler(100, 0.999, 100, 1e-7) == pytest.approx(1 - 0.001 / math.e)
@@ -293,7 +293,7 @@ def test_freezing_stops_extractor_and_projection(model_type: str) -> None:
 
 
 @pytest.mark.parametrize("norm_first", [False, True])
-def test_spidrs_last_norm_has_no_part_in_the_loss(norm_first: bool) -> None:
+def test_spidrs_last_norm_does_not_affect_the_loss(norm_first: bool) -> None:
     model = tiny_model(encoder_layer_norm_first=norm_first, **NO_DROPOUT).train()
     unused = model.student.layer_norm if norm_first else model.student.layers[-1].final_layer_norm
     before = unused.weight.clone()
@@ -381,7 +381,7 @@ def test_a_users_own_ddp_loop_keeps_codebooks_equal(model_type: str, tmp_path: P
     row[: frames // 2] = True
     data = [
         (torch.randn(4, 1500), torch.stack([row[torch.randperm(frames)] for _ in range(4)])) for _ in range(3)
-    ]  # as many masked frames everywhere, so that the mean of means is the mean
+    ]  # equal numbers of masked frames, so that the mean of means is the mean
     torch.save(data, tmp_path / "data.pt")
     script = tmp_path / "loop.py"
     script.write_text(DDP_LOOP)

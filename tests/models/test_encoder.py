@@ -66,29 +66,13 @@ def test_wrong_lengths(lengths: list[int], message: str) -> None:
         (torch.zeros(3000), None, r"waveforms must be \(batch, samples\), not of shape \(3000,\)"),
         (torch.zeros(1, 1, 3000), None, r"waveforms must be \(batch, samples\), not of shape \(1, 1, 3000\)"),
         (torch.zeros(1, 3000, dtype=torch.int16), None, r"waveforms must be floats, about -1 to 1, not torch\.int16"),
-        (
-            torch.zeros(1, 3000, dtype=torch.complex64),
-            None,
-            "waveforms must be floats, about -1 to 1, not torch.complex64",
-        ),
+        (torch.zeros(1, 3000, dtype=torch.complex64), None, "must be floats, about -1 to 1, not torch.complex64"),
         (torch.zeros(1, 3000, dtype=torch.float64), None, r"waveforms must be torch\.float32, not torch\.float64"),
         (torch.zeros(2, 3000), [3000], r"lengths must be \(2,\), not of shape \(1,\)"),
         (torch.zeros(2, 3000), [3000.0, 2000.0], "lengths must be integers, not torch.float32"),
         (torch.zeros(2, 3000), [True, True], "lengths must be integers, not torch.bool"),
         (torch.zeros(0, 3000), None, "at least one row"),
         (torch.zeros(2, 3000), torch.tensor([[3000], [3000]]), r"lengths must be \(2,\), not of shape \(2, 1\)"),
-    ],
-    ids=[
-        "one-dimensional",
-        "with-channels",
-        "integers",
-        "complex",
-        "float64",
-        "too-few-lengths",
-        "lengths-in-seconds",
-        "lengths-as-a-mask",
-        "empty",
-        "lengths-in-a-column",
     ],
 )
 def test_waveforms_must_be_a_batch(method: str, waveforms: Tensor, lengths: Any, message: str) -> None:
@@ -106,7 +90,7 @@ def test_get_codebooks() -> None:
         assert probabilities[0] is None
         onehot = model.get_codebooks(waveforms, onehot=True)
         for soft, hard in zip(probabilities[1:], onehot[1:], strict=True):
-            assert soft.shape == (1, num_frames(model, 1500), 12)  # the batch dimension stays
+            assert soft.shape == (1, num_frames(model, 1500), 12)  # the batch dimension is kept
             torch.testing.assert_close(soft.sum(-1), torch.ones(soft.shape[:2]))
             assert hard.dtype == torch.int64
             assert torch.equal(hard, F.one_hot(soft.argmax(-1), 12))
@@ -164,7 +148,7 @@ def test_training_mode_makes_no_difference_and_comes_back(model_type: str) -> No
     model = tiny_model(model_type)
     expected = model.eval().units(padded(), LENGTHS, layer=3)[0], model.encode(padded(), LENGTHS, layer=3)[0]
     model.train()
-    model.student.layers[1].eval()  # a user's own choice
+    model.student.layers[1].eval()  # the user's choice
     modes = [module.training for module in model.modules()]
     found = model.units(padded(), LENGTHS, layer=3)[0], model.encode(padded(), LENGTHS, layer=3)[0]
     assert torch.equal(found[0], expected[0])
@@ -189,7 +173,7 @@ def test_arrays(dtype: type) -> None:
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 1e30])
 @pytest.mark.parametrize("options", [{}, {"normalize": False}, {"window": 0.1}], ids=str)
-def test_samples_that_are_no_numbers_are_refused(bad: float, options: dict[str, Any]) -> None:
+def test_samples_that_are_not_finite_are_refused(bad: float, options: dict[str, Any]) -> None:
     model, waveforms = tiny_model().eval(), padded()
     waveforms[1, LENGTHS[1] :] = bad  # padding does not count
     expected = model.units(padded(), LENGTHS, layer=3, **options)[0]
@@ -200,7 +184,7 @@ def test_samples_that_are_no_numbers_are_refused(bad: float, options: dict[str, 
             method(waveforms, LENGTHS, layer=3, **options)
 
 
-def test_a_quiet_recording_is_mentioned_once() -> None:
+def test_a_quiet_recording_gives_one_warning() -> None:
     waveform_tools._warn_of_quiet_recordings.cache_clear()
     model = tiny_model().eval()
     with warnings.catch_warnings():
@@ -234,15 +218,15 @@ def test_standardise_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("length", [1, 400, 160_000])
 def test_training_standardises_in_the_same_way(length: int) -> None:
-    """Piece by piece, as it reads parts of recordings: the same to the last bit."""
+    """Training reads parts of recordings, with the same result to the last bit."""
     samples = (0.1 * np.random.default_rng(length).standard_normal(length) + 0.02).astype(np.float32)
     expected = standardise(torch.from_numpy(samples).unsqueeze(0))[0].numpy()
     standardize(samples, *statistics_of(samples), out=samples)
     assert np.array_equal(samples, expected)
 
 
-def test_tf32_is_off_inside_and_as_before_outside() -> None:
-    """The switches, which exist without a GPU."""
+def test_tf32_is_off_inside_and_unchanged_outside() -> None:
+    """Tests the switches, which exist without a GPU."""
     matmul = torch.backends.cuda.matmul
     if not hasattr(matmul, "fp32_precision"):
         pytest.skip("older switches")

@@ -1,4 +1,4 @@
-"""fairseq's checkpoints, made with the objects that fairseq's hold."""
+"""fairseq's checkpoints, made of the objects that fairseq saves."""
 
 from pathlib import Path
 from typing import Any

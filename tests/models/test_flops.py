@@ -1,4 +1,4 @@
-"""The formula against PyTorch's counter of operations."""
+"""The formula against PyTorch's operation counter."""
 
 from collections.abc import Callable
 from typing import Any
@@ -21,15 +21,15 @@ ATEN = torch.ops.aten
 CUSTOM: dict[Any, Callable[..., int]] = {
     ATEN.addmm_: lambda _, a, b: 2 * a.shape[0] * b.numel(),
     ATEN._scaled_dot_product_flash_attention_for_cpu: lambda q, *_: 4 * q.numel() * q.shape[2],
-    # Without what the kernel computes again.
+    # Without recomputation in the kernel.
     ATEN._scaled_dot_product_flash_attention_for_cpu_backward: lambda _, q, *__: 8 * q.numel() * q.shape[2],
-    # PyTorch's formula counts each group's gradient as if there were one group only.
+    # PyTorch's formula counts each group's gradient as if there were only one group.
     ATEN.convolution_backward: lambda grad, _, weight, *__: 4 * grad.numel() * weight[0].numel(),
 }
 
 
 class Counter(TorchDispatchMode):
-    """Operations of what is in PyTorch's registry, and of the above."""
+    """Count operations by PyTorch's registry and the formulas above."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,17 +57,17 @@ def test_extractor() -> None:
 
 @torch.no_grad()
 def test_transformer() -> None:
-    cfg = tiny_config()
-    for layers in (2, 4):
+    for layers in (3, 4):
+        cfg = tiny_config(encoder_num_layers=layers)
         with Counter() as counter:
-            Transformer.build(cfg).eval().get_intermediate_outputs(torch.randn(1, 70, 32), None, layers)
-        assert counter.total == transformer_flops(cfg, 70, layers)
+            Transformer.build(cfg).eval()(torch.randn(1, 70, 32))
+        assert counter.total == transformer_flops(cfg, 70)
 
 
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("model_type", ["spidr", "dinosr"])
 def test_training_step(model_type: str, frozen: bool) -> None:
-    """Within the outputs between utterances that are computed and left out."""
+    """Up to the outputs between utterances, which are computed and dropped."""
     no_dropout = {"encoder_dropout": 0.0, "encoder_attention_dropout": 0.0, "encoder_layer_drop": 0.0}
     model = tiny_model(model_type, **no_dropout).train()
     if frozen:

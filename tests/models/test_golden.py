@@ -1,4 +1,4 @@
-"""Both models against values measured on a working system."""
+"""Both models against values recorded on a working system."""
 
 import json
 
@@ -59,7 +59,7 @@ def test_masked_loss(golden: GoldenCase, attention_mask: torch.Tensor, form: str
     mask = golden.tensors["masks"][0]
     assert mask.sum() == len(expected["loss_per_frame"])
     if form == "indices":
-        assert len(mask.sum(1).unique()) == 1  # as many in every row
+        assert len(mask.sum(1).unique()) == 1  # the same number in every row
         mask = mask.nonzero()[:, 1].view(len(mask), -1)
     loss, outputs = model(golden.tensors["waveforms"], mask=mask, attention_mask=attention_mask)
     close(loss, expected["loss_per_frame"])
@@ -96,7 +96,7 @@ def test_six_training_steps_through_the_public_loop(golden: GoldenCase, attentio
     state = model.state_dict()
     assert list(state) == list(after)
     for name, value in after.items():
-        # Codebooks hold sums of standardised features, whose rounding grows with their size.
+        # Codebooks hold sums of standardised features, whose rounding error grows with their size.
         torch.testing.assert_close(state[name], value, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 

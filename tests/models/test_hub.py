@@ -100,11 +100,11 @@ def test_a_damaged_cached_file_is_fetched_again(
 def test_published_addresses(
     server: Server, cache: Path, monkeypatch: pytest.MonkeyPatch, function: Callable[..., DinoSR], url: str
 ) -> None:
-    """Each function asks for its file: seen by a proxy, which refuses."""
+    """Each function requests its file, as seen by a proxy that refuses."""
     monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{server.server_port}")
     for name in ("no_proxy", "NO_PROXY", "HTTPS_PROXY"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(urllib.request, "_opener", None)  # keeps the proxies of its first use
+    monkeypatch.setattr(urllib.request, "_opener", None)  # caches the proxies of its first use
     with pytest.raises(InputError) as info:
         function()
     by_hand = f"{url}: cannot download it to {cache / Path(url).name}, where it may be put by hand: "
@@ -142,7 +142,7 @@ def test_base_models_from_the_cache(server: Server, cache: Path, function: Calla
 
 
 def test_a_model_on_a_web_server(server: Server, cache: Path) -> None:
-    """A run's folder: its weights come with its configuration, and from then on no server is needed."""
+    """A run's weights come with its configuration; afterwards no server is needed."""
     weights = random_weights(SpidR(SPIDR))
     url = server.put("run/final.pt", {"model": weights})
     server.put("run/config.json", json.dumps({"run": {"model_type": "spidr"}, "model": asdict(SPIDR)}).encode())
@@ -179,8 +179,8 @@ def test_build_new() -> None:
             hub.build_model(cfg=cfg, model_type=model_type)
 
 
-def test_checkpoints_of_no_model(tmp_path: Path) -> None:
-    """The file is named: of no known type, or larger than any memory by what lies beside it."""
+def test_checkpoints_without_a_usable_model(tmp_path: Path) -> None:
+    """The error names the file, whose type is unknown or whose configuration is too large for memory."""
     path, _ = save(tmp_path, hub.build_model(cfg=SPIDR), None)
     with pytest.raises(InputError, match=r"step_3\.pt: .*model_type is needed: .* \(--model-type on the command line"):
         hub.build_model(checkpoint=path)
@@ -228,7 +228,7 @@ def test_build_with_a_given_configuration(tmp_path: Path, caplog: pytest.LogCapt
     assert f"{path}: no config.json beside it, so the default model of its type is built" in caplog.text
 
 
-def test_what_is_recorded_wins(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_recorded_configuration_wins(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path, weights = save(tmp_path, SpidR(SPIDR), {"model_type": "spidr", "model": asdict(SPIDR)})
     model = hub.build_model(cfg=SpidRConfig(), checkpoint=path)
     assert same_weights(model, weights)
@@ -253,7 +253,7 @@ def test_nothing_there(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None
 
 
 def test_exports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Files and folders of our own, and folders as ``save_pretrained`` writes them: encoders without a teacher."""
+    """Our files and folders, and those of ``save_pretrained``: encoders without a teacher."""
     model = SpidR(SPIDR)
     model.load_state_dict(random_weights(model))
     expected = {name: value for name, value in model.state_dict().items() if not name.startswith("teacher.")}
@@ -272,8 +272,8 @@ def test_exports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert same_weights(found, expected)
 
 
-def test_loading_is_a_guest(tmp_path: Path) -> None:
-    """It draws nothing from the caller's generator, and the caller's defaults change nothing."""
+def test_loading_has_no_side_effects(tmp_path: Path) -> None:
+    """It draws nothing from the caller's generator, and ignores the caller's defaults."""
     path, weights = save(tmp_path, SpidR(SPIDR), {"model_type": "spidr", "model": asdict(SPIDR)})
     state = torch.get_rng_state()
     for dtype, device in ((torch.float64, "cpu"), (torch.float16, "meta")):
@@ -311,7 +311,7 @@ def test_what_is_not_saved_is_as_in_a_new_model(tmp_path: Path) -> None:
 
 
 def test_one_table(capsys: pytest.CaptureFixture[str]) -> None:
-    """Functions, their help, torch.hub's entry points and the command's list come from it."""
+    """Functions, their help, torch.hub's entry points and the command's list come from one table."""
     assert main([]) == 0
     listed = capsys.readouterr().out
     for name, published in PUBLISHED.items():

@@ -1,4 +1,4 @@
-"""Dropout and attention on a CPU against what they stand for, and what they keep for the backward pass."""
+"""Dropout and attention on a CPU: their definitions, and the memory they keep for the backward pass."""
 
 import math
 from typing import Any
@@ -15,7 +15,7 @@ P = 0.3
 
 
 def kept_bytes(function: Any, *inputs: Tensor) -> int:
-    """What a function keeps for its backward pass, each storage counted once."""
+    """Bytes that a function keeps for its backward pass, each storage counted once."""
     storages: dict[int, int] = {}
 
     def pack(x: Tensor) -> Tensor:
@@ -36,7 +36,7 @@ def test_share_dropped(p: float) -> None:
     dropped = kept == 0
     p = min(p, 255 / 256)
     assert scale == pytest.approx(1 / (1 - p))
-    # Over everything, and over each of the eight elements that share a random word, and pairs of neighbours.
+    # Overall, for each of the eight elements that share a random word, and for pairs of neighbours.
     deviation = math.sqrt(p * (1 - p) / (dropped.numel() // 8))
     drawn = dropped.flatten()[: dropped.numel() // 8 * 8].view(-1, 8)
     assert drawn.float().mean(0).sub(p).abs().max() < 5 * deviation
@@ -51,7 +51,7 @@ def test_extreme_probabilities(p: float) -> None:
     assert math.isfinite(scale)
 
 
-def test_draws_depend_on_the_seed_only() -> None:
+def test_draws_depend_only_on_the_seed() -> None:
     draws = []
     for threads in (1, 2):
         torch.set_num_threads(threads)
@@ -89,7 +89,7 @@ MASKS = {
 @pytest.mark.parametrize("dropout", [0.0, P])
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS.keys())
 def test_attention_head_by_head(mask: Tensor | None, dropout: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Through oneDNN, a few queries at a time, against PyTorch's own and against heads together."""
+    """With oneDNN, a few queries at a time, against PyTorch's own and against all heads at once."""
     if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         pytest.skip("this PyTorch has no such operation of oneDNN")
     monkeypatch.setattr(kernels, "prefers_onednn", lambda: True)
@@ -150,7 +150,7 @@ def test_attention_keeps_no_weights() -> None:
     frames, dim = 600, 4
     q, k, v = (torch.randn(1, 2, frames, dim, requires_grad=True) for _ in range(3))
     kept = kept_bytes(lambda *x: kernels.attend(*x, None, P), q, k, v)
-    assert kept < 2 * frames * frames * 1.2  # one byte for each weight, and inputs
+    assert kept < 2 * frames * frames * 1.2  # one byte per weight, and the inputs
 
 
 def test_feed_forward_keeps_one_tensor_and_computes_no_product_twice() -> None:
@@ -175,7 +175,7 @@ def test_feed_forward_with_dropout_recomputes_the_same_draws() -> None:
     assert torch.autograd.gradcheck(seeded, x)
 
 
-def test_elsewhere_it_is_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_devices_use_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(2, 3, 5, 4)
     with torch.no_grad():
         assert not kernels.is_lean(x)

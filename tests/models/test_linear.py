@@ -1,4 +1,4 @@
-"""Products by oneDNN against PyTorch's own."""
+"""oneDNN's products against PyTorch's own."""
 
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -76,7 +76,7 @@ def test_gradients_of_gradients() -> None:
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
-def test_only_what_needs_a_gradient_gets_one() -> None:
+def test_only_tensors_that_need_a_gradient_get_one() -> None:
     x, module = random(6, 4), nn.Linear(4, 3)
     module.bias.requires_grad_(False)
     through(module, x).sum().backward()
@@ -105,7 +105,7 @@ def test_threads_agree() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_other_types_are_pytorchs(dtype: torch.dtype) -> None:
+def test_other_types_use_pytorch(dtype: torch.dtype) -> None:
     module, x = nn.Linear(12, 8).to(dtype), random(9, 12).to(dtype)
     assert torch.equal(through(module, x), F.linear(x, module.weight, module.bias))
     if dtype == torch.bfloat16:
@@ -130,10 +130,10 @@ def calls_onednn(function: Any) -> bool:
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.trace:FutureWarning")
-def test_where_pytorch_is_left_alone() -> None:
+def test_where_pytorchs_own_product_is_used() -> None:
     module, x = Through(nn.Linear(12, 8)), random(9, 12)
     assert calls_onednn(partial(module, x))
-    with Operators() as operators:  # counting operations, as for FLOPs, sees the usual ones
+    with Operators() as operators:  # FLOP counters see the usual operations
         module(x)
     assert "addmm" in {name for name, _ in operators.log}
     compiled = torch.compile(module, backend="eager", fullgraph=True)

@@ -1,4 +1,4 @@
-"""Long recordings: in pieces that change nothing, or in windows that change what is said."""
+"""Long recordings: in pieces that change nothing, or in windows, whose effect is as stated."""
 
 import math
 import subprocess
@@ -26,7 +26,7 @@ def batch() -> torch.Tensor:
 @pytest.mark.parametrize("mode", ["layer_norm", "group_norm"])
 @pytest.mark.parametrize("grad", [False, True])
 def test_the_extractor_in_pieces(mode: str, piece: int, grad: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pieces of a row and groups of rows; lengths within the first piece and beyond."""
+    """Pieces of a row and groups of rows; lengths within and beyond the first piece."""
     model = tiny_model(extractor_mode=mode, extractor_conv_bias=True).double()
     parameters, waveforms, counted = [*model.feature_extractor.parameters()], batch().double(), torch.tensor(LENGTHS)
     channels, _, stride = model.feature_extractor.shapes[0]
@@ -39,7 +39,7 @@ def test_the_extractor_in_pieces(mode: str, piece: int, grad: bool, monkeypatch:
             with monkeypatch.context() as patch, torch.set_grad_enabled(grad):
                 patch.setattr(long, "SAMPLES", size)
                 patch.setattr(kernels, "CPU_BYTES", size * channels * 8 // stride)
-                out = long.extract_features(model.feature_extractor, waveforms, given)
+                out = model.feature_extractor(waveforms, given)
             outcomes.append([out, *(torch.autograd.grad(out.square().mean(), parameters) if grad else ())])
         for one, other in zip(*outcomes, strict=True):
             torch.testing.assert_close(one, other, rtol=0, atol=1e-9)
@@ -63,7 +63,7 @@ def test_the_transformer_in_pieces(bias: bool, monkeypatch: pytest.MonkeyPatch) 
 
 @torch.no_grad()
 def windows(model: DinoSR, row: int, layer: int, size: int, context: int) -> torch.Tensor:
-    """From the definition: the layer's output on each window and its surroundings, of the utterance alone."""
+    """From the definition: the layer's output on each window with its context, for one utterance."""
     waveform = batch()[row, : LENGTHS[row]]
     waveform = (waveform - waveform.mean()) / torch.sqrt(waveform.var(correction=0) + 1e-5)
     features, _ = model.project(waveform.unsqueeze(0))
@@ -145,7 +145,7 @@ def test_memory_for_ten_minutes() -> None:
 
 @pytest.mark.parametrize("mode", ["layer_norm", "group_norm"])
 def test_a_recording_that_is_read_piece_by_piece(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What extraction does with a file: no more of it in memory than a window and its context."""
+    """As extraction does with a file: only a window and its context are in memory."""
     monkeypatch.setattr(waveforms, "BLOCK", 1000)
     monkeypatch.setattr(long, "SAMPLES", 1000)
     model, waveform = tiny_model(extractor_mode=mode).eval(), 0.01 * batch()[:1] + 0.3

@@ -1,4 +1,4 @@
-"""Unit quality against slow oracles written from the definitions, and cases whose answer is known."""
+"""Unit quality against slow oracles written from the definitions, and cases with known answers."""
 
 import itertools
 import math
@@ -35,7 +35,7 @@ def datasets(draw: st.DrawFn) -> Data:
 
 
 def frames(data: Data, repeat: int = 2) -> list[tuple[str, int]]:
-    """Every (phone, unit) frame, one by one; zip cuts the longer of the two."""
+    """Every (phone, unit) frame, one by one; zip cuts to the shorter sequence."""
     return [
         pair
         for phones, units in data.values()

@@ -1,4 +1,4 @@
-"""What is done to a submodule from outside has the effect that it has on the published package."""
+"""Changes to a submodule have the same effect as in the published package."""
 
 import copy
 import json
@@ -79,7 +79,7 @@ def test_dynamic_quantisation() -> None:
 
 
 class ZeroWeight(Tensor):
-    """A weight with products of its own, as quantised weights are."""
+    """A weight that defines its own products, like quantised weights."""
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -98,7 +98,7 @@ def test_weights_of_another_type() -> None:
 
 
 @pytest.mark.parametrize("first", [False, True], ids=["after a call", "before any call"])
-def test_a_stride_that_is_changed_counts_in_lengths_too(first: bool) -> None:
+def test_a_changed_stride_changes_lengths_too(first: bool) -> None:
     model = tiny_model().eval()
     waveforms, lengths = torch.randn(2, 3000), [3000, 1700]
     before = None if first else model.encode(waveforms, lengths, layer=2)[1]

@@ -1,4 +1,4 @@
-"""What a training step is made of, as its operators and collectives show: what makes it fast on a GPU."""
+"""The operators and collectives of a training step: what makes it fast on a GPU."""
 
 import json
 from collections.abc import Callable
@@ -30,14 +30,14 @@ def forward(model: DinoSR) -> Tensor:
 @pytest.mark.parametrize("mode", ["layer_norm", "group_norm"])
 @pytest.mark.parametrize("model_type", ["spidr", "dinosr"])
 def test_nothing_in_a_step_waits_for_the_device(monkeypatch: pytest.MonkeyPatch, model_type: str, mode: str) -> None:
-    """The code that a GPU runs, with its backward pass, on tensors without values: asking for one fails."""
+    """Runs a GPU's code, backward pass included, on tensors without values: reading a value fails."""
     monkeypatch.setattr(kernels, "is_lean", lambda _: False)
     with FakeTensorMode():
         model = tiny_model(model_type, extractor_mode=mode, encoder_projection_dropout=0.1).train()
         optimizer, _, _ = build_optimizer(model, OptimizerConfig())
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         frames = model.feature_extractor.num_frames(SAMPLES)
-        options = {  # all kinds of input that a step may get
+        options = {  # all inputs that a step may get
             "mask": torch.arange(MASKED).repeat(BATCH, 1),
             "attention_mask": torch.ones(BATCH, 1, 1, frames, dtype=torch.bool),
             "lengths": torch.full((BATCH,), SAMPLES),
@@ -66,7 +66,7 @@ def test_heads_and_codebooks_are_products_over_all_at_once(model_type: str) -> N
     assert len(float32) == 1  # under autocast too
     assert len(distances) - len(float32) == (model_type == "spidr")
     assert not [x for x in operators.outputs("mm", "addmm", "bmm") if x.shape == (frames, size)]
-    # Targets are integers, one for each frame and codebook.
+    # Targets are integers, one per frame and codebook.
     assert not [x for _, x in operators.log if isinstance(x, Tensor) and not x.is_floating_point()
                 and x.shape[-1:] == (size,) and x.numel() >= frames * size]  # fmt: skip
     assert operators.outputs("argmax")[-1].shape == (total, frames)
@@ -89,7 +89,7 @@ def _count_collectives(output: Path) -> Hooks:
     return Hooks(after_step=after_step)
 
 
-def test_a_step_reduces_its_gradients_and_one_thing_more(tmp_path: Path) -> None:
+def test_a_step_reduces_its_gradients_and_one_buffer(tmp_path: Path) -> None:
     run = {"log_interval": 100, "save_interval": 100}
     optimizer = {"max_steps": 3, "warmup_steps": 1, "hold_steps": 1, "decay_steps": 1}
     config = write_config(tmp_path, write_recordings(tmp_path), run=run, optimizer=optimizer)

@@ -1,4 +1,4 @@
-"""The models as they are before training, on real speech."""
+"""Untrained models on real speech."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ AUDIO = Path(__file__).parents[2] / "examples/quickstart/audio"
     ids=["spidr", "dinosr"],
 )
 def test_step_0(model_class: type[DinoSR], loss: tuple[float, float], perplexity: tuple[float, float]) -> None:
-    """Published logs begin with 5.574 and 250 to 252 (SpidR), 5.735 and 214 to 220 (DinoSR)."""
+    """Published logs start at 5.574 and 250 to 252 (SpidR), 5.735 and 214 to 220 (DinoSR)."""
     samples = np.concatenate([soundfile.read(path, dtype="float32")[0] for path in sorted(AUDIO.glob("*.flac"))[:8]])
     waveforms = standardise(torch.from_numpy(samples[: 8 * 16_000]).unsqueeze(0))
     torch.manual_seed(0)

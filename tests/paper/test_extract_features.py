@@ -1,4 +1,4 @@
-"""paper/extract_features.py: OUTPUT/<stem>.pt, whatever folders the recordings lie in."""
+"""paper/extract_features.py writes OUTPUT/<stem>.pt, whatever folders the recordings are in."""
 
 from __future__ import annotations
 

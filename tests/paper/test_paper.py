@@ -1,4 +1,4 @@
-"""The paper's figures and tables are drawn from its values, and its recipes are the package's."""
+"""The paper's figures and tables come from its values, and its recipes are the package's."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PAPER = ROOT / "paper"
 
 @pytest.fixture
 def paper(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
-    """Imports a module of paper/, as the scripts there do."""
+    """Import a module of paper/, as the scripts there do."""
     import importlib
 
     monkeypatch.syspath_prepend(PAPER)
@@ -82,7 +82,7 @@ def test_figures_that_need_nothing(
         assert path.read_bytes()[:4] == {".pdf": b"%PDF", ".png": b"\x89PNG"}[path.suffix]
     said = capsys.readouterr().out
     for number, needed in ((8, "--features and --alignments"), (10, "--units and --alignments")):
-        assert f"figure {number}: left out, it needs {needed}" in said
+        assert f"figure {number}: skipped, it needs {needed}" in said
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def test_schedules_are_those_of_the_package(paper: Callable[[str], ModuleType]) 
 
 
 def test_correlations_are_the_papers(paper: Callable[[str], ModuleType]) -> None:
-    """Of the models that the paper takes: SpidR with codebooks and k-means, and HuBERT."""
+    """For the models that the paper uses: SpidR with codebooks and k-means, and HuBERT."""
     figures = paper("from_results")
     features, units = (
         [ax.get_title(loc="right") for ax in figure.axes]
@@ -140,15 +140,15 @@ def test_masks_of_figure_6(paper: Callable[[str], ModuleType]) -> None:
     _, bottom = package.masks().axes
     shares = np.array([bar.get_height() for bar in bottom.patches])
     assert shares.sum() == pytest.approx(100, abs=1)
-    assert shares[:5].sum() < 1  # no stretch is shorter than a span, but for the end of the utterance
+    assert shares[:5].sum() < 1  # no run is shorter than a span, except at the end of an utterance
 
 
-# ------------------------------------------------------------------------------------- figures of what was extracted
+# ----------------------------------------------------------------------------------------- figures of a corpus
 
 
 @pytest.fixture
 def extracted(tmp_path: Path) -> Path:
-    """Features, units and alignments in which phones and units are the same thing."""
+    """Features, units and alignments in which phones and units coincide."""
     rng = np.random.default_rng(0)
     phones, centres = ["SIL", "AA", "S", "T"], rng.normal(size=(4, 8)) * 5
     lines, units = [], []
@@ -204,7 +204,7 @@ def test_phone_segments(paper: Callable[[str], ModuleType], tmp_path: Path) -> N
     np.save(tmp_path / "7-1-0.npy", np.arange(10, dtype=np.float32)[:, None])
     phones = ["SIL"] * 4 + ["AA1"] * 6 + ["T"] + ["AA0"] * 9
     means, names, speakers = paper("from_corpus").phone_segments(tmp_path, {"7-1-0": phones}, limit=100)
-    # Features have 20 ms a frame: AA1 is frames 2 to 4, T the first half of frame 5, AA0 begins in its second half.
+    # A feature frame is 20 ms: AA1 is frames 2 to 4, T the first half of frame 5, AA0 starts in its second half.
     assert means[:, 0].tolist() == [3.0, 5.0, 7.5]
     assert names == ["AA", "T", "AA"]
     assert speakers == ["7", "7", "7"]
@@ -217,9 +217,7 @@ def test_phone_segments(paper: Callable[[str], ModuleType], tmp_path: Path) -> N
 # ------------------------------------------------------------------------------------------------------------ tables
 
 
-def test_tables_name_the_best_and_stand_beside_reproduced_values(
-    paper: Callable[[str], ModuleType], tmp_path: Path
-) -> None:
+def test_tables_name_the_best_and_show_reproduced_values(paper: Callable[[str], ModuleType], tmp_path: Path) -> None:
     published, tables = paper("published"), paper("tables")
     row = published.results("abx").filter(
         model="spidr", representation="codebooks", layer=6, dataset="dev-clean", speaker="within"
@@ -245,7 +243,7 @@ def test_tables_name_the_best_and_stand_beside_reproduced_values(
     assert "- Hours ↓: 15 (H100, compiled: yes, 16 GPUs)" in (tmp_path / "pretraining-time.md").read_text()
 
 
-def test_tables_say_which_file_is_no_result(
+def test_tables_say_which_file_has_no_results(
     paper: Callable[[str], ModuleType], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert paper("tables").main(["--output", str(tmp_path), "--reproduced", str(tmp_path / "none.csv")]) == 2
@@ -257,7 +255,7 @@ def test_tables_say_which_file_is_no_result(
 
 @pytest.mark.parametrize(("name", "column"), [("spidr-base", 1), ("dinosr-base", 2)])
 def test_recipes(name: str, column: int) -> None:
-    """Every hyperparameter in the table of paper/README.md, in the file and by default is the same."""
+    """Every hyperparameter is the same in the table of paper/README.md, in the file and by default."""
     path = ROOT / "configs" / f"{name}.toml"
     text = (PAPER / "README.md").read_text(encoding="utf-8").split("## Hyperparameters")[1]
     cells = [
@@ -297,7 +295,7 @@ def test_recipes_train_the_same_on_4_8_and_16_gpus(tmp_path: Path) -> None:
     for gpus in (4, 8, 16):
         loaders = [build_dataloader(config, None, rank=rank, world_size=gpus) for rank in range(gpus)]
         assert {loader.accumulation for loader in loaders} == {16 // gpus}
-        # What each process asks for: rows, and what masks and crops are drawn from.
+        # What each process requests: rows, and the seeds of masks and crops.
         batches = [[(r.key, *r.rows.tolist()) for r in loader.requests(0, 0)] for loader in loaders]
         per_step = 16 // gpus
         steps[gpus] = [

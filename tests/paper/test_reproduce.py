@@ -1,4 +1,4 @@
-"""paper/reproduce.py on a small model and recordings laid out as LibriSpeech is."""
+"""paper/reproduce.py on a small model and recordings laid out like LibriSpeech."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_reproduce(script: Any, corpus: Path, capsys: pytest.CaptureFixture[str]
     assert reproduce.main(arguments) == 0
     said = capsys.readouterr().out
     assert "measuring unit quality" in said
-    assert "left out, ABX on dev-other: needs --items dev-other=FILE" in said
+    assert "skipped, ABX on dev-other: needs --items dev-other=FILE" in said
     out = corpus / "out"
     table = pl.read_csv(out / "results.csv", schema=script("published").SCHEMA)
     phones, units = read_alignments(corpus / "alignments.jsonl"), read_units(out / "layer3.jsonl")
@@ -86,7 +86,7 @@ def test_reproduce(script: Any, corpus: Path, capsys: pytest.CaptureFixture[str]
         assert errors["value"].is_between(0, 100).all()
     assert (out / "table.md").read_text() in said
 
-    # Again: only what is missing, or depends on what has changed.
+    # A second run measures only what is missing or has changed.
     features = sorted((out / "layer3").rglob("*.npy"))
     assert len(features) == 12
     before = {path: path.stat().st_mtime_ns for path in features[1:]}
@@ -100,7 +100,7 @@ def test_reproduce(script: Any, corpus: Path, capsys: pytest.CaptureFixture[str]
     assert reproduce.main(arguments) == 0
     said = capsys.readouterr().out
     assert "measuring unit quality" in said
-    assert "left out, unit quality: 1 recordings without alignment" in said
+    assert "skipped, unit quality: 1 recordings without alignment" in said
 
 
 def test_comparison_with_the_published_values(script: Any) -> None:
@@ -131,6 +131,6 @@ def test_mistakes(
     assert message in capsys.readouterr().err
 
 
-def test_nothing_of_librispeech(script: Any, corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_that_is_not_librispeech(script: Any, corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert script("reproduce").main(["model.pt", str(corpus)]) == 2
     assert "neither dev-clean nor dev-other" in capsys.readouterr().err

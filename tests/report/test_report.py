@@ -1,4 +1,4 @@
-"""The report of a run: what is on the page, that it needs nothing else, and what it says when something is missing."""
+"""The report of a run: the page's contents, that it is self-contained, and what it says if something is missing."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ AT_50_HZ = {"extractor_conv_layer_config": [(16, kernel, stride) for _, kernel, 
 
 @pytest.fixture(scope="module")
 def cfg(tmp_path_factory: pytest.TempPathFactory) -> Config:
-    """A finished run that has validated on aligned recordings."""
+    """A finished run, validated on aligned recordings."""
     folder = tmp_path_factory.mktemp("run")
     manifest = write_recordings(folder / "recordings", count=12)
     rows = [line.split(",") for line in manifest.read_text().splitlines()[1:]]
@@ -44,7 +44,7 @@ def cfg(tmp_path_factory: pytest.TempPathFactory) -> Config:
 
 
 def figures_of(html: str) -> dict[str, ET.Element]:
-    """The SVGs by what they are described as; each must be well-formed."""
+    """The SVGs by description; each must be well-formed."""
     found = re.findall(r'<figure role="img" aria-label="([^"]*)">(<svg.*?</svg>)', html, flags=re.DOTALL)
     return {label: ET.fromstring(svg) for label, svg in found}
 
@@ -67,18 +67,18 @@ def test_everything_is_on_one_page(cfg: Config, tmp_path: Path, capsys: pytest.C
     last = read_metrics(cfg.run.dir / "metrics.jsonl")[-1]
     assert f"<td>{last['pnmi_l3']:.4g}</td>" in html
     assert '"spidr"' in html.replace("&quot;", '"')
-    # Self-contained: no script, and nothing is fetched.
+    # Self-contained: no scripts, and nothing is fetched.
     assert "<script" not in html
     assert re.findall(r'(?:src|href)="(?!#|data:)[^"]*"', html) == []
     assert "@import" not in html
-    # Ids are unique on the page, and every reference leads somewhere.
+    # Ids are unique, and every reference has a target.
     ids = re.findall(r' id="([^"]+)"', html)
     assert len(ids) == len(set(ids))
     assert set(re.findall(r'href="#([^"]+)"|url\(#([^)]+)\)', html)) <= {(i, "") for i in ids} | {("", i) for i in ids}
 
 
-def test_colours_are_those_of_the_page(cfg: Config, tmp_path: Path) -> None:
-    """No colour inside the figures but the page's, so that dark pages have no black text."""
+def test_figures_use_the_pages_colours(cfg: Config, tmp_path: Path) -> None:
+    """Figures use only the page's colours, so that dark pages have no black text."""
     assert main([str(cfg.run.dir), "--output", str(tmp_path), "--device", "cpu"]) == 0
     html = (tmp_path / "index.html").read_text()
     for svg in re.findall(r"<svg.*?</svg>", html, flags=re.DOTALL):
@@ -123,7 +123,7 @@ HOSTILE = ['x"><svg onload=alert(2)>', 'x"><script>alert(3)<!--', "$x^$", "$\\oo
 
 
 class Tags(HTMLParser):
-    """What a browser would run."""
+    """Finds what a browser would run."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -136,7 +136,7 @@ class Tags(HTMLParser):
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_names_from_elsewhere_are_text(cfg: Config, tmp_path: Path, name: str) -> None:
-    """Of a validation set, a recording and a phone: as they are on the page and in its figures."""
+    """Names of a validation set, a recording and a phone appear literally on the page and in its figures."""
     run = tmp_path / "run"
     run.mkdir()
     for file in ("final.pt", "metrics.jsonl"):
@@ -150,7 +150,7 @@ def test_names_from_elsewhere_are_text(cfg: Config, tmp_path: Path, name: str) -
     aligned = [{"fileid": row[0], "phones": [[name, 0, int(row[2]) / 16_000]]} for row in renamed]
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in aligned))
     files = {"manifest": str(tmp_path / "dev.csv"), "alignments_path": str(tmp_path / "p.jsonl")}
-    group = name.replace("\\", "")  # no name of a set may hold it
+    group = name.replace("\\", "")  # not allowed in a set's name
     document["validation"] = {group: dev | files}
     (run / "config.json").write_text(json.dumps(document))
     line = {"step": 6, "group": group, "loss": 1.0, "pnmi_l2": 0.1, "pnmi_l3": 0.2, "pnmi_l4": 0.3}
@@ -168,7 +168,7 @@ def test_names_from_elsewhere_are_text(cfg: Config, tmp_path: Path, name: str) -
     assert {path.name for path in (run / "report").iterdir() if "units" in path.name} == {"units-0.png"}
 
 
-def test_numbers_that_cannot_be_drawn_are_named(cfg: Config, tmp_path: Path) -> None:
+def test_values_that_cannot_be_drawn_are_named(cfg: Config, tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
     shutil.copy(cfg.run.dir / "config.json", run)
@@ -184,8 +184,8 @@ def test_numbers_that_cannot_be_drawn_are_named(cfg: Config, tmp_path: Path) -> 
     assert len(figures_of(html)) >= 2
 
 
-def test_no_checkpoint_that_can_be_used(cfg: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """An error that names them, and no page."""
+def test_no_usable_checkpoint(cfg: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An error names the checkpoints, and there is no page."""
     run = tmp_path / "run"
     run.mkdir()
     shutil.copy(cfg.run.dir / "config.json", run)
@@ -210,7 +210,7 @@ def test_a_run_of_the_base_model_is_compared_with_the_published_ones(tmp_path: P
     assert "published" in texts(next(iter(figures_of(html).values())))
 
 
-def test_a_level_line_has_short_numbers() -> None:
+def test_a_flat_line_has_short_tick_labels() -> None:
     steps, values = [1.0, 2.0], [0.9997, 0.99970002]
     for title, curve in (("EMA decay", (steps, values)), ("Loss", (steps, [0.0, 0.0]))):
         labels = texts(ET.fromstring(curves("a", {title: {"training": curve}}).svg))
@@ -228,7 +228,7 @@ def test_panels_of_the_same_layers_have_one_legend() -> None:
     assert "valid" not in own
 
 
-def test_labels_stand_where_there_is_room_for_them() -> None:
+def test_labels_are_drawn_where_they_fit() -> None:
     units = [(123, 0.0, 0.04), (12, 0.04, 0.08), (124, 0.08, 0.14), (77, 0.14, 0.15)]
     drawn = utterance("a", np.zeros((257, 600)), 3.0, [], {"layer 5": units}, "title")
     labels = texts(ET.fromstring(drawn.svg))
@@ -263,12 +263,12 @@ def test_newest_checkpoint(cfg: Config, tmp_path: Path) -> None:
     assert newest_checkpoint(tmp_path) == tmp_path / "step_10.pt"
 
 
-def test_a_run_that_went_on_after_its_end(cfg: Config, tmp_path: Path) -> None:
-    """``final.pt`` of six steps is older than what came when the run was given more of them."""
+def test_a_run_extended_after_its_end(cfg: Config, tmp_path: Path) -> None:
+    """``final.pt`` of six steps is older than the checkpoints of the extended run."""
     run = tmp_path / "run"
     shutil.copytree(cfg.run.dir, run)
     checkpoint = torch.load(run / "final.pt", weights_only=True)
-    # Codewords so far away that everything is nearest to the first one.
+    # All other codewords are so far away that the first is always nearest.
     for name, value in checkpoint["model"].items():
         if name.startswith("heads."):
             value.zero_()

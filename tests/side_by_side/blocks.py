@@ -1,4 +1,4 @@
-"""What the blocks of ``spidr.models.components`` compute, with weights that depend on names and shapes only.
+"""Outputs of the blocks in ``spidr.models.components``, with weights that depend on names and shapes only.
 
 python blocks.py OUTPUT.pt     # a dictionary of tensors
 """
@@ -38,7 +38,7 @@ def filled(module: nn.Module) -> nn.Module:
 
 
 def transformer(*, layer_norm_first: bool, conv_depth: int = 2, weight_normed: bool = False) -> Transformer:
-    """A transformer of post-norm or pre-norm blocks; as HuBERT has it, if ``weight_normed``."""
+    """A transformer of post-norm or pre-norm blocks; HuBERT's, if ``weight_normed``."""
     positions = ConvPositionalEmbedding(8, kernel_size=8 if weight_normed else 9, groups=2, depth=conv_depth)
     if weight_normed:
         positions.convs[0] = weight_norm(positions.convs[0], dim=2)

@@ -2,8 +2,8 @@
 
     python client_discophon.py FOLDER OUTPUT.pt
 
-Fine-tunes for 3 steps, stops, goes on to 5, validates the checkpoints, and extracts units and features. Of the client,
-only "cuda", the batch size and the number of steps are changed. The weights are FOLDER/base.pt, made if not there.
+Fine-tunes for 3 steps, stops, resumes up to step 5, validates the checkpoints, and extracts units and features. Of
+the client, only "cuda", the batch size and the number of steps are changed. FOLDER/base.pt has the weights.
 """
 
 import json
@@ -25,7 +25,7 @@ LINES: list[dict[str, float]] = []
 
 
 class OnCPU:
-    """The module torch, in which "cuda" is the CPU."""
+    """The module torch, with "cuda" meaning the CPU."""
 
     class cuda:
         get_device_capability = staticmethod(lambda *args: (8, 0))
@@ -38,7 +38,7 @@ class OnCPU:
 
 
 class NoWandb:
-    """Keeps what would be logged."""
+    """Collects what would be logged."""
 
     init = staticmethod(lambda **settings: None)
     finish = staticmethod(lambda: None)
@@ -46,7 +46,7 @@ class NoWandb:
 
 
 def prepare(folder: Path) -> None:
-    """A tiny copy of the benchmark's folder."""
+    """Make a tiny copy of the benchmark's folder."""
     for split, count in {"train-10min": 6, "dev": 4}.items():
         rows = ["fileid,num_samples"]
         (folder / "audio" / "deu" / split).mkdir(parents=True)

@@ -1,8 +1,8 @@
-"""What minimal-hubert builds from the blocks, loaders and tools of the installed spidr, on a CPU.
+"""What minimal-hubert builds from the blocks, loaders and tools of the installed spidr, run on a CPU.
 
     python client_hubert.py FOLDER OUTPUT.pt    # FOLDER: that of client_discophon.py
 
-Features of a HuBERT whose weights depend on names and shapes only, three training steps, and a submission to SLURM.
+Features of a HuBERT with weights that depend on names and shapes only, three training steps, and a SLURM submission.
 """
 
 import os

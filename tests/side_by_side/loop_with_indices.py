@@ -1,9 +1,9 @@
-"""A training script of somebody who uses spidr 0.2.0: indices of masked frames, distributed training on CPUs.
+"""A user's training script for spidr 0.2.0: indices of masked frames, distributed training on CPUs.
 
     torchrun … loop_with_indices.py FOLDER STEPS     # or python, for one process
 
-Trains a small SpidR on FOLDER, or goes on, up to STEPS steps, and appends a line of measurements for each to
-FOLDER/losses.jsonl. Data, first weights and masks do not depend on the package, so that two can be compared.
+Trains a small SpidR on FOLDER, or resumes, up to STEPS steps, and appends a line of measurements per step to
+FOLDER/losses.jsonl. Data, initial weights and masks do not depend on the package, so that packages can be compared.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""What the training scripts beside this file share: data, weights and masks that are the same for every package."""
+"""Data, weights and masks that the training scripts here share, the same for every package."""
 
 import hashlib
 import json
@@ -55,7 +55,7 @@ max_norm = 1.0
 
 
 def join() -> tuple[int, int]:
-    """Join the process group; alone without torchrun."""
+    """Join the process group, if started by torchrun."""
     if "RANK" in os.environ:
         dist.init_process_group("gloo")
     else:
@@ -64,9 +64,9 @@ def join() -> tuple[int, int]:
 
 
 def prepare(folder: Path, rank: int) -> Path:
-    """Write 8 recordings, their manifest and the configuration; returns the latter's path.
+    """Write 8 recordings, their manifest and the configuration. Returns the configuration's path.
 
-    Each process gets one batch an epoch, of recordings of one length, so shuffling has no influence on an epoch.
+    Each process gets one batch per epoch, of recordings of one length, so shuffling does not affect an epoch.
     """
     if rank == 0 and not (folder / "config.toml").exists():
         rows, generator = ["fileid,path,num_samples"], torch.Generator().manual_seed(0)
@@ -89,7 +89,7 @@ def prepare(folder: Path, rank: int) -> Path:
 
 
 def first_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Weights that depend on their names and shapes only, of the size that the model's own have."""
+    """Weights that depend on their names and shapes only, scaled like the model's own."""
     weights = {}
     for name, value in model.state_dict().items():
         seed = int.from_bytes(hashlib.sha256(name.removeprefix("teacher.").encode()).digest()[:4], "little")
@@ -104,9 +104,9 @@ def first_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def same_masks(waveforms: torch.Tensor, mask: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The batch in an order of its own, and masks that depend on step, length and row only, of the kind of ``mask``.
+    """The batch in a fixed order, with masks of the kind of ``mask`` that depend on step, length and row only.
 
-    Packages draw masks as they like; half of the frames are masked here.
+    Packages draw different masks; here half of the frames are masked.
     """
     waveforms, frames = waveforms[waveforms[:, 0].argsort()], waveforms.shape[1]
     for kernel, stride in ((10, 5), (8, 8), (4, 4)):

@@ -2,7 +2,7 @@
 
     python sides.py FOLDER OUTPUT.pt [NAME …]    # FOLDER: a new one; OUTPUT.pt: {name: value}
 
-Each function is one promise. Its result holds tensors, numbers and texts; what cannot be had is the error's text.
+Each function is one promise. Its result holds tensors, numbers and strings; an error is its message.
 """
 
 import contextlib
@@ -76,7 +76,7 @@ def masked(rows: int = 3, frames: int = 39, seed: int = 4) -> torch.Tensor:
 
 
 def forward(m: Any, x: torch.Tensor, mask: torch.Tensor | None, **options: Any) -> Any:
-    """With the kind of mask that this version has."""
+    """Call with the kind of mask that this version takes."""
     if "mask" in inspect.signature(m.forward).parameters:
         return m(x, mask=mask, **options)
     return m(x, mask_indices=mask if mask is None else mask.nonzero()[:, 1].view(len(mask), -1), **options)
@@ -247,7 +247,7 @@ def manifests(folder: Path) -> Any:
         command = [sys.executable, "-m", "spidr.data.write_manifest", *arguments]
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
         output = next(folder / a for a in arguments if a.endswith(("csv", "jsonl", "tsv")))
-        if not output.exists():  # 0.1.2 writes that of an archive beside it
+        if not output.exists():  # 0.1.2 writes an archive's manifest beside the archive
             found[name] = ("no output", done.returncode)
             continue
         if output.suffix == ".tsv":

@@ -1,4 +1,4 @@
-"""Training scripts of users of the published package give the losses that they gave there."""
+"""Training scripts written for the published package give the same losses here."""
 
 import json
 import os
@@ -13,7 +13,7 @@ GOLDEN = HERE.parent / "golden" / "published"
 
 
 def train(python: str | Path, script: str, folder: Path, processes: int, *stops: int) -> list[dict[str, float]]:
-    """Run a script up to each of some steps; returns all lines of measurements."""
+    """Run a script up to each of some steps. Returns all lines of measurements."""
     folder.mkdir(exist_ok=True)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     environment = {name: value for name, value in environment.items() if name not in ("RANK", "WORLD_SIZE")}
@@ -34,5 +34,5 @@ def check(lines: list[dict[str, float]], processes: int) -> None:
 
 @pytest.mark.parametrize(("script", "processes", "stop"), [("loop_with_masks", 1, 10), ("loop_with_indices", 2, 17)])
 def test_losses_are_the_published_ones(script: str, processes: int, stop: int, tmp_path: Path) -> None:
-    """Also when a second start goes on from the first one's checkpoint, before and after ``freeze_step``."""
+    """Also when a second start resumes from the first one's checkpoint, before and after ``freeze_step``."""
     check(train(sys.executable, script, tmp_path / "run", processes, stop, 20), processes)

@@ -1,4 +1,4 @@
-"""This package beside the published ones, installed as anybody installs them.
+"""Compare this package with the published ones, installed from the index.
 
 ``pytest -m published`` makes environments of several GB each in the folder ``SPIDR_PUBLISHED``, or a temporary one.
 """
@@ -34,7 +34,7 @@ DIFFERENT = {
     "manifests/archive": "manifests of archives are written to their output",
     "manifests/tar": "manifests of archives are written to their output",
 }
-"""How the names of results begin that are meant to be others."""
+"""Prefixes of results that are meant to differ."""
 
 pytestmark = [pytest.mark.published, pytest.mark.timeout(3600)]
 
@@ -52,7 +52,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def python(folder: Path, name: str) -> Path:
-    """The interpreter of an environment, made if it is not there."""
+    """The interpreter of an environment, which is made if missing."""
     found = folder / name / "bin" / "python"
     if not found.exists():
         run(sys.executable, "-m", "venv", folder / name)
@@ -69,14 +69,14 @@ def flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def differences(one: Any, other: Any) -> dict[str, Any]:
-    """What is not the same, or not equal up to rounding."""
+    """Results that differ by more than rounding."""
     ones, others = dict(flat(one)), dict(flat(other))
     found = dict.fromkeys(ones.keys() ^ others.keys(), "only in one")
     for name in ones.keys() & others.keys():
         a, b = ones[name], others[name]
         if isinstance(a, (torch.Tensor, float)) and isinstance(b, (torch.Tensor, float)):
             a, b = torch.as_tensor(a).double(), torch.as_tensor(b).double()
-            tolerance = 0.05 if name.startswith("masks/") else 2e-5  # masks are drawn
+            tolerance = 0.05 if name.startswith("masks/") else 2e-5  # masks are random
             if a.shape != b.shape or not torch.allclose(a, b, rtol=tolerance, atol=2e-5, equal_nan=True):
                 found[name] = (a, b)
         elif a != b:
@@ -104,7 +104,7 @@ def test_recorded_losses(version: str, script: str, processes: int, folder: Path
 @pytest.mark.parametrize(
     ("version", "script", "stop"), [("0.1.2", "loop_with_masks", 10), ("0.2.0", "loop_with_indices", 17)]
 )
-def test_a_run_that_was_begun_with_the_published_package_goes_on(
+def test_a_run_begun_with_the_published_package_resumes(
     version: str, script: str, stop: int, folder: Path, tmp_path: Path
 ) -> None:
     train(python(folder, version), script, tmp_path / "run", 1, stop)
@@ -147,7 +147,7 @@ def test_clients(folder: Path, tmp_path: Path) -> None:
     for key in ("step", "epoch", "lr"):
         assert [line[key] for line in ours["training"]] == pytest.approx([line[key] for line in theirs["training"]])
     losses = [[line["loss"] for line in side["training"]] for side in (theirs, ours)]
-    # Batches, crops and masks are drawn anew: of three recordings here.
+    # Batches, crops and masks are drawn differently (of three recordings here).
     assert losses[1][0] == pytest.approx(losses[0][0], abs=0.05)
     assert losses[1] == pytest.approx(losses[0], rel=0.2)
     assert [line["step"] for line in ours["validation"]] == [line["step"] for line in theirs["validation"]]

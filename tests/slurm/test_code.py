@@ -1,4 +1,4 @@
-"""What of the package goes with a job."""
+"""The code that goes with a job."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def git(folder: Path, *args: str) -> None:
 
 @pytest.fixture
 def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A checkout with a package that git tracks and an installed one that it does not."""
+    """A checkout with a package tracked by git and an installed, untracked one."""
     for place in ("src", ".venv/site-packages"):
         package = tmp_path / "repo" / place / "spidr"
         (package / "tools").mkdir(parents=True)
@@ -33,8 +33,8 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "repo"
 
 
-def test_checkout_is_that_of_the_code(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not that of the current folder, nor one that an environment with the installed package happens to lie in."""
+def test_the_checkout_is_the_running_code_s(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the current folder's, nor one that happens to contain an environment with the installed package."""
     commit = (checkout / ".git/refs/heads/topic").read_text().strip()
     found = code.describe_checkout()
     assert found == {"git-info.txt": f"branch: topic\ncommit: {commit}\n".encode(), "git-diff.patch": b""}
@@ -44,7 +44,7 @@ def test_checkout_is_that_of_the_code(checkout: Path, monkeypatch: pytest.Monkey
     assert code.describe_checkout() == {}
 
 
-def test_diff_is_that_of_the_package(checkout: Path) -> None:
+def test_the_diff_is_the_package_s(checkout: Path) -> None:
     (checkout / "src/spidr/__init__.py").write_text("2\n")
     for name in ("secret.ini", "src/spidr/.env"):
         (checkout / name).write_text("SECRET\n")
@@ -55,7 +55,7 @@ def test_diff_is_that_of_the_package(checkout: Path) -> None:
 
 
 @pytest.mark.parametrize("tracked", [True, False])
-def test_copy_is_the_package_s_own_files(checkout: Path, tmp_path: Path, tracked: bool) -> None:
+def test_only_the_package_s_files_are_copied(checkout: Path, tmp_path: Path, tracked: bool) -> None:
     package = checkout / "src/spidr"
     if not tracked:
         shutil.rmtree(checkout / ".git")

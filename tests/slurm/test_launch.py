@@ -1,10 +1,11 @@
-"""Submitting calls: the job folder, what is refused, and jobs on a real SLURM."""
+"""Submitted calls: the job folder, what is refused, and jobs on a real SLURM."""
 
 from __future__ import annotations
 
 import json
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -32,7 +33,7 @@ HOSTILE = "a 'b\n$(touch pwned)\n\"; touch pwned #{} 5% é"
 
 
 @pytest.mark.usefixtures("sbatch")
-def test_job_folder_holds_what_is_needed_to_do_it_again(tmp_path: Path) -> None:
+def test_job_folder_has_all_that_is_needed_to_repeat_the_job(tmp_path: Path) -> None:
     before = datetime.now(UTC).replace(microsecond=0)
     job_id, folder = submit("name", [(print, ("x",))], tmp_path / "dump", TWO_TASKS, copy_code=True)
     assert (job_id, folder) == ("12", tmp_path / "dump" / "name")
@@ -81,24 +82,24 @@ def test_no_slurm_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: 
     assert not list((tmp_path / "dump").iterdir())
 
 
-def test_sbatch_that_does_not_answer(tmp_path: Path, sbatch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It ends with all it has started; the job may be there, so its folder stays."""
+def test_sbatch_that_hangs(tmp_path: Path, sbatch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is killed with its children; the job may exist, so its folder is kept."""
     sbatch.write_text(
         f"#!/bin/bash\necho $$ >> {tmp_path}/pids\nbash -c 'echo $$ >> {tmp_path}/pids; sleep 100'\n", encoding="utf-8"
     )
-    monkeypatch.setattr("spidr.slurm.submission.LIMIT", 1.0)
-    with pytest.raises(InputError, match=r"sbatch has not answered for 1 s .* `squeue --me --name=the_name`"):
+    monkeypatch.setattr("spidr.slurm.submission.LIMIT", 5.0)
+    with pytest.raises(InputError, match=r"sbatch has not answered for 5 s .* `squeue --me --name=the_name`"):
         submit("the name", [(print, ())], tmp_path / "dump", ONE_TASK)
     pids = (tmp_path / "pids").read_text().split()
     assert len(pids) == 2
-    assert wait_for(lambda: not any(Path(f"/proc/{pid}/cmdline").exists() for pid in pids), 10)
+    assert wait_for(lambda: not any(Path(f"/proc/{pid}/cmdline").exists() for pid in pids), 60)
     assert (tmp_path / "dump/the name/call_0.pkl").exists()
 
 
 @pytest.mark.usefixtures("sbatch")
 @pytest.mark.parametrize("place", ["env/lib/python3.12/site-packages", "repo/src"])
 def test_working_tree_is_copied_and_installed_package_is_not(tmp_path: Path, place: str) -> None:
-    """From the code that runs, not from where the user stands: in a checkout with an installed package, or outside."""
+    """The running code counts, not the current folder, in a checkout with an installed package or outside."""
     package, repo, elsewhere = tmp_path / place / "spidr", tmp_path / "repo", tmp_path / "elsewhere"
     elsewhere.mkdir()
     git(tmp_path, "init", "repo")
@@ -128,7 +129,7 @@ def git(folder: Path, *args: str) -> None:
     subprocess.run(["git", "-C", str(folder), *identity, *args], check=True, capture_output=True)
 
 
-def test_whoever_interrupts_a_submission_ends_it(tmp_path: Path, sbatch: Path) -> None:
+def test_interrupting_a_submission_ends_it(tmp_path: Path, sbatch: Path) -> None:
     started = tmp_path / "started"
     sbatch.write_text(f"#!/bin/sh\necho $$ > {started}\nexec sleep 100\n", encoding="utf-8")
     config = write_config(tmp_path, write_recordings(tmp_path / "data", count=2))
@@ -183,7 +184,7 @@ def test_array_with_hostile_names_from_inside_a_job(cluster: Cluster, tmp_path: 
 def test_hostile_options(
     cluster: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, option: str
 ) -> None:
-    """What SLURM does not refuse, such as a quality of service where nothing counts jobs, it takes as a name."""
+    """What SLURM does not refuse, such as a quality of service without accounting, it takes as a name."""
     monkeypatch.chdir(tmp_path)
     config = write_config(tmp_path, write_recordings(tmp_path / "data", count=2), optimizer={"max_steps": 1})
     dump = tmp_path / "dump"
@@ -252,8 +253,10 @@ def test_signal_before_the_job_has_begun(cluster: Cluster, tmp_path: Path) -> No
     loading, loaded, ran = tmp_path / "loading", tmp_path / "loaded", tmp_path / "ran"
 
     def load() -> str:
+        import os
+
         if not loading.exists():
-            loading.touch()
+            loading.write_text(f"{os.getpid()}\n", encoding="utf-8")
             while not loaded.exists():
                 time.sleep(0.1)
         return "x"
@@ -263,17 +266,57 @@ def test_signal_before_the_job_has_begun(cluster: Cluster, tmp_path: Path) -> No
             return load, ()
 
     job_id, folder = submit("early", [(ran.write_text, (LoadedSlowly(),))], tmp_path, ONE_TASK)
-    assert wait_for(loading.exists, 60)
+    assert wait_for(lambda: loading.exists() and loading.read_text().endswith("\n"), 60)
     cluster.run("scancel", "--signal=USR2", job_id)
-    time.sleep(1)
+    status, bit = Path(f"/proc/{loading.read_text().strip()}/status"), 1 << (Signals.SIGUSR2 - 1)
+    assert wait_for(lambda: bool(int(re.findall(r"ShdPnd:\s*(\w+)", status.read_text("utf-8"))[0], 16) & bit), 60)
     loaded.touch()
     job = cluster.wait(job_id)
     assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), logs(folder)
     assert ran.read_text() == "x"
 
 
+@pytest.mark.parametrize("signal", ["USR2", "TERM"])
+def test_signal_before_python_can_handle_it(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signal: str
+) -> None:
+    """While the interpreter starts, which takes long where its files are far away."""
+    starting, ran = tmp_path / "starting", tmp_path / "ran"
+    code = f"""
+import os, pathlib, time
+if "SLURM_PROCID" in os.environ and not pathlib.Path({str(starting)!r}).exists():
+    pathlib.Path({str(starting)!r}).touch()
+    time.sleep(60)
+"""
+    (tmp_path / "sitecustomize.py").write_text(code, encoding="utf-8")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    job_id, folder = submit("starts", [(ran.touch, ())], tmp_path, ONE_TASK)
+    assert wait_for(starting.exists, 60)
+    cluster.run("scancel", f"--signal={signal}", job_id)
+    job = cluster.wait(job_id)
+    assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), logs(folder)
+    assert ran.exists()
+
+
+def test_task_that_fails_ends_the_job(cluster: Cluster, tmp_path: Path) -> None:
+    """srun stops the others by the signal of a preemption, and reports the highest status."""
+
+    def fail() -> None:
+        import os
+
+        from spidr.tools.errors import InputError
+
+        if os.environ["SLURM_PROCID"] == "1":
+            raise InputError("x.csv: no such manifest")
+        time.sleep(60)
+
+    job_id, folder = submit("fails", [(fail, ())], tmp_path, TWO_TASKS, max_restarts=1)
+    job = cluster.wait(job_id)
+    assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("FAILED", "2:0", "0"), logs(folder)
+
+
 def test_task_that_ends_slowly_does_not_change_the_status(cluster: Cluster, tmp_path: Path) -> None:
-    """srun kills it as soon as another task has ended with a status that is not 0."""
+    """srun kills it as soon as another task ends with a non-zero status."""
     begun = [tmp_path / "0", tmp_path / "1"]
 
     def stop() -> None:
@@ -302,7 +345,7 @@ def test_task_that_ends_slowly_does_not_change_the_status(cluster: Cluster, tmp_
 
 
 def test_cancelled_job_stays_cancelled(cluster: Cluster, tmp_path: Path) -> None:
-    """SLURM tells a job that its user cancels it by the same signal as one that it preempts."""
+    """SLURM sends the same signal to a cancelled job as to a preempted one."""
     running = tmp_path / "running"
 
     def train() -> None:
@@ -322,7 +365,7 @@ def test_cancelled_job_stays_cancelled(cluster: Cluster, tmp_path: Path) -> None
     cluster.run("scancel", job_id)
     job = cluster.wait(job_id)
     assert job["JobState"] == "CANCELLED"
-    assert wait_for(lambda: "is not queued again" in logs(folder), 10), logs(folder)
+    assert wait_for(lambda: "is not queued again" in logs(folder), 60), logs(folder)
     assert (cluster.job(job_id)["JobState"], job["Restarts"]) == ("CANCELLED", "0")
 
 
@@ -339,7 +382,7 @@ def test_submitit_reads_the_results(cluster: Cluster, tmp_path: Path) -> None:
     assert "invalid literal for int()" in failed.stderr()
 
 
-def test_function_that_knows_no_signal_is_called_again(cluster: Cluster, tmp_path: Path) -> None:
+def test_a_function_without_a_signal_handler_is_called_again(cluster: Cluster, tmp_path: Path) -> None:
     """As often as allowed."""
     calls = tmp_path / "calls"
 

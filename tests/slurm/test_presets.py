@@ -1,4 +1,4 @@
-"""Settings that need not be given, as the published package has them."""
+"""Default settings for known clusters, as in the published package."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ TWO_TASKS = replace(ONE_TASK, gpus_per_node=2)
 
 
 def run_script(script: str, folder: Path) -> list[str]:
-    """What bash makes of a script's srun line."""
+    """The arguments that bash makes of a script's srun line."""
     stubs = "srun() { printf '%s\\0' \"$@\"; }\nmkdir() { :; }\n"
     environment = {"SLURM_JOB_ID": "7", "PATH": os.environ["PATH"]}
     done = subprocess.run(
@@ -59,7 +59,7 @@ def test_nothing_reaches_a_shell_unquoted(folder: str, options: tuple[str, ...])
 
 
 @given(name=st.text(max_size=300))
-def test_job_names_that_slurm_gets_are_plain(name: str) -> None:
+def test_slurm_gets_plain_job_names(name: str) -> None:
     submission = prepare(name, 1, Path("/dump/x"), ONE_TASK)
     [given_name] = [word.removeprefix("--job-name=") for word in submission.command if word.startswith("--job-name=")]
     assert shlex.quote(given_name) in (given_name, f"'{given_name}'")
@@ -70,12 +70,12 @@ def test_cpus_and_arrays() -> None:
     submission = prepare("x", 3, Path("/d/x"), replace(TWO_TASKS, cpus_per_task=5))
     assert "--array=0-2" in submission.command
     assert "--cpus-per-task=5" in submission.command
-    # srun does not take it from sbatch.
+    # srun does not inherit it from sbatch.
     assert "--cpus-per-task=5" in run_script(submission.script, Path("/"))
     assert "--array" not in " ".join(prepare("x", 1, Path("/d/x"), TWO_TASKS).command)
 
 
-def test_no_account_is_asked_for_where_there_are_none() -> None:
+def test_no_account_is_requested_if_there_are_none() -> None:
     command = prepare("x", 1, Path("/d/x"), SlurmConfig(nodes=1, gpus_per_node=1)).command
     assert not [word for word in command if word.startswith("--account")]
 
@@ -95,9 +95,12 @@ def test_signal_comes_before_the_time_limit(minutes: int | None, seconds: int) -
         (75, "COMPLETING", 0, 0),  # cancelled, or out of time
         (75, "- RUNNING", 0, 1),  # the controller does not answer at first
         (75, "RUNNING", 2, 0),
+        (140, "RUNNING", 0, 1),  # by SIGUSR2, as a task that had only just started
+        (143, "RUNNING", 1, 0),  # by SIGTERM, which srun has sent, since another task had failed
+        (137, "RUNNING", 0, 0),
     ],
 )
-def test_script_queues_a_stopped_job_again(tmp_path: Path, status: int, states: str, restarts: int, asked: int) -> None:
+def test_script_requeues_a_stopped_job(tmp_path: Path, status: int, states: str, restarts: int, asked: int) -> None:
     stubs = f"""
 mkdir() {{ :; }}
 sleep() {{ :; }}
@@ -106,15 +109,17 @@ squeue() {{ read -r state < states; sed -i 1d states; [ "$state" != - ] && echo 
 scontrol() {{ echo "$*" >> asked; }}
 """
     (tmp_path / "states").write_text(states.replace(" ", "\n") + "\n")
+    (tmp_path / "job/7").mkdir(parents=True)
+    (tmp_path / "job/7/.failed_1").touch()
     script = prepare("x", 1, tmp_path / "job", ONE_TASK, max_restarts=2).script
     environment = {"SLURM_JOB_ID": "7", "PATH": os.environ["PATH"], "SLURM_RESTART_COUNT": str(restarts)}
     done = subprocess.run(["bash"], input=stubs + script, text=True, env=environment, cwd=tmp_path, check=False)
-    assert done.returncode == status
+    assert done.returncode == (75 if asked else status)
     said = (tmp_path / "asked").read_text() if (tmp_path / "asked").exists() else ""
     assert said == "requeue 7\n" * asked
 
 
-def test_environment_of_an_enclosing_job_is_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment_of_an_enclosing_job_is_removed(monkeypatch: pytest.MonkeyPatch) -> None:
     inside = ("SLURM_JOB_ID", "SLURM_MEM_PER_CPU", "SUBMITIT_EXECUTOR", "RANK", "MASTER_ADDR", "TORCHELASTIC_RUN_ID")
     outside = ("SLURM_CONF", "SBATCH_PARTITION", "SPIDR_CLUSTER", "PATH")
     for name in (*inside, *outside[:-1]):

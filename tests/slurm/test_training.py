@@ -1,4 +1,4 @@
-"""Training in SLURM jobs: preempted, requeued, on several nodes, as an array, with validation in jobs of its own."""
+"""Training in SLURM jobs: preempted, requeued, on several nodes, as an array, with validation in separate jobs."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_preempted_training_ends_as_an_undisturbed_one(
 ) -> None:
     run_dir, undisturbed = tmp_path / "p/on slurm", tmp_path / "p/here"
     settings: dict[str, Any] = {
-        "data": {"num_workers": 1},  # the signal reaches workers, too
+        "data": {"num_workers": 1},  # workers get the signal, too
         "optimizer": {"max_steps": 80},
         "run": {"save_interval": 40},
     }
@@ -66,7 +66,7 @@ def test_preempted_training_ends_as_an_undisturbed_one(
     assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), logs(folder)
     assert_same_outcome(run_dir, undisturbed)
 
-    # Training has not waited for the validation jobs that it submitted. What they find is the same, in the same order.
+    # Training did not wait for its validation jobs. Their results are the same, in the same order.
     assert wait_for(lambda: not ValidationJobs(run_dir).pending(), 120), logs(run_dir / "validation")
     monkeypatch.setenv("WANDB_MODE", "offline")
     assert collect([str(run_dir), "--entity", "team", "--runid", "abc"]) == 0
@@ -81,7 +81,7 @@ def test_preempted_training_ends_as_an_undisturbed_one(
 def test_array_with_hostile_names_and_overrides(
     cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Names and paths that are shell code, of runs, data and job: they train, and validate in jobs."""
+    """Runs, data and jobs whose names and paths are shell code train, and validate in jobs."""
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / HOSTILE
     manifest = write_recordings(folder / "data", count=6)
@@ -112,7 +112,7 @@ def test_array_with_hostile_names_and_overrides(
     assert not list(tmp_path.rglob("pwned"))
 
 
-# The long versions: four processes, several requeues, every reason to stop.
+# Long versions: four processes, several requeues, every reason to stop.
 
 
 @pytest.mark.slow
@@ -129,7 +129,7 @@ def test_two_nodes_train_as_torchrun(cluster: Cluster, tmp_path: Path, manifest:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_many_requeues(cluster: Cluster, tmp_path: Path, manifest: Path) -> None:
-    """Whatever the signal, without the controller for a while, and with a limit that submitit counts as reached."""
+    """With any signal, without the controller for a while, and with a limit that submitit takes for reached."""
     long = {"max_steps": 200}
     job_id, folder = start_training(
         cluster, tmp_path / "dump", write_config(tmp_path, manifest, "slurm", optimizer=long), options="-N 1 -G 1 -t 10"
@@ -180,7 +180,7 @@ def test_preemption_by_a_higher_partition(cluster: Cluster, tmp_path: Path, mani
 @pytest.mark.slow
 @pytest.mark.timeout(2400)
 def test_time_limit(cluster: Cluster, tmp_path: Path, manifest: Path) -> None:
-    """SLURM looks at limits once in 30 seconds and may signal a minute early, so that takes a while."""
+    """SLURM checks limits every 30 seconds and may signal a minute early, so this takes a while."""
     settings: dict[str, Any] = {"optimizer": {"max_steps": 3000}, "validation": {}, "run": {"save_interval": 100_000}}
     run_dir = tmp_path / "p/slurm"
     config = write_config(tmp_path, manifest, "slurm", **settings)
@@ -189,7 +189,7 @@ def test_time_limit(cluster: Cluster, tmp_path: Path, manifest: Path) -> None:
     assert max(int(path.stem.split("_")[1]) for path in run_dir.glob("step_*.pt")) == steps_done(run_dir)
     job = cluster.wait(job_id, seconds=1500)
     assert job["JobState"] == "COMPLETED", logs(folder)
-    # On a busy machine, the signal may come before training has begun again.
+    # On a busy machine, the signal may come before training has resumed.
     assert 1 <= (run_dir / "log_0.txt").read_text().count("resuming from") <= int(job["Restarts"])
     torchrun(1, write_config(tmp_path, manifest, "here", **settings))
     assert_same_outcome(run_dir, tmp_path / "p/here")

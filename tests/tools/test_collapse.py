@@ -18,7 +18,7 @@ def test_warns_once_until_it_recovers(caplog: pytest.LogCaptureFixture) -> None:
     assert "model.codebook_revive_after" in messages[0]
 
 
-def test_a_step_of_few_frames_cannot_use_more(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_step_with_few_frames_gives_no_warning(caplog: pytest.LogCaptureFixture) -> None:
     watch = CollapseWatch(share=0.5, steps=2, size=256)
     with caplog.at_level(logging.WARNING, "spidr"):
         for step in (1, 2, 3):

@@ -68,14 +68,14 @@ def test_a_file_that_changes_before_it_is_resumed(server: Server, cache: Path) -
     assert fetch(url) == changed
 
 
-def test_what_is_left_may_be_longer_than_the_file(server: Server, cache: Path) -> None:
+def test_leftovers_may_be_longer_than_the_file(server: Server, cache: Path) -> None:
     cache.mkdir(parents=True)
     (cache / "a.pt.partial").write_bytes(CONTENT + b"more")
     assert fetch(server.put("a.pt", CONTENT)) == CONTENT
 
 
-def test_what_is_left_may_be_of_something_else(server: Server, cache: Path) -> None:
-    """Whatever read refuses is fetched once more, from the start."""
+def test_leftovers_may_be_of_another_file(server: Server, cache: Path) -> None:
+    """A file that ``read`` refuses is downloaded again from the start."""
     cache.mkdir(parents=True)
     (cache / "a.pt.partial").write_bytes(b"else")
     assert fetch(server.put("a.pt", CONTENT)) == CONTENT
@@ -111,7 +111,7 @@ def test_wrong_content_is_not_kept(server: Server, cache: Path, content: bytes) 
     assert list(cache.iterdir()) == []
 
 
-def test_a_bad_cached_file_is_fetched_again(server: Server, cache: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_bad_cached_file_is_downloaded_again(server: Server, cache: Path, caplog: pytest.LogCaptureFixture) -> None:
     cache.mkdir(parents=True)
     (cache / "a.pt").write_bytes(CONTENT[:-1])
     with caplog.at_level(logging.WARNING):
@@ -121,7 +121,7 @@ def test_a_bad_cached_file_is_fetched_again(server: Server, cache: Path, caplog:
 
 
 def test_a_bad_cached_file_survives_a_failed_download(server: Server, cache: Path) -> None:
-    """Nothing is lost when the network is away: perhaps another version of the package can read the file."""
+    """Nothing is lost without a network: another version of the package may be able to read the file."""
     cache.mkdir(parents=True)
     (cache / "a.pt").write_bytes(b"unknown format")
     with pytest.raises(InputError, match="404"):
@@ -156,7 +156,7 @@ def test_check_hash(server: Server, cache: Path) -> None:
     assert fetch(server.put("b.pt", CONTENT), "b.pt", check_hash=True) == CONTENT  # no hash in the name
 
 
-def test_files_of_one_name_are_kept_apart(server: Server, cache: Path) -> None:
+def test_files_with_the_same_name_are_kept_apart(server: Server, cache: Path) -> None:
     """Many models are called final.pt; each comes with its config.json."""
     urls = [server.put(f"{name}/final.pt", CONTENT + name.encode()) for name in "ab"]
     server.put("b/config.json", b"{}")
@@ -165,7 +165,7 @@ def test_files_of_one_name_are_kept_apart(server: Server, cache: Path) -> None:
 
 
 def test_the_hugging_face_hub(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Through huggingface_hub and its cache; without it, by its address."""
+    """Through huggingface_hub and its cache, or without it, by URL."""
     repository = "/someone/spidr-nl/resolve/main"
     server.files = {f"{repository}/final.pt": CONTENT, f"{repository}/config.json": b"{}"}
     code = """

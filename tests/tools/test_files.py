@@ -6,9 +6,12 @@ import errno
 import multiprocessing
 import os
 import time
+from collections.abc import Callable
 from multiprocessing.synchronize import Event
 from pathlib import Path
+from typing import Any
 
+import polars as pl
 import pytest
 import torch
 
@@ -39,7 +42,7 @@ def test_leaves_nothing_when_it_fails(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [InputError("the input is missing"), KeyboardInterrupt()])
-def test_other_errors_stay_what_they_are(tmp_path: Path, error: BaseException) -> None:
+def test_other_errors_are_unchanged(tmp_path: Path, error: BaseException) -> None:
     with pytest.raises(type(error)) as caught, atomic_write(tmp_path / "file"):  # noqa: PT012
         try:
             (tmp_path / "missing").read_bytes()
@@ -48,15 +51,28 @@ def test_other_errors_stay_what_they_are(tmp_path: Path, error: BaseException) -
     assert caught.value is error
 
 
-def test_full_disk_while_torch_saves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The real thing: /dev/full takes no byte."""
+@pytest.mark.parametrize(
+    "save",
+    [
+        lambda file: torch.save({"x": torch.zeros(100_000)}, file),
+        lambda file: pl.DataFrame({"x": range(100_000)}).write_csv(file),
+        lambda file: pl.DataFrame({"x": range(100_000)}).write_parquet(file),
+    ],
+)
+def test_full_disk_while_a_library_saves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, save: Callable[[Any], object]
+) -> None:
+    """/dev/full is a real full disk."""
     opened = Path.open
     full = Path("/dev/full")
     monkeypatch.setattr(
         Path, "open", lambda self, *args, **kw: opened(full, "wb") if args == ("xb",) else opened(self, *args, **kw)
     )
-    with pytest.raises(InputError, match="No space left on device"), atomic_write(tmp_path / "x.pt") as file:
-        torch.save({"x": torch.zeros(100_000)}, file)
+    with (
+        pytest.raises(InputError, match=r"No space left on device.*make room"),
+        atomic_write(tmp_path / "x.pt") as file,
+    ):
+        save(file)
 
 
 def test_folder_that_is_missing(tmp_path: Path) -> None:
@@ -70,7 +86,7 @@ def _write_for_ever(folder: Path, begun: Event) -> None:
         time.sleep(1000)
 
 
-def test_only_what_our_killed_processes_left_is_removed(tmp_path: Path) -> None:
+def test_only_leftovers_of_our_killed_processes_are_removed(tmp_path: Path) -> None:
     context = multiprocessing.get_context("forkserver")
     for _ in range(2):
         begun = context.Event()
@@ -97,7 +113,7 @@ def test_the_remedy_fits_the_cause(tmp_path: Path, number: int, remedy: str) -> 
         raise OSError(number, os.strerror(number))
 
 
-def test_an_input_that_is_missing_is_not_the_output(tmp_path: Path) -> None:
+def test_a_missing_input_is_not_blamed_on_the_output(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"input\.csv"), atomic_write(tmp_path / "x"):
         (tmp_path / "input.csv").read_bytes()
 
@@ -119,7 +135,7 @@ def test_home_and_variables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     assert expand("$price.wav") == Path("$price.wav")
 
 
-def test_a_pipe_is_no_file(tmp_path: Path) -> None:
+def test_a_pipe_is_not_a_file(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(InputError, match=r"pipe: cannot be read .it is a pipe or device, not a file"):
         check_file(tmp_path / "pipe")
@@ -129,7 +145,7 @@ def test_a_pipe_is_no_file(tmp_path: Path) -> None:
         check_file(tmp_path / "none")
 
 
-def test_links_are_followed_and_loops_are_noticed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_links_are_followed_and_loops_detected(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     root = tmp_path / "corpus"
     for name in ("corpus/en/1.wav", "corpus/en/._1.wav", "corpus/en/1.txt", "elsewhere/deep/2.wav"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Packages whose names are imported when they are first used look as if they had been imported at once."""
+"""Lazily imported names look as if they had been imported at once."""
 
 import importlib
 import subprocess
@@ -22,12 +22,12 @@ assert SpidR is spidr.models.spidr.SpidR
 """
 
 
-def test_names_are_there_when_they_are_used() -> None:
+def test_names_are_imported_when_used() -> None:
     done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 
-def test_what_is_missing_is_said() -> None:
+def test_missing_packages_are_named() -> None:
     import spidr.models
 
     with pytest.raises(AttributeError, match=r"module 'spidr\.models' has no attribute 'SpidS'"):
@@ -37,7 +37,7 @@ def test_what_is_missing_is_said() -> None:
 
 
 def test_a_broken_module_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An AttributeError while a module is imported is no missing name."""
+    """An AttributeError during an import does not mean a missing name."""
     (tmp_path / "lazily").mkdir()
     lines = [
         "from spidr.tools.lazy import lazy_names",

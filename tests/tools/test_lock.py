@@ -1,4 +1,4 @@
-"""One process at a time: locks of the living hold, those of the dead are taken over."""
+"""One process at a time: locks of live processes hold, those of dead ones are taken over."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ def holder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[multipro
 
 
 def rewrite(path: Path, **changes: str) -> None:
-    """Make a lock's file what another machine would have written."""
+    """Change a lock's file to what another machine would have written."""
     fields = json.loads(path.read_text("utf-8"))
     fields["process"] |= {k: v for k, v in changes.items() if k in fields["process"]}
     path.write_text(json.dumps(fields | {k: v for k, v in changes.items() if k in fields}), encoding="utf-8")
 
 
 @pytest.mark.parametrize("name", ["", "table.jsonl", "ä" * 120])
-def test_is_held_once_and_leaves_nothing(tmp_path: Path, name: str) -> None:
+def test_a_lock_is_held_once_and_leaves_nothing(tmp_path: Path, name: str) -> None:
     for _ in range(2):
         with Lock(tmp_path / name, "is writing here") as held:
             with pytest.raises(InputError, match=f"another process is writing here .process {os.getpid()} on"):
@@ -55,12 +55,12 @@ def test_is_held_once_and_leaves_nothing(tmp_path: Path, name: str) -> None:
         assert list(tmp_path.iterdir()) == []
 
 
-def test_of_a_living_process_holds(tmp_path: Path, holder: multiprocessing.context.ForkProcess) -> None:
+def test_the_lock_of_a_live_process_holds(tmp_path: Path, holder: multiprocessing.context.ForkProcess) -> None:
     with pytest.raises(InputError, match=f"process {holder.pid} on"), Lock(tmp_path, "is writing here"):
         pass
 
 
-def test_of_a_killed_process_is_taken_over_even_before_it_is_reaped(
+def test_the_lock_of_a_killed_process_is_taken_over_even_before_it_is_reaped(
     tmp_path: Path, holder: multiprocessing.context.ForkProcess
 ) -> None:
     os.kill(holder.pid, signal.SIGKILL)
@@ -70,7 +70,7 @@ def test_of_a_killed_process_is_taken_over_even_before_it_is_reaped(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_of_another_machine_is_judged_by_its_signs_of_life(
+def test_the_lock_of_another_machine_is_judged_by_its_heartbeats(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, holder: multiprocessing.context.ForkProcess
 ) -> None:
     monkeypatch.setattr(lock, "SILENCE", 3.0)
@@ -82,7 +82,16 @@ def test_of_another_machine_is_judged_by_its_signs_of_life(
         pass
 
 
-def test_of_the_same_job_is_waited_for(
+def test_a_lock_without_a_name_is_taken_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock, "BEAT", 0.2)
+    (tmp_path / ".spidr.lock").touch()
+    start = time.monotonic()
+    with Lock(tmp_path, "is writing here"):
+        assert time.monotonic() - start < lock.SILENCE / 4
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lock_of_the_same_job_is_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, holder: multiprocessing.context.ForkProcess
 ) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "17")
@@ -100,14 +109,14 @@ def _kill_later(pid: int) -> None:
     os.kill(pid, signal.SIGKILL)
 
 
-def test_who_was_taken_for_dead_notices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_that_was_taken_for_dead_notices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lock, "BEAT", 0.05)
     with Lock(tmp_path, "is writing here") as held:
         rewrite(tmp_path / ".spidr.lock", token="another", host="node7")
         held._thread.join(30)
         with pytest.raises(InputError, match=r"on node7.* has taken over"):
             held.check()
-    assert (tmp_path / ".spidr.lock").exists()  # it is the other's
+    assert (tmp_path / ".spidr.lock").exists()  # it belongs to the other process
 
 
 def _count(folder: Path, start: Event, times: int) -> None:
@@ -123,13 +132,13 @@ def _count(folder: Path, start: Event, times: int) -> None:
             continue
 
 
-def test_many_at_once_get_it_one_after_the_other(tmp_path: Path) -> None:
+def test_many_processes_get_the_lock_one_after_another(tmp_path: Path) -> None:
     (tmp_path / "total").write_text("0")
     start = CONTEXT.Event()
     processes = [CONTEXT.Process(target=_count, args=(tmp_path, start, 20)) for _ in range(4)]
     for process in processes:
         process.start()
-    # A lock that was left behind: all of them find it at once.
+    # A stale lock, which all processes find at once.
     (tmp_path / ".spidr.lock").write_text(json.dumps(_dead()))
     start.set()
     for process in processes:

@@ -1,4 +1,4 @@
-"""The log of a run, and that it leaves everybody else's alone."""
+"""The log of a run, which leaves other loggers alone."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from spidr.tools.logging import run_log
 
 
-def test_file_has_all_from_the_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_file_has_all_lines_from_the_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     package, root = logging.getLogger("spidr"), logging.getLogger()
     before = (list(package.handlers), package.level, package.propagate, list(root.handlers), root.level)
     with run_log(1, 2) as open_file:
@@ -25,7 +25,7 @@ def test_file_has_all_from_the_start(tmp_path: Path, capsys: pytest.CaptureFixtu
     ]  # fmt: skip
     printed = capsys.readouterr().err
     assert "early" in printed
-    assert "late" not in printed  # only warnings, but on rank 0
+    assert "late" not in printed  # only warnings, except on rank 0
 
 
 def test_full_disk_does_not_flood_standard_error(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,9 +1,8 @@
-"""Metrics: each line once, whatever was killed."""
+"""Metrics: each line once, whatever is killed."""
 
 from __future__ import annotations
 
 import json
-import resource
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ from spidr.tools.errors import InputError
 from spidr.tools.metrics import MetricsFile, read_metrics
 
 
-def test_what_a_killed_run_wrote_is_cut_back(tmp_path: Path) -> None:
+def test_lines_after_the_checkpoint_of_a_killed_run_are_removed(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     lines = [(5, "train"), (10, "train"), (10, "dev"), (15, "train")]
     path.write_text("".join(f'{{"step": {s}, "group": "{g}", "loss": 1}}\n' for s, g in lines) + '{"step": 20, "gr')
@@ -37,4 +36,3 @@ def test_full_disk(tmp_path: Path) -> None:
     metrics.path = Path("/dev/full")
     with pytest.raises(InputError, match="/dev/full: cannot be written \\(No space left on device\\)"):
         metrics.write({"step": 1, "group": "train"})
-    assert resource.getrlimit(resource.RLIMIT_FSIZE)

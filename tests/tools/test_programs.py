@@ -24,13 +24,13 @@ def test_no_such_program() -> None:
         run_program(["no-such-program"])
 
 
-def test_all_that_it_started_ends_at_the_limit(tmp_path: Path) -> None:
+def test_all_its_children_end_at_the_limit(tmp_path: Path) -> None:
     pids = tmp_path / "pids"
     with pytest.raises(subprocess.TimeoutExpired):
-        run_program(["bash", "-c", f"echo $$ > {pids}; sleep 100 & echo $! >> {pids}; wait"], limit=1)
+        run_program(["bash", "-c", f"echo $$ > {pids}; sleep 100 & echo $! >> {pids}; wait"], limit=5)
     started = pids.read_text().split()
     assert len(started) == 2
-    assert wait_for(lambda: not any(Path(f"/proc/{pid}/cmdline").exists() for pid in started), 10)
+    assert wait_for(lambda: not any(Path(f"/proc/{pid}/cmdline").exists() for pid in started), 60)
 
 
 RUN_AND_FORK = """
@@ -51,7 +51,7 @@ while thread.is_alive() and len(children) < 500:
         time.sleep(100)
         os._exit(0)
     time.sleep(0.002)
-thread.join(20)
+thread.join(200)
 print("held up" if thread.is_alive() else "done", flush=True)
 for child in children:
     os.kill(child, 9)
@@ -59,7 +59,7 @@ for child in children:
 
 
 def test_workers_forked_meanwhile_do_not_hold_it_up() -> None:
-    """They inherit whatever files are open, and live for hours."""
+    """They inherit open files, and live for hours."""
     command = [sys.executable, "-W", "ignore", "-c", RUN_AND_FORK]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -77,7 +77,7 @@ print(run_program(["bash", "-c", sys.argv[1]]).stdout.decode(), end="")
 
 
 def test_signals_to_a_job_do_not_end_it(tmp_path: Path) -> None:
-    """A preemption's signal may come to all processes of the group, or to all below the job."""
+    """A preemption may signal all processes of the group, or all of the job."""
     started, gate = tmp_path / "started", tmp_path / "gate"
     script = f"echo $$ > {started}; until [ -e {gate} ]; do sleep 0.05; done; echo 34"
     command = [sys.executable, "-c", RUN_ONCE, script]

@@ -1,4 +1,4 @@
-"""What commands set for OpenMP, and that an import does not."""
+"""Commands set variables for OpenMP; an import does not."""
 
 import os
 import subprocess
@@ -11,11 +11,11 @@ from spidr.tools import threads
 
 
 def seen(command: list[str], folder: Path, **environ: str) -> str:
-    """What OpenMP would read at the end of a process, or when it loads torch: a torch of ours tells."""
+    """The variables that OpenMP would read when a process ends, or loads torch (a fake torch prints them)."""
     names = ("GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OMP_WAIT_POLICY", *threads.CAPACITIES)
     show = f"import os; print('seen', [os.environ.get(name) for name in {names}])\n"
     folder.joinpath("torch.py").write_text(f"{show}os._exit(os.sys.stdout.flush() or 0)\n")
-    folder.joinpath("sitecustomize.py").write_text(f"import atexit\natexit.register(lambda: exec({show!r}))\n")
+    folder.joinpath("sitecustomize.py").write_text(f"import atexit\natexit.register(lambda: exec({show!r}, {{}}))\n")
     clean = {name: value for name, value in os.environ.items() if name not in (*threads.CHOICES, *threads.CAPACITIES)}
     clean["PYTHONPATH"] = os.pathsep.join([str(folder), *sys.path])
     found = subprocess.run(
@@ -40,7 +40,7 @@ def test_quick_start(tmp_path: Path) -> None:
     assert seen([str(script), "--help"], tmp_path) == "['1000', '1', None, '128', '128']"
 
 
-def test_what_the_user_set_stays(tmp_path: Path) -> None:
+def test_the_users_settings_are_kept(tmp_path: Path) -> None:
     found = seen(["-m", "spidr.train", "--help"], tmp_path, OMP_WAIT_POLICY="active", LRU_CACHE_CAPACITY="1024")
     assert found == "[None, None, 'active', '128', '1024']"
 
@@ -59,8 +59,8 @@ def test_quota(text: str, expected: int | None, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc")
-def test_memory_is_kept() -> None:
-    """Blocks of 40 MB, used and freed again and again: their pages are cleared once, not every time."""
+def test_freed_memory_is_kept() -> None:
+    """Blocks of 40 MB, used and freed repeatedly: their pages are cleared once, not every time."""
     code = (
         "import resource, sys; from spidr.tools import threads; threads.keep_memory()\n"
         "for _ in range(20): bytearray(40_000_000)\n"

@@ -23,7 +23,7 @@ Standardised(read, 200 * BLOCK)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
 def test_moments_of_hours_leave_no_holes_in_the_heap() -> None:
-    """Small tensors that were kept between large ones took 0.5 GB an hour."""
+    """Small tensors kept between large ones took 0.5 GB per hour."""
     done = subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, text=True, check=True)
-    _, *megabytes = map(int, done.stdout.split())  # of all but the first hour, twice
+    _, *megabytes = map(int, done.stdout.split())  # for all but the first hour, twice
     assert max(megabytes) - megabytes[0] < 40

@@ -1,12 +1,12 @@
-"""Fuzzing guided by coverage: bytes that reach new lines of the readers are kept and changed further, for hours.
+"""Coverage-guided fuzzing: inputs that reach new lines of the readers are kept and mutated further, for hours.
 
-Run by hand, in an environment of its own with atheris, the package and its extra "test"; what follows the name of the
-target goes to libFuzzer:
+Run by hand, in an environment with atheris, the package and its extra "test"; arguments after the target's name go to
+libFuzzer:
 
     python tests/whole/fuzz_atheris.py manifest -max_total_time=600
-    python tests/whole/fuzz_atheris.py manifest crash-…      # an input that was found, again
+    python tests/whole/fuzz_atheris.py manifest crash-…      # repeat a finding
 
-Only an InputError may leave a reader, and what it reads must be in order: the checks are those of ``test_fuzz.py``.
+Only an InputError may leave a reader, and what it reads must pass the checks of ``test_fuzz.py``.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ with atheris.instrument_imports(include=["spidr", "tomllib", "tarfile", "zipfile
 
 
 def repacked(archive: bytes, name: str, content: bytes) -> bytes:
-    """A zip archive with another content of one member, its checksum right."""
+    """A zip archive in which one member has new content and a valid checksum."""
     file = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(archive)) as old, zipfile.ZipFile(file, "w") as new:
         for member in old.namelist():
@@ -48,7 +48,7 @@ def member(archive: bytes, name: str) -> bytes:
 
 
 def with_checksums(archive: bytes) -> bytes:
-    """A tar whose headers have the right checksums, or nothing but the first would ever be looked at."""
+    """A tar whose headers have valid checksums; otherwise only the first would ever be read."""
     content = bytearray(archive)
     for at in range(0, len(content) - 511, 512):
         if content[at + 257 : at + 262] == b"ustar":
@@ -92,7 +92,7 @@ TARGETS: dict[str, Callable[[], Target]] = {
     "safetensors": lambda: (checks.check_safetensors, [checks.safetensors()[:8000]]),
     "items": lambda: (checks.check_items, [checks.ITEMS]),
 }  # fmt: skip
-"""What reads bytes and checks what comes of it, and valid bytes to begin with."""
+"""Targets, which read bytes and check the result, and valid bytes to start from."""
 
 
 def main() -> None:
@@ -101,7 +101,7 @@ def main() -> None:
         sys.exit(f"give one of {', '.join(TARGETS)}")
     read, seeds = TARGETS[name]()
     unraisable: list[str] = []
-    # Errors in functions that C calls come out nowhere else.
+    # Errors in functions called from C appear nowhere else.
     sys.unraisablehook = lambda error: unraisable.append(repr(error.exc_value))
 
     def once(content: bytes) -> None:

@@ -1,4 +1,4 @@
-"""Wrong input through the real command line: exit status 2, one line that says what is wrong, nothing left behind."""
+"""Wrong input to the real command line: exit status 2, one line that says what is wrong, nothing left behind."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from spidr.data import read_manifest
 from spidr.data.write_manifest import write_manifest_tar
 
 Break = Callable[[Path, Path], dict[str, Any] | None]
-"""Given the folder and the manifest, breaks something; may return sections for the configuration."""
+"""Given the folder and the manifest, breaks something; may return sections of the configuration."""
 
 
 def _first_recording(manifest: Path) -> Path:
@@ -64,15 +64,15 @@ def _nan(folder: Path, manifest: Path) -> None:
 
 
 def _huge_samples(folder: Path, manifest: Path) -> None:
-    """Their squares would be infinite, and all that is standardised by them zero."""
+    """The squares would overflow, and all standardised samples become zero."""
     samples, rate = soundfile.read(_first_recording(manifest), dtype="float32")
     soundfile.write(_first_recording(manifest), samples * np.float32(1e30), rate, subtype="FLOAT")
 
 
 def _damaged_in_archive(folder: Path, manifest: Path) -> None:
-    """AIFF by the name of WAV; one says that a chunk ends before it begins, which leads libsndfile to before the file.
+    """AIFF named WAV, one with a chunk that ends before it begins, so that libsndfile seeks to before the file.
 
-    It reads members of archives by Python's functions, from which no error can come out but as a traceback.
+    It reads members of archives through Python functions, whose errors only appear as tracebacks.
     """
     with tarfile.open(folder / "a.tar", "w") as archive:
         for wav in sorted((manifest.parent / "audio").iterdir()):
@@ -175,7 +175,7 @@ WHILE_READING = [
 
 
 def _command_line(config: str, cwd: str, module: str, log: str, variables: dict[str, str], limit: int | None) -> None:
-    """Runs as a process of its own, as ``python -m MODULE CONFIG`` would, but has imported everything already."""
+    """Runs in its own process like ``python -m MODULE CONFIG``, with everything already imported."""
     os.chdir(cwd)
     os.environ |= variables
     for number in (1, 2):
@@ -197,7 +197,7 @@ def _command_line(config: str, cwd: str, module: str, log: str, variables: dict[
 def run(
     config: Path, module: str = "spidr", variables: dict[str, str] | None = None, limit: int | None = None
 ) -> tuple[int | None, str]:
-    """Exit status of a command line, and what it printed."""
+    """Exit status and output of a command line."""
     log = config.with_suffix(".out")
     process = CONTEXT.Process(
         target=_command_line, args=(str(config), str(config.parent), module, str(log), variables or {}, limit)
@@ -262,7 +262,7 @@ def test_checkpoint_of_another_shape(tmp_path: Path) -> None:
 
 
 def test_disk_full_while_saving(tmp_path: Path) -> None:
-    """The previous checkpoint stays; with room again, the same command goes on."""
+    """The previous checkpoint is kept; once there is space, the same command resumes."""
     manifest = write_recordings(tmp_path / "data", count=6)
     config = write_config(tmp_path, manifest, run={"save_interval": 2}, optimizer={"max_steps": 5})
     folder = tmp_path / "p" / "run"

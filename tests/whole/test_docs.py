@@ -1,4 +1,4 @@
-"""Every code block of the README and of the guides runs as it stands there, each by itself."""
+"""Every code block of the README and the guides runs as printed, on its own."""
 
 import json
 import os
@@ -29,7 +29,7 @@ RUN_BY_CI = {
     'python3 -m venv .venv && .venv/bin/pip install -e ".[train,plot]" && .venv/bin/python examples/quickstart/run.py',
     'python3 -m venv .venv && .venv/bin/pip install -e ".[test]" && .venv/bin/python -m pytest',
 }
-"""The two commands for a fresh clone: ``.ci/run`` takes them from the README."""
+"""The two commands for a fresh clone, which ``.ci/run`` takes from the README."""
 
 AT_50_HZ = TINY | {
     "extractor_conv_layer_config": [(16, kernel, stride) for _, kernel, stride in DEFAULT_CONV_LAYER_CONFIG]
@@ -58,7 +58,7 @@ def blocks(language: str) -> list[tuple[str, str]]:
     return [(page, text) for page, found, text in BLOCKS if found == language]
 
 
-def test_every_block_is_of_a_kind_that_is_tested_or_not_meant_to_run() -> None:
+def test_every_block_is_tested_or_not_meant_to_run() -> None:
     assert {language for _, language, _ in BLOCKS} <= {"sh", "python", "toml", "json", "bibtex", "console"}
     assert {line for _, text in blocks("sh") for line in text.splitlines()} >= RUN_BY_CI
     assert (ROOT / ".ci" / "run").read_text().count("readme_command") >= 2
@@ -84,7 +84,7 @@ def test_guides_that_errors_name_exist() -> None:
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder with what the pages suppose to be there: recordings, a configuration, a trained model."""
+    """A folder with what the pages expect: recordings, a configuration, a trained model."""
     folder = tmp_path_factory.mktemp("docs")
     rng = np.random.default_rng(0)
     for place in ("recordings", "dev-recordings"):
@@ -99,7 +99,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     run.mkdir(parents=True)
     cache = folder / "hub" / "hub" / "checkpoints"
     cache.mkdir(parents=True)
-    torch.save({"model": SpidR().state_dict()}, cache / "spidr_base.pt")  # as if downloaded before
+    torch.save({"model": SpidR().state_dict()}, cache / "spidr_base.pt")  # as if already downloaded
     (cache / "spidr_vp20.pt").hardlink_to(cache / "spidr_base.pt")
     (folder / "dev-features").mkdir()
     for i in range(2):
@@ -116,7 +116,7 @@ def environment(workplace: Path) -> dict[str, str]:
 
 
 def _write_phones(folder: Path) -> None:
-    """Alignments, units and items of the recordings 0 and 1, which last 1 s and a little more."""
+    """Write alignments, units and items of recordings 0 and 1, which last slightly over 1 s."""
     phones = [[name, i / 10, (i + 1) / 10] for i, name in enumerate("ABABABABAB")]
     lines = {
         "dev-alignments.jsonl": {"phones": phones, "duration": 1.0},
@@ -146,7 +146,7 @@ def test_shell_blocks(page: str, workplace: Path, environment: dict[str, str]) -
 
 
 def _have_a_trained_model(workplace: Path) -> None:
-    """Also for a page that is tested alone."""
+    """Train the pages' model, unless a page tested before has done so."""
     run = workplace / "runs" / "my-project" / "my-run"
     if not (run / "final.pt").exists():
         subprocess.run([sys.executable, "-m", "spidr", "config.toml"], cwd=workplace, check=True, capture_output=True)

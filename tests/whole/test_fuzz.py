@@ -1,6 +1,6 @@
-"""Thousands of damaged, mistyped and absurd inputs: each is read rightly, or refused with one message about the place.
+"""Thousands of damaged, mistyped and absurd inputs are read correctly, or refused with one message that says where.
 
-What is generated is the same in each run. Set SPIDR_FUZZ to multiply the number of cases and draw new ones.
+Every run generates the same inputs. Set SPIDR_FUZZ to multiply the number of cases and draw new ones.
 """
 
 from __future__ import annotations
@@ -52,11 +52,11 @@ from spidr.tools.metrics import read_metrics
 
 TIMES = int(os.environ.get("SPIDR_FUZZ", "1"))
 MEMORY = 2 << 30
-"""Bytes that a case may take more than there are before all."""
+"""Bytes that a case may allocate beyond those in use at the start."""
 
 
 def cases(count: int) -> Any:
-    """Decorates a test that is run on so many generated cases."""
+    """Run a test on this many generated cases."""
     return settings(
         max_examples=count * TIMES,
         derandomize=TIMES == 1,
@@ -68,7 +68,7 @@ def cases(count: int) -> Any:
 
 @pytest.fixture(scope="module", autouse=True)
 def _little_memory() -> Iterator[None]:
-    """Let what asks for absurd amounts of memory fail at once."""
+    """Make absurd allocations fail at once."""
     before = resource.getrlimit(resource.RLIMIT_AS)
     in_use = int(Path("/proc/self/statm").read_text("utf-8").split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (in_use + MEMORY, before[1]))
@@ -78,7 +78,7 @@ def _little_memory() -> Iterator[None]:
 
 @contextlib.contextmanager
 def folder_of(name: str, content: bytes) -> Iterator[Path]:
-    """A file in a folder in which nothing else may be afterwards."""
+    """A file in a folder that must contain nothing else afterwards."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / name
         path.write_bytes(content)
@@ -87,7 +87,7 @@ def folder_of(name: str, content: bytes) -> Iterator[Path]:
 
 
 def attempt(read: Callable[[], Any], place: Path | str) -> Any:
-    """What is read, None if it is refused in the way it should."""
+    """The result of a reader, or None if it refused the input properly."""
     try:
         return read()
     except InputError as error:
@@ -98,7 +98,7 @@ def attempt(read: Callable[[], Any], place: Path | str) -> Any:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# What is wrong
+# Ways to break input
 
 NOISE = [
     b"", b"\0", b"\xff", b"\xef\xbb\xbf", b"\r\n", b"\r", b"\n\n", b'"', b"'", b"{", b"[", b"]]", b"}", b",", b":",
@@ -109,7 +109,7 @@ NOISE = [
 
 @st.composite
 def damaged(draw: st.DrawFn, valid: bytes) -> bytes:
-    """A file of which something was cut off, changed, put in, left out or doubled."""
+    """A file with something cut off, changed, inserted, removed or repeated."""
     content = valid
     for _ in range(draw(st.integers(1, 3))):
         at = draw(st.integers(0, max(0, len(content) - 1)))
@@ -138,13 +138,13 @@ ODD = [
     '[["a", 1, 0]]', '[["a", NaN, 1]]', "{}", '{"a": 1}', "[" * 10_000 + "]" * 10_000,
     '{"a": ' * 10_000 + "1" + "}" * 10_000,
 ]  # fmt: skip
-"""JSON values that are not what is expected where they stand."""
+"""JSON values of unexpected types."""
 HOLE = "@hole@"
 
 
 @st.composite
 def mistyped(draw: st.DrawFn, valid: Any) -> str:
-    """The JSON text of a document of which values were replaced, left out, doubled or added."""
+    """The JSON of a document with values replaced, removed, repeated or added."""
     document = json.loads(json.dumps(valid))
     fragments = []
     for _ in range(draw(st.integers(1, 2))):
@@ -188,7 +188,7 @@ CONFIG: dict[str, Any] = {
 
 
 def to_toml(document: str) -> str:
-    """JSON of sections as TOML, whose values are nearly JSON's."""
+    """JSON sections as TOML, whose values are almost JSON's."""
     lines = []
     for section, table in json.loads(document).items():
         if isinstance(table, dict):
@@ -220,7 +220,7 @@ def test_damaged_configuration(content: bytes, as_json: bool) -> None:
 @given(mistyped(CONFIG))
 @cases(150)
 def test_configuration_in_toml(text: str) -> None:
-    with contextlib.suppress(ValueError, RecursionError):  # what JSON in Python cannot hold
+    with contextlib.suppress(ValueError, RecursionError):  # what Python's JSON cannot represent
         text = to_toml(text)
     check_config("c.toml", text.encode("utf-8", "surrogatepass"))
 
@@ -467,14 +467,14 @@ def _short_wav() -> bytes:
 
 
 def headers(content: bytes) -> list[int]:
-    """Where the headers of an archive are."""
+    """Positions of the headers in an archive."""
     with tarfile.open(fileobj=io.BytesIO(content)) as tar:
         return [member.offset for member in tar]
 
 
 @st.composite
 def damaged_archive(draw: st.DrawFn) -> bytes:
-    """An archive with a field of a header changed, its checksum right again."""
+    """An archive with a changed header field and a valid checksum."""
     content = bytearray(archive())
     begin = draw(st.sampled_from(headers(archive())))
     place, size = draw(
@@ -523,7 +523,7 @@ ODD_OBJECTS: list[Any] = [
 
 
 def changed(valid: dict[str, Any], seed: int) -> dict[str, Any]:
-    """Nested dictionaries of which something was replaced, left out or renamed."""
+    """Nested dictionaries with something replaced, removed or renamed."""
 
     def copy(value: Any) -> Any:
         return {key: copy(item) for key, item in value.items()} if isinstance(value, dict) else value
@@ -546,12 +546,12 @@ def changed(valid: dict[str, Any], seed: int) -> dict[str, Any]:
 
 
 SEEDS = st.integers(0, 1 << 30)
-"""Seeds of changes to what is too large to be shown when a test fails."""
+"""Seeds of changes to inputs that are too large to print when a test fails."""
 
 
 @cache
 def checkpoint() -> dict[str, Any]:
-    """What a run saves, after one step."""
+    """A checkpoint after one step."""
     model = tiny_model()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     for parameter in model.parameters():
@@ -593,7 +593,7 @@ def test_damaged_checkpoints(content: bytes) -> None:
 @given(st.data())
 @cases(150)
 def test_checkpoints_with_another_pickle(data: st.DataObject) -> None:
-    """The archive is whole, its checksums are right."""
+    """The archive is complete, with valid checksums."""
     file = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(small_checkpoint(False))) as archive, zipfile.ZipFile(file, "w") as other:
         for name in archive.namelist():
@@ -605,7 +605,7 @@ def test_checkpoints_with_another_pickle(data: st.DataObject) -> None:
 @given(SEEDS)
 @cases(40)
 def test_checkpoints_of_other_things(seed: int) -> None:
-    """A run goes on from what fits it only."""
+    """A run resumes only from a checkpoint that fits."""
     content = saved(changed(checkpoint(), seed))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "step_1.pt"
@@ -637,7 +637,7 @@ def safetensors() -> bytes:
 
 @st.composite
 def damaged_safetensors(draw: st.DrawFn) -> bytes:
-    """A file with a damaged header, its length right or wrong, or with other metadata."""
+    """A file with a damaged header, of right or wrong length, or with other metadata."""
     content = safetensors()
     size = struct.unpack_from("<Q", content)[0]
     header = content[8 : 8 + size]
@@ -732,9 +732,9 @@ def test_features(data: st.DataObject, suffix: str) -> None:
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Recordings and all that goes with them, wrong files among them."""
+    """Recordings and everything that goes with them, including bad files."""
     hard = resource.getrlimit(resource.RLIMIT_AS)[1]
-    resource.setrlimit(resource.RLIMIT_AS, (hard, hard))  # threads are started, which fail in odd ways without room
+    resource.setrlimit(resource.RLIMIT_AS, (hard, hard))  # threads that are started fail in odd ways without memory
     folder = tmp_path_factory.mktemp("corpus")
     manifest = write_recordings(folder, count=3)
     write_config(folder, manifest)
@@ -799,7 +799,7 @@ COMMANDS: dict[str, tuple[list[list[str]], list[str]]] = {
     "spidr.report": ([FILES], ["--output=OUTPUT", "--set=dev", "--set=x", "--layer=NUMBER", "--max-minutes=NUMBER"]),
     "spidr.tools.metrics_queue": ([FILES], ["--entity=e", "--runid=$(x)"]),
 }  # fmt: skip
-"""Command lines: what their arguments may be, and options."""
+"""Command lines: candidates for arguments, and options."""
 RIGHT = {
     "spidr": ["run.json", "--dry-run"],
     "spidr.data.write_manifest": ["audio", "out.csv"],
@@ -833,7 +833,7 @@ def command_line(draw: st.DrawFn) -> tuple[str, list[str]]:
 
 
 def call(name: str, arguments: list[str]) -> tuple[int, str]:
-    """Exit status of a command line in this process, and what it writes to standard error."""
+    """Exit status and standard error of a command line, run in this process."""
     module, *command = name.split()
     packages = ("spidr", "spidr.extract", "spidr.export", "spidr.report")
     if module == "spidr.train":  # runs the package's own program
@@ -854,7 +854,7 @@ def call(name: str, arguments: list[str]) -> tuple[int, str]:
 @given(command_line())
 @cases(250)
 def test_command_lines(corpus: Path, line: tuple[str, list[str]]) -> None:
-    """In a folder where they may write: the right ones do their work, all others say what is wrong."""
+    """Correct command lines do their work, all others say what is wrong."""
     there = set(corpus.rglob("*"))
     with contextlib.chdir(corpus):
         status, errors = call(*line)

@@ -1,6 +1,6 @@
-"""Files made to do harm: nothing in them runs, nothing is written outside, and they get only as much memory as others.
+"""Hostile files: nothing in them runs, nothing is written outside, and they get no more memory than other files.
 
-What needs a limit of memory or time runs in a process of its own, which has both.
+Tests that need a limit of memory or time run in their own process.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from spidr.tools.files import atomic_write
 
 
 class Harm:
-    """Unpickled, it makes a file."""
+    """Creates a file when unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -52,7 +52,7 @@ class Harm:
 
 def test_pickles_run_nothing(tmp_path: Path) -> None:
     harm, mark = Harm(tmp_path / "executed"), tmp_path / "executed"
-    torch.save({"model": {"x": harm}}, tmp_path / "zip.pt")
+    torch.save({"model": {"_ema": {}, "x": harm}}, tmp_path / "zip.pt")
     torch.save({"model": {"x": harm}}, tmp_path / "legacy.pt", _use_new_zipfile_serialization=False)
     (tmp_path / "bare.pt").write_bytes(pickle.dumps({"model": harm}))
     (tmp_path / "features").mkdir()
@@ -69,7 +69,7 @@ def test_pickles_run_nothing(tmp_path: Path) -> None:
         with pytest.raises(InputError):
             read()
     assert not mark.exists()
-    os.system(f"touch {mark}")  # what they would have done
+    os.system(f"touch {mark}")  # what they would do
     assert mark.exists()
 
 
@@ -119,7 +119,7 @@ for name in sys.argv[1:]:
 
 
 def outcomes(*reads: tuple[str, Path]) -> list[tuple[str, int]]:
-    """What came of reading files in a process, and by how many MiB the most memory it had at once grew."""
+    """The results of reading files in a process, and by how many MiB its peak memory grew."""
     done = subprocess.run(
         [sys.executable, "-c", LIMITED, *(f"{function}={path}" for function, path in reads)],
         capture_output=True, text=True, timeout=250, check=False,
@@ -132,7 +132,7 @@ def outcomes(*reads: tuple[str, Path]) -> list[tuple[str, int]]:
 
 
 def test_bombs(tmp_path: Path) -> None:
-    """Files of at most a few hundred kilobytes that say, or are, gigabytes. Of the FLAC, what is there is read."""
+    """Files of a few hundred kilobytes that claim, or expand to, gigabytes. The FLAC's real samples are read."""
     with gzip.open(tmp_path / "line.jsonl.gz", "wb", 1) as file:
         for _ in range(128):
             file.write(b" " * (1 << 20))
@@ -149,7 +149,7 @@ def test_bombs(tmp_path: Path) -> None:
         for name, content in entries.items():
             file.writestr(name, zeros.tobytes() if "/data/" in name else content)
     (tmp_path / "overlap.pt").write_bytes(overlapping(tmp_path / "plain.pt"))
-    put = b"\x80\x02}X\x05\0\0\0model}r" + struct.pack("<I", 1 << 27) + b"s."  # numbers an object with 2^27
+    put = b"\x80\x02}X\x05\0\0\0model}r" + struct.pack("<I", 1 << 27) + b"s."  # memo index 2^27
     with zipfile.ZipFile(tmp_path / "put.pt", "w") as file:
         file.writestr("a/data.pkl", put)
     (tmp_path / "old.pt").write_bytes(old_format({"model": Zeros(3_000_000_000)}))
@@ -168,7 +168,7 @@ def test_bombs(tmp_path: Path) -> None:
 
 
 class Zeros:
-    """Unpickled, it is so many bytes."""
+    """Becomes this many bytes when unpickled."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -178,14 +178,14 @@ class Zeros:
 
 
 def old_format(document: Any) -> bytes:
-    """What torch before 1.6 saved, without a storage."""
+    """A file of torch before 1.6, without a storage."""
     system = {"protocol_version": 1001, "little_endian": sys.byteorder == "little", "type_sizes": {}}
     parts = (torch.serialization.MAGIC_NUMBER, 1001, system, document, [])
     return b"".join(pickle.dumps(part, protocol=2) for part in parts)
 
 
 def overlapping(plain: Path) -> bytes:
-    """An archive in whose table of contents every entry is there two hundred times."""
+    """An archive whose directory lists every entry two hundred times."""
     content = plain.read_bytes()
     end = content.rindex(b"PK\5\6")
     size, begin = struct.unpack_from("<II", content, end + 12)
@@ -195,7 +195,7 @@ def overlapping(plain: Path) -> bytes:
 
 
 def promising_flac() -> bytes:
-    """A quarter of a second that says it is 50 days."""
+    """A quarter of a second that claims to be 50 days."""
     file = io.BytesIO()
     soundfile.write(file, np.random.default_rng(0).standard_normal(4000) * 0.1, 16_000, format="FLAC")
     content = bytearray(file.getvalue())
@@ -205,7 +205,7 @@ def promising_flac() -> bytes:
 
 
 def test_expanded_tensors(tmp_path: Path) -> None:
-    """A tensor whose rows are all the same few bytes would take terabytes once it is copied."""
+    """A tensor whose rows all share a few bytes would take terabytes when copied."""
     torch.save({"model": {"x": torch.zeros(1).expand(1 << 40)}}, tmp_path / "x.pt")
     with pytest.raises(InputError, match=r"x\.pt: .*larger than its data at x"):
         load_weights(tmp_path / "x.pt")
@@ -236,8 +236,8 @@ def pack(path: Path, *members: tuple[tarfile.TarInfo, bytes]) -> Path:
     return path
 
 
-def test_names_that_lead_outside(tmp_path: Path) -> None:
-    """Members and rows of any name are encoded, into files that are all in the output."""
+def test_names_that_point_outside(tmp_path: Path) -> None:
+    """Members and rows with any name are encoded, into files inside the output only."""
     names = ["../../up.wav", "/abs/x.wav", "a/../../../y.wav", "../../up.wav", "z.wav"]
     tar = pack(tmp_path / "t.tar", *(member(name, wav()) for name in names))
     write_manifest_tar(tar, tmp_path / "t.csv")
@@ -260,7 +260,7 @@ def test_names_that_lead_outside(tmp_path: Path) -> None:
         assert len(list(output.rglob("*.npy"))) == (1 if manifest == "m.csv" else len(names))
 
 
-def test_links_are_no_recordings(tmp_path: Path) -> None:
+def test_links_are_not_recordings(tmp_path: Path) -> None:
     links = (member(f"{kind!r}.wav", kind=kind, link="/etc/passwd") for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE))
     others = (member(f"{kind!r}.wav", kind=kind) for kind in (tarfile.FIFOTYPE, tarfile.CHRTYPE, tarfile.DIRTYPE))
     tar = pack(tmp_path / "t.tar", *links, *others, member("a.wav", wav()))
@@ -269,7 +269,7 @@ def test_links_are_no_recordings(tmp_path: Path) -> None:
 
 
 def with_size(content: bytes, at: int, size: int) -> bytes:
-    """An archive in which the header at ``at`` says another size."""
+    """An archive in which the header at ``at`` states another size."""
     header = bytearray(content[at : at + 512])
     header[124:136] = bytes([0x80 if size >= 0 else 0xFF]) + (size % (1 << 88)).to_bytes(11, "big")
     header[148:156] = b" " * 8
@@ -280,7 +280,7 @@ def with_size(content: bytes, at: int, size: int) -> bytes:
 @pytest.mark.parametrize("size", [-(1 << 40), -512, -1024, 1 << 30, 1 << 62, 1 << 80])
 @pytest.mark.parametrize("name", ["a.wav", "a.txt", "n" * 150 + ".wav"])
 def test_sizes_that_lie(tmp_path: Path, name: str, size: int) -> None:
-    """Also that of the long name that stands before a header, and sizes that would lead back to where one was."""
+    """Also the size of a long name before a header, and sizes that point backwards."""
     tar = pack(tmp_path / "t.tar", member("0.wav", wav()), member(name, wav()), member("z.wav", wav()))
     second = 512 * (1 + (len(wav()) + 511) // 512)
     tar.write_bytes(with_size(tar.read_bytes(), second, size))
@@ -290,7 +290,7 @@ def test_sizes_that_lie(tmp_path: Path, name: str, size: int) -> None:
 
 
 @pytest.mark.parametrize("digits", [25, 5000])
-def test_lengths_of_extended_headers_that_no_number_holds(tmp_path: Path, digits: int) -> None:
+def test_huge_lengths_of_extended_headers(tmp_path: Path, digits: int) -> None:
     extended = member("x", b"9" * digits + b" path=x\n", kind=tarfile.XHDTYPE)
     tar = pack(tmp_path / "t.tar", extended, member("a.wav", wav()))
     with pytest.raises(InputError, match=r"t\.tar: not a complete tar archive"):
@@ -304,7 +304,7 @@ def test_sparse_members(tmp_path: Path) -> None:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Files that are none, and links
+# Special files and links
 
 
 def test_pipes_are_not_waited_for(tmp_path: Path) -> None:
@@ -320,7 +320,7 @@ def test_pipes_are_not_waited_for(tmp_path: Path) -> None:
 
 
 def test_patterns_are_names(tmp_path: Path) -> None:
-    """A manifest called ``*.csv`` is that file, not all of them."""
+    """A manifest called ``*.csv`` is that file, not a pattern."""
     row = "fileid,path,num_samples\n{0},/{0}.wav,1\n"
     for name in ("*", "a", "b[1]"):
         (tmp_path / f"{name}.csv").write_text(row.format(name))
@@ -344,7 +344,7 @@ def test_a_link_at_the_place_of_a_file_is_replaced(tmp_path: Path) -> None:
 
 
 def test_linked_run_folder(tmp_path: Path) -> None:
-    """A run folder may be a link to where there is room; two configurations that meet there are found."""
+    """A run folder may be a link to another disk; two configurations that share it are detected."""
     from spidr.__main__ import main
     from spidr.train import train
 

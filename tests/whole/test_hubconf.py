@@ -1,4 +1,4 @@
-"""The repository is a torch.hub repository without being installed."""
+"""The repository works with torch.hub without being installed."""
 
 import runpy
 import subprocess
@@ -24,7 +24,7 @@ print(type(model).__name__, model.training, model.cfg.encoder_qkv_bias)
 
 
 def test_load(tmp_path: Path) -> None:
-    """By the name of the table, and by the one that the published page prints."""
+    """By the table's name, and by the published page's spelling."""
     for name, expected in (
         ("dinosr_base_original", "DinoSR False True"),
         ("dinor_base_reproduced", "DinoSR False False"),

@@ -1,4 +1,4 @@
-"""What weeks of training ask for: many epochs, disks that are slow, ten million recordings."""
+"""Weeks of training: many epochs, slow disks, ten million recordings."""
 
 import json
 import os
@@ -51,7 +51,7 @@ def test_a_thousand_epochs_take_no_more_than_two_hundred(tmp_path: Path) -> None
     epochs, memory, *counts = map(np.array, zip(*seen, strict=True))
     assert np.array_equal(np.diff(epochs), np.full(len(seen) - 1, EVERY))  # an epoch is one step
     assert all(np.all(count == count[0]) for count in counts)  # threads and file descriptors
-    # The median slope of all pairs of points: a jump of the allocator at one of them does not count, a leak does.
+    # The median slope over all pairs of points ignores a single jump of the allocator, but not a leak.
     first, second = np.triu_indices(len(seen), 1)
     slope = np.median((memory[second] - memory[first]) / (epochs[second] - epochs[first]))
     assert slope * (EPOCHS - WARM) < 8e6
@@ -70,8 +70,8 @@ def _slow_disk(seconds: float) -> Hooks:
     return Hooks()
 
 
-def test_a_disk_slower_than_the_others_patience(tmp_path: Path) -> None:
-    """The others wait for the process that saves: it gives signs of life all the while."""
+def test_a_disk_slower_than_the_silence_limit(tmp_path: Path) -> None:
+    """The others wait for the process that saves, since it keeps sending heartbeats."""
     manifest = write_recordings(tmp_path / "data", count=6)
     options = {"run": {"save_interval": 4}, "optimizer": {"max_steps": 6}}
     config = write_config(tmp_path, manifest, **options)
@@ -83,7 +83,7 @@ def test_a_disk_slower_than_the_others_patience(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_ten_million_recordings(tmp_path: Path) -> None:
-    """The first and the last batches of an epoch, real audio included, on 16 processes with 4 micro-batches."""
+    """The first and last batches of an epoch, with real audio, on 16 processes with 4 micro-batches."""
     few = pl.read_csv(write_recordings(tmp_path / "data", count=20))
     manifest = tmp_path / "manifest.csv"
     few[np.arange(10_000_000) % few.height].write_csv(manifest)
@@ -95,7 +95,7 @@ def test_ten_million_recordings(tmp_path: Path) -> None:
     steps = len(loader) // 4
     first = next(loader.epoch(0))
     last = list(loader.epoch(0, steps - 1))
-    assert steps * 64 * 50 > 10_000_000  # no batch has more than 50 recordings of 4,000 samples
+    assert steps * 64 * 50 > 10_000_000  # a batch has at most 50 recordings of 4,000 samples
     assert len(last) == 4
     for batch in (first, *last):
         assert batch.waveforms.numel() <= 200_000

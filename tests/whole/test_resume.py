@@ -1,4 +1,4 @@
-"""A run that is killed and started again ends with the same bits as one that never stopped."""
+"""A run that is killed and restarted ends with the same bits as an undisturbed one."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
             [
                 (Fault("checkpoint", 1), -9),  # of the untrained model
                 (Fault("step", 3), -9),
-                (Fault("step", 6, signal.SIGTERM), PREEMPTED),  # saved when the extractor has just been frozen
+                (Fault("step", 6, signal.SIGTERM), PREEMPTED),  # saved just after the extractor was frozen
                 (Fault("checkpoint", 1), -9),
                 (Fault("validation", 1, signal.SIGUSR2), PREEMPTED),
                 (Fault("step", 2, worker=True), 1),
@@ -55,7 +55,7 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ),
     ],
 )
-def test_killed_and_started_again(
+def test_killed_and_restarted(
     tmp_path: Path,
     manifest: Path,
     world_size: int,
@@ -81,8 +81,8 @@ def test_killed_and_started_again(
     assert max(line.get("epoch", 0) for line in lines) > 0
 
 
-def test_goes_on_with_another_number_of_processes(tmp_path: Path, manifest: Path) -> None:
-    """At the same place in the data, so to the same end but for rounding: dropout is off."""
+def test_resumes_on_another_number_of_processes(tmp_path: Path, manifest: Path) -> None:
+    """At the same place in the data, so with the same result up to rounding (dropout is off)."""
     sections: dict[str, Any] = {
         "run": {"save_interval": 100, "log_interval": 1},
         "optimizer": {"max_steps": 9},

@@ -1,6 +1,6 @@
-"""The package built, installed alone and tested with every supported Python and with the oldest and newest torch.
+"""Build the package, install it alone, and test it with every supported Python and the oldest and newest torch.
 
-Each case makes an environment of several GB: ``pytest -m versions``.
+``pytest -m versions``: each case makes an environment of several GB.
 """
 
 import json
@@ -38,7 +38,7 @@ CHECK = "assert features.shape == (2, 99, 768) and units.shape == (2, 99)"
 
 
 def interpreter(version: str) -> str:
-    """A Python of this version: pyenv's, else the one on the path."""
+    """A Python of this version: pyenv's, otherwise the one on the path."""
     root = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
     found = [str(path) for path in sorted(root.glob(f"versions/{version}.*/bin/python"))]
     found += [path for path in [shutil.which(f"python{version}")] if path is not None]
@@ -80,5 +80,5 @@ def test_installed_alone_and_tested(version: str, torch: str, tmp_path: Path) ->
     assert units
     assert set(units) <= set(range(256))
     tests = [ROOT / "tests" / name for name in ("models", "data", "tools", "test_config.py", "test_train.py")]
-    # From here, or processes that tests start would not find the tests' own modules.
+    # Run here, or processes started by tests would not find the tests' modules.
     run(python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests, cwd=ROOT)

@@ -5,13 +5,13 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import BatchSampler, Sampler
 
 from spidr.config import DataConfig
 from spidr.data.dataset import SpeechDataset
+from spidr.data.loader import place
 from spidr.data.masks import MaskGenerator
 from spidr.data.sampler import bucket_boundaries, pack, usable_rows
 from spidr.data.seeds import Draw, generator
@@ -19,11 +19,8 @@ from spidr.tools.errors import InputError
 from spidr.tools.frames import conv_length
 
 __all__ = [
-    "BucketizeBatchSampler",
-    "DistributedBatchSampler",
-    "SpeechCollatorWithMasking",
-    "SpeechDatasetFromArchive",
-    "SpeechDatasetFromFiles",
+    *("BucketizeBatchSampler", "DistributedBatchSampler"),
+    *("SpeechCollatorWithMasking", "SpeechDatasetFromArchive", "SpeechDatasetFromFiles"),
 ]
 
 
@@ -95,12 +92,8 @@ class BucketizeBatchSampler(BatchSampler):
         if (max_token_count is None) == (batch_size is None):
             raise InputError("exactly one of max_token_count and batch_size must be set")
         longest = max(lengths, default=1) if max_len is None else max_len
-        sizes: Any = {
-            "min_sample_size": min_len,
-            "max_sample_size": longest,
-            "max_batch_length": max_token_count or longest,
-        }
-        cfg = DataConfig("lengths", num_buckets=num_buckets, bucket_method=bucket_method, **sizes)
+        sizes = {"min_sample_size": min_len, "max_sample_size": longest, "max_batch_length": max_token_count or longest}
+        cfg = DataConfig("lengths", num_buckets=num_buckets, bucket_method=bucket_method, **sizes)  # type: ignore[arg-type]
         self._rows, self._lengths = usable_rows(np.asarray(lengths), cfg)
         self._bucket = np.searchsorted(bucket_boundaries(self._lengths, cfg), self._lengths)
         self.max_token_count, self.seed, self.shuffle = max_token_count, seed, shuffle
@@ -137,9 +130,7 @@ class DistributedBatchSampler(Sampler[list[int]]):
 
     def __init__(self, batch_sampler: BucketizeBatchSampler, *, seed: int, shuffle: bool, drop_last: bool) -> None:
         self.batch_sampler = batch_sampler
-        grouped = dist.is_available() and dist.is_initialized()
-        self.num_replicas = dist.get_world_size() if grouped else 1
-        self.rank = dist.get_rank() if grouped else 0
+        self.rank, self.num_replicas = place()
         self.seed, self.shuffle, self.drop_last = seed, shuffle, drop_last
         self._deal(0)
 

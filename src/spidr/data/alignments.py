@@ -3,35 +3,26 @@
 import codecs
 import os
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import cache, partial
 from math import ceil
 from pathlib import Path
 from typing import Any
 
 from spidr.data.lines import read_lines, split_row
-from spidr.data.names import match_names
 from spidr.tools.errors import InputError, first_line, some
 from spidr.tools.files import check_file, expand, find_files
 from spidr.tools.lazy import needs_extra
 from spidr.tools.untrusted import check_memory, parse_json
 
-FRAME_STEP = 10
-"""Milliseconds per frame of an alignment."""
-
-MAX_SECONDS = 86_400.0
-"""Longest alignment, one day: otherwise a short file could ask for any amount of memory."""
-
-TOLERANCE = 100
-"""Milliseconds by which an alignment may differ in length from the units."""
-
-ROUNDING = 1e-3
-"""Seconds of rounding that are tolerated between times."""
+FRAME_STEP = 10  # milliseconds per frame of an alignment
+MAX_SECONDS = 86_400.0  # longest alignment, one day: otherwise a short file could ask for any amount of memory
+TOLERANCE = 100  # milliseconds by which an alignment may differ in length from the units
+ROUNDING = 1e-3  # seconds of rounding that are tolerated between times
 
 SILENCE = "SIL"
 _NAMES = "sil sp spn pau silence <sil> <sp> <spn> <pau> <eps> <p:> h# #h"
-SILENT_LABELS = frozenset(["", *_NAMES.split()])
-"""Labels of silence, in lower case."""
+SILENT_LABELS = frozenset(["", *_NAMES.split()])  # labels of silence, in lower case
 
 Alignments = dict[str, list[str]]
 """Name of a recording → its phones, one per frame of 10 ms."""
@@ -39,8 +30,7 @@ Alignments = dict[str, list[str]]
 Skipped = dict[str, str]
 """What was left out, and why."""
 
-Interval = tuple[str, float, float]
-"""A phone, its beginning and its end in seconds."""
+Interval = tuple[str, float, float]  # a phone, its beginning and its end in seconds
 
 
 def read_alignments(
@@ -193,13 +183,10 @@ def _read_grid(
 
 
 def fit(phones: list[str], frames: int, tolerance: int = TOLERANCE) -> list[str] | None:
-    """Pad phones with silence, or cut them, to a number of frames; None if the lengths differ too much.
+    """Pad phones, one per frame of 10 ms, with silence, or cut them, to a number of frames.
 
-    Args:
-        phones: One per frame.
-        frames: Frames of 10 ms that there should be.
-        tolerance: Most milliseconds to pad or cut. A difference of two frames is left alone: as in the paper,
-            the end of the longer one does not count.
+    None if that takes more than ``tolerance`` milliseconds. A difference of two frames is left alone: as in the
+    paper, the end of the longer one does not count.
     """
     short = frames - len(phones)
     if abs(short) <= 2:
@@ -207,11 +194,6 @@ def fit(phones: list[str], frames: int, tolerance: int = TOLERANCE) -> list[str]
     if abs(short) * FRAME_STEP > tolerance:
         return None
     return [*phones, *[SILENCE] * short] if short > 0 else phones[:short]
-
-
-def match_alignments(alignments: Alignments, fileids: Iterable[str]) -> Alignments:
-    """Find the alignments of recordings; see :func:`spidr.data.names.match_names`."""
-    return {fileid: alignments[name] for fileid, name in match_names(alignments, fileids).items()}
 
 
 def _frames(intervals: list[Interval], duration: float = 0.0) -> list[str]:

@@ -13,14 +13,8 @@ from spidr.tools.errors import InputError
 
 Samples = NDArray[np.float32]
 
-BLOCK = 1 << 16
-"""Samples per block of statistics: small enough for the cache and for exact sums."""
-
-OVERSHOOT = 0.5
-"""Seconds by which a span may overshoot its recording, as in Kaldi's extract-segments."""
-
-EPS = 1e-5
-"""Added to the variance when an utterance is standardised."""
+BLOCK = 1 << 16  # samples per block of statistics: small enough for the cache and for exact sums
+EPS = 1e-5  # added to the variance when an utterance is standardised
 
 
 class FormatError(InputError):
@@ -98,15 +92,9 @@ def resampled_length(source: Source) -> int:
 
 
 def stream(source: Source, *, resample: bool = False, size: int = BLOCK) -> Iterator[Samples]:
-    """Yield the samples of a recording in blocks, using little memory.
+    """Yield the samples of a recording in blocks of about ``size``, using little memory.
 
-    Args:
-        source: A path, the bytes of an audio file, or a recording of a manifest.
-        resample: Convert recordings that are not 16 kHz mono; the blocks then differ in length.
-        size: Samples to read at once.
-
-    Raises:
-        InputError: See :func:`read_audio`.
+    With ``resample``, recordings that are not 16 kHz mono are converted. Raises InputError as :func:`read_audio`.
     """
     with decoder(source) as file:
         if not resample:
@@ -169,7 +157,8 @@ def _span(file: Decoder) -> tuple[int, int]:
         raise InputError(f"{file.name}: the recording has no samples.")
     begin = round((recording.start or 0) * file.sample_rate)
     end = frames if recording.end is None else round(recording.end * file.sample_rate)
-    if end > frames + OVERSHOOT * file.sample_rate or begin >= min(end, frames):
+    # A span may overshoot its recording by half a second, as in Kaldi's extract-segments.
+    if end > frames + 0.5 * file.sample_rate or begin >= min(end, frames):
         raise InputError(f"{file.name}: not within the {frames / file.sample_rate:g} s that the recording lasts.")
     return begin, min(end, frames)
 

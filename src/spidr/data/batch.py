@@ -175,13 +175,10 @@ class UnreadableBatchError(InputError):
 
 
 class Collator:
-    """Makes batches: reads, standardises, crops, pads and masks.
+    """Makes batches: reads, standardises, crops, pads and masks (if ``masking`` is not None).
 
-    Args:
-        cfg: How. ``min_sample_size`` gives one frame at least.
-        masking: Which masks to draw; None: none.
-        conv_layer_config: (out_channels, kernel, stride) of the extractor's convolutions.
-        channels: Number of feature channels, if they are masked.
+    ``cfg.min_sample_size`` gives one frame of the extractor's convolutions at least; ``channels`` is needed to mask
+    them.
     """
 
     def __init__(

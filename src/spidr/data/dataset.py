@@ -25,15 +25,12 @@ __all__ = ["SpeechDataset", "conv_length", "speech_dataset"]
 
 
 class SpeechDataset(Dataset[Tensor]):
-    """Whole recordings of a manifest.
-
-    Args:
-        manifest_path: A manifest, or the table that :func:`spidr.data.read_manifest` makes of one.
-        normalize: See the attributes.
+    """Whole recordings of a manifest, or of the table that :func:`spidr.data.read_manifest` makes of one.
 
     Attributes:
-        manifest: The manifest (see :func:`spidr.data.read_manifest`).
-        normalize: Whether each recording is standardised over its whole length (population variance, 1e-5 added to it).
+        manifest: That table.
+        normalize: Whether each recording is standardised over its whole length (population variance, 1e-5 added to
+            it).
     """
 
     def __init__(self, manifest_path: str | Path | Sequence[str | Path] | pl.DataFrame, *, normalize: bool) -> None:

@@ -25,17 +25,10 @@ Samples = NDArray[np.float32]
 
 logger = logging.getLogger(__name__)
 
-PIECE = 1 << 22
-"""Values to read at once: a header may promise more than the file, or the memory, holds."""
-
-READ_AT_ONCE = 1 << 22
-"""Archive members up to this many bytes are read whole, even for a part of them."""
-
-UNKNOWN_LENGTH = 1 << 40
-"""Two years of samples: libsndfile reports at least this where a header leaves the length open."""
-
-PLACEHOLDER = 0x7FF00000
-"""Sizes of at least this mean "unknown" in headers that FFmpeg and SoX write to pipes."""
+PIECE = 1 << 22  # values to read at once: a header may promise more than the file, or the memory, holds
+READ_AT_ONCE = 1 << 22  # archive members up to this many bytes are read whole, even for a part of them
+UNKNOWN_LENGTH = 1 << 40  # two years of samples: libsndfile reports at least this where a header leaves the length open
+PLACEHOLDER = 0x7FF00000  # sizes of at least this mean "unknown" in headers that FFmpeg and SoX write to pipes
 
 _SIZES = re.compile(r"^ *(?:data|Data Size|SSND|riff|Riff size) *: (\d+) \(should be (\d+)\)", re.MULTILINE)
 """libsndfile's log of a file that is shorter, or longer, than its header says."""
@@ -44,13 +37,8 @@ _SIZES = re.compile(r"^ *(?:data|Data Size|SSND|riff|Riff size) *: (\d+) \(shoul
 class Decoder:
     """A recording opened with libsndfile, after TorchCodec has decoded it if need be.
 
-    Attributes:
-        recording: What was opened.
-        name: Its name in messages.
-        sample_rate: In Hz.
-        channels: Number of channels.
-        frames: Samples per channel by the header; None if only decoding can tell.
-        seekable: Whether a part can be read without decoding what comes before.
+    ``frames`` are samples per channel by the header, None if only decoding can tell. ``seekable`` says whether a part
+    can be read without decoding what comes before.
     """
 
     def __init__(self, recording: Recording) -> None:

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import polars as pl
 import torch
@@ -32,8 +32,7 @@ from spidr.tools.frames import receptive_field
 
 logger = logging.getLogger(__name__)
 
-WORKER_GRACE = 30
-"""Seconds a worker process outlives a SIGTERM."""
+WORKER_GRACE = 600  # seconds a worker process outlives a SIGTERM
 
 
 def build_dataloader(
@@ -61,13 +60,12 @@ def build_dataloader(
     Raises:
         InputError: A manifest cannot be read or gives no batch, or ``global_batch_length`` cannot be had.
     """
-    processes = Processes.of(rank, world_size)
-    accumulation = _accumulation(data_cfg, processes.world_size)
+    rank, world_size = place(rank, world_size)
+    accumulation = _accumulation(data_cfg, world_size)
     dataset, sources, collator = _parts(data_cfg, mask_cfg, conv_layer_config, channels)
-    sizes = {"shortest": collator.cfg.min_sample_size, "world_size": processes.world_size, "accumulation": accumulation}
+    sizes = {"shortest": collator.cfg.min_sample_size, "world_size": world_size, "accumulation": accumulation}
     sampler = BatchSampler(dataset.lengths, data_cfg, sources=sources.to_numpy(), **sizes)
-    processes = processes._replace(accumulation=accumulation)
-    return SpeechLoader(dataset, collator, sampler.epoch, processes)
+    return SpeechLoader(dataset, collator, sampler.epoch, rank, world_size, accumulation)
 
 
 def build_validation_dataloader(
@@ -86,8 +84,7 @@ def build_validation_dataloader(
     """
     dataset, _, collator = _parts(data_cfg, mask_cfg, conv_layer_config, channels)
     batches = sorted_batches(dataset.lengths, collator.cfg)
-    processes = Processes.of(rank, world_size)
-    return SpeechLoader(dataset, collator, lambda _: batches, processes, seed_by_row=True)
+    return SpeechLoader(dataset, collator, lambda _: batches, *place(rank, world_size), seed_by_row=True)
 
 
 def _parts(
@@ -123,21 +120,10 @@ def _accumulation(cfg: DataConfig, world_size: int) -> int:
     return accumulation
 
 
-class Processes(NamedTuple):
-    """Who gets which batches: a round has ``accumulation`` of them for each of ``world_size`` processes."""
-
-    rank: int
-    world_size: int
-    accumulation: int = 1
-
-    @classmethod
-    def of(cls, rank: int | None, world_size: int | None) -> Self:
-        """Take what is None from the process group."""
-        is_group = dist.is_available() and dist.is_initialized()
-        return cls(
-            (dist.get_rank() if is_group else 0) if rank is None else rank,
-            (dist.get_world_size() if is_group else 1) if world_size is None else world_size,
-        )
+def place(rank: int | None = None, world_size: int | None = None) -> tuple[int, int]:
+    """This process's number, and how many there are; what is None is that of the process group, if there is one."""
+    own = (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+    return own[0] if rank is None else rank, own[1] if world_size is None else world_size
 
 
 class SpeechLoader:
@@ -156,18 +142,20 @@ class SpeechLoader:
         dataset: SpeechDataset,
         collator: Collator,
         batches: Callable[[int], BatchList],
-        processes: Processes,
+        rank: int,
+        world_size: int,
+        accumulation: int = 1,
         *,
         seed_by_row: bool = False,
     ) -> None:
-        self.dataset, self.accumulation = dataset, processes.accumulation
+        self.dataset, self.accumulation = dataset, accumulation
         self.skipped: Counter[str] = Counter()
-        self._processes, self._lengths = processes, dataset.lengths
+        self._rank, self._world_size, self._lengths = rank, world_size, dataset.lengths
         self.generator = torch.Generator().manual_seed(collator.cfg.random_seed)
         self._collator, self._seed_by_row = collator, seed_by_row
         # An epoch's list is needed several times in a row, and large.
         self._list = lru_cache(maxsize=1)(batches)
-        self._workers = _Workers(collator, processes.world_size)
+        self._workers = _Workers(collator, world_size)
         # At exit too, before Python would wait for processes that nobody told to end.
         weakref.finalize(self, self._workers.close)
         self._epoch = 0
@@ -228,8 +216,8 @@ class SpeechLoader:
 
     def _numbers(self, epoch: int, start: int = 0) -> range:
         """Numbers of this process's batches in the epoch's list."""
-        rank, world_size, accumulation = self._processes
-        return range(start * world_size * accumulation + rank, len(self._batches(epoch)), world_size)
+        first = start * self._world_size * self.accumulation + self._rank
+        return range(first, len(self._batches(epoch)), self._world_size)
 
     def _batches(self, epoch: int) -> BatchList:
         return self._list(self._original(epoch))

@@ -28,15 +28,13 @@ ARCHIVE = {"archive": pl.String, "byte_offset": pl.Int64, "byte_size": pl.Int64}
 SPAN = {"start": pl.Float64, "end": pl.Float64}
 STATISTICS = {"mean": pl.Float64, "std": pl.Float64}
 SCHEMA: dict[str, Any] = REQUIRED | ARCHIVE | SPAN | STATISTICS
-PLACE = tuple(name for name in Recording._fields if name in SCHEMA)
-"""Columns that say where a recording is."""
+PLACE = tuple(name for name in Recording._fields if name in SCHEMA)  # columns that say where a recording is
 
 GUIDE = "pretrain.md#2-list-the-recordings"
 TABLES = {".csv", ".tsv", ".jsonl", ".ndjson", ".txt", ".lst", ".list", ".scp"}
 """Suffixes of manifests and lists. Kaldi's ``segments`` has none."""
 
-HEAD = 1 << 16
-"""Bytes from the beginning of a file that show its format."""
+HEAD = 1 << 16  # bytes from the beginning of a file that show its format
 
 
 def read_manifest(path: str | Path | Sequence[str | Path], *, needs_audio: bool = False) -> pl.DataFrame:
@@ -188,7 +186,12 @@ def _read_odd_csv(path: Path, separator: str) -> pl.DataFrame:
 
 def _read_jsonl(path: Path) -> pl.DataFrame:
     with suppress(pl.exceptions.PolarsError, pl.exceptions.PanicException):
-        return pl.read_ndjson(escape(str(path)), infer_schema_length=None)  # from all rows: columns may begin late
+        table = pl.read_ndjson(escape(str(path)), infer_schema_length=None)  # from all rows: columns may begin late
+        numbers = [name for name in ("fileid", "path") if table.schema.get(name) == pl.Float64]
+        if numbers:  # 1 would be 1.0 where other names are fractions
+            strings = dict.fromkeys(numbers, pl.String)
+            table = pl.read_ndjson(escape(str(path)), infer_schema_length=None, schema_overrides=strings)
+        return table
     # What polars refuses: a byte order mark, mistakes.
     rows = []
     for number, (_, line) in enumerate(read_lines(path), start=1):

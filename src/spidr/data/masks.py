@@ -92,14 +92,9 @@ class Spans:
         return cls(**same, no_overlap=getattr(cfg, f"no_{name}_overlap"), min_spans=min_spans)
 
     def draw(self, lengths: Integers, rngs: Generators) -> NDArray[np.int64]:
-        """Draw positions inside spans, as many in each row as in the row with the fewest.
+        """Draw positions inside spans, as many in each row, of these lengths (B,), as in the row with the fewest.
 
-        Args:
-            lengths: Length of each row (B,).
-            rngs: One generator, or one for each row.
-
-        Returns:
-            int64 (B, M), ascending.
+        There is one generator, or one for each row. Returns int64 (B, M), ascending.
         """
         width = int(np.max(lengths))
         masks, keys = [], []
@@ -179,11 +174,9 @@ def _place_apart(
 def _place_row(length: int, spans: list[int], min_space: int, shares: list[float], waits: list[float]) -> list[int]:
     """Place the spans of a row, the longest first, up to the first that fits nowhere, and return their starts.
 
-    ``shares`` are numbers in [0, 1), one for each span, that choose its place within a part; ``waits`` are standard
-    exponential draws, one per part.
-
-    The free parts race: each waits for a time that is exponentially distributed with its length as the rate, and the
-    first takes the next span. That draws in proportion to the lengths without summing them for each span
+    ``shares`` in [0, 1), one for each span, choose its place within a free part. The parts race for the span: each
+    waits for a time that is exponentially distributed with its length as the rate (``waits`` are standard exponential
+    draws), and the first one takes it. That draws in proportion to the lengths without summing them for each span
     (https://en.wikipedia.org/wiki/Exponential_distribution, distribution of the minimum). For so few numbers at a time,
     Python's lists are faster than arrays.
     """

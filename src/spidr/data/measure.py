@@ -16,9 +16,6 @@ from spidr.tools.errors import InputError, some
 R = TypeVar("R")
 T = TypeVar("T")
 
-AT_ONCE = 1 << 14
-"""Recordings in memory at once."""
-
 
 def measure(
     function: Callable[[R], T],
@@ -30,12 +27,7 @@ def measure(
 ) -> Iterator[T | InputError]:
     """Yield ``function(recording)`` for each recording in order, or the :class:`InputError` that it raised.
 
-    Args:
-        function: Such as :func:`spidr.data.num_samples`; called in several threads.
-        recordings: The recordings or what describes them, taken as they are needed.
-        total: How many there are.
-        progress: Show a progress bar on a terminal.
-        description: What the bar says.
+    The function is called in several threads. ``recordings``, or what describes them, are taken as they are needed.
     """
 
     def of(recording: R) -> T | InputError:
@@ -52,7 +44,8 @@ def measure(
         ThreadPoolExecutor(min(32, (os.cpu_count() or 1) + 4)) as pool,
         tqdm(total=total, desc=description, unit="file", disable=None if progress else True) as bar,
     ):
-        while parts := [part for _ in range(AT_ONCE // 16) if (part := list(islice(remaining, 16)))]:
+        # Many at a time: to wait for each result on its own would take longer than to read a header.
+        while parts := [part for _ in range(1024) if (part := list(islice(remaining, 16)))]:
             for result in chain.from_iterable(pool.map(of_all, parts)):
                 bar.update()
                 yield result

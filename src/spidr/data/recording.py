@@ -11,29 +11,17 @@ from spidr.tools.files import check_file
 
 
 class Recording(NamedTuple):
-    """A file or a member of an uncompressed archive, or a span of either.
+    """A file or a member of an uncompressed archive, or a span of either."""
 
-    Attributes:
-        path: The file, or the member's name in the archive.
-        archive: The archive; None for a file.
-        byte_offset: Where the member begins in the archive.
-        byte_size: Bytes of the member.
-        start: Where the span begins, in seconds; None: at the beginning.
-        end: Where it ends; None: at the end.
-        mean: Mean of the samples, if known.
-        std: Their standard deviation, if known.
-        content: The file's bytes, if they are in memory.
-    """
-
-    path: str
+    path: str  # of the file, or the member's name in the archive
     archive: str | None = None
-    byte_offset: int = 0
-    byte_size: int = 0
-    start: float | None = None
+    byte_offset: int = 0  # of the member in the archive
+    byte_size: int = 0  # of the member
+    start: float | None = None  # of the span, in seconds
     end: float | None = None
-    mean: float | None = None
+    mean: float | None = None  # of the samples, if known
     std: float | None = None
-    content: bytes | None = None
+    content: bytes | None = None  # of the file, if it is in memory
 
     def __str__(self) -> str:
         name = self.path if self.archive is None else f"{self.archive}:{self.path}"

@@ -30,21 +30,16 @@ class BatchList:
 
 
 class BatchSampler:
-    """The batches of every epoch.
+    """The batches of every epoch, of recordings of these lengths.
 
-    Recordings shorter than ``min_sample_size`` or ``shortest`` are left out, longer ones than ``max_sample_size`` count
-    as that. They are sorted by length into buckets and shuffled within; batches are filled bucket after bucket, up to
-    ``max_batch_length`` samples, and shuffled. An epoch consists of whole rounds of ``round_size`` batches: what one
-    optimiser step takes over all processes. The last one is completed with the epoch's first batches or, with
+    Recordings shorter than ``min_sample_size`` or ``shortest`` are left out, longer ones than ``max_sample_size``
+    count as that. They are sorted by length into buckets and shuffled within; batches are filled bucket after
+    bucket, up to ``max_batch_length`` samples, and shuffled. ``sources``, the number of the manifest that each is
+    from, serve ``cfg.weights``.
+
+    An epoch consists of whole rounds of ``round_size`` batches: what one optimiser step takes over all processes, of
+    which each takes ``accumulation``. The last one is completed with the epoch's first batches or, with
     ``drop_last``, left out. Apart from that, the list is the same for any number of processes.
-
-    Args:
-        lengths: Length of each row of the manifest.
-        cfg: How batches are made.
-        shortest: Samples of which the model makes a frame.
-        world_size: Number of processes.
-        accumulation: Batches per process and optimiser step.
-        sources: Number of the manifest that each row is from, for ``cfg.weights``.
     """
 
     def __init__(

@@ -18,29 +18,17 @@ def duration(hours: float) -> str:
 
 @dataclass(frozen=True)
 class DataSummary:
-    """What a manifest holds and what the first epoch hears.
+    """What a manifest holds and what the first epoch hears."""
 
-    Attributes:
-        recordings: Recordings listed.
-        hours: Their hours.
-        batches: Batches of an epoch.
-        hours_used: Hours that an epoch hears.
-        too_short: Recordings shorter than ``min_sample_size``, which are left out.
-        hours_too_short: Their hours.
-        hours_above_maximum: Hours beyond ``max_sample_size``; with random crops, each epoch hears other parts.
-        hours_cropped: Hours cut off because a batch is as long as its shortest recording.
-        hours_dropped: Hours in the last batches, left out by ``drop_last``.
-    """
-
-    recordings: int
+    recordings: int  # listed
     hours: float
-    batches: int = 0
-    hours_used: float = 0.0
-    too_short: int = 0
+    batches: int = 0  # of an epoch
+    hours_used: float = 0.0  # that an epoch hears
+    too_short: int = 0  # recordings shorter than min_sample_size, which are left out
     hours_too_short: float = 0.0
-    hours_above_maximum: float = 0.0
-    hours_cropped: float = 0.0
-    hours_dropped: float = 0.0
+    hours_above_maximum: float = 0.0  # beyond max_sample_size; with random crops, each epoch hears other parts
+    hours_cropped: float = 0.0  # cut off because a batch is as long as its shortest recording
+    hours_dropped: float = 0.0  # in the last batches, left out by drop_last
 
     def __str__(self) -> str:
         lost = {
@@ -57,29 +45,19 @@ class DataSummary:
     def warnings(self, cfg: DataConfig) -> list[str]:
         """Say where more than 5 % of the recordings or hours are lost, and which setting to change."""
         shortest, longest = (f"{n} samples ({n / SAMPLE_RATE:g} s)" for n in (cfg.min_sample_size, cfg.max_sample_size))
-        left_out = max(self.too_short / self.recordings, self.hours_too_short / self.hours)
+        short = max(self.too_short / self.recordings, self.hours_too_short / self.hours)
+        above, dropped = self.hours_above_maximum / self.hours, self.hours_dropped / self.hours
         cropped = self.hours_cropped / ((self.hours_used + self.hours_cropped) or 1)
-        losses = [
-            (
-                left_out,
-                f"recordings are left out: shorter than data.min_sample_size = {shortest} or a frame of the model",
-            ),
-            (
-                self.hours_above_maximum / self.hours,
-                f"hours are not heard in an epoch: beyond data.max_sample_size = {longest}; cut long recordings into "
-                "pieces (`start`, `end` in the manifest) or raise it",
-            ),
-            (
-                cropped,
-                "audio in batches is cut off: all recordings of a batch are cropped to its shortest; set "
-                "data.enable_padding = true, raise data.num_buckets, or leave out short ones with data.min_sample_size",
-            ),
-            (
-                self.hours_dropped / self.hours,
-                "hours are in the last batches, which are dropped: set data.drop_last = false",
-            ),
-        ]
-        return [f"{100 * share:.0f} % of the {what}" for share, what in losses if share > 0.05]
+        long = "cut long recordings into pieces (`start`, `end` in the manifest) or raise it"
+        uneven = "raise data.num_buckets, or leave out short ones with data.min_sample_size"
+        losses = {
+            f"recordings are left out: shorter than data.min_sample_size = {shortest} or a frame of the model": short,
+            f"hours are not heard in an epoch: beyond data.max_sample_size = {longest}; {long}": above,
+            "audio in batches is cut off: all recordings of a batch are cropped to its shortest; set "
+            f"data.enable_padding = true, {uneven}": cropped,
+            "hours are in the last batches, which are dropped: set data.drop_last = false": dropped,
+        }
+        return [f"{100 * share:.0f} % of the {what}" for what, share in losses.items() if share > 0.05]
 
     def log(self, logger: logging.Logger, cfg: DataConfig) -> None:
         """Log the summary and its warnings."""
@@ -91,13 +69,9 @@ class DataSummary:
 def summarise(
     lengths: NDArray[np.integer[Any]], cfg: DataConfig, shortest: int, batches: BatchList | None
 ) -> DataSummary:
-    """Summarise what an epoch hears.
+    """Summarise what an epoch hears of recordings of these ``lengths``, ``shortest`` samples at least being used.
 
-    Args:
-        lengths: Samples of each row of the manifest.
-        cfg: How batches are made.
-        shortest: Samples of the shortest recording to use.
-        batches: The batches of an epoch, if there are any yet.
+    Without ``batches``, which there may not be yet, nothing is said of them.
     """
     hour = 3600 * SAMPLE_RATE
     short = lengths < shortest

@@ -9,6 +9,7 @@ from fractions import Fraction
 from typing import Any
 
 from spidr.tools.command import DEVICE, Parser, command, write_result
+from spidr.tools.lazy import needs_extra
 
 Row = dict[str, Any]
 
@@ -65,10 +66,25 @@ def main(argv: Sequence[str] | None = None) -> None:
 # Each subcommand's function takes the arguments by the names that they have in the parser.
 
 
-def _units(units: list[str], alignments: str, *, on_error: str, **options: Any) -> list[Row]:
-    from spidr.evaluate.units import evaluate_all
+def _units(
+    units: list[str], alignments: str, *, on_error: str, discophon: bool, manifest: str | None, **options: Any
+) -> list[Row]:
+    from spidr.evaluate.quality import discovery
+    from spidr.evaluate.units import pair, with_alignments
 
-    return evaluate_all(units, alignments, skip=on_error == "skip", progress=True, **options)
+    if manifest is not None:
+        with needs_extra("train"):
+            from spidr.data import read_manifest
+        options["names"] = read_manifest(manifest)["fileid"].to_list()
+    table = []
+    files = [both for path in units for both in with_alignments(path, alignments)]
+    for number, (path, aligned) in enumerate(files, start=1):
+        if len(files) > 1:
+            sys.stderr.write(f"{number} of {len(files)}: {path}\n")
+        paired = pair(path, aligned, skip=on_error == "skip", **options)
+        metrics = paired.quality._asdict() | (discovery(*paired)._asdict() if discophon else {})
+        table.append({"units": str(path), **metrics})
+    return table
 
 
 def _abx(features: list[str], item: str, *, distance: Any, **options: Any) -> list[Row]:
@@ -148,11 +164,8 @@ def _parser() -> argparse.ArgumentParser:
     abx("features", nargs="+", help="folders of .npy or .pt files (T, D), or units in any form")
     abx("item", help="ABX item file")
     abx("--frame-rate", type=frame_rate, default=Fraction(50), metavar="HZ", help="frames per second (default: 50)")
-    abx(
-        "--distance",
-        choices=("angular", "euclidean", "kl_symmetric", "identical"),
-        help="between two frames (default: angular for features, identical for units)",
-    )
+    text = "between two frames (default: angular for features, identical for units)"
+    abx("--distance", choices=("angular", "euclidean", "kl_symmetric", "identical"), help=text)
     text = "most A, B and X in a cell; 0: all (default: 10)"
     abx("--max-size-group", type=number, default=10, metavar="N", help=text)
     abx("--max-x-across", type=number, default=5, metavar="N", help="most speakers of X; 0: all (default: 5)")

@@ -28,8 +28,7 @@ from spidr.tools.lazy import needs_extra
 from spidr.tools.tensors import check_plain, read_tensors
 
 COLUMNS = ("#file", "onset", "offset", "#phone", "prev-phone", "next-phone", "speaker")
-LARGEST = 1e15
-"""The squares of features above this, or all below its inverse, are outside float32's range."""
+LARGEST = 1e15  # the squares of features above this, or all below its inverse, are outside float32's range
 
 Distance = Literal["angular", "euclidean", "kl_symmetric", "identical"]
 

@@ -22,12 +22,7 @@ class Discovery(NamedTuple):
 
 
 def discovery(data: Aligned, num_units: int, frame_step: int) -> Discovery:
-    """Compute DiscoPhon's metrics.
-
-    Args:
-        data: Name → phones, one per 10 ms, and units.
-        num_units: Size of the codebook.
-        frame_step: Milliseconds per unit.
+    """Compute DiscoPhon's metrics of phones, one per 10 ms, and units of ``frame_step`` ms.
 
     Raises:
         InputError: discophon is not installed, or a recording has no units or phones.

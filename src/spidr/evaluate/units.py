@@ -1,7 +1,6 @@
 """Compare units with phone alignments."""
 
 import logging
-import sys
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +11,6 @@ from spidr.data.units import Units, read_record, read_units
 from spidr.models.metrics import Aligned, UnitsQuality, units_quality
 from spidr.tools.errors import InputError, some
 from spidr.tools.files import expand
-from spidr.tools.lazy import needs_extra
 from spidr.tools.untrusted import check_memory
 
 logger = logging.getLogger(__name__)
@@ -112,55 +110,12 @@ def pair(
     return Paired(data, num_units, frame_step)
 
 
-def evaluate_all(
-    paths: Sequence[str | Path],
-    alignments: str | Path,
-    *,
-    discophon: bool = False,
-    manifest: str | Path | None = None,
-    progress: bool = False,
-    **options: Any,
-) -> list[dict[str, Any]]:
-    """Measure the quality of the units in several files or folders.
+def with_alignments(units: str | Path, alignments: str | Path) -> list[tuple[Path, Path]]:
+    """Pair units with their alignments; of a folder of DiscoPhon's ``units-LANGUAGE-SPLIT.jsonl``, each file.
 
-    Args:
-        paths: Files or folders of units. A folder of DiscoPhon's ``units-LANGUAGE-SPLIT.jsonl`` counts as
-            its files.
-        alignments: For such a folder, one of ``alignment-LANGUAGE-SPLIT`` with any suffix, or one with a folder
-            ``alignment`` of them.
-        discophon: Add the metrics of :func:`spidr.evaluate.quality.discovery`.
-        manifest: The recordings of units without names.
-        progress: Say on standard error which of several files is being read.
-        options: See :func:`pair`.
-
-    Returns:
-        For each file ``units``, its path, and the metrics.
-
-    Raises:
-        InputError: See :func:`pair`.
+    Its alignments are ``alignment-LANGUAGE-SPLIT``, with any suffix, in a folder or in ``alignment`` there.
     """
-    names = None
-    if manifest is not None:
-        with needs_extra("train"):
-            from spidr.data import read_manifest
-        names = read_manifest(manifest)["fileid"].to_list()
-    table = []
-    files = [file for path in paths for file in _languages(expand(path), expand(alignments))]
-    for number, (path, of_path) in enumerate(files, start=1):
-        if progress and len(files) > 1:
-            sys.stderr.write(f"{number} of {len(files)}: {path}\n")
-        paired = pair(path, of_path, names=names, **options)
-        row = {"units": str(path), **paired.quality._asdict()}
-        if discophon:
-            from spidr.evaluate.quality import discovery
-
-            row |= discovery(*paired)._asdict()
-        table.append(row)
-    return table
-
-
-def _languages(units: Path, alignments: Path) -> list[tuple[Path, Path]]:
-    """Pair the files of a folder with their alignments."""
+    units, alignments = expand(units), expand(alignments)
     pairs = []
     for file in sorted(units.glob("units-*-*.jsonl")):
         name = file.stem.replace("units-", "alignment-", 1)

@@ -26,16 +26,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, text in texts.items():
         output = "encoder" if name == "transformers" else f"encoder.{name}"
         example = f"python -m spidr.export {name} spidr_base {output}"
-        form = formats.add_parser(name, help=text, description=f"Write {text}.", example=example)
-        form.add_argument("model", metavar="MODEL", help="spidr_base or another published model, or a checkpoint")
-        form.add_argument("output", metavar="OUTPUT", type=Path, help="what to write; it must not exist")
-        form.add_argument(
-            "--model-type", choices=("spidr", "dinosr"), help="of a checkpoint that does not tell (default: it tells)"
-        )
+        add = formats.add_parser(name, help=text, description=f"Write {text}.", example=example).add_argument
+        add("model", metavar="MODEL", help="spidr_base or another published model, or a checkpoint")
+        add("output", metavar="OUTPUT", type=Path, help="what to write; it must not exist")
+        add("--model-type", choices=("spidr", "dinosr"), help="of a checkpoint that does not tell (default: it tells)")
         if name == "onnx":
-            form.add_argument(
-                "--layers", type=int, nargs="+", metavar="N", help="counted from 1 (default: the best for units)"
-            )
+            add("--layers", type=int, nargs="+", metavar="N", help="counted from 1 (default: the best for units)")
     args = parser.parse_args(argv)
     exists, parent = os.path.exists(args.output), os.path.dirname(os.path.abspath(args.output))  # noqa: PTH100, PTH110, PTH120
     if exists or not os.path.isdir(parent):  # noqa: PTH112 (these know no name that is too long)

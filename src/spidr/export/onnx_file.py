@@ -23,10 +23,6 @@ from spidr.tools.files import atomic_write, expand
 from spidr.tools.frames import conv_length
 from spidr.tools.lazy import needs_extra
 
-OPSET = 18
-MAX_BYTES = 2**31 - 1
-"""Most bytes in one ONNX file."""
-
 
 def export_onnx(model: DinoSR, output: str | Path, *, layers: Sequence[int] | None = None) -> None:
     """Write an ONNX graph from waveforms to features and units.
@@ -56,7 +52,7 @@ def export_onnx(model: DinoSR, output: str | Path, *, layers: Sequence[int] | No
             raise InputError(f"layer must be between 1 and {total}, not {layer}")
     encoder = _Encoder(model, layers).eval()
     size = sum(parameter.numel() * 4 for parameter in encoder.parameters())
-    if size > MAX_BYTES:
+    if size >= 2**31:
         raise InputError(f"{size / 2**30:.1f} GiB of weights do not fit in one ONNX file, which holds 2 GiB")
     metadata = {
         "model_type": type_of(model.cfg),
@@ -79,7 +75,7 @@ def _graph(encoder: "_Encoder", metadata: dict[str, str]) -> bytes:
             encoder,
             (example, lengths),
             dynamo=True,
-            opset_version=OPSET,
+            opset_version=18,
             verbose=False,
             input_names=["waveforms", "lengths"],
             output_names=encoder.output_names,
@@ -96,17 +92,12 @@ def _graph(encoder: "_Encoder", metadata: dict[str, str]) -> bytes:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Silence the exporter, also about shapes that it cannot prove but that the graph accepts."""
-    names = ("torch.onnx", "torch.fx.experimental.symbolic_shapes")
-    before = {logger: logger.level for logger in map(logging.getLogger, names)}
-    for logger in before:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in before.items():
-            logger.setLevel(level)
+    with contextlib.ExitStack() as restore, warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        for logger in map(logging.getLogger, ("torch.onnx", "torch.fx.experimental.symbolic_shapes")):
+            restore.callback(logger.setLevel, logger.level)
+            logger.setLevel(logging.ERROR)
+        yield
 
 
 class _Encoder(nn.Module):

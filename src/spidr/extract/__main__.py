@@ -3,8 +3,9 @@
 import argparse
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
+from spidr.extract.formats import UnitFormat
 from spidr.tools.command import DEVICE, Parser, command
 from spidr.tools.lazy import needs_extra
 
@@ -42,12 +43,8 @@ def _build_parser() -> argparse.ArgumentParser:
     option("--model-type", choices=["spidr", "dinosr"], help="of a checkpoint without config.json (default: told)")
     option("--layer", type=int, metavar="N", help="counted from 1 (default: the model's best)")
     option("--device", **DEVICE)
-    option(
-        "--dtype",
-        choices=["float32", "bfloat16", "auto"],
-        default="float32",
-        help="of the computation (default: %(default)s; auto: bfloat16 where it is fast, 99 %% of units equal)",
-    )
+    text = "of the computation (default: %(default)s; auto: bfloat16 where it is fast, 99 %% of units equal)"
+    option("--dtype", choices=["float32", "bfloat16", "auto"], default="float32", help=text)
     option("--batch-seconds", type=float, metavar="S", help="audio in a batch (default: 0 on a CPU, else 240)")
     option("--threads", type=int, metavar="N", help="recordings at once on a CPU (default: its cores)")
     option("--window", type=float, metavar="S", help="encode long recordings in pieces of S seconds (default: whole)")
@@ -65,23 +62,13 @@ def _build_parser() -> argparse.ArgumentParser:
     example = "recordings features --model spidr_base"
     option = add("features", "one array (frames, channels) per recording", "a folder", example)
     option("--format", choices=["npy", "pt"], default="npy", dest="file_format", help="(default: %(default)s)")
-    option(
-        "--store",
-        choices=["float32", "float16"],
-        default="float32",
-        dest="output_dtype",
-        help="precision in the files (default: %(default)s)",
-    )
+    text = "precision in the files (default: %(default)s)"
+    option("--store", choices=["float32", "float16"], default="float32", dest="output_dtype", help=text)
 
     example = "recordings units.jsonl --model spidr_base --dedup"
     option = add("units", "one row of units per recording", "a .jsonl or .parquet file", example)
-    option(
-        "--format",
-        choices=["spidr", "discophon", "slamkit", "unit-hifigan", "fairseq", "km"],
-        default="spidr",
-        dest="file_format",
-        help="what reads the units (default: %(default)s)",
-    )
+    text, formats = "what reads the units (default: %(default)s)", get_args(UnitFormat)
+    option("--format", choices=formats, default="spidr", dest="file_format", help=text)
     option("--language", metavar="CODE", help="for DiscoPhon's file names, with --split (default: none)")
     option("--split", metavar="NAME", help="dev, test, train-10min, train-1h or train-10h (default: none)")
     option("--dedup", action="store_true", help="merge repeats, with their durations in frames")

@@ -31,19 +31,12 @@ class Row:
 
 
 class Format(NamedTuple):
-    """One way to write units.
+    """One way to write units."""
 
-    Attributes:
-        line: A row as a line of text, with repeats merged or not.
-        parse: A line back to the recording's name (None where lines have none), units and durations.
-        suffix: What its files' names end in.
-        has_names: Whether lines say which recording they are of.
-    """
-
-    line: Callable[[Row, bool], str]
-    parse: Callable[[str], tuple[str | None, list[int], list[int] | None]]
-    suffix: str = ".jsonl"
-    has_names: bool = True
+    line: Callable[[Row, bool], str]  # a row as text, with repeats merged or not
+    parse: Callable[[str], tuple[str | None, list[int], list[int] | None]]  # back to name, units and durations
+    suffix: str = ".jsonl"  # of its files' names
+    has_names: bool = True  # whether lines say which recording they are of
 
 
 def _json_format(name_key: str, units_key: str, durations_key: str, *, always_merged: bool = False) -> Format:

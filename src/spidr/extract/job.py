@@ -44,7 +44,11 @@ def extract(
 
         with output.writing(folders[0], env.rank):
             session.encode(pending, output.write, description, writers=output.writers)
-        summary = _gather(env, session.summary)
+        parts: list[Any] = [session.summary] * env.world_size
+        if env.world_size > 1:  # waits for the slowest, however long it takes
+            group: Any = dist.new_group(backend="gloo", timeout=timedelta(days=100))
+            dist.all_gather_object(parts, session.summary, group=group)
+        summary = Summary.joined(parts)
         if env.is_main:
             for name, why in problems.items():
                 summary.skip(name, why)
@@ -53,13 +57,3 @@ def extract(
                 output.release(folders)
             summary.report(output.path, len(pending) + len(problems))
         return summary.skipped
-
-
-def _gather(env: Environment, summary: Summary) -> Summary:
-    """Join the summaries of all processes. Waits for the slowest, however long it takes."""
-    parts: list[Any] = [summary]
-    if env.world_size > 1:
-        parts *= env.world_size
-        group: Any = dist.new_group(backend="gloo", timeout=timedelta(days=100))
-        dist.all_gather_object(parts, summary, group=group)
-    return Summary.joined(parts)

@@ -29,9 +29,6 @@ logger = logging.getLogger(__name__)
 
 MAX_UNITS = 2**20
 
-SLACK = 1.25
-"""How many times the wanted frames may be in memory."""
-
 
 @dataclass(frozen=True)
 class KMeans:
@@ -64,12 +61,6 @@ class KMeans:
             reason = first_line(error)
             raise InputError(f"{path}: no k-means model of `python -m spidr.extract kmeans` ({reason}).") from None
         return cls(centroids, made)
-
-    def save(self, path: Path) -> None:
-        """Write a ``.npz`` file, complete or not at all."""
-        make_folder(path.parent)
-        with atomic_write(path) as file:
-            np.savez(file, centroids=self.centroids, made=json.dumps(self.made))
 
     def check(self, session: Session) -> None:
         """Check that a session gives the features that the centroids were fitted to. Raises InputError if not."""
@@ -105,7 +96,7 @@ class _Draw:
         lots, frames = (np.concatenate(parts) for parts in zip(*drawn, strict=True))
         self.drawn[name] = lots, frames
         self.count += len(lots)
-        if self.count > SLACK * self.limit:  # the share knows nothing of recordings of unknown length
+        if self.count > 1.25 * self.limit:  # the share knows nothing of recordings of unknown length
             self.reduce()
 
     def reduce(self) -> None:
@@ -186,7 +177,9 @@ def fit_kmeans(
             ).fit(frames)
             made = {"kind": "kmeans", "spidr": spidr.__version__, **session.settings()}
             made |= {"units": units, "frames": len(frames), "seed": seed}
-        KMeans(np.asarray(clusters.cluster_centers_, dtype=np.float32), made).save(output)
+        make_folder(output.parent)
+        with atomic_write(output) as file:
+            np.savez(file, centroids=clusters.cluster_centers_.astype(np.float32), made=json.dumps(made))
         summary.report(output, len(found))
         return summary.skipped
 

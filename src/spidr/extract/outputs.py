@@ -31,30 +31,19 @@ logger = logging.getLogger(__name__)
 INFORMATIVE = ("model", "spidr", "num_units", "skipped", "recordings", "crc32")
 """Keys of a record that may change: the weights decide, not their name or the version that encoded with them."""
 
-NAMES = "recordings.json"
-"""In a job's folder: the recordings that it encodes."""
-
-JOB = "[0-9]*-[0-9]*"
-"""Names of jobs' folders. Whatever else lies beside them is not ours."""
+NAMES = "recordings.json"  # in a job's folder: the recordings that it encodes
 
 
 class Output(ABC):
     """An output on disk.
 
-    Args:
-        path: A folder or a file.
-        beside: The file that says how it was made; the JSON object of its recordings, name to place; the folder of
-            jobs.
-        settings: What the values depend on beside the session's settings.
-
-    Attributes:
-        done: Names of recordings that were done when the job began.
+    ``beside`` it are the file that says how it was made (from ``settings`` and the session's), the JSON object of its
+    recordings, name to place, and the folder of jobs. ``done`` are the names of recordings that were done when the job
+    began.
     """
 
-    tree: ClassVar[bool] = False
-    """Whether to name recordings by their path below the source."""
-    writers: ClassVar[int] = 1
-    """Threads that write."""
+    tree: ClassVar[bool] = False  # whether to name recordings by their path below the source
+    writers: ClassVar[int] = 1  # threads that write
 
     def __init__(self, path: Path, beside: Sequence[Path], settings: dict[str, Any]) -> None:
         self.path, self.settings = path, settings
@@ -176,7 +165,7 @@ class Output(ABC):
                 return
 
     def _jobs(self) -> list[Path]:
-        return sorted(self.unfinished.glob(f"{JOB}/"))
+        return sorted(self.unfinished.glob("[0-9]*-[0-9]*/"))  # whatever else lies beside them is not ours
 
     def release(self, folders: Sequence[Path]) -> None:
         """Remove folders whose content is merged."""

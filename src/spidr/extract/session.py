@@ -21,7 +21,7 @@ from dataclasses import dataclass, field, fields
 from itertools import chain
 from pathlib import Path
 from threading import Lock as ThreadLock
-from typing import Any, NamedTuple, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import numpy as np
 import torch
@@ -30,13 +30,13 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from spidr.config import SAMPLE_RATE, may_differ
+from spidr.data import audio
 from spidr.environment import Environment
 from spidr.extract.options import Options
 from spidr.extract.smooth import NEAR, Decoder
-from spidr.extract.sources import TOO_SHORT, Item, LongRecording, explained, read_item
+from spidr.extract.sources import TOO_SHORT, Item, LongRecording, explained
 from spidr.models import DinoSR
 from spidr.models.hub import load_encoder
-from spidr.models.long import window_frames
 from spidr.tools.errors import InputError
 from spidr.tools.frames import conv_length, receptive_field
 from spidr.tools.progress import Progress
@@ -47,11 +47,7 @@ logger = logging.getLogger(__name__)
 A = TypeVar("A")
 B = TypeVar("B")
 
-BATCH_SECONDS = 240.0
-"""Seconds of audio in a batch on a GPU, padding included."""
-
-LONG = 120 * SAMPLE_RATE
-"""Longer recordings (in samples) are encoded one after the other, each on all threads of a CPU."""
+LONG = 120 * SAMPLE_RATE  # longer recordings (in samples) are encoded one after the other, each on all threads of a CPU
 
 
 class Skipped(dict[str, str]):
@@ -62,12 +58,8 @@ class EncodingError(InputError):
     """A recording cannot be encoded."""
 
 
-class Encoded(NamedTuple):
-    """The values of a recording, in pieces along its frames, or why there are none."""
-
-    item: Item
-    pieces: Iterable[NDArray[Any]] | None
-    error: str | None = None
+Encoded = tuple[Item, Iterable[NDArray[Any]] | str]
+"""A recording and its values, in pieces along its frames, or why there are none."""
 
 
 @dataclass
@@ -127,14 +119,8 @@ class Summary:
 class Session:
     """A model that encodes recordings inside a ``with`` block, after which its mode and device are as before.
 
-    Args:
-        model: A published model's name, a checkpoint, or a model.
-        layer: Counted from 1; None: the model's best.
-        options: How recordings are encoded.
-        env: This process among all.
-        discrete: Give units; else features.
-        centroids: float32 (K, D), the nearest of which is a frame's unit. None: units are the codebook's.
-        penalty: Cost of a change of unit (see :class:`spidr.extract.smooth.Decoder`).
+    It gives features of a layer (None: the model's best) or, if ``discrete``, units: the nearest of the centroids (K,
+    D), or else the codebook's. ``penalty`` is the cost of a change of unit (see :class:`spidr.extract.smooth.Decoder`).
 
     Raises:
         InputError: There is no such model or layer.
@@ -164,8 +150,7 @@ class Session:
             raise InputError(f"layer {self.layer}{default} {lacks}; layers {first} to {total} {having}")
         self.shapes = self.model.feature_extractor.shapes
         self.shortest = receptive_field(self.shapes)
-        frame_seconds, window = self.model.frame_seconds, options.window
-        self.window = None if window is None else window_frames(window, options.context, frame_seconds)
+        self.window = self.model.window_frames(options.window, options.context)
         self.bfloat16 = options.dtype == "bfloat16" or (options.dtype == "auto" and _has_bfloat16(env.device))
         self.summary = Summary()
         self._centroids = None if centroids is None else torch.from_numpy(centroids).to(env.device)
@@ -231,10 +216,10 @@ class Session:
             samples = torch.from_numpy(recording.read(start, stop)).unsqueeze(0)
             return samples.to(self.env.device, self.model.mask_embedding.dtype)
 
-        standardised = Standardised(read, recording.num_samples)
+        standardised = Standardised(read, len(recording))
         self._note_level(item, standardised.std)
         size, context = self.window
-        windows = self.model.windows(standardised, recording.num_samples, self._values, size=size, context=context)
+        windows = self.model.windows(standardised, len(recording), self._values, size=size, context=context)
         while True:
             with self._one_window_at_a_time, self._computing():
                 values = next(windows, None)
@@ -270,10 +255,10 @@ class Session:
         """Encode a batch."""
         waveforms = [source for _, source in loaded if isinstance(source, Tensor)]
         values = iter(self._compute(waveforms) if waveforms else [])
-        batched, found = len(waveforms) > 1 and not self.bfloat16, []
+        batched, found = len(waveforms) > 1 and not self.bfloat16, list[Encoded]()
         for item, source in loaded:
             if isinstance(source, str):
-                found.append(Encoded(item, None, source))
+                found.append((item, source))
                 continue
             whole = source if isinstance(source, Tensor) else None
             pieces = [next(values)] if isinstance(source, Tensor) else self._windows(source, item)
@@ -282,9 +267,9 @@ class Session:
                     arrays: Iterable[NDArray[Any]] = [self._units(pieces, item, whole if batched else None)]
                 else:
                     arrays = _arrays(pieces, item) if whole is None else list(_arrays(pieces, item))
-                found.append(Encoded(item, arrays))
+                found.append((item, arrays))
             except InputError as error:
-                found.append(Encoded(item, None, self.or_raise(error)))
+                found.append((item, self.or_raise(error)))
         return found
 
     def or_raise(self, error: InputError) -> str:
@@ -302,46 +287,43 @@ class Session:
     def encode(
         self, items: Sequence[Item], use: Callable[[Item, Iterable[NDArray[Any]]], None], what: str, *, writers: int = 1
     ) -> None:
-        """Encode this process's share of recordings.
+        """Encode this process's share of the recordings of all processes.
 
-        Args:
-            items: The recordings of all processes.
-            use: Called with each of them and its values.
-            what: Description of the progress bar.
-            writers: How many threads call ``use``.
+        ``use`` is called with each of them and its values, on ``writers`` threads; ``what`` describes the progress bar.
 
         Raises:
             InputError: A recording cannot be encoded, unless they are to be skipped.
         """
 
         def use_all(batch: list[Encoded]) -> list[Encoded]:
-            return [self._use(encoded, use) for encoded in batch]
+            return list(map(use_one, batch))
 
-        results = self.run(self.plan(items), what)
+        def use_one(encoded: Encoded) -> Encoded:
+            item, pieces = encoded
+            try:
+                if not isinstance(pieces, str):
+                    use(item, pieces)
+            except EncodingError as error:  # a long recording is encoded meanwhile
+                return item, self.or_raise(error)
+            return encoded
+
+        results = self.run(self._plan(items), what)
         with closing(results), closing(ahead(use_all, results, workers=writers, depth=writers)) as used:
-            for item, _, error in chain.from_iterable(used):
-                if error is not None:
-                    self.summary.skip(item.name, error)
+            for item, pieces in chain.from_iterable(used):
+                if isinstance(pieces, str):
+                    self.summary.skip(item.name, pieces)
                 else:
                     self.summary.done += 1
                     self.summary.samples += item.num_samples
 
-    def _use(self, encoded: Encoded, use: Callable[[Item, Iterable[NDArray[Any]]], None]) -> Encoded:
-        try:
-            if encoded.pieces is not None:
-                use(encoded.item, encoded.pieces)
-        except EncodingError as error:  # a long recording is encoded meanwhile
-            return Encoded(encoded.item, None, self.or_raise(error))
-        return encoded
-
-    def plan(self, items: Sequence[Item]) -> list[list[Item]]:
+    def _plan(self, items: Sequence[Item]) -> list[list[Item]]:
         """Make batches, long recordings first: the same list for any number of processes.
 
         A recording of unknown length goes alone: it may be longer than a batch, or than a window.
         """
         seconds = self.options.batch_seconds
         if seconds is None:
-            seconds = 0.0 if self.env.device.type == "cpu" else BATCH_SECONDS
+            seconds = 0.0 if self.env.device.type == "cpu" else 240.0
         batches: list[list[Item]] = []
         for item in sorted(items, key=lambda item: (-item.num_samples, item.name)):
             longest = batches[-1][0].num_samples if batches else 0
@@ -374,7 +356,7 @@ class Session:
                     with closing(self._run_group(group, workers, at_once // workers)) as results:
                         for encoded in results:
                             yield encoded
-                            advance(sum(result.item.num_samples for result in encoded))
+                            advance(sum(item.num_samples for item, _ in encoded))
         finally:
             torch.set_num_threads(threads)
 
@@ -397,21 +379,24 @@ class Session:
 
     def _load(self, item: Item) -> Tensor | LongRecording | str:
         """A waveform, a long recording, or why there is none."""
+        where, resample = item.recording, self.options.resample
         try:
             if self._is_long(item):
-                long = LongRecording(item, resample=self.options.resample)
-                self._check_length(item, long.num_samples)
-                return long
-            waveform = torch.from_numpy(read_item(item, resample=self.options.resample))
-            self._check_length(item, len(waveform))
+                source: Tensor | LongRecording = LongRecording(where, resample=resample)
+            else:
+                source = torch.from_numpy((audio.read_resampled if resample else audio.read_audio)(where))
+            size, promised = len(source), item.promised
+            # libsndfile says nothing of a truncated WAV. Lengths by spidr 0.1.2 are rounded durations: one off at most.
+            if promised and not resample and abs(promised - size) > 1:
+                told = f"{size} samples, the manifest says {promised}: truncated or changed since"
+                raise InputError(f"{where}: {told}; write the manifest again.")
+            if self.num_frames(size) < 1:
+                raise InputError(f"{where}: {size} samples are {TOO_SHORT}")
         except InputError as error:
             return self.or_raise(error)
-        self._note_level(item, float(waveform.std(correction=0)))
-        return waveform
-
-    def _check_length(self, item: Item, num_samples: int) -> None:
-        if self.num_frames(num_samples) < 1:
-            raise InputError(f"{item.recording}: {num_samples} samples are {TOO_SHORT}")
+        if isinstance(source, Tensor):
+            self._note_level(item, float(source.std(correction=0)))
+        return source
 
 
 def ahead(

@@ -25,25 +25,15 @@ TOO_SHORT = "too short, they do not fill one frame"
 
 @dataclass(frozen=True)
 class Item:
-    """A recording to encode.
-
-    Attributes:
-        recording: Where it is.
-        fileid: Its name in the manifest, else its file's name without the ending.
-        relative: Its path below its source; in manifests, below the folder that all paths have in common.
-        promised: Number of samples by the manifest; 0: unknown.
-        speaker: By the manifest's column ``speaker``, else the name of its folder.
-        name: Unique in the output; may have folders in it.
-        num_samples: For batches and progress; 0: unknown.
-    """
+    """A recording to encode."""
 
     recording: Recording
-    fileid: str
-    relative: str
-    promised: int = 0
-    speaker: str = ""
-    name: str = ""
-    num_samples: int = 0
+    fileid: str  # its name in the manifest, else its file's name without the ending
+    relative: str  # its path below its source; in manifests, below the folder that all paths have in common
+    promised: int = 0  # number of samples by the manifest; 0: unknown
+    speaker: str = ""  # by the manifest's column `speaker`, else the name of its folder
+    name: str = ""  # unique in the output; may have folders in it
+    num_samples: int = 0  # for batches and progress; 0: unknown
 
     @property
     def place(self) -> str:
@@ -153,11 +143,10 @@ def name_items(items: Sequence[Item], known: Mapping[str, str], *, tree: bool) -
 
 
 def find_lengths(items: Sequence[Item], options: Options, *, shortest: int) -> tuple[list[Item], dict[str, str]]:
-    """Find the length of each recording, by its manifest or its header.
+    """Find the length of each recording, by its manifest, if that has it and the file exists, or its header.
 
     Returns:
-        The recordings with their lengths, and why others cannot be encoded, by name. Where a manifest has the length,
-        only the file's existence is checked.
+        The recordings with their lengths, and why others cannot be encoded, by name.
 
     Raises:
         InputError: Some cannot be encoded, and are not to be skipped.
@@ -184,36 +173,23 @@ def find_lengths(items: Sequence[Item], options: Options, *, shortest: int) -> t
     return found, {name: str(problem) for name, problem in problems.items()}
 
 
-def read_item(item: Item, *, resample: bool) -> NDArray[np.float32]:
-    """Read a recording, float32 (S,).
-
-    Raises:
-        InputError: It cannot be read; or, without ``resample``, it is not 16 kHz mono or not as long as the manifest
-            says.
-    """
-    samples = (audio.read_resampled if resample else audio.read_audio)(item.recording)
-    if not resample:
-        _check_length(item, len(samples))
-    return samples
-
-
 class LongRecording:
     """A recording that is read a part at a time.
 
-    One that cannot be read from the middle, or must be resampled, is first decoded into a temporary file. Fails as
-    :func:`read_item` does.
+    One that cannot be read from the middle, or must be resampled, is first decoded into a temporary file.
     """
 
-    def __init__(self, item: Item, *, resample: bool) -> None:
-        self._recording = item.recording
+    def __init__(self, recording: Recording, *, resample: bool) -> None:
+        self._recording = recording
         self._file: IO[bytes] | None = None
-        length = None if resample else audio.seekable_length(item.recording)
+        length = None if resample else audio.seekable_length(recording)
         if length is None:
             self._file = file = tempfile.TemporaryFile()  # noqa: SIM115 (closed with this object)
-            length = sum(file.write(block.data) for block in audio.stream(item.recording, resample=resample)) // 4
-        if not resample:
-            _check_length(item, length)
-        self.num_samples = length
+            length = sum(file.write(block.data) for block in audio.stream(recording, resample=resample)) // 4
+        self._length = length
+
+    def __len__(self) -> int:
+        return self._length
 
     def read(self, start: int, stop: int) -> NDArray[np.float32]:
         """Samples ``start`` to ``stop``."""
@@ -221,15 +197,6 @@ class LongRecording:
             return audio.read_audio(self._recording, start, stop)
         self._file.seek(4 * start)
         return np.frombuffer(bytearray(self._file.read(4 * (stop - start))), dtype=np.float32)
-
-
-def _check_length(item: Item, found: int) -> None:
-    # libsndfile says nothing of a truncated WAV. Lengths by spidr 0.1.2 are rounded durations: one off at most.
-    if item.promised and abs(item.promised - found) > 1:
-        raise InputError(
-            f"{item.recording}: {found} samples, the manifest says {item.promised}: truncated or changed since; "
-            "write the manifest again."
-        )
 
 
 def explained(error: InputError) -> InputError:

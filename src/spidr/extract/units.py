@@ -35,8 +35,6 @@ SCHEMA: dict[str, Any] = {"fileid": pl.String, "units": pl.List(pl.Int32), "dura
 ORDER, CHECKSUM = "recordings", "crc32"
 """Keys of the record of a table whose rows have no names: their names, and the CRC-32 of that table."""
 
-MAX_PENALTY = 1e6
-
 
 def extract_units(
     sources: str | Path | Sequence[str | Path],
@@ -84,7 +82,7 @@ def extract_units(
     chosen = options or Options()
     check_choice("file_format", file_format, UnitFormat)
     path = output_file(expand(output), file_format, language, split)
-    if not 0 <= smooth <= MAX_PENALTY:
+    if not 0 <= smooth <= 1e6:
         raise InputError(f"smooth: found {smooth}, expected a number of 0 or more")
     if dedup and file_format in ("discophon", "unit-hifigan"):
         raise InputError(f"dedup: {file_format} needs one unit for each frame; leave it out")

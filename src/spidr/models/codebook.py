@@ -68,7 +68,7 @@ class Codebook(nn.Module):
     def step(self, onehot_target: Tensor, target: Tensor) -> None:
         """Update with the frames (N, D) of all processes, given which codewords (N, V) they are assigned to."""
         totals = torch.cat([onehot_target.T @ target.float(), onehot_target.sum(0).unsqueeze(1)], dim=1)
-        reduce_over_default_group(totals)
+        all_reduce(totals)
         self.update(totals[:, :-1], totals[:, -1])
 
     @torch.no_grad()
@@ -89,8 +89,8 @@ class Codebook(nn.Module):
         """Give codewords that have got no frame for ``after`` steps half of the busiest clusters.
 
         The j-th of them and the j-th busiest codeword become two codewords on either side of the latter, each with half
-        of its weight, as k-means implementations treat empty clusters (faiss, for one). No draw and no frame is needed,
-        so all processes do the same; nothing waits for the device.
+        of its weight, as faiss does in k-means. Nothing is drawn, so all processes do the same; nothing waits for the
+        device.
 
         Args:
             assigned: How many frames each codeword got in this step, (V,).
@@ -119,21 +119,13 @@ def normalise_over_time(x: Tensor, eps: float = 1e-5) -> Tensor:
 
 
 def assign(targets: Tensor, codewords: Tensor) -> Tensor:
-    """Nearest codewords, by matrix product.
-
-    Args:
-        targets: (K, N, D) float32.
-        codewords: (K, V, D) float32.
-
-    Returns:
-        Indices (K, N) of the codewords at the smallest Euclidean distance.
-    """
+    """Indices (K, N) of the codewords (K, V, D) nearest to targets (K, N, D), in Euclidean distance."""
     bias = -0.5 * codewords.square().sum(-1).unsqueeze(1)
     return torch.baddbmm(bias, targets, codewords.transpose(1, 2)).argmax(-1)
 
 
-def reduce_over_default_group(x: Tensor) -> None:
-    """Sum over the default process group, if there is one."""
+def all_reduce(x: Tensor) -> None:
+    """Sum over the default process group in place, if there is one."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(x)
 

@@ -1,8 +1,6 @@
 """The blocks of the models, where published packages have them."""
 
-import torch
-from torch import Tensor
-
+from spidr.models.dinosr import mask_from_index
 from spidr.models.extractor import ConvLayerBlock, FeatureExtractor, FeatureProjection, LayerNorm
 from spidr.models.transformer import ConvPositionalEmbedding, FeedForward, SelfAttention, Transformer, TransformerLayer
 
@@ -18,10 +16,3 @@ __all__ = [
     "TransformerLayer",
     "mask_from_index",
 ]
-
-
-def mask_from_index(index: Tensor, size: int) -> Tensor:
-    """Boolean mask (B, ``size``) of the frames in ``index (B, M)``; a boolean mask is returned as it is."""
-    if index.dtype == torch.bool:
-        return index
-    return torch.zeros(len(index), size, dtype=torch.bool, device=index.device).scatter_(1, index, value=True)

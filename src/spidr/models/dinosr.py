@@ -13,18 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from spidr.config import DinoSRConfig
-from spidr.models.codebook import (
-    Codebook,
-    StepStatistics,
-    assign,
-    count_perplexity,
-    normalise_over_time,
-    reduce_over_default_group,
-)
+from spidr.models.codebook import Codebook, StepStatistics, all_reduce, assign, count_perplexity, normalise_over_time
 from spidr.models.encoder import Encoder, Lengths
 from spidr.models.kernels import Dropout, untouched, without_autocast
-from spidr.models.long import layer_outputs
-from spidr.models.transformer import Transformer
+from spidr.models.transformer import Transformer, frame_mask
 from spidr.tools.errors import InputError
 
 Reduction = Callable[[Tensor], None]
@@ -151,14 +143,13 @@ class DinoSR(Encoder):
         batch, num_frames, _ = features.shape
         student_input, index = self.projection_dropout(features), None
         if mask is not None:
+            masked = mask_from_index(mask, num_frames)
             if mask.dtype == torch.bool:
-                masked, index = mask, mask.flatten().nonzero().squeeze(1)
+                index = mask.flatten().nonzero().squeeze(1)
             else:
-                masked = torch.zeros(batch, num_frames, dtype=torch.bool, device=mask.device).scatter_(1, mask, True)
                 index = (mask + num_frames * torch.arange(batch, device=mask.device).unsqueeze(1)).flatten()
-            student_input = torch.where(
-                masked.unsqueeze(-1), self.mask_embedding.to(student_input.dtype), student_input
-            )
+            embedding = self.mask_embedding.to(student_input.dtype)
+            student_input = torch.where(masked.unsqueeze(-1), embedding, student_input)
         if channel_mask is not None:
             student_input = student_input.masked_fill(channel_mask.unsqueeze(1), 0)
 
@@ -195,7 +186,7 @@ class DinoSR(Encoder):
         if self.teacher is None:
             raise InputError("this model has no teacher: it encodes, but cannot be trained or validated")
         skip = len(self.teacher.layers) - self.num_codebooks
-        outputs = layer_outputs(self.teacher, features, attention_mask, skip=skip)
+        outputs = self.teacher.get_intermediate_outputs(features, attention_mask, skip=skip)
         with without_autocast(features):
             return torch.stack([select(normalise_over_time(output)) for output in outputs])
 
@@ -223,7 +214,7 @@ class DinoSR(Encoder):
         assigned = torch.zeros_like(predicted).scatter_add_(1, labels, torch.ones_like(labels, dtype=predicted.dtype))
         counts = torch.stack([assigned, predicted])
         if self.reduction is None:
-            reduce_over_default_group(counts)
+            all_reduce(counts)
         return _perplexities(*counts)
 
     # ------------------------------------------------------------------------------------------------- the step
@@ -234,7 +225,7 @@ class DinoSR(Encoder):
         The only collective of a step besides the gradients'. :meth:`update_ema` calls it if nobody has.
         """
         if not self._reduced:
-            (self.reduction or reduce_over_default_group)(self.statistics.flat)
+            (self.reduction or all_reduce)(self.statistics.flat)
             self._reduced = True
         return self.statistics.view()
 
@@ -265,7 +256,15 @@ class DinoSR(Encoder):
             self._update_codebooks()
         decay = self.ema_scheduler(step)
         if 0 < decay < 1:
-            copied, averaged = self._teacher_student_pairs()
+            copied: tuple[list[Tensor], list[Tensor]] = [], []  # of the teacher, of the student
+            averaged: tuple[list[Tensor], list[Tensor]] = [], []
+            parameters = zip(
+                cast("Transformer", self.teacher).named_parameters(), self.student.parameters(), strict=True
+            )
+            for (name, teacher), student in parameters:
+                group = copied if name in self.teacher_exclude_layers else averaged
+                group[0].append(teacher)
+                group[1].append(student)
             # The multi-tensor operations refuse to do nothing.
             if copied[0]:
                 torch._foreach_copy_(*copied)
@@ -276,25 +275,11 @@ class DinoSR(Encoder):
             self.freeze_extractor()
         return decay
 
-    def _teacher_student_pairs(self) -> tuple[tuple[list[Tensor], list[Tensor]], tuple[list[Tensor], list[Tensor]]]:
-        """(teacher's, student's) tensors to copy, and to average."""
-        copied: tuple[list[Tensor], list[Tensor]] = ([], [])
-        averaged: tuple[list[Tensor], list[Tensor]] = ([], [])
-        teacher = cast("Transformer", self.teacher)
-        for (name, old), new in zip(teacher.named_parameters(), self.student.parameters(), strict=True):
-            for group, parameter in zip(
-                copied if name in self.teacher_exclude_layers else averaged, (old, new), strict=True
-            ):
-                group.append(parameter)
-        return copied, averaged
-
     def freeze_extractor(self) -> None:
         """Stop training the feature extractor and the projection: no gradient, no backward pass through them."""
         self.extractor_frozen = True
         for module in (self.feature_extractor, self.feature_projection):
-            module.requires_grad_(False)
-            for parameter in module.parameters():
-                parameter.grad = None
+            module.requires_grad_(False).zero_grad()
 
     @torch.no_grad()
     def init_codebooks(
@@ -318,11 +303,8 @@ class DinoSR(Encoder):
         """
         features, attention_mask = self.project(waveforms, attention_mask, lengths)
         batch, num_frames, dim = features.shape
-        exists = torch.ones(batch, 1, num_frames, dtype=torch.bool)
-        if attention_mask is not None:
-            exists = attention_mask[..., 0, :].expand(batch, 1, num_frames).cpu()
-        frames = exists.flatten().nonzero().squeeze(1)
-        size = self.cfg.codebook_size
+        exists, size = frame_mask(features, attention_mask), self.cfg.codebook_size
+        frames = torch.arange(batch * num_frames) if exists is None else exists.flatten().cpu().nonzero().squeeze(1)
         if len(frames) < size:
             raise InputError(f"{len(frames)} frames are too few to draw {size} codewords from: use larger batches")
         drawn = frames[torch.randperm(len(frames), generator=generator)[:size]].to(features.device)
@@ -334,19 +316,23 @@ class DinoSR(Encoder):
 
     def _codebooks(self) -> list[Codebook | None]:
         """Our codebook at each place, even inside a wrapper; None where another module has taken its place."""
-        inside = [[m for m in module.modules() if isinstance(m, Codebook)] for module in self.codebooks]
-        return [found[0] if found else None for found in inside]
+        return [next((m for m in module.modules() if isinstance(m, Codebook)), None) for module in self.codebooks]
+
+
+def mask_from_index(index: Tensor, size: int) -> Tensor:
+    """Boolean mask (B, ``size``) of the frames in ``index (B, M)``; a boolean mask is returned as it is."""
+    if index.dtype == torch.bool:
+        return index
+    return torch.zeros(len(index), size, dtype=torch.bool, device=index.device).scatter_(1, index, value=True)
 
 
 def _one_mask(mask: Tensor | None, mask_indices: Tensor | None) -> Tensor | None:
     """The mask under whichever name it was given."""
-    if mask_indices is None:
-        return mask
-    if mask is not None:
+    if mask is not None and mask_indices is not None:
         raise InputError("mask and mask_indices are two names of one argument: give one of them")
-    if mask_indices.dtype == torch.bool:
+    if mask_indices is not None and mask_indices.dtype == torch.bool:
         _warn_of_boolean_indices()
-    return mask_indices
+    return mask if mask_indices is None else mask_indices
 
 
 @cache

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from spidr.config import SAMPLE_RATE, DinoSRConfig
 from spidr.models.extractor import FeatureExtractor, FeatureProjection
 from spidr.models.kernels import exact_products, known, linear, suits_onednn, untouched
-from spidr.models.long import extract_features, final_output, frame_reader, layer_outputs, window_frames, windows
+from spidr.models.long import frame_reader
 from spidr.models.transformer import Transformer
 from spidr.tools.errors import InputError
 from spidr.tools.frames import conv_length
@@ -66,11 +66,10 @@ class Encoder(nn.Module):
 
     def __repr__(self) -> str:
         cfg, millions = self.cfg, sum(p.numel() for p in self.parameters()) / 1e6
-        return (
-            f"{type(self).__name__}({cfg.encoder_num_layers} layers of {cfg.encoder_embed_dim}, {cfg.num_codebooks} "
-            f"codebooks of {cfg.codebook_size}, {millions:.1f} M parameters; modules: "
-            f"{', '.join(name for name, _ in self.named_children())})"
-        )
+        layers = f"{cfg.encoder_num_layers} layers of {cfg.encoder_embed_dim}"
+        codebooks = f"{cfg.num_codebooks} codebooks of {cfg.codebook_size}"
+        modules = ", ".join(name for name, _ in self.named_children())
+        return f"{type(self).__name__}({layers}, {codebooks}, {millions:.1f} M parameters; modules: {modules})"
 
     @property
     def conv_shapes(self) -> Sequence[tuple[int, int, int]]:
@@ -97,21 +96,21 @@ class Encoder(nn.Module):
         lengths: Lengths | None = None,
         frames: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Projected features of a batch, and the attention mask to use with them.
+        """Compute projected features of a batch, and the attention mask to use with them.
 
         Args:
             waveforms: (B, S) float.
             attention_mask: Boolean, True where to attend, broadcastable to (B, 1, T, T).
-            lengths: Samples that count in each row, (B,). Spares the caller the mask; in group-norm mode it also keeps
-                the padding out of the first layer's statistics, which ``attention_mask`` alone does not. With both, the
-                lengths are not checked (a check would wait for the device).
+            lengths: Samples that count in each row, (B,), instead of the mask. In group-norm mode they also keep
+                padding out of the first layer's statistics; beside a mask they are not checked, as that would wait for
+                the device.
             frames: The extractor's output, (B, T, C), if it is known already.
 
         Returns:
             (B, T, D) and the mask, or None if every frame exists.
 
         Raises:
-            InputError: If the shapes are others, the samples are not floats, or a length gives no frame or exceeds S.
+            InputError: If a shape is wrong, the samples are not floats, or a length gives no frame or exceeds S.
         """
         counted = _check_waveforms(waveforms, lengths, self.mask_embedding.dtype)
         shapes, samples = self.conv_shapes, waveforms.shape[1]
@@ -124,23 +123,26 @@ class Encoder(nn.Module):
                 attention_mask = (places < conv_length(shapes, counted).unsqueeze(1))[:, None, None]
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.extractor_frozen):
             if frames is None:
-                frames = extract_features(self.feature_extractor, waveforms, counted)
+                frames = self.extract(waveforms, counted)
             return self.feature_projection(frames), attention_mask
+
+    def extract(self, waveforms: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """Extract frames (B, T, C) from waveforms (B, S). In group-norm mode, padding beyond lengths has no effect."""
+        extractor = self.feature_extractor
+        # Other frames do not depend on padding, and an extractor in place of ours has one argument.
+        if lengths is not None and isinstance(extractor, FeatureExtractor) and extractor.has_group_norm:
+            return extractor(waveforms, lengths)
+        return extractor(waveforms)
 
     def _hidden(self, x: Tensor, attention_mask: Tensor | None, num_heads: int, skip: int = 0) -> list[Tensor]:
         """The input of the heads from ``skip`` to ``num_heads``: one (B, T, D) for all of them, or one for each."""
         if self.heads_read_layers:
             first = self.codebook_layers.start - 1
-            return layer_outputs(self.student, x, attention_mask, first + num_heads, skip=first + skip)
-        return [final_output(self.student, x, attention_mask)]
+            return self.student.get_intermediate_outputs(x, attention_mask, first + num_heads, skip=first + skip)
+        return [self.student(x, attention_mask)]
 
     def _log_probs(self, hidden: list[Tensor], num_heads: int) -> Tensor | list[Tensor]:
-        """Log-probabilities of the first K = ``num_heads`` heads, (K, ..., V) float32 or as many (..., V).
-
-        Args:
-            hidden: Their input: one (..., D) for each, or one for all.
-            num_heads: At least 1.
-        """
+        """Log-probabilities of the first K heads, float32, from what ``_hidden`` gives: (K, ..., V) or K (..., V)."""
         heads = list(self.heads)[:num_heads]
         if _are_plain(heads):
             return F.log_softmax(_logits(heads, hidden).float(), dim=-1)
@@ -156,22 +158,22 @@ class Encoder(nn.Module):
         num_layers: int | None = None,
         before_residual: bool = True,
     ) -> list[Tensor]:
-        """Outputs of the student's layers, in training mode with dropout.
+        """Compute the outputs of the student's layers, in training mode with dropout.
 
         Args:
             waveforms: (B, S) float, 16 kHz, taken as they are.
             attention_mask: Boolean, True where to attend, broadcastable to (B, 1, T, T).
             lengths: See :meth:`project`.
             num_layers: Run the first layers only.
-            before_residual: Give each block's feed-forward output before the residual addition, which the heads read in
-                SpidR, instead of the block's full output.
+            before_residual: Give each block's feed-forward output before the residual addition, which SpidR's heads
+                read, instead of the block's full output.
 
         Returns:
             One (B, T, D) tensor a layer.
         """
         with exact_products(waveforms.device):
             x, attention_mask = self.project(waveforms, attention_mask, lengths)
-            return layer_outputs(self.student, x, attention_mask, num_layers, before_residual=before_residual)
+            return self.student.get_intermediate_outputs(x, attention_mask, num_layers, before_residual=before_residual)
 
     def get_codebooks(
         self,
@@ -182,17 +184,17 @@ class Encoder(nn.Module):
         num_layers: int | None = None,
         onehot: bool = False,
     ) -> list[Tensor | None]:
-        """Codeword probabilities of each layer; their argmax is the layer's unit. In training mode with dropout.
+        """Compute codeword probabilities of each layer, whose argmax is its unit. In training mode with dropout.
 
         Args:
-            waveform: (B, S) float, 16 kHz, taken as they are.
+            waveform: (B, S) float, 16 kHz, taken as it is.
             attention_mask: Boolean, True where to attend, broadcastable to (B, 1, T, T).
             lengths: See :meth:`project`.
             num_layers: Give the first layers only.
             onehot: Give one-hot vectors of the most likely codeword, int64, instead of probabilities, float32.
 
         Returns:
-            One entry a layer: None for the first layers, which have no codebook, then (B, T, V).
+            One entry a layer: (B, T, V), or None if the layer has no codebook.
         """
         total = len(self.student.layers)
         num_layers = total if num_layers is None else num_layers
@@ -219,31 +221,30 @@ class Encoder(nn.Module):
         window: float | None = None,
         context: float | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Features of a batch of utterances, one every 20 ms with the default convolutions.
+        """Compute features of a batch of utterances, one every 20 ms with the default convolutions.
 
-        There is no dropout and no gradient, whatever mode the model is in. An utterance of any length goes through as a
-        whole: memory grows with T, but the time for attention with T². With ``window``, time and memory of the
-        transformer do not: its layers see a window and its context at a time, so features differ a little from those of
-        the whole.
+        There is no dropout and no gradient, whatever mode the model is in. An utterance of any length is encoded whole:
+        memory grows with T, but time with T². With ``window``, the transformer sees one window and its context at a
+        time, so it takes less of both, and features differ a little.
 
         Args:
             waveforms: (B, S) float tensor or array, 16 kHz, shorter rows padded at the end.
             lengths: Samples of each row, (B,); None: all of them.
             layer: Counted from 1; None: :attr:`best_layer`.
             normalize: Standardise each utterance over its own samples, as in training.
-            window: Seconds of features that are computed at a time; utterances that are not longer are not affected.
-            context: Seconds that are seen on each side of a window; None: a quarter of it.
+            window: Seconds of features to compute at a time; utterances that fit in one are encoded whole.
+            context: Seconds to see on each side of a window; None: a quarter of it.
 
         Returns:
             The layer's output before the residual addition, (B, T, D), and the frames of each row, (B,). Frame ``t`` is
             about the 25 ms from ``t * 20`` ms on. With ``window``, features in the padding are 0.
 
         Raises:
-            InputError: If there is no such layer, the waveforms are not as they should be, a length gives no frame or
-                exceeds S, or the window or context is out of range.
+            InputError: If there is no such layer, a waveform is not finite or gives no frame, a length exceeds S, or
+                the window or context is out of range.
         """
-        output = partial(self.layer_output, layer=self._layer(layer))
-        return self._encode(output, waveforms, lengths, window, context, normalize=normalize)
+        function = partial(self.layer_output, layer=self._layer(layer))
+        return self._encode(function, waveforms, lengths, window, context, normalize=normalize)
 
     def units(
         self,
@@ -255,15 +256,9 @@ class Encoder(nn.Module):
         window: float | None = None,
         context: float | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Discrete units of a batch of utterances: the most likely codewords of a layer.
+        """Compute discrete units of a batch of utterances: the most likely codewords of a layer with a codebook.
 
-        Args:
-            waveforms: See :meth:`encode`, as for the other arguments.
-            lengths: Samples of each row.
-            layer: One that has a codebook.
-            normalize: Standardise each utterance.
-            window: Seconds of units that are computed at a time.
-            context: Seconds that are seen on each side of a window.
+        The arguments are those of :meth:`encode`.
 
         Returns:
             (B, T) int64, -1 in the padding, and the frames of each row, (B,).
@@ -284,7 +279,7 @@ class Encoder(nn.Module):
 
     def layer_output(self, features: Tensor, attention_mask: Tensor | None, layer: int) -> Tensor:
         """A layer's output before the residual addition, (B, T, D), from projected features (see :meth:`project`)."""
-        return layer_outputs(self.student, features, attention_mask, layer, skip=layer - 1)[0]
+        return self.student.get_intermediate_outputs(features, attention_mask, layer, skip=layer - 1)[0]
 
     def unit_logits(self, features: Tensor, attention_mask: Tensor | None, layer: int) -> Tensor:
         """Scores of a layer's units, (B, T, V), from projected features: what its head gives before its softmax."""
@@ -297,10 +292,28 @@ class Encoder(nn.Module):
         """Seconds from one frame to the next."""
         return math.prod(stride for _, _, stride in self.conv_shapes) / SAMPLE_RATE
 
+    def window_frames(self, window: float | None, context: float | None) -> tuple[int, int] | None:
+        """Frames in a window and frames seen on each side of it, from seconds; None without a window.
+
+        Raises:
+            InputError: The window is shorter than a frame, the context negative or without a window, or one not finite.
+        """
+        for name, seconds in (("window", window), ("context", context)):
+            if seconds is not None and not math.isfinite(seconds):
+                raise InputError(f"{name} = {seconds} s is not a number of seconds")
+        if context is not None and (window is None or context < 0):
+            raise InputError(f"context = {context} s needs to be at least 0 and goes with a window")
+        if window is None:
+            return None
+        size, around = (round(x / self.frame_seconds) for x in (window, window / 4 if context is None else context))
+        if size < 1:
+            raise InputError(f"window = {window} s is shorter than a frame of {self.frame_seconds} s")
+        return size, around
+
     def windows(
         self, read: Read, num_samples: int, function: Callable[[Tensor, None], Tensor], *, size: int, context: int
     ) -> Iterator[Tensor]:
-        """Apply a function to projected features, a window at a time.
+        """Apply a function to projected features, a window at a time. Iterate under :meth:`inference`.
 
         Args:
             read: The waveform, standardised.
@@ -310,16 +323,20 @@ class Encoder(nn.Module):
             context: Frames seen on each side of it.
 
         Yields:
-            The function's values for each window in turn, (1, at most ``size``, …). Iterate under :meth:`inference`.
+            The function's values for each window in turn, (1, at most ``size``, …).
         """
         extract = frame_reader(self.feature_extractor, read, num_samples)
-        yield from windows(
-            lambda start, stop: self.feature_projection(extract(start, stop)),
-            lambda x: function(x, None),
-            conv_length(self.conv_shapes, num_samples),
-            size=size,
-            context=context,
-        )
+        num_frames = conv_length(self.conv_shapes, num_samples)
+        seen: Tensor | None = None
+        begin = end = 0
+        for start in range(0, num_frames, size):
+            stop, left = min(start + size, num_frames), max(0, start - context)
+            right = min(stop + context, num_frames)
+            parts = [] if seen is None else [seen[:, left - begin :]]
+            if right > end:
+                parts.append(self.feature_projection(extract(end, right)))
+            seen, begin, end = torch.cat(parts, dim=1), left, right
+            yield function(seen, None)[:, start - left : stop - left]
 
     @contextmanager
     def inference(self) -> Iterator[None]:
@@ -355,32 +372,36 @@ class Encoder(nn.Module):
         normalize: bool,
     ) -> tuple[Tensor, Tensor]:
         """Value of a function of (projected features, attention mask), and the frames of each row."""
-        if window is None and context is not None:
-            raise InputError(f"context = {context} s needs to be at least 0 and goes with a window")
-        size, around = (None, 0) if window is None else window_frames(window, context, self.frame_seconds)
-        x = self._as_tensor(waveforms)
+        sizes = self.window_frames(window, context)
+        x, shapes = self._as_tensor(waveforms), self.conv_shapes
         counted = _check_waveforms(x, lengths, self.mask_embedding.dtype)
         batch, samples = x.shape
-        shapes = self.conv_shapes
         if counted is not None:
             _check_lengths(counted, samples, shapes)
             counted = counted.to(x.device)
         frames = conv_length(shapes, torch.full((batch,), samples, device=x.device) if counted is None else counted)
         with self.inference():
-            statistics = _checked_moments(x, counted, normalize=normalize)
-            if size is None or conv_length(shapes, samples) <= size:
+            statistics = moments(x, counted)
+            _check_variances(statistics[1].flatten().tolist(), normalize=normalize)
+            if sizes is None or conv_length(shapes, samples) <= sizes[0]:
                 if normalize:
                     x = standardise(x, counted, statistics=statistics)
                 elif counted is not None:
                     x = x.masked_fill(torch.arange(samples, device=x.device) >= counted.unsqueeze(1), 0)
                 return function(*self.project(x, lengths=counted)), frames
-            rows = []
-            for row in range(batch):
-                read = partial(
-                    _samples, x[row : row + 1], [s[row : row + 1] for s in statistics] if normalize else None
-                )
+            size, around = sizes
+
+            def in_windows(row: int) -> Tensor:
+                mean, var = (moment[row : row + 1] for moment in statistics)
+
+                def read(start: int, stop: int) -> Tensor:
+                    part = x[row : row + 1, start:stop]
+                    return standardise(part, statistics=(mean, var)) if normalize else part
+
                 length = samples if counted is None else int(counted[row])
-                rows.append(torch.cat([*self.windows(read, length, function, size=size, context=around)], dim=1)[0])
+                return torch.cat([*self.windows(read, length, function, size=size, context=around)], dim=1)[0]
+
+            rows = [in_windows(row) for row in range(batch)]
             out = rows[0].new_zeros(batch, conv_length(shapes, samples), *rows[0].shape[1:])
             for row, values in enumerate(rows):
                 out[row, : len(values)] = values
@@ -395,11 +416,6 @@ class Encoder(nn.Module):
             raise InputError(f"waveforms must be floats, about -1 to 1, not {array.dtype}")
         weight = self.mask_embedding
         return torch.from_numpy(np.ascontiguousarray(array, np.float32)).to(weight.device, weight.dtype)
-
-
-def _samples(waveform: Tensor, statistics: Sequence[Tensor] | None, start: int, stop: int) -> Tensor:
-    part = waveform[:, start:stop]
-    return part if statistics is None else standardise(part, statistics=(statistics[0], statistics[1]))
 
 
 def _are_plain(heads: Sequence[nn.Module]) -> bool:
@@ -430,11 +446,7 @@ def _logits(heads: Sequence[nn.Module], hidden: list[Tensor]) -> Tensor:
 
 
 def _check_waveforms(waveforms: Tensor, lengths: Lengths | None, dtype: torch.dtype) -> Tensor | None:
-    """Refuse anything but a batch of waveforms of the model's type; values are not checked.
-
-    Returns:
-        The lengths as a tensor.
-    """
+    """Refuse anything but a batch of waveforms of the model's type and their lengths, which become a tensor."""
     if waveforms.ndim != 2:
         raise InputError(f"waveforms must be (batch, samples), not of shape {tuple(waveforms.shape)}")
     if not waveforms.is_floating_point():
@@ -452,7 +464,6 @@ def _check_waveforms(waveforms: Tensor, lengths: Lengths | None, dtype: torch.dt
 
 
 def _check_lengths(lengths: Tensor, samples: int, shapes: Sequence[tuple[int, int, int]]) -> None:
-    """Refuse lengths that exceed the samples there are or give no frame."""
     for row, length in enumerate(lengths.tolist()):
         if length > samples:
             raise InputError(f"row {row}: length {length} is more than the {samples} samples there are")
@@ -460,42 +471,33 @@ def _check_lengths(lengths: Tensor, samples: int, shapes: Sequence[tuple[int, in
             raise InputError(f"row {row}: {length} samples are too short, they do not fill one frame")
 
 
-def _checked_moments(waveforms: Tensor, lengths: Tensor | None, *, normalize: bool) -> tuple[Tensor, Tensor]:
-    """Mean and variance of each row; refuses samples that are not finite and says if a row is very quiet."""
-    mean, var = moments(waveforms, lengths)
-    variances = var.flatten().tolist()
+def _check_variances(variances: list[float], *, normalize: bool) -> None:
+    """Refuse rows whose samples are not finite; warn of those that are very quiet."""
     for row, variance in enumerate(variances):
         if not math.isfinite(variance):
             raise InputError(f"row {row}: samples that are NaN or infinite, or so large that their squares are")
-    if normalize and variances:
-        warn_if_quiet(min(variances))
-    return mean, var
+        if normalize:
+            warn_if_quiet(variance)
 
 
 def _check_size(cfg: DinoSRConfig) -> None:
-    """Refuse a model whose weights cannot be had, before the machine runs out of memory.
-
-    Raises:
-        InputError: It names the settings of the part that takes the most.
-    """
+    """Refuse a model that does not fit into memory; the message names the settings of its largest part."""
     if torch.empty(0).device.type != "cpu":  # on "meta" they take no memory, and elsewhere not ours
         return
-    dim, shapes = cfg.encoder_embed_dim, cfg.extractor_conv_layer_config
+    dim, shapes, depth = cfg.encoder_embed_dim, cfg.extractor_conv_layer_config, cfg.encoder_pos_conv_depth
     channels = [1, *(width for width, _, _ in shapes)]
-    kernel = max(3, cfg.encoder_pos_conv_kernel // cfg.encoder_pos_conv_depth)
-    widths = ("encoder_embed_dim", "encoder_num_layers", "encoder_ff_interm_features")
-    parts: dict[tuple[str, ...], int] = {
-        ("extractor_conv_layer_config",): sum(channels[i] * n * k for i, (n, k, _) in enumerate(shapes))
-        + channels[-1] * dim,
+    convs = sum(before * width * kernel for before, (width, kernel, _) in zip(channels, shapes, strict=False))
+    kernel = max(3, cfg.encoder_pos_conv_kernel // depth)
+    blocks = cfg.encoder_num_layers * dim * (4 * dim + 2 * cfg.encoder_ff_interm_features)
+    parts = {
+        "extractor_conv_layer_config": convs + channels[-1] * dim,
         # Student and teacher.
-        widths: 2 * cfg.encoder_num_layers * dim * (4 * dim + 2 * cfg.encoder_ff_interm_features),
-        ("encoder_embed_dim", "encoder_pos_conv_kernel", "encoder_pos_conv_depth", "encoder_pos_conv_groups"): 2
-        * cfg.encoder_pos_conv_depth
-        * kernel
-        * (dim * dim // cfg.encoder_pos_conv_groups),
+        "encoder_embed_dim encoder_num_layers encoder_ff_interm_features": 2 * blocks,
+        "encoder_embed_dim encoder_pos_conv_kernel encoder_pos_conv_depth encoder_pos_conv_groups": 2
+        * (depth * kernel * (dim * dim // cfg.encoder_pos_conv_groups)),
         # Heads, codebooks and the statistics of a step.
-        ("codebook_size", "num_codebooks", "encoder_embed_dim"): 3 * cfg.codebook_size * cfg.num_codebooks * dim,
+        "codebook_size num_codebooks encoder_embed_dim": 3 * cfg.codebook_size * cfg.num_codebooks * dim,
     }
     largest = max(parts, key=lambda names: parts[names])
-    settings = ", ".join(f"{name} = {getattr(cfg, name)}" for name in largest)
+    settings = ", ".join(f"{name} = {getattr(cfg, name)}" for name in largest.split())
     check_memory(4 * sum(parts.values()), f"a model of {settings}")

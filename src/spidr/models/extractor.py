@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spidr.models.kernels import can_extract, conv_shapes, extract, known, through, valid_rows
+from spidr.models.kernels import can_extract, conv_shapes, known, through, valid_rows
+from spidr.models.long import extract_in_parts
 from spidr.tools.errors import InputError
 from spidr.tools.frames import conv_length
 
@@ -143,7 +144,7 @@ class FeatureExtractor(nn.Module):
             raise InputError(f"waveforms of {samples} samples are too short: they do not fill one frame")
         layers = list(self.conv_layers)
         if can_extract(layers):
-            return extract(layers, waveforms, lengths)
+            return extract_in_parts(layers, waveforms, lengths)
         x, exists = waveforms.unsqueeze(1), None
         if lengths is not None and self.has_group_norm:
             if type(layers[0]) is not ConvLayerBlock or type(layers[0].layer_norm) is not GroupNorm:

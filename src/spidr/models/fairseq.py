@@ -46,7 +46,8 @@ def load_fairseq_weights(path: str | Path) -> dict[str, Tensor]:
     Raises:
         InputError: The file is missing, truncated or no checkpoint of DinoSR.
     """
-    return guarded(path, lambda: _convert(read_tensors(path)))
+    with guarded(path):
+        return _convert(read_tensors(path))
 
 
 def _convert(document: Any) -> dict[str, Tensor]:

@@ -65,15 +65,14 @@ def extractor_flops(cfg: DinoSRConfig, num_samples: int) -> list[float]:
     return flops
 
 
-def transformer_flops(cfg: DinoSRConfig, num_frames: int, num_layers: int | None = None) -> float:
-    """Of the positional convolutions and the first layers (default all), for one utterance."""
+def transformer_flops(cfg: DinoSRConfig, num_frames: int) -> float:
+    """Of the positional convolutions and the layers, for one utterance."""
     dim, depth = cfg.encoder_embed_dim, cfg.encoder_pos_conv_depth
     kernel = max(3, cfg.encoder_pos_conv_kernel // depth)
     positional = 2.0 * depth * kernel * dim * dim / cfg.encoder_pos_conv_groups
     linear = 2.0 * dim * (4 * dim + 2 * cfg.encoder_ff_interm_features)
     attention = 4.0 * num_frames * dim
-    layers = cfg.encoder_num_layers if num_layers is None else num_layers
-    return num_frames * (positional + layers * (linear + attention))
+    return num_frames * (positional + cfg.encoder_num_layers * (linear + attention))
 
 
 def step_flops(

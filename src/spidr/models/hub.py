@@ -12,19 +12,13 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from spidr.config import DinoSRConfig, SpidRConfig, model_config
+from spidr.models import weights as files
 from spidr.models.dinosr import DinoSR
 from spidr.models.encoder import Encoder
 from spidr.models.fairseq import load_fairseq_weights
 from spidr.models.published import PUBLISHED, Published
 from spidr.models.spidr import SpidR
-from spidr.models.weights import (
-    fitting,
-    load_into,
-    read_weights,
-    recorded_config as config_of_file,
-    type_needed,
-    type_of,
-)
+from spidr.models.weights import fitting, load_into, of_type, read_weights, type_needed, type_of
 from spidr.tools.download import Remote, is_remote
 from spidr.tools.errors import InputError
 from spidr.tools.files import check_file, expand
@@ -34,15 +28,8 @@ logger = logging.getLogger(__name__)
 Weights = dict[str, Tensor]
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Models
-
-
 def build_model(
-    checkpoint: str | Path | None = None,
-    *,
-    cfg: DinoSRConfig | None = None,
-    model_type: str | None = None,
+    checkpoint: str | Path | None = None, *, cfg: DinoSRConfig | None = None, model_type: str | None = None
 ) -> DinoSR:
     """Build a model, new or trained.
 
@@ -89,7 +76,7 @@ def build_model(
 
 
 def load_encoder(model: str | Path, model_type: str | None = None) -> DinoSR:
-    """A trained model for inference: on the CPU, in eval mode and without its teacher.
+    """Load a trained model for inference: on the CPU, in eval mode and without its teacher.
 
     Args:
         model: As ``checkpoint`` of :func:`build_model`.
@@ -102,7 +89,7 @@ def load_encoder(model: str | Path, model_type: str | None = None) -> DinoSR:
 
 
 def recorded_config(model: str | Path, model_type: str | None = None) -> DinoSRConfig | None:
-    """The configuration of a trained model, without reading its weights; None if nothing is recorded.
+    """Read the configuration of a trained model, without its weights; None if nothing is recorded.
 
     Args:
         model: As ``checkpoint`` of :func:`build_model`.
@@ -112,20 +99,20 @@ def recorded_config(model: str | Path, model_type: str | None = None) -> DinoSRC
         InputError: There is no such model, or its record is wrong or names another type.
     """
     if published := PUBLISHED.get(str(model)):
-        if model_type not in (None, published.model_type):
-            raise InputError(f"{model}: the model is of type {published.model_type!r}, asked for was {model_type!r}")
-        return published.cfg
-    return config_of_file(find_file(model) if is_remote(str(model)) else _local(model), model_type)
+        return of_type(published.cfg, model_type, model)
+    if not is_remote(str(model)):
+        return files.recorded_config(_local(model), model_type)
+    remote = Remote(str(model))
+    if remote.cached() is None:
+        remote.fetch(read_weights)
+    return files.recorded_config(remote.cached() or remote.path, model_type)
 
 
 def load_weights(model: str | Path) -> Weights:
-    """The weights of a trained model.
+    """Read the weights of a trained model: name → tensor on the CPU, as saved.
 
     Args:
         model: As ``checkpoint`` of :func:`build_model`.
-
-    Returns:
-        Name → tensor on the CPU, as saved.
 
     Raises:
         InputError: There is no such model, or its file is truncated, damaged or no checkpoint.
@@ -134,7 +121,8 @@ def load_weights(model: str | Path) -> Weights:
         return _load_published(published)
     if is_remote(str(model)):
         return Remote(str(model)).fetch(read_weights)
-    return read_weights(find_file(model))
+    check_name(model)
+    return read_weights(_local(model))
 
 
 def check_name(model: str | Path | Encoder) -> None:
@@ -143,30 +131,15 @@ def check_name(model: str | Path | Encoder) -> None:
     Raises:
         InputError: There is no such file or published model.
     """
-    if not isinstance(model, Encoder) and str(model) not in PUBLISHED and not is_remote(str(model)):
-        find_file(model)
-
-
-def find_file(model: str | Path) -> Path:
-    """The file of a model that is not a published one, downloaded if need be.
-
-    Raises:
-        InputError: There is no such file.
-    """
-    if is_remote(str(model)):
-        remote = Remote(str(model))
-        if remote.cached() is None:
-            remote.fetch(read_weights)
-        return remote.cached() or remote.path
+    if isinstance(model, Encoder) or str(model) in PUBLISHED or is_remote(str(model)):
+        return
     path = _local(model)
     if not path.suffix and not os.path.exists(path):  # noqa: PTH110
         nearest = difflib.get_close_matches(str(model), PUBLISHED, n=1)
         advice = f"did you mean {nearest[0]}?" if nearest else "python -m spidr.models lists those"
-        raise InputError(
-            f"{model}: neither a file nor a published model; {advice}", guide="units.md#which-model-which-layer"
-        )
+        problem = f"{model}: neither a file nor a published model; {advice}"
+        raise InputError(problem, guide="units.md#which-model-which-layer")
     check_file(path)
-    return path
 
 
 def _local(model: str | Path) -> Path:
@@ -201,8 +174,11 @@ def _empty(cfg: DinoSRConfig) -> DinoSR:
         torch.set_default_dtype(default)
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Published models
+def _load_published(published: Published, check_hash: bool = False, progress: bool = True) -> Weights:
+    """Weights of a published model, downloaded unless they are in the cache and fit."""
+    model, read = _empty(published.cfg), load_fairseq_weights if published.fairseq else read_weights
+    remote = Remote(published.file, published.saved_as or published.file.rpartition("/")[2])
+    return remote.fetch(lambda path: fitting(model, read(path), path), check_hash=check_hash, progress=progress)
 
 
 def _entry_point(published: Published) -> Callable[..., DinoSR]:
@@ -241,15 +217,3 @@ globals().update({name: _entry_point(model) for name, model in PUBLISHED.items()
 
 def __getattr__(name: str) -> Callable[..., DinoSR]:  # for type checkers: the functions above
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def _load_published(published: Published, check_hash: bool = False, progress: bool = True) -> Weights:
-    """Weights of a published model, downloaded unless they are in the cache and fit."""
-    new = _empty(published.cfg)
-    read = load_fairseq_weights if published.fairseq else read_weights
-
-    def load(path: Path) -> Weights:
-        return fitting(new, read(path), path)
-
-    remote = Remote(published.file, published.saved_as or published.file.rpartition("/")[2])
-    return remote.fetch(load, check_hash=check_hash, progress=progress)

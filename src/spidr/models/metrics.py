@@ -56,7 +56,7 @@ def perplexity(y: Tensor, *, tokenwise: bool = False) -> Tensor:
     """
     import torch
 
-    from spidr.models.codebook import reduce_over_default_group
+    from spidr.models.codebook import all_reduce
 
     def perplexities(x: Tensor) -> Tensor:
         return torch.special.entr(x).sum(-1).exp()  # in nats: e to the nats is 2 to the bits
@@ -64,7 +64,7 @@ def perplexity(y: Tensor, *, tokenwise: bool = False) -> Tensor:
     y = y.to(torch.promote_types(y.dtype, torch.float32))
     values = perplexities(y).unsqueeze(1) if tokenwise else y
     total = torch.cat([values.sum(0), y.new_tensor([len(y)])])
-    reduce_over_default_group(total)
+    all_reduce(total)
     mean = total[:-1] / total[-1]
     return mean[0] if tokenwise else perplexities(mean)
 
@@ -161,13 +161,7 @@ def _count(
 
 
 def proba_phone_code(
-    data: Aligned,
-    *,
-    num_units: int,
-    num_phones: int,
-    only_active: bool,
-    frame_step: int = 20,
-    alignment_step: int = 10,
+    data: Aligned, *, num_units: int, num_phones: int, only_active: bool, frame_step: int = 20, alignment_step: int = 10
 ) -> tuple[Tensor, list[str], Tensor]:
     """P(phone | unit), ordered for a heat map with a diagonal (figure 10 of the SpidR paper).
 

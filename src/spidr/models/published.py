@@ -51,63 +51,30 @@ def _adapted(name: str, method: str, folder: str, step: int) -> Published:
     return Published(name, "spidr", about, file, _NON_COMMERCIAL, "SpidR-Adapt", 6, saved_as=saved_as)
 
 
-PUBLISHED: dict[str, Published] = {
-    model.name: model
-    for model in (
-        Published(
-            "spidr_base",
-            "spidr",
-            "SpidR base, trained on LibriSpeech (960 hours)",
-            f"{_META}/models/spidr_base.pt",
-            _NON_COMMERCIAL,
-            "arXiv 2512.20308",
-            6,
-        ),
-        Published(
-            "dinosr_base_reproduced",
-            "dinosr",
-            "DinoSR base as reproduced by SpidR's authors, trained on LibriSpeech (960 hours)",
-            f"{_META}/models/dinosr_base_reproduced.pt",
-            _NON_COMMERCIAL,
-            "arXiv 2512.20308",
-            5,
-        ),
-        Published(
-            "dinosr_base_original",
-            "dinosr",
-            "DinoSR base by its authors, trained on LibriSpeech (960 hours), converted from fairseq",
-            "https://data.csail.mit.edu/placesaudio/dinosr/dinosr.ckpt",
-            "its authors'",
-            "arXiv 2305.10005",
-            5,
-            settings={"encoder_qkv_bias": True},
-            fairseq=True,
-        ),
-        Published(
-            "spidr_vp20",
-            "spidr",
-            "SpidR base, trained on VoxPopuli in 20 languages",
-            "hf:coml/spidr-vp20/final.pt",
-            "see huggingface.co/coml/spidr-vp20",
-            "arXiv 2603.18612",
-            6,
-            saved_as="spidr_vp20.pt",
-        ),
-        Published(
-            "spidr_mmsulab",
-            "spidr",
-            "SpidR base, trained on MMS-ulab",
-            "hf:coml/spidr-mmsulab/final.pt",
-            "see huggingface.co/coml/spidr-mmsulab",
-            "arXiv 2603.18612",
-            5,
-            saved_as="spidr_mmsulab.pt",
-        ),
-        _adapted("spidr_adapt_multitask", "multi-task", "spidr_vp19lang", 400_000),
-        _adapted("spidr_adapt_reptile", "Reptile", "spidr_reptile_vp19lang", 200_000),
-        _adapted("spidr_adapt_foblo", "FOBLO", "spidr_foblo_vp19lang", 200_000),
-        _adapted("spidr_adapt_sl_multitask", "supervised, multi-task", "spidr_sl_vp19lang", 400_000),
-        _adapted("spidr_adapt_sl_reptile", "supervised, Reptile", "spidr_reptile_sl_vp19lang", 200_000),
-        _adapted("spidr_adapt_sl_foblo", "supervised, FOBLO", "spidr_foblo_sl_vp19lang", 200_000),
-    )
-}
+# fmt: off
+_MODELS = (
+    Published("spidr_base", "spidr", "SpidR base, trained on LibriSpeech (960 hours)",
+              f"{_META}/models/spidr_base.pt", _NON_COMMERCIAL, "arXiv 2512.20308", 6),
+    Published("dinosr_base_reproduced", "dinosr",
+              "DinoSR base as reproduced by SpidR's authors, trained on LibriSpeech (960 hours)",
+              f"{_META}/models/dinosr_base_reproduced.pt", _NON_COMMERCIAL, "arXiv 2512.20308", 5),
+    Published("dinosr_base_original", "dinosr",
+              "DinoSR base by its authors, trained on LibriSpeech (960 hours), converted from fairseq",
+              "https://data.csail.mit.edu/placesaudio/dinosr/dinosr.ckpt", "its authors'", "arXiv 2305.10005", 5,
+              settings={"encoder_qkv_bias": True}, fairseq=True),
+    Published("spidr_vp20", "spidr", "SpidR base, trained on VoxPopuli in 20 languages",
+              "hf:coml/spidr-vp20/final.pt", "see huggingface.co/coml/spidr-vp20", "arXiv 2603.18612", 6,
+              saved_as="spidr_vp20.pt"),
+    Published("spidr_mmsulab", "spidr", "SpidR base, trained on MMS-ulab",
+              "hf:coml/spidr-mmsulab/final.pt", "see huggingface.co/coml/spidr-mmsulab", "arXiv 2603.18612", 5,
+              saved_as="spidr_mmsulab.pt"),
+    _adapted("spidr_adapt_multitask", "multi-task", "spidr_vp19lang", 400_000),
+    _adapted("spidr_adapt_reptile", "Reptile", "spidr_reptile_vp19lang", 200_000),
+    _adapted("spidr_adapt_foblo", "FOBLO", "spidr_foblo_vp19lang", 200_000),
+    _adapted("spidr_adapt_sl_multitask", "supervised, multi-task", "spidr_sl_vp19lang", 400_000),
+    _adapted("spidr_adapt_sl_reptile", "supervised, Reptile", "spidr_reptile_sl_vp19lang", 200_000),
+    _adapted("spidr_adapt_sl_foblo", "supervised, FOBLO", "spidr_foblo_sl_vp19lang", 200_000),
+)
+# fmt: on
+
+PUBLISHED: dict[str, Published] = {model.name: model for model in _MODELS}

@@ -42,16 +42,12 @@ class SpidR(DinoSR):
 
     def __init__(self, cfg: SpidRConfig | None = None) -> None:
         super().__init__(cfg)
-        unused = (
-            self.student.layer_norm if self.cfg.encoder_layer_norm_first else self.student.layers[-1].final_layer_norm
-        )
+        student = self.student
+        unused = student.layer_norm if self.cfg.encoder_layer_norm_first else student.layers[-1].final_layer_norm
         unused.requires_grad_(False)
 
     def _ema_scheduler(self) -> Callable[[int], float]:
         cfg = self.cfg
         return partial(
-            exp_ema_scheduler,
-            start_decay=cfg.ema_start_decay,
-            timescale=cfg.ema_timescale,
-            threshold=cfg.ema_threshold,
+            exp_ema_scheduler, start_decay=cfg.ema_start_decay, timescale=cfg.ema_timescale, threshold=cfg.ema_threshold
         )

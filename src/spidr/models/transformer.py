@@ -25,6 +25,7 @@ from spidr.models.kernels import (
     through,
     through_gelu,
 )
+from spidr.models.long import first_input, is_long, run_block
 
 
 def frame_mask(x: Tensor, attention_mask: Tensor | None) -> Tensor | None:
@@ -160,16 +161,16 @@ class TransformerLayer(nn.Module):
         self.layer_norm_first = layer_norm_first
 
     def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Run the block.
+        """The block's output and its feed-forward output before the residual addition, both (B, T, D)."""
+        seen = self.layer_norm(x) if self.layer_norm_first else x
+        return self.after_attention(x + self.dropout(self.attention(seen, attention_mask=attention_mask)))
 
-        Returns:
-            The block's output and its feed-forward output before the residual addition, both (B, T, D).
-        """
+    def after_attention(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The block's outputs, given the sum of its input and its attention; each frame on its own."""
         if self.layer_norm_first:
-            x = x + self.dropout(self.attention(self.layer_norm(x), attention_mask=attention_mask))
             forwarded = self.feed_forward(self.final_layer_norm(x))
             return x + self.dropout(forwarded), forwarded
-        x = self.layer_norm(x + self.dropout(self.attention(x, attention_mask=attention_mask)))
+        x = self.layer_norm(x)
         forwarded = self.feed_forward(x)
         return self.final_layer_norm(x + self.dropout(forwarded)), forwarded
 
@@ -220,15 +221,7 @@ class Transformer(nn.Module):
         return cls(layers, positions, cfg.encoder_dropout, cfg.encoder_layer_drop, layer_norm_first=not norm_first)
 
     def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Encode projected features.
-
-        Args:
-            x: (B, T, D).
-            attention_mask: See the module.
-
-        Returns:
-            The final output, (B, T, D): the last block's, after the final LayerNorm in the pre-norm model.
-        """
+        """The final output, (B, T, D): the last block's, after the final LayerNorm in the pre-norm model."""
         return self.finish(self._run(x, attention_mask, range(len(self.layers), len(self.layers)))[0])
 
     def get_intermediate_outputs(
@@ -246,8 +239,8 @@ class Transformer(nn.Module):
             x: Projected features, (B, T, D).
             attention_mask: See the module.
             num_layers: How many blocks to run.
-            before_residual: Give each block's feed-forward output before the residual addition, as the heads and the
-                teacher's targets use it, instead of the block's full output.
+            before_residual: Give each block's feed-forward output before the residual addition, as SpidR's heads and
+                the teacher's targets use it, instead of the block's full output.
             skip: How many of the first outputs to leave out of the list, and of memory.
 
         Returns:
@@ -265,10 +258,14 @@ class Transformer(nn.Module):
         self, x: Tensor, attention_mask: Tensor | None, kept: range, *, before_residual: bool = True
     ) -> tuple[Tensor, list[Tensor]]:
         """Run the blocks up to the last of ``kept``: the residual stream after them, and the outputs of those kept."""
-        x = self.dropout(self.start(x, self.pos_conv_embed(x, attention_mask)))
+        in_pieces = is_long(self, x)
+        if in_pieces:
+            x = first_input(self, x, attention_mask)
+        else:
+            x = self.dropout(self.start(x, self.pos_conv_embed(x, attention_mask)))
         outputs = []
         for i, layer in enumerate(self.layers[: kept.stop]):
-            output, forwarded = layer(x, attention_mask)
+            output, forwarded = run_block(layer, x, attention_mask) if in_pieces else layer(x, attention_mask)
             if i >= kept.start:
                 outputs.append(forwarded if before_residual else output)
             if self.training and self.layer_drop > 0:

@@ -6,13 +6,7 @@ from spidr.models.dinosr import DinoSR
 from spidr.models.hub import build_model, dinosr_base_original, dinosr_base_reproduced, spidr_base
 from spidr.models.spidr import SpidR
 
-__all__ = [
-    "build_model",
-    "dinosr_base_original",
-    "dinosr_base_reproduced",
-    "model_from_raw_checkpoint",
-    "spidr_base",
-]
+__all__ = ["build_model", "dinosr_base_original", "dinosr_base_reproduced", "model_from_raw_checkpoint", "spidr_base"]
 
 
 def model_from_raw_checkpoint(model_class: type[DinoSR], config_class: type, ckpt: str | Path) -> DinoSR:  # noqa: ARG001

@@ -8,11 +8,11 @@ import json
 import logging
 import os
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +26,6 @@ from spidr.tools.untrusted import read_table
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
 SAFETENSORS = ".safetensors"
 HOLDERS = ("model", "state_dict", "model_state_dict")
 """Keys under which others' files hold their weights, if not at the top."""
@@ -37,10 +35,8 @@ ANCHOR = "mask_embedding"
 """The weight that every model has at its top."""
 LARGEST = 1e10
 """Larger weights come from a run that has diverged."""
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Reading
+CHECKSUM = "sha256"
+"""Where the header of a safetensors file has the checksum of its weights and metadata."""
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
@@ -56,13 +52,13 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     Raises:
         InputError: The file is missing, truncated or no checkpoint, or its checksum is wrong.
     """
-    if Path(path).suffix == SAFETENSORS:
-        return guarded(path, lambda: plain_names(_read_safetensors(path)))
-    return guarded(path, lambda: plain_names(_state_dict(read_tensors(path))))
+    with guarded(path):
+        if Path(path).suffix == SAFETENSORS:
+            return _plain_names(_read_safetensors(path))
+        return _plain_names(_state_dict(read_tensors(path)))
 
 
 def _state_dict(document: Any) -> dict[str, Tensor]:
-    """The weights in a file's content."""
     while isinstance(document, dict) and (key := next((k for k in HOLDERS if isinstance(document.get(k), dict)), None)):
         document = document[key]
     if not isinstance(document, dict) or not any(isinstance(value, (Tensor, Inert)) for value in document.values()):
@@ -70,12 +66,8 @@ def _state_dict(document: Any) -> dict[str, Tensor]:
     return {str(name): check_plain(value, str(name)) for name, value in document.items()}
 
 
-def plain_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights under the model's own names, without those of wrappers and of larger models around it.
-
-    Raises:
-        ValueError: There are several models.
-    """
+def _plain_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights under the model's own names, without those of wrappers and of larger models around it."""
     renamed = {".".join(part for part in name.split(".") if part not in WRAPPERS): name for name in weights}
     prefixes = {name.removesuffix(ANCHOR) for name in renamed if f".{name}".endswith(f".{ANCHOR}")} or {""}
     if len(renamed) < len(weights) or ("" not in prefixes and len(prefixes) > 1):
@@ -84,11 +76,12 @@ def plain_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {ours.removeprefix(prefix): weights[theirs] for ours, theirs in renamed.items()}
 
 
-def guarded(path: str | Path, load: Callable[[], T]) -> T:
-    """Call a function that reads a file. A broken file can make it fail in any way; each becomes an InputError."""
+@contextmanager
+def guarded(path: str | Path) -> Iterator[None]:
+    """Turn any error that a broken file causes into an InputError."""
     check_file(path)
     try:
-        return load()
+        yield
     except InputError:
         raise
     except OSError as error:
@@ -102,7 +95,7 @@ def guarded(path: str | Path, load: Callable[[], T]) -> T:
 
 
 def recorded_config(path: str | Path, model_type: str | None = None) -> DinoSRConfig | None:
-    """The model's configuration, from a safetensors header or the ``config.json`` beside the file.
+    """Read the model's configuration from a safetensors header or the ``config.json`` beside the file.
 
     Args:
         path: The checkpoint; its weights are not read.
@@ -115,22 +108,24 @@ def recorded_config(path: str | Path, model_type: str | None = None) -> DinoSRCo
         InputError: The file is wrong, or names another model type or none.
     """
     if Path(path).suffix == SAFETENSORS and (cfg := _config_in_header(path)) is not None:
-        return _of_type(cfg, model_type, path)
+        return of_type(cfg, model_type, path)
     beside = Path(path).parent / "config.json"
     if not beside.exists():
         return None
     document = read_table(beside)
     if "spidr_type" in document:  # our export to transformers
-        document = {"model_type": document["spidr_type"], "model": document.get("settings")}
-    if "run" not in document and "model" not in document:  # the bare model table
-        return model_config(type_needed(model_type, beside), document, source=str(beside))
-    run = document.get("run") or document
-    recorded_type = run.get("model_type") if isinstance(run, dict) else None
-    recorded_type = recorded_type or type_needed(model_type, beside)
-    return _of_type(model_config(recorded_type, document.get("model") or {}, source=str(beside)), model_type, beside)
+        recorded, table = document["spidr_type"], document.get("settings")
+    elif "run" in document or "model" in document:
+        run = document.get("run") or document
+        recorded, table = run.get("model_type") if isinstance(run, dict) else None, document.get("model")
+    else:  # the bare model table
+        recorded, table = None, document
+    cfg = model_config(recorded or type_needed(model_type, beside), table or {}, source=str(beside))
+    return of_type(cfg, model_type, beside)
 
 
-def _of_type(cfg: DinoSRConfig, model_type: str | None, source: str | Path) -> DinoSRConfig:
+def of_type(cfg: DinoSRConfig, model_type: str | None, source: str | Path) -> DinoSRConfig:
+    """Refuse a configuration of another model type than was asked for, if one was."""
     if model_type not in (None, type_of(cfg)):
         raise InputError(f"{source}: the model is of type {type_of(cfg)!r}, asked for was {model_type!r}")
     return cfg
@@ -142,19 +137,11 @@ def type_of(cfg: DinoSRConfig) -> str:
 
 
 def type_needed(model_type: str | None, source: str | Path | None) -> str:
-    """Return the model type.
-
-    Raises:
-        InputError: It is None.
-    """
+    """Refuse None as a model type."""
     if model_type is None:
         where = f"{source}: this file does not tell which model it is: " if source else ""
         raise InputError(f"{where}model_type is needed: 'spidr' or 'dinosr' (--model-type on the command line)")
     return model_type
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Into a model
 
 
 def load_into(model: nn.Module, weights: Mapping[str, Tensor], source: str | Path) -> None:
@@ -173,40 +160,32 @@ def load_into(model: nn.Module, weights: Mapping[str, Tensor], source: str | Pat
 
 
 def fitting(model: nn.Module, weights: Mapping[str, Tensor], source: str | Path) -> dict[str, Tensor]:
-    """Check weights as :func:`load_into` does, and return those that the model needs.
-
-    Args:
-        model: The model, perhaps on the meta device.
-        weights: Name → tensor.
-        source: Where the weights come from, for messages.
-    """
+    """Pick the weights that a model needs, and check them as :func:`load_into` does. It may be on the meta device."""
     expected = model.state_dict()
-    unknown, parts = [name for name in weights if name not in expected], {name.partition(".")[0] for name in expected}
-    problems = [
-        *_few("missing", [name for name in expected if name not in weights]),
-        *_few("unknown", [name for name in unknown if name.partition(".")[0] in parts]),
-        *_few(
-            "of another shape",
-            [
-                f"{name} (found {tuple(weights[name].shape)}, expected {tuple(value.shape)})"
-                for name, value in expected.items()
-                if name in weights and weights[name].shape != value.shape
-            ],
-        ),
-    ]
-    foreign = _few("of no part of the model", [name for name in unknown if name.partition(".")[0] not in parts])
-    if problems:
-        raise InputError(
-            f"{source}: not the weights of this {type(model).__name__}: {'; '.join([*problems, *foreign])}"
-        )
+    parts = {name.partition(".")[0] for name in expected}
+    unknown = [name for name in weights if name not in expected]
+    foreign = [name for name in unknown if name.partition(".")[0] not in parts]
+    shapes = {name: (tuple(weights[name].shape), tuple(x.shape)) for name, x in expected.items() if name in weights}
+    problems = {
+        "missing": [name for name in expected if name not in weights],
+        "unknown": [name for name in unknown if name.partition(".")[0] in parts],
+        "of another shape": [
+            f"{name} (found {has}, expected {needs})" for name, (has, needs) in shapes.items() if has != needs
+        ],
+    }
+    if any(problems.values()):
+        problems["of no part of the model"] = foreign
+        named = "; ".join(f"{what}: {some(names)}" for what, names in problems.items() if names)
+        raise InputError(f"{source}: not the weights of this {type(model).__name__}: {named}")
     found = {name: weights[name] for name in expected}
     largest = {name: _largest(value) for name, value in found.items()}
-    if wrong := _few("weights that are not finite", [name for name, value in largest.items() if not value < torch.inf]):
-        raise InputError(f"{source}: {wrong[0]}. Use a checkpoint from before the run diverged.")
+    if wrong := [name for name, value in largest.items() if not value < torch.inf]:
+        remedy = "Use a checkpoint from before the run diverged."
+        raise InputError(f"{source}: weights that are not finite: {some(wrong)}. {remedy}")
     if foreign:
-        logger.warning("%s: left out: %s", source, foreign[0])
-    if huge := _few(f"weights above {LARGEST:g}", [name for name, value in largest.items() if value > LARGEST]):
-        logger.warning("%s: %s. Has this run diverged?", source, huge[0])
+        logger.warning("%s: left out: of no part of the model: %s", source, some(foreign))
+    if huge := [name for name, value in largest.items() if value > LARGEST]:
+        logger.warning("%s: weights above %g: %s. Has this run diverged?", source, LARGEST, some(huge))
     return found
 
 
@@ -218,24 +197,13 @@ def _largest(value: Tensor) -> float:
     return float(torch.maximum(-low, high))
 
 
-def _few(what: str, names: list[str]) -> list[str]:
-    return [f"{what}: {some(names)}"] if names else []
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# safetensors: weights without code, with configuration and checksum in the header
-
-CHECKSUM = "sha256"
-
-
 def to_safetensors(weights: Mapping[str, Tensor], cfg: DinoSRConfig, **more: str) -> bytes:
     """Serialise weights with their configuration, further strings and a checksum of it all."""
-    _library()
-    from safetensors.torch import save
-
+    with needs_extra("export"):
+        import safetensors.torch
     tensors = {name: value.detach().contiguous() for name, value in weights.items()}
     metadata = {"format": "pt", "model_type": type_of(cfg), "model": json.dumps(asdict(cfg)), **more}
-    return save(tensors, metadata | {CHECKSUM: checksum(tensors, metadata)})
+    return safetensors.torch.save(tensors, metadata | {CHECKSUM: checksum(tensors, metadata)})
 
 
 def checksum(weights: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
@@ -248,7 +216,7 @@ def checksum(weights: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
 
 
 def _read_safetensors(path: str | Path) -> dict[str, Tensor]:
-    with _library().safe_open(os.fspath(path), framework="pt") as file:
+    with _open_safetensors(path) as file:
         metadata = file.metadata() or {}
         weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
     recorded = metadata.pop(CHECKSUM, None)
@@ -260,8 +228,8 @@ def _read_safetensors(path: str | Path) -> dict[str, Tensor]:
 
 
 def _config_in_header(path: str | Path) -> DinoSRConfig | None:
-    def read() -> DinoSRConfig | None:
-        with _library().safe_open(os.fspath(path), framework="pt") as file:
+    with guarded(path):
+        with _open_safetensors(path) as file:
             metadata = file.metadata() or {}
         if not {"model_type", "model"} <= metadata.keys():
             return None
@@ -270,10 +238,8 @@ def _config_in_header(path: str | Path) -> DinoSRConfig | None:
             raise InputError(f"{path}: 'model' in the header is not a table")
         return model_config(metadata["model_type"], table, source=str(path))
 
-    return guarded(path, read)
 
-
-def _library() -> ModuleType:
+def _open_safetensors(path: str | Path) -> Any:
     with needs_extra("export"):
-        import safetensors
-    return safetensors
+        from safetensors import safe_open
+    return safe_open(os.fspath(path), framework="pt")

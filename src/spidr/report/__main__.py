@@ -16,18 +16,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         description="A run on one page, with its figures as PNG.",
         example="python -m spidr.report runs/quickstart/spidr",
     )
-    parser.add_argument("run", type=Path, help="run folder")
-    parser.add_argument("--output", type=Path, help="folder for index.html and the PNGs (default: RUN/report)")
-    parser.add_argument(
-        "--set", dest="group", help="validation set of which units are shown (default: the first aligned)"
-    )
-    parser.add_argument(
-        "--layer", type=int, metavar="N", help="of the heat map, counted from 1 (default: the one of the best PNMI)"
-    )
-    parser.add_argument(
-        "--max-minutes", type=float, default=30.0, metavar="MINUTES", help="audio to encode at most (default: 30)"
-    )
-    parser.add_argument("--device", **DEVICE)
+    add = parser.add_argument
+    add("run", type=Path, help="run folder")
+    add("--output", type=Path, help="folder for index.html and the PNGs (default: RUN/report)")
+    add("--set", dest="group", help="validation set of which units are shown (default: the first aligned)")
+    add("--layer", type=int, metavar="N", help="of the heat map, counted from 1 (default: the one of the best PNMI)")
+    add("--max-minutes", type=float, default=30.0, metavar="MINUTES", help="audio to encode at most (default: 30)")
+    add("--device", **DEVICE)
     args = vars(parser.parse_args(argv))
     with needs_extra("train,plot"):
         from spidr.report.contents import make_report

@@ -27,11 +27,7 @@ from spidr.tools.files import atomic_write, make_folder
 from spidr.tools.metrics import Line, read_metrics
 from spidr.validate import encode_rows, frame_step, load_trained, phones_of_rows
 
-SHOWN_SECONDS = 3.0
-"""How much of the utterance is shown."""
-
-LARGEST = 1e100
-"""No axis can be drawn for a step or value beyond it."""
+LARGEST = 1e100  # no axis can be drawn for a step or value beyond it
 
 PER_STEP = {
     "Gradient norm": "grad_norm",
@@ -227,7 +223,7 @@ class Report:
             self.add(drawn, "Probability of each phone given each unit")
         # One of middling length shows speech rather than a single word.
         row = sorted(units, key=dataset.lengths.__getitem__)[len(units) // 2]
-        waveform = dataset[row][: int(SHOWN_SECONDS * SAMPLE_RATE)]
+        waveform = dataset[row][: 3 * SAMPLE_RATE]
         shown = len(waveform) / SAMPLE_RATE
         self.page.heading("One utterance", "Units should change where phones do. Listen to it:")
         self.page.sound(waveform.numpy(), SAMPLE_RATE)

@@ -25,11 +25,7 @@ PAGE_COLOURS = {INK: "--ink", MUTED: "--muted", GRID: "--grid"} | {c: f"--s{i}" 
 BLUES = LinearSegmentedColormap.from_list("blues", [(0.13, 0.55, 0.9, 0.0), (0.13, 0.55, 0.9, 1.0)])
 """From nothing to blue, so that the page shows through where there is nothing."""
 
-LETTERS = 165
-"""How many letters of the smallest size there is room for across the figure of an utterance."""
-
-Curves = Mapping[str, tuple[Sequence[float], Sequence[float]]]
-"""Name → steps and values."""
+Curves = Mapping[str, tuple[Sequence[float], Sequence[float]]]  # name → steps and values
 
 STYLE: dict[Any, Any] = {
     **dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), "none"),
@@ -80,17 +76,14 @@ def _for_page(svg: str, name: str) -> str:
     return svg
 
 
-Band = tuple[Sequence[float], Sequence[float], Sequence[float]]
-"""Steps, and between what values all is well there."""
+Band = tuple[Sequence[float], Sequence[float], Sequence[float]]  # steps, and between what values all is well there
 
 
 def curves(name: str, panels: Mapping[str, Curves], bands: Mapping[str, Band] | None = None) -> Drawn:
     """Draw lines over steps, one panel beside the other.
 
-    Args:
-        name: Of the figure.
-        panels: Title → curves. A panel of one curve has no legend, and panels of the same curves share one.
-        bands: Title → what lies behind the curves.
+    A panel of one curve has no legend, and panels of the same curves share one. ``bands`` lie behind a panel's
+    curves.
     """
     columns, bands = min(len(panels), 3), bands or {}
     lines = -(-len(panels) // columns)
@@ -180,7 +173,7 @@ def _intervals(ax: Axes, intervals: Sequence[tuple[Any, float, float]], duration
     ax.spines["left"].set_visible(False)
     for i, (label, start, end) in enumerate(intervals):
         ax.axvspan(start, end, facecolor=colour, alpha=0.10 if i % 2 else 0.25, linewidth=0)
-        room = (end - start) / duration * LETTERS
+        room = (end - start) / duration * 165  # letters of the smallest size across the figure
         if room >= 1:  # short ones from bottom to top
             fits = room >= len(str(label))
             place: dict[str, Any] = {"ha": "center", "va": "center", "clip_on": True, "rotation": 0 if fits else 90}

@@ -22,8 +22,8 @@ def run_task(folder: Path) -> int:
     """Run this task's call, and return its exit status: 0, or 2 after wrong input.
 
     Raises:
-        SystemExit: With status 75 to requeue the job. Only the first task ends with it, since srun kills the others
-            after the first status other than 0.
+        SystemExit: With status 75 to requeue the job. Only the first task ends with it, since srun stops the others
+            after the first status other than 0; and not if it was stopped because another one has failed.
         Exception: What the call raises.
     """
     import cloudpickle
@@ -45,23 +45,32 @@ def run_task(folder: Path) -> int:
         aside.write_bytes(cloudpickle.dumps((status, result)))
         aside.replace(folder / job / f"{job}_{rank}_result.pkl")
 
+    failed = folder / job / f".failed_{environ.get('SLURM_RESTART_COUNT', 0)}"
     with lasting_stderr():
         try:
-            submitted = DelayedSubmission.load(call)
-            for number in SIGNALS:
-                signal.signal(number, _stop)
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-            write_down("success", submitted.result())
+            try:
+                submitted = DelayedSubmission.load(call)
+                for number in SIGNALS:
+                    signal.signal(number, _stop)
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+                result = submitted.result()
+            finally:
+                for number in SIGNALS:  # one that comes while this process ends must not change its status
+                    signal.signal(number, signal.SIG_IGN)
+            write_down("success", result)
         except SystemExit as end:
-            if end.code != PREEMPTED:
-                raise
-            for number in SIGNALS:  # one that kills this process while it ends would change the status of the job
-                signal.signal(number, signal.SIG_IGN)
-            if rank != "0":
-                return 0
-            sys.stderr.write(f"{end}\n")
+            if end.code == PREEMPTED:
+                if rank != "0":
+                    return 0
+                if failed.exists():
+                    sys.stderr.write("stopped, since another task has failed\n")
+                    return 1
+                sys.stderr.write(f"{end}\n")
+            elif end.code:
+                failed.touch()
             raise
         except Exception as error:
+            failed.touch()
             write_down("error", traceback.format_exc())
             if not isinstance(error, InputError):
                 raise

@@ -12,12 +12,10 @@ KEYS = ("time", "cpus_per_task", "mem_per_gpu", "constraint", "partition", "qos"
 
 
 def default_train_job_config(cluster_name: str | None) -> dict[str, Any]:
-    """The SLURM settings of a cluster; none if ``cluster_name`` is None.
+    """The SLURM settings of a cluster; none without a name.
 
     ``$SPIDR_CLUSTERS_FILE`` (default ``~/.config/spidr/clusters.toml``) overrides the package's ``clusters.toml``.
-
-    Raises:
-        InputError: No file has a table of that name, or it has a wrong setting.
+    Raises InputError if no file has a table of that name, or it has a wrong setting.
     """
     if not cluster_name:
         return {}

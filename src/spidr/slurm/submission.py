@@ -17,11 +17,8 @@ from spidr.slurm.code import PACKAGE
 from spidr.tools.errors import InputError
 from spidr.tools.programs import run_program
 
-Call = tuple[Callable[..., object], Sequence[Any]]
-"""A function and its positional arguments."""
-
-LIMIT = 60.0
-"""Seconds to wait for a busy controller."""
+Call = tuple[Callable[..., object], Sequence[Any]]  # a function and its positional arguments
+LIMIT = 60.0  # seconds to wait for a busy controller
 
 SCRIPT = """\
 #!/bin/bash
@@ -30,6 +27,9 @@ trap : TERM USR1 USR2
 mkdir -p {folder}/"{job}"
 {srun}
 status=$?
+if [[ $status =~ ^1(38|40|43)$ && ! -e {folder}/"{job}"/.failed_${{SLURM_RESTART_COUNT:-0}} ]]; then
+  status=75  # a signal came while Python started
+fi
 for pause in 0 5 5 5 5 5 5 5 5 5; do
   [ "$status" = 75 ]{limit} || break
   sleep "$pause"

@@ -9,11 +9,8 @@ logger = logging.getLogger(__name__)
 class CollapseWatch:
     """Warns, once for each codebook until it recovers, that only few of its codewords stay in use.
 
-    Args:
-        share: A codebook is narrow in a step if fewer of its codewords than this share get a frame. In a step with
-            fewer frames than codewords, the share is of the frames.
-        steps: How many steps in a row a codebook must be narrow.
-        size: Codewords of a codebook.
+    A codebook of ``size`` codewords is narrow in a step if a smaller share than ``share`` of them gets a frame (with
+    fewer frames than codewords, of the frames). ``steps`` narrow steps in a row are a collapse.
     """
 
     def __init__(self, share: float, steps: int, size: int) -> None:

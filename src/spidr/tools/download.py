@@ -31,13 +31,11 @@ def is_remote(address: str) -> bool:
 
 @dataclass(frozen=True)
 class Remote:
-    """A file on a web server or on the Hugging Face hub.
+    """A file on a web server or on the Hugging Face hub: ``https://…`` or ``hf:OWNER/NAME/FILE``.
 
-    Attributes:
-        address: ``https://…`` or ``hf:OWNER/NAME/FILE``. The latter go to ``huggingface_hub``'s cache if that is
-            installed, all others to torch.hub's folder.
-        saved_as: Its name in torch.hub's folder. Empty: it gets a subfolder, since many files have the same name,
-            together with the ``config.json`` beside it, if there is one.
+    The latter go to ``huggingface_hub``'s cache if that is installed, all others to torch.hub's folder, under the
+    name ``saved_as``. Without one, the file gets a subfolder, since many have the same name, together with the
+    ``config.json`` beside it, if there is one.
     """
 
     address: str
@@ -79,12 +77,9 @@ class Remote:
         return None
 
     def fetch(self, read: Callable[[Path], T], *, check_hash: bool = False, progress: bool = True) -> T:
-        """Read the file, after downloading it unless it is cached and readable; keep only what can be read.
+        """Read the file, after downloading it unless it is cached and readable; keep only what ``read`` can read.
 
-        Args:
-            read: Reads and checks it.
-            check_hash: Whether to compare a download with the hash in its name, if any, as torch.hub does.
-            progress: Show a progress bar on stderr.
+        ``check_hash`` compares a download with the hash in its name, if any, as torch.hub does.
 
         Raises:
             InputError: It cannot be downloaded or read. The message says where to put it by hand.

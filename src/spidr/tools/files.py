@@ -20,8 +20,6 @@ logger = logging.getLogger(__name__)
 
 _count = itertools.count()
 _TEMPORARY = re.compile(r"\.spidr-([0-9a-f]*)-(\d+)-(\d*)-\d+\.tmp")
-_OLD = 24 * 3600
-"""Age in seconds at which a temporary file of another machine counts as left behind."""
 
 _REMEDIES = {
     **dict.fromkeys(
@@ -127,7 +125,8 @@ def remove_unfinished(folder: Path) -> None:
             continue
         with suppress(OSError):
             alive = Process(found[1], int(found[2]), found[3]).is_alive()
-            if alive is False or (alive is None and time.time() - path.stat().st_mtime > _OLD):
+            # What another machine left counts as left behind after a day.
+            if alive is False or (alive is None and time.time() - path.stat().st_mtime > 86_400):
                 path.unlink()
 
 
@@ -172,9 +171,11 @@ def _rename(aside: Path, path: Path) -> None:
 
 
 def _disk_error(error: BaseException | None) -> OSError | None:
-    """The error of the file system behind an error: torch.save raises another one, about its archive."""
-    while error is not None and not isinstance(error, OSError):
-        if isinstance(error, InputError) or not isinstance(error, Exception):
-            return None  # already says what is wrong, or is no error
+    """The error of the file system behind an error: torch.save raises one about its archive, polars one of its own."""
+    while isinstance(error, Exception) and not isinstance(error, InputError):  # which says already what is wrong
+        if number := re.search(r"\(os error (\d+)\)", str(error)):
+            return OSError(int(number[1]), os.strerror(int(number[1])))
+        if isinstance(error, OSError):
+            return error
         error = error.__cause__ or error.__context__
-    return error
+    return None

@@ -14,20 +14,14 @@ LOSS: dict[int, tuple[float, float]] = {
 }
 """Step → the lowest and highest validation loss, on dev-clean and dev-other, mean over the codebooks."""
 
-TARGET_PERPLEXITY = (165.0, 203.0)
-"""At step 2,500, lowest and highest of the codebooks."""
-
 ACTIVE_CODEWORDS = (191, 223)
 """Of 256, lowest and highest of the codebooks: decided by step 2,500. The others are dead for the whole training."""
 
 BASE = {"encoder_num_layers": 12, "encoder_embed_dim": 768, "num_codebooks": 8, "codebook_size": 256}
 """What the published runs' models have in common."""
 
-DECIDED = 2_500
-"""The step by which the codebooks are decided."""
-
-MARGIN = 0.15
-"""How far outside the published range still counts as like it, as a share."""
+DECIDED = 2_500  # the step by which the codebooks are decided
+MARGIN = 0.15  # how far outside the published range still counts as like it, as a share
 
 
 def is_base(model: object) -> bool:
@@ -44,10 +38,7 @@ def expected_loss(step: float) -> tuple[float, float]:
 def unlike_published(step: int, loss: float | None, active: Sequence[float] = ()) -> str:
     """Say how a run of the base model differs from the published ones at a step; empty if it does not.
 
-    Args:
-        step: Of the optimiser.
-        loss: Validation loss, if it was measured.
-        active: Active codewords of each codebook on a validation set, if they were counted.
+    ``loss`` is on a validation set; ``active`` are the active codewords of each codebook there, if counted.
     """
     said = []
     if loss is not None and step >= DECIDED:

@@ -17,13 +17,8 @@ from spidr.tools.errors import InputError
 def lazy_names(package: str, here: str = "", **modules: str) -> tuple[Callable[[str], Any], list[str]]:
     """Offer names of a package's modules, and the modules, in the package itself; they are imported on first use.
 
-    Args:
-        package: Its ``__name__``.
-        here: Names that the package defines itself, separated by blanks.
-        modules: Module → its public names, separated by blanks.
-
-    Returns:
-        The package's ``__getattr__`` and its ``__all__``, which ``dir`` then lists.
+    ``modules`` maps each module to its public names, separated by blanks; ``here`` are those that the package defines
+    itself. Returns the package's ``__getattr__`` and its ``__all__``, which ``dir`` then lists.
     """
     module_of = {name: module for module, names in modules.items() for name in names.split()}
 

@@ -9,7 +9,7 @@ import socket
 import threading
 import time
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
@@ -19,14 +19,9 @@ from spidr.tools.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-BEAT = 5.0
-"""Seconds between two signs of life of an owner."""
-
-SILENCE = 60.0
-"""Seconds without one after which an owner on another machine counts as dead."""
-
-PATIENCE = 120.0
-"""Seconds to wait for a predecessor of the same SLURM job or torchrun that is still ending."""
+BEAT = 5.0  # seconds between two signs of life of an owner
+SILENCE = 60.0  # seconds without one after which an owner on another machine counts as dead
+PATIENCE = 120.0  # seconds to wait for a predecessor of the same SLURM job or torchrun that is still ending
 
 
 @dataclass(frozen=True)
@@ -94,18 +89,15 @@ class Owner:
 
 
 _UNKNOWN = Owner("an unknown machine", Process("", 0, ""), "", "an unknown time", "")
+_NAMELESS = replace(_UNKNOWN, host="a machine that it did not get to name")
 
 
 class Lock:
-    """A lock on a folder or file, held inside a ``with`` block.
+    """A lock on an existing folder, or on a file in one, held inside a ``with`` block.
 
     It is a small hidden file beside the file, or in the folder, which says who holds it and is touched every few
-    seconds. It works across machines on a shared file system and compares no clocks.
-
-    Args:
-        target: An existing folder, or a file, which need not exist, in an existing folder.
-        doing: What the owner does, for the message: "is training in this folder".
-        patience: Seconds to wait for a living owner, for locks that are held briefly.
+    seconds. It works across machines on a shared file system and compares no clocks. ``doing`` is what the owner
+    does, for the message ("is training in this folder"), and ``patience`` the seconds to wait for a living one.
 
     Raises:
         InputError: On entering, if another process holds the lock or the folder cannot be written to.
@@ -166,7 +158,8 @@ class Lock:
             seen, beat = owner, new_beat
             alive = owner.process.is_alive()
             if alive is None:
-                alive = False if now - since > SILENCE else moves or None
+                silence = 2 * BEAT if owner == _NAMELESS else SILENCE
+                alive = False if now - since > silence else moves or None
             if alive is False:
                 if self._take_over(owner, stuck=now - since > 2 * SILENCE):
                     logger.warning("%s: taken over from %s, which is gone", self.target, owner)
@@ -217,11 +210,12 @@ class Lock:
     def _read(self) -> tuple[Owner, int]:
         """The owner, and a number that changes with each sign of life."""
         with self.path.open("rb") as file:  # opening asks the file server, where stat may not
+            text = file.read(10_000)
             try:
-                fields = json.loads(file.read(10_000))
+                fields = json.loads(text)
                 owner = Owner(**fields | {"process": Process(**fields["process"])})
             except (ValueError, TypeError, KeyError):
-                owner = _UNKNOWN
+                owner = _UNKNOWN if text else _NAMELESS
             return owner, os.fstat(file.fileno()).st_mtime_ns
 
     def _beat(self) -> None:

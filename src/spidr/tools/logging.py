@@ -9,8 +9,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-FILE_ONLY = {"file_only": True}
-"""The ``extra`` of a log line that is on standard error in another form."""
+FILE_ONLY = {"file_only": True}  # the `extra` of a log line that is on standard error in another form
 
 FORMAT = "%(asctime)s %(levelname)s {who}%(message)s"
 
@@ -37,14 +36,8 @@ class _LogFile(logging.FileHandler):
 def run_log(rank: int, processes: int = 1) -> Iterator[Callable[[Path], None]]:
     """Log the package's messages on standard error inside the block: all on rank 0, only warnings elsewhere.
 
-    The root logger is not touched, and the package's logger is as before at the end.
-
-    Args:
-        rank: This process.
-        processes: How many there are; if several, each line names its own.
-
-    Returns:
-        A function that opens a log file, which gets everything, including what came before.
+    Of several processes, each names itself in its lines. The root logger is not touched, and the package's logger is as
+    before at the end. Returns a function that opens a log file, which gets everything, including what came before.
     """
     package = logging.getLogger("spidr")
     who = f"[rank {rank}] " if processes > 1 else ""

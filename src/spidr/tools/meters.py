@@ -28,12 +28,9 @@ Values = dict[str, list[float]]
 
 
 class Interval:
-    """The steps since the last line of metrics, as sums that a checkpoint can hold.
+    """The steps since the last line of metrics, as sums that a checkpoint can hold: name → (sum, number of steps).
 
-    Args:
-        cls: The dataclass that says how fields are combined.
-        layers: Names of the codebooks' layers.
-        sums: Those of another one: name → (sum, number of steps).
+    The dataclass ``cls`` says how fields are combined; ``layers`` are those of the codebooks.
     """
 
     def __init__(self, cls: type, layers: Sequence[str], sums: dict[str, list[float]] | None = None) -> None:

@@ -49,10 +49,8 @@ def _is_line(line: Any) -> bool:
 class MetricsFile:
     """Appends lines to ``metrics.jsonl``, each once.
 
-    Args:
-        path: The file.
-        step: The step that the run resumes from. Lines of later steps are removed: they will be written again.
-        again: Step and group of another such line.
+    Lines after ``step``, from which the run resumes, and that of the step and group ``again`` are removed: they will
+    be written again.
     """
 
     def __init__(self, path: Path, step: int, again: tuple[int, str] | None = None) -> None:

@@ -22,14 +22,12 @@ from spidr.tools.logging import FILE_ONLY
 
 logger = logging.getLogger(__name__)
 
-BEAT = 1.0
-"""Seconds between two signs of life."""
+BEAT = 1.0  # seconds between two signs of life
 
 SILENCE = 30.0
 """Seconds without a sign of life after which a process counts as dead; ``5 * BEAT`` once something has gone wrong."""
 
-GRACE = 10.0
-"""Seconds that a process has to end by itself once it is known that the run cannot continue."""
+GRACE = 10.0  # seconds that a process has to end by itself once it is known that the run cannot continue
 
 
 @dataclass(frozen=True)
@@ -42,27 +40,6 @@ class Cause:
     text: str
 
 
-def connect(rank: int, timeout: timedelta, *, serve: bool = False) -> Any:
-    """Connect to the store at which all processes of the run meet, at ``$MASTER_ADDR:$MASTER_PORT``.
-
-    Args:
-        rank: This process.
-        timeout: How long the process that serves the store may take to start.
-        serve: Serve it, if this is rank 0 and no launcher does.
-
-    Raises:
-        RuntimeError: Nobody answers there, or the port is taken.
-    """
-    serve = serve and rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    return dist.TCPStore(  # type: ignore[attr-defined]
-        os.environ["MASTER_ADDR"],
-        int(os.environ["MASTER_PORT"]),
-        is_master=serve,
-        timeout=timeout,
-        wait_for_workers=False,
-    )
-
-
 class Peers:
     """Exchanges signs of life, and the cause if the run cannot continue, through the store where the processes meet.
 
@@ -71,12 +48,11 @@ class Peers:
     counted in beats: a process that was suspended itself does not take the others for dead.
     """
 
-    def __init__(self, rank: int, world_size: int) -> None:
+    def __init__(self, store: Any, rank: int, world_size: int) -> None:
         self.rank, self.world_size = rank, world_size
-        # A connection of its own: the other one is blocked while a collective operation is being set up.
-        store = connect(rank, timedelta(minutes=5))
         prefix = f"spidr/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
-        self._store = dist.PrefixStore(prefix, store)  # type: ignore[attr-defined]
+        # A connection of its own: the other one is blocked while a collective operation is being set up.
+        self._store = dist.PrefixStore(prefix, store.clone())  # type: ignore[attr-defined]
         self._status = socket.gethostname()
         self._beats = 0
         self._beat()
@@ -90,14 +66,10 @@ class Peers:
             thread.start()
 
     def meet(self, timeout: timedelta) -> None:
-        """Wait until all processes have come.
+        """Wait until all processes have come: a cluster may start them one after the other.
 
-        Args:
-            timeout: How long a process may take to come: a cluster may start them one after the other. One that has
-                come and gives no more sign of life is noticed much sooner.
-
-        Raises:
-            RuntimeError: A process is missing; :meth:`explain` tells which.
+        One that has come and gives no more sign of life is noticed much sooner. Raises RuntimeError if a process is
+        missing; :meth:`explain` tells which.
         """
         if not self._news.wait(timeout.total_seconds()):
             come = self._store.get("come").decode().split()

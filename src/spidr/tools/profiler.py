@@ -9,22 +9,16 @@ from spidr.tools.lazy import needs_extra
 logger = logging.getLogger(__name__)
 
 FIRST_STEP = 1_005
-NUM_STEPS = 2
 
 
 class StepProfiler:
     """Records a few training steps; call it before every step.
 
-    Args:
-        path: The trace, an HTML or JSON file; None: nothing is recorded.
-        first: Recording starts after this step, 1,005 if it is None,
-        count: and lasts for so many.
-
-    Raises:
-        InputError: VizTracer is not installed.
+    ``count`` of them, after step ``first`` (None: 1,005), go to ``path``, an HTML or JSON file; None: nothing is
+    recorded. Raises InputError if VizTracer is not installed.
     """
 
-    def __init__(self, path: Path | None, *, first: int | None = None, count: int = NUM_STEPS) -> None:
+    def __init__(self, path: Path | None, *, first: int | None = None, count: int = 2) -> None:
         self.path, self.first, self.count = path, FIRST_STEP if first is None else first, count
         self._tracer: Any = None
         if path is not None:  # now: what is missing should not stop the run in the middle

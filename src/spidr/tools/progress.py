@@ -9,22 +9,13 @@ from tqdm import tqdm
 
 logger = logging.getLogger(__name__)
 
-LINE_EVERY = 60.0
-"""Seconds between two log lines."""
-
 _BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.2f}/{total:.2f} {unit}, {elapsed} passed, {remaining} left{postfix}"
 
 
 class Progress:
     """Shows the progress of some work; called with the amount done since the last call.
 
-    Args:
-        description: What is made, such as "Units".
-        total: The amount of work; 0 shows nothing.
-        unit: The unit to show, such as "h of audio".
-        scale: Units per amount of work.
-        initial: The amount done before.
-        shown: Whether to show anything.
+    ``scale`` is in units per amount of work; ``initial`` was done before. A ``total`` of 0 shows nothing.
     """
 
     def __init__(
@@ -57,7 +48,7 @@ class Progress:
             if note:
                 self._bar.set_postfix_str(note, refresh=False)
             self._bar.update(done * self._scale)
-        elif self._shown and (now := time.monotonic()) - self._last >= LINE_EVERY and self._done > self._initial:
+        elif self._shown and (now := time.monotonic()) - self._last >= 60 and self._done > self._initial:
             self._last = now
             left = (now - self._start) * (self._total - self._done) / (self._done - self._initial)
             share, total = 100 * self._done / self._total, f"{self._total:.{self._digits}f} {self._unit}"

@@ -41,8 +41,7 @@ def between(low: int, high: int) -> Accepts:
     return Accepts(f"of at least {low} and at most {high:,}", lambda n: low <= n <= high)
 
 
-REQUIRED: Any = object()
-"""Stands for a missing value of a setting without a default."""
+REQUIRED: Any = object()  # stands for a missing value of a setting without a default
 
 T = TypeVar("T")
 
@@ -50,11 +49,6 @@ T = TypeVar("T")
 def ours(default: T) -> T:
     """Default of a setting that the published package does not have; our files name it only where it differs."""
     return dataclasses.field(default=default, metadata={"ours": True})
-
-
-def is_default_of_ours(settings: "Settings", field: dataclasses.Field[Any]) -> bool:
-    """Whether a setting is one of :func:`ours` at its default."""
-    return bool(field.metadata.get("ours")) and getattr(settings, field.name) == field.default
 
 
 @dataclass(frozen=True)

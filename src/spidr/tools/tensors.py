@@ -22,17 +22,14 @@ logger = logging.getLogger(__name__)
 def read_tensors(path: str | Path, *, strict: bool = False) -> Any:
     """Read a ``torch.save`` file: containers, numbers and tensors; all other objects become :class:`Inert`.
 
-    Verifies the checksums that torch writes; files from before torch 1.6 have none, which is logged. torch.load refuses
-    other classes or imports them, verifies nothing, and takes any amount of memory for 200 bytes that ask for it.
+    Verifies the checksums that torch writes; files from before torch 1.6 have none, which is logged. torch.load
+    refuses other classes or imports them, verifies nothing, and takes any amount of memory for 200 bytes that ask
+    for it.
 
-    Args:
-        path: The file.
-        strict: Refuse other objects.
-
-    Raises:
-        Exception: Of any type, if the file is damaged.
+    A damaged file raises any exception, and so does one with other objects if ``strict``.
     """
-    if not is_archive(path):
+    check_file(path)
+    if not zipfile.is_zipfile(path):
         document = _read_old(Path(path), strict)
         logger.warning("%s: an old file format without a checksum: damage would not be noticed", path)
         return document
@@ -90,12 +87,6 @@ def check_plain(value: Any, place: str) -> Tensor:
     if value.is_meta or value.nbytes > value.untyped_storage().nbytes():
         raise ValueError(f"a tensor that is larger than its data at {place}")
     return value.detach()
-
-
-def is_archive(path: str | Path) -> bool:
-    """Whether a file is a zip archive, as ``torch.save`` writes since torch 1.6."""
-    check_file(path)
-    return zipfile.is_zipfile(path)
 
 
 def open_archive(path: str | Path) -> zipfile.ZipFile:

@@ -11,8 +11,7 @@ PATIENCE = {"GOMP_SPINCOUNT": "1000", "KMP_BLOCKTIME": "1"}
 By default, it spins for up to 200 ms. On a machine with other work to do, a step then takes many times as long.
 """
 
-CHOICES = ("OMP_WAIT_POLICY", "KMP_LIBRARY", *PATIENCE)
-"""Variables by which users decide themselves."""
+CHOICES = ("OMP_WAIT_POLICY", "KMP_LIBRARY", *PATIENCE)  # variables by which users decide themselves
 
 CAPACITIES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128", "LRU_CACHE_CAPACITY": "128"}
 """How many compiled operations oneDNN, and PyTorch's layer above it, keep at most, instead of 1,024 each.

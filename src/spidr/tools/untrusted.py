@@ -17,12 +17,7 @@ from spidr.tools.schema import show, show_key
 def check_memory(size: int, place: str) -> None:
     """Refuse a request for more than half of this process's memory: a few bytes of a file may ask for any amount.
 
-    Args:
-        size: Bytes that would be needed.
-        place: Where they are asked for.
-
-    Raises:
-        InputError: There is not enough.
+    Raises InputError, which names ``place``, if ``size`` bytes are too many.
     """
     if size > _memory() // 2:
         raise InputError(f"{place}: would take {size / 2**30:,.1f} GiB, more than half of the memory there is.")
@@ -44,7 +39,6 @@ def _memory() -> int:
 
 
 _MAX_BYTES = 2**20
-_MAX_KEY_PARTS = 100
 
 
 def read_table(path: str | Path) -> dict[str, Any]:
@@ -97,7 +91,7 @@ def _parse_toml(text: str) -> dict[str, Any]:
     """Parse TOML as :func:`parse_json` does JSON."""
     for number, line in enumerate(text.split("\n"), start=1):
         # tomllib takes time quadratic in the parts of a key.
-        if line.partition("=")[0].count(".") > _MAX_KEY_PARTS and not line.lstrip().startswith("#"):
+        if line.partition("=")[0].count(".") > 100 and not line.lstrip().startswith("#"):
             raise ValueError(f"nested too deeply (at line {number})")
     try:
         return tomllib.loads(text)

@@ -16,8 +16,7 @@ from spidr.tools.untrusted import parse_json
 
 logger = logging.getLogger(__name__)
 
-TIMEOUT = 30.0
-"""Seconds that training waits for wandb at its beginning and end."""
+TIMEOUT = 30.0  # seconds that training waits for wandb at its beginning and end
 
 WandbMode = Literal["online", "offline", "disabled"]
 

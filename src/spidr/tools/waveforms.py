@@ -8,28 +8,16 @@ from functools import cache
 import torch
 from torch import Tensor
 
-EPS = 1e-5
-"""Added to the variance, as in PyTorch's LayerNorm."""
-
-QUIET = 10**-4.5
-"""Variance of a recording at -45 dBFS, below which ``EPS`` shrinks it by more than a tenth."""
-
-BLOCK = 1 << 20
-"""Samples to sum at a time."""
-
-Read = Callable[[int, int], Tensor]
-"""Samples (B, stop - start) of waveforms, from ``start`` to ``stop``."""
+EPS = 1e-5  # added to the variance, as in PyTorch's LayerNorm
+QUIET = 10**-4.5  # variance of a recording at -45 dBFS, below which `EPS` shrinks it by more than a tenth
+BLOCK = 1 << 20  # samples to sum at a time
+Read = Callable[[int, int], Tensor]  # samples (B, stop - start) of waveforms, from `start` to `stop`
 
 
 def moments(waveforms: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Compute mean and population variance of each utterance in float64 (on MPS, which has none, in float32).
+    """Compute mean and population variance, (B, 1) each, of utterances in float64 (on MPS, which has none, in float32).
 
-    Args:
-        waveforms: (B, S) float.
-        lengths: Samples that count in each row, (B,); None: all.
-
-    Returns:
-        Mean and variance, (B, 1) each.
+    Of waveforms (B, S), the first ``lengths`` (B,) samples count; None: all.
     """
     parts = [waveforms] if torch.compiler.is_compiling() else waveforms.split(BLOCK, dim=1)
     return _moments(lambda: iter(parts), waveforms.shape[1], lengths)
@@ -79,12 +67,7 @@ def standardise(
 class Standardised:
     """A standardised recording that is never in memory as a whole; it is read twice for its moments.
 
-    Args:
-        read: Reads samples (1, stop - start) of the recording.
-        num_samples: Number of samples.
-
-    Attributes:
-        std: Its standard deviation.
+    ``read`` gives its samples (1, stop - start); ``std`` is its standard deviation.
     """
 
     def __init__(self, read: Read, num_samples: int) -> None:
