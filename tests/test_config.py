@@ -655,7 +655,7 @@ def test_a_system_that_does_not_report_its_memory() -> None:
 @pytest.mark.parametrize(
     ("steps", "expected"),
     [
-        ({"max_steps": 100}, "max_steps = 100 ends during the warm-up"),
+        ({"max_steps": 100}, "max_steps = 100 ends during warm-up"),
         ({"max_steps": 200_000}, "the learning rate never decays"),
         ({"max_steps": 500_000}, r"stays at optimizer\.final_lr_scale = 0\.01 of its peak from step 400000 on"),
         ({"max_steps": 400_000}, None),
@@ -696,7 +696,7 @@ def test_overrides(write) -> None:
         "lr=1": "SECTION.KEY=VALUE",
         "optimizer.lr": "SECTION.KEY=VALUE",
         "optimizer.lr=fast": "optimizer.lr: found 'fast'",
-        "optimizer.lr.x=1": "lr is no section",
+        "optimizer.lr.x=1": "lr is not a section",
         "optimizer.lr=1\n[run]": "optimizer.lr: found",
     }.items():
         with pytest.raises(InputError, match=re.escape(message)):

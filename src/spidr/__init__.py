@@ -8,5 +8,5 @@ __getattr__, __all__ = lazy_names(
     __name__, here="__version__ config data evaluate export extract models report slurm train"
 )
 
-if runs_a_command():  # before torch is loaded; a program that imports this package is left as it is
+if runs_a_command():  # before torch is loaded; programs that import this package are not affected
     set_up_threads()

@@ -1,4 +1,4 @@
-"""The command line: the package's programs by name, and the one that trains, here or on SLURM."""
+"""The command line: the package's programs by name, and training, locally or on SLURM."""
 
 import argparse
 import logging
@@ -33,7 +33,7 @@ python -m spidr config.toml -N 2 -G 8 -t 1200 --dump jobs --dry-run"""
 
 
 def spidr() -> None:
-    """Run ``spidr NAME``, which is ``python -m`` of the program's module."""
+    """Run ``spidr NAME``, short for ``python -m MODULE``."""
     set_up_threads()
     name = sys.argv[1] if len(sys.argv) > 1 else ""
     if name in PROGRAMS and name != "train":
@@ -115,7 +115,7 @@ def _parser() -> argparse.ArgumentParser:
 
 @contextmanager
 def _once_per_machine() -> Iterator[None]:
-    """Let one process of a machine report a mistake that all of them find."""
+    """Let only one process per machine report a mistake that all of them find."""
     try:
         yield
     except InputError:
@@ -125,7 +125,7 @@ def _once_per_machine() -> Iterator[None]:
 
 
 def _check_folders(configs: dict[str, Config]) -> None:
-    """Two runs in one folder would overwrite each other."""
+    """Check that no two runs share a folder, where they would overwrite each other."""
     users: dict[Path, str] = {}
     for path, config in configs.items():
         if (other := users.setdefault(config.run.dir.resolve(), path)) != path:
@@ -179,6 +179,8 @@ def _train_on_gpus(arguments: list[str], count: int) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
+    # It kills processes so many seconds after a signal, by default 30, though a checkpoint may take longer.
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
     try:
         torchrun(["--standalone", f"--nproc-per-node={count}", "-m", "spidr.train", *arguments])
     except ChildFailedError as error:

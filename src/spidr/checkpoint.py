@@ -1,4 +1,4 @@
-"""Checkpoints that survive crashes: written aside, flushed and renamed; the newest valid one is loaded."""
+"""Checkpoints that survive crashes: written to a temporary file and renamed; the newest valid one is loaded."""
 
 import logging
 import math
@@ -31,7 +31,7 @@ CONTENTS = {"model": dict, "optimizer": dict, "scheduler": dict, "scaler": dict,
 """Entries of every training checkpoint."""
 
 EXTRA = {"position": int, "means": dict, "idle": list}
-"""What those of a run hold too, see :class:`spidr.run.Run`."""
+"""Further entries of a run's checkpoints, see :class:`spidr.run.Run`."""
 
 
 def find_checkpoints(folder: str | Path) -> list[Path]:
@@ -75,15 +75,15 @@ class Checkpointer:
         folder: The run folder, made if it is missing.
         interval: Save when the step is a multiple of it; 0 or less: never.
         keep_latest: How many ``step_N.pt`` to keep, besides those that :attr:`needed` names; 0 or less: all.
-        disable: Do not write, as on processes other than the main one.
+        disable: Do not write, as on processes other than rank 0.
         start: What :attr:`step` is at first, and the first step whose metrics are waited for.
         background: Copy the state and save the copy on a thread. A second save waits for the first.
 
     Attributes:
-        step: Optimiser steps done by the loaded or last saved checkpoint.
+        step: Optimizer steps in the loaded or last saved checkpoint.
         epoch: Its epoch.
-        extra: What is saved beside model, optimizer, scheduler, scaler, epoch and step: set it before saving, find it
-            after loading.
+        extra: Saved besides model, optimizer, scheduler, scaler, epoch and step: set it before saving, read it after
+            loading.
         needed: Gives the steps whose checkpoints must stay because something still reads them.
         metrics: The run's ``metrics.jsonl``.
     """
@@ -166,7 +166,7 @@ class Checkpointer:
     def remove_old(self, until: float = math.inf) -> None:
         """Remove the oldest ``step_N.pt`` beyond ``keep_latest`` that are not needed.
 
-        Those after step ``until``, the run's, were passed over as damaged and do not count.
+        Those after ``until``, the run's step, were skipped as damaged and do not count.
         """
         if self.keep_latest > 0 and not self.disable:
             needed = self.needed()
@@ -204,7 +204,7 @@ class Checkpointer:
         try:
             step: int = read_checkpoint(path)["step"]
             if path.name != "final.pt" and step != _step_of(path):
-                raise InputError(f"{path}: holds step {step}, which is not what its name says")
+                raise InputError(f"{path}: holds step {step}, unlike its name")
         except InputError as error:
             logger.warning("passed over a checkpoint: %s", error)
             problems.append(str(error))
@@ -243,7 +243,7 @@ class Checkpointer:
                     drop_frozen(self.optimizer, scheduler)
             else:
                 scheduler.load_state_dict(checkpoint["scheduler"])
-        except Exception as error:  # what is not what it should be can fail in any way
+        except Exception as error:  # wrong contents can fail in any way
             raise InputError(
                 f"{path}: does not fit the configured model ({' '.join(str(error).split())[:500]}); use the "
                 "configuration that the run began with, or another run.wandb_name for a new run"
@@ -252,7 +252,7 @@ class Checkpointer:
         self.extra = {key: value for key, value in checkpoint.items() if key not in CONTENTS}
 
     def find_new_metrics(self) -> Iterator[dict[str, Any]]:
-        """Yield the metrics that have come in since the last call, as ``{"GROUP/NAME": value, "GROUP/step": step}``.
+        """Yield the metrics that have arrived since the last call, as ``{"GROUP/NAME": value, "GROUP/step": step}``.
 
         Each group's come in the order of steps, one for each checkpoint: what follows a gap waits until it is filled.
         """

@@ -62,48 +62,48 @@ FolderName = Annotated[str, Accepts("that can name a folder inside another ('a' 
 
 @dataclass(frozen=True, repr=False)
 class SlurmConfig(Settings):
-    """What to ask SLURM for. ``time`` is in minutes."""
+    """SLURM resources. ``time`` is in minutes."""
 
-    account: Annotated[str, Accepts("without a NUL character", lambda s: "\0" not in s)] | None = None  # to charge
-    nodes: Annotated[int, between(1, 100_000)] = REQUIRED  # of each job
-    gpus_per_node: Annotated[int, between(1, 1000)] = REQUIRED  # with one task each
+    account: Annotated[str, Accepts("without a NUL character", lambda s: "\0" not in s)] | None = None  # SLURM account
+    nodes: Annotated[int, between(1, 100_000)] = REQUIRED  # nodes per job
+    gpus_per_node: Annotated[int, between(1, 1000)] = REQUIRED  # GPUs per node, with one task each
     qos: Text | None = None  # quality of service
-    time: Annotated[int, between(1, 10_000_000)] | None = None  # limit in minutes
-    cpus_per_task: Annotated[int, between(1, 10_000)] | None = None  # for its data workers
-    mem_per_gpu: Text | None = None  # such as "80g"
-    constraint: Text | None = None  # features that the nodes must have
-    partition: Text | None = None  # to use
+    time: Annotated[int, between(1, 10_000_000)] | None = None  # time limit in minutes
+    cpus_per_task: Annotated[int, between(1, 10_000)] | None = None  # CPUs per task, for its data workers
+    mem_per_gpu: Text | None = None  # memory per GPU, such as "80g"
+    constraint: Text | None = None  # node features to require
+    partition: Text | None = None  # partition
 
     def __getitem__(self, name: str) -> Any:
-        """A setting by its name: in the published package this is a dictionary."""
+        """A setting by name, since this is a dictionary in the published package."""
         return getattr(self, name)
 
     def keys(self) -> list[str]:
-        """Names of the settings that are not None, so that ``dict(slurm)`` works."""
+        """Names of the settings that are not None, for ``dict(slurm)``."""
         return [f.name for f in dataclasses.fields(self) if getattr(self, f.name) is not None]
 
 
 @dataclass(frozen=True, repr=False)
 class RunConfig(Settings):
-    """Where a run lives and how it logs, saves and restarts."""
+    """A run's folder, logging, checkpoints and device."""
 
-    workdir: Text  # where run folders are; relative to where the command is run
-    wandb_project: FolderName  # folder in workdir, project on wandb
-    wandb_name: FolderName  # folder in the project, name on wandb
-    wandb_mode: Literal["online", "offline", "disabled"] = "offline"  # whether and when metrics go to wandb
-    random_seed: NonNegative = 0  # of weights and dropout
-    use_deterministic: bool = False  # deterministic algorithms, on a GPU slower
-    log_interval: Positive = 200  # steps between two lines of metrics
-    save_interval: int = 2500  # steps between two checkpoints; <= 0: none
-    init_ckpt: Text | None = None  # weights to begin with: a file or the name of a published model
-    compile: bool = True  # torch.compile, on a GPU
-    keep_latest: int = -1  # checkpoints to keep; <= 0: all
-    model_type: ModelType = "dinosr"  # always write it
-    slurm_validation: SlurmConfig | None = None  # the SLURM job of a validation
+    workdir: Text  # parent of all run folders; relative to the current folder
+    wandb_project: FolderName  # folder in workdir; project on wandb
+    wandb_name: FolderName  # folder in the project; run name on wandb
+    wandb_mode: Literal["online", "offline", "disabled"] = "offline"  # where metrics go besides metrics.jsonl
+    random_seed: NonNegative = 0  # seed of weights and dropout
+    use_deterministic: bool = False  # use deterministic algorithms (slower on a GPU)
+    log_interval: Positive = 200  # steps between lines of metrics
+    save_interval: int = 2500  # steps between checkpoints; <= 0: none
+    init_ckpt: Text | None = None  # initial weights: a file or a published model
+    compile: bool = True  # use torch.compile (on CUDA only)
+    keep_latest: int = -1  # number of checkpoints to keep; <= 0: all
+    model_type: ModelType = "dinosr"  # always set it
+    slurm_validation: SlurmConfig | None = None  # resources of validation jobs
     device: Literal["auto", "cuda", "mps", "cpu"] = ours("auto")  # auto: CUDA, else MPS, else the CPU
-    profile: bool = ours(False)  # record two steps after step 1,005
-    collapse_share: Probability = ours(0.1)  # warn of a codebook that uses fewer of its codewords
-    collapse_steps: Positive = ours(1000)  # for so many steps
+    profile: bool = ours(False)  # record a trace of two steps after step 1,005
+    collapse_share: Probability = ours(0.1)  # warn if a codebook uses a smaller share of its codewords
+    collapse_steps: Positive = ours(1000)  # for this many steps in a row
 
     @property
     def dir(self) -> Path:
@@ -115,34 +115,33 @@ class RunConfig(Settings):
 class DataConfig(Settings):
     """Manifests and how batches are made from them. Sizes and lengths are in samples.
 
-    ``max_batch_length`` holds per process and micro-batch, ``global_batch_length`` per optimiser step over all
-    processes: the number of accumulated micro-batches follows from it (None: no accumulation). ``weights`` are the
-    shares of several manifests in the hours of an epoch, which has as many hours as all of them together (None: each
-    recording once). The frames of a batch are a multiple of ``length_multiple``.
+    ``max_batch_length`` is per process and micro-batch, ``global_batch_length`` per optimizer step over all processes;
+    it determines the number of accumulated micro-batches (None: no accumulation). With ``weights``, an epoch still has
+    the total hours of all manifests (None: each recording once).
     """
 
-    manifest: Text | Annotated[list[Text], Accepts("with at least one", bool)]  # a table of recordings, or several
-    enable_padding: bool = False  # pad a batch's shorter rows; else crop the longer
-    rand_crop: bool = True  # crop at a random place; else at the start
+    manifest: Text | Annotated[list[Text], Accepts("with at least one", bool)]  # a manifest, or several
+    enable_padding: bool = False  # pad a batch to its longest row; otherwise crop to its shortest
+    rand_crop: bool = True  # crop at random; otherwise at the start
     normalize: bool = True  # standardise each recording
-    num_buckets: Annotated[int, between(1, 1_000_000)] = 1000  # of like lengths, from which batches are drawn
-    min_sample_size: Annotated[int, between(0, MAX_SAMPLES)] = 2000  # leave out shorter recordings
-    max_sample_size: Samples = 320_000  # crop longer ones
-    max_batch_length: Samples = 3_800_000  # of a process's micro-batch, with its padding
-    drop_last: bool = False  # leave out the last batches of an epoch if incomplete
-    num_workers: Annotated[int, between(0, 1000)] = 10  # processes that read; 0: the training process
-    pin_memory: bool = False  # page-locked batches
-    prefetch_factor: Annotated[int, between(1, 1000)] = 2  # batches that a worker is ahead
+    num_buckets: Annotated[int, between(1, 1_000_000)] = 1000  # buckets of similar length, from which batches are drawn
+    min_sample_size: Annotated[int, between(0, MAX_SAMPLES)] = 2000  # skip shorter recordings
+    max_sample_size: Samples = 320_000  # crop longer recordings
+    max_batch_length: Samples = 3_800_000  # batch size per process and micro-batch, with padding
+    drop_last: bool = False  # drop an epoch's incomplete last step
+    num_workers: Annotated[int, between(0, 1000)] = 10  # reader processes; 0: read in the training process
+    pin_memory: bool = False  # put batches in page-locked memory
+    prefetch_factor: Annotated[int, between(1, 1000)] = 2  # batches that each worker prepares ahead
     persistent_workers: bool = True  # keep workers between epochs
-    random_seed: NonNegative = 0  # of the order, crops and masks
-    bucket_method: Literal["uniform", "percentile"] = "uniform"  # how bucket bounds are spread
-    alignments_path: Text | None = None  # phones: validation reports the quality of units
-    global_batch_length: Annotated[int, between(1, 10**10)] | None = ours(None)  # of a step, by accumulation
-    on_error: Literal["raise", "skip"] = ours("raise")  # what to do about unreadable recordings
-    weights: list[PositiveFloat] | None = ours(None)  # shares of several manifests in the hours of an epoch
-    length_multiple: Annotated[int, between(1, 1024)] = ours(1)  # of the frames of a batch
-    distinct_epochs: NonNegative = ours(0)  # epochs that later ones repeat under new masks; 0: none, with cache 1
-    cache: bool = ours(False)  # keep in memory what a frozen extractor and teacher give
+    random_seed: NonNegative = 0  # seed of order, crops and masks
+    bucket_method: Literal["uniform", "percentile"] = "uniform"  # spacing of the bucket boundaries
+    alignments_path: Text | None = None  # phones, to report unit quality in validation
+    global_batch_length: Annotated[int, between(1, 10**10)] | None = ours(None)  # batch size per step, by accumulation
+    on_error: Literal["raise", "skip"] = ours("raise")  # what to do with unreadable recordings
+    weights: list[PositiveFloat] | None = ours(None)  # each manifest's share of an epoch's hours
+    length_multiple: Annotated[int, between(1, 1024)] = ours(1)  # make a batch's frames a multiple of this
+    distinct_epochs: NonNegative = ours(0)  # later epochs repeat these; 0: none (1 with cache)
+    cache: bool = ours(False)  # keep outputs of a frozen extractor and teacher in memory
 
     RULES: ClassVar = (
         Rule(
@@ -156,7 +155,7 @@ class DataConfig(Settings):
 
     @property
     def num_distinct(self) -> int:
-        """Epochs with batches of their own, 0 if all have."""
+        """Number of epochs that later ones repeat, 0 if none."""
         return self.distinct_epochs or int(self.cache)
 
     @property
@@ -172,23 +171,23 @@ class OptimizerConfig(Settings):
     ``exclude_from_optimizer`` and ``to_freeze`` are prefixes of parameter names.
     """
 
-    lr: NonNegativeFloat = 5e-4  # the highest learning rate
-    betas: Betas = (0.9, 0.95)  # of AdamW
-    weight_decay: NonNegativeFloat = 0.01  # of all parameters
-    eps: PositiveFloat = 1e-6  # of AdamW
-    max_norm: PositiveFloat = 10.0  # gradients are clipped to
-    dtype: Literal["float32", "float16", "bfloat16"] = "bfloat16"  # of the forward pass, by autocast
+    lr: NonNegativeFloat = 5e-4  # peak learning rate
+    betas: Betas = (0.9, 0.95)  # AdamW's betas
+    weight_decay: NonNegativeFloat = 0.01  # AdamW's weight decay
+    eps: PositiveFloat = 1e-6  # AdamW's epsilon
+    max_norm: PositiveFloat = 10.0  # clip gradients to this norm
+    dtype: Literal["float32", "float16", "bfloat16"] = "bfloat16"  # precision of the forward pass (autocast)
     init_lr_scale: NonNegativeFloat = 0.01  # rate at the first step, as a share of lr
-    final_lr_scale: NonNegativeFloat = 0.01  # rate at the end of the decay, as a share of lr
-    max_steps: Positive = 400_000  # of the optimiser, in all
-    warmup_steps: NonNegative = 12_000  # linear rise of the rate
-    hold_steps: NonNegative = 188_000  # at the highest rate
-    decay_steps: NonNegative = 200_000  # of tristage
-    rsqrt_timescale: Positive = 10_000  # of rsqrt
-    rsqrt_shift: NonNegative = 0  # of rsqrt
-    scheduler: Literal["tristage", "cosine", "rsqrt", "constant"] = "tristage"  # how the rate falls
-    exclude_from_optimizer: Names = field(default_factory=lambda: ["teacher"])  # prefixes of parameters
-    to_freeze: Names = field(default_factory=lambda: ["feature_extractor", "feature_projection"])  # at freeze_step
+    final_lr_scale: NonNegativeFloat = 0.01  # rate after the decay, as a share of lr
+    max_steps: Positive = 400_000  # optimizer steps in total
+    warmup_steps: NonNegative = 12_000  # steps of linear warm-up
+    hold_steps: NonNegative = 188_000  # steps at the peak rate
+    decay_steps: NonNegative = 200_000  # steps of decay (tristage)
+    rsqrt_timescale: Positive = 10_000  # timescale of rsqrt
+    rsqrt_shift: NonNegative = 0  # shift of rsqrt
+    scheduler: Literal["tristage", "cosine", "rsqrt", "constant"] = "tristage"  # shape of the decay
+    exclude_from_optimizer: Names = field(default_factory=lambda: ["teacher"])  # not trained (prefixes)
+    to_freeze: Names = field(default_factory=lambda: ["feature_extractor", "feature_projection"])  # from freeze_step on
 
     RULES: ClassVar = (
         Rule(
@@ -206,40 +205,40 @@ class OptimizerConfig(Settings):
 
 @dataclass(frozen=True, repr=False)
 class DinoSRConfig(Settings):
-    """The shape and schedules of DinoSR. The name fairseq gives a field is in brackets.
+    """The shape and schedules of DinoSR. fairseq's names are in brackets.
 
-    ``ema_exclude_layers`` are prefixes of names inside the transformer. A codeword that has got no frame for
-    ``codebook_revive_after`` steps takes half of a busy one's; 0: never.
+    ``ema_exclude_layers`` are prefixes of names inside the transformer. A codeword that got no frame for
+    ``codebook_revive_after`` steps takes half of a busy one's frames.
     """
 
-    extractor_mode: Literal["layer_norm", "group_norm"] = "layer_norm"  # [extractor_mode] its normalisation
-    extractor_conv_bias: bool = False  # [conv_bias] of the convolutions
-    extractor_conv_layer_config: ConvLayers = field(default_factory=DEFAULT_CONV_LAYER_CONFIG.copy)  # of each layer
+    extractor_mode: Literal["layer_norm", "group_norm"] = "layer_norm"  # [extractor_mode] normalisation
+    extractor_conv_bias: bool = False  # [conv_bias] biases of the convolutions
+    extractor_conv_layer_config: ConvLayers = field(default_factory=DEFAULT_CONV_LAYER_CONFIG.copy)  # the convolutions
     encoder_embed_dim: Width = 768  # [encoder_embed_dim] width of the transformer
     encoder_projection_dropout: Probability = 0.0  # [dropout_input] after the projection
-    encoder_pos_conv_kernel: Width = 95  # [conv_pos] of the positional convolutions together
-    encoder_pos_conv_groups: Width = 16  # [conv_pos_groups] of each
-    encoder_pos_conv_depth: Layers = 5  # [pos_conv_depth] how many
-    encoder_num_layers: Layers = 12  # [encoder_layers] of the transformer
-    encoder_num_heads: Width = 12  # [encoder_attention_heads] of its attention
-    encoder_attention_dropout: Probability = 0.1  # [attention_dropout] of attention weights
+    encoder_pos_conv_kernel: Width = 95  # [conv_pos] total kernel of the positional convolutions
+    encoder_pos_conv_groups: Width = 16  # [conv_pos_groups] groups of each
+    encoder_pos_conv_depth: Layers = 5  # [pos_conv_depth] number of positional convolutions
+    encoder_num_layers: Layers = 12  # [encoder_layers] transformer layers
+    encoder_num_heads: Width = 12  # [encoder_attention_heads] attention heads
+    encoder_attention_dropout: Probability = 0.1  # [attention_dropout] on attention weights
     encoder_ff_interm_features: Wide = 3072  # [encoder_ffn_embed_dim] width of the feed-forward
-    encoder_ff_interm_dropout: Probability = 0.0  # [activation_dropout] within it
+    encoder_ff_interm_dropout: Probability = 0.0  # [activation_dropout] within the feed-forward
     encoder_dropout: Probability = 0.1  # [dropout] after attention and feed-forward
-    encoder_layer_norm_first: bool = False  # [layer_norm_first] before attention and feed-forward, not after
-    encoder_layer_drop: Probability = 0.05  # [encoder_layerdrop] chance that a layer is skipped
-    encoder_qkv_bias: bool = False  # always true in fairseq
-    codebook_size: Annotated[int, between(2, 2**20)] = 256  # [codebook_size] codewords of each codebook
-    codebook_decay: Probability = 0.9  # [codebook_decay] of the moving codewords
+    encoder_layer_norm_first: bool = False  # [layer_norm_first] pre-norm instead of post-norm
+    encoder_layer_drop: Probability = 0.05  # [encoder_layerdrop] probability of skipping a layer
+    encoder_qkv_bias: bool = False  # biases of query, key and value (always on in fairseq)
+    codebook_size: Annotated[int, between(2, 2**20)] = 256  # [codebook_size] codewords per codebook
+    codebook_decay: Probability = 0.9  # [codebook_decay] decay of the codewords' moving averages
     num_codebooks: Layers = 8  # [average_top_k_layers] one for each of the last layers
-    ema_start_decay: Probability = 0.999  # [ema_decay] of the teacher, first
-    ema_final_decay: Probability = 0.9999  # [ema_end_decay] of the teacher, DinoSR's last
-    ema_final_step: NonNegative = 30_000  # [ema_anneal_end_step] when DinoSR gets there
-    ema_exclude_layers: Names = field(default_factory=lambda: ["pos_conv_embed"])  # prefixes without a moving average
-    freeze_step: NonNegative = 200_000  # [freeze_teacher_step] extractor and projection stop learning
-    codebook_init: Literal["random", "data"] = ours("random")  # first codewords: drawn, or frames of the first batch
-    codebook_revive_after: NonNegative = ours(0)  # steps without a frame; 0: never
-    reset: Literal["none", "codebooks"] = ours("none")  # codebooks: begin with codewords from data and new heads
+    ema_start_decay: Probability = 0.999  # [ema_decay] the teacher's initial decay
+    ema_final_decay: Probability = 0.9999  # [ema_end_decay] its final decay
+    ema_final_step: NonNegative = 30_000  # [ema_anneal_end_step] when it reaches that
+    ema_exclude_layers: Names = field(default_factory=lambda: ["pos_conv_embed"])  # copied, not averaged (prefixes)
+    freeze_step: NonNegative = 200_000  # [freeze_teacher_step] when to_freeze is frozen
+    codebook_init: Literal["random", "data"] = ours("random")  # initial codewords: random, or frames of the first batch
+    codebook_revive_after: NonNegative = ours(0)  # steps without a frame before reviving; 0: never
+    reset: Literal["none", "codebooks"] = ours("none")  # codebooks: start with new codewords and heads
 
     ELSEWHERE: ClassVar = dict.fromkeys(
         ("ema_timescale", "ema_threshold", "train_layers"),
@@ -256,28 +255,28 @@ class DinoSRConfig(Settings):
 class SpidRConfig(DinoSRConfig):
     """DinoSR's settings with SpidR's exponential teacher schedule and no layer drop."""
 
-    encoder_layer_drop: Probability = 0.0  # chance that a layer is skipped
+    encoder_layer_drop: Probability = 0.0  # probability of skipping a layer
     ema_timescale: PositiveFloat = 20_000.0  # steps in which 1 - decay falls to 1/e
-    ema_threshold: NonNegativeFloat = 1e-7  # 1 - decay below which it is 0
-    train_layers: Layers | None = ours(None)  # the last layer to keep of run.init_ckpt; none: all
+    ema_threshold: NonNegativeFloat = 1e-7  # 1 - decay counts as 0 below this
+    train_layers: Layers | None = ours(None)  # keep only the first layers of run.init_ckpt; none: all
 
 
 @dataclass(frozen=True, repr=False)
 class MaskingConfig(Settings):
     """Span masking of frames and of feature channels, with fairseq's names. Lengths are in frames or channels."""
 
-    mask_prob: MaskShare = 0.8  # share of frames to mask, overlaps counted twice
-    mask_selection: MaskingStrategy = "static"  # how lengths are drawn
-    mask_other: SpanSpread = 0.0  # its second parameter
-    mask_length: Span = 10  # mean length
+    mask_prob: MaskShare = 0.8  # share of frames to mask, counting overlaps twice
+    mask_selection: MaskingStrategy = "static"  # distribution of span lengths
+    mask_other: SpanSpread = 0.0  # second parameter of the distribution
+    mask_length: Span = 10  # mean length of spans
     no_mask_overlap: bool = False  # keep spans apart
-    mask_min_space: Space = 1  # frames between spans that are kept apart
-    mask_channel_prob: Probability = 0.0  # the same for channels; 0: none
-    mask_channel_selection: MaskingStrategy = "static"  # how lengths are drawn
-    mask_channel_other: SpanSpread = 0.0  # its second parameter
-    mask_channel_length: Span = 10  # mean length
+    mask_min_space: Space = 1  # frames between spans kept apart
+    mask_channel_prob: Probability = 0.0  # share of channels to mask; 0: none
+    mask_channel_selection: MaskingStrategy = "static"  # distribution of span lengths
+    mask_channel_other: SpanSpread = 0.0  # second parameter of the distribution
+    mask_channel_length: Span = 10  # mean length of spans
     no_mask_channel_overlap: bool = False  # keep spans apart
-    mask_channel_min_space: Space = 1  # between them
+    mask_channel_min_space: Space = 1  # channels between spans kept apart
 
     RULES: ClassVar = tuple(
         Rule(
@@ -343,7 +342,7 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
     Args:
         path: A JSON file if its name ends in ``.json``, such as a run's ``config.json``, else a TOML file.
-        overrides: Settings that replace those of the file, as ``"optimizer.lr=1e-3"``.
+        overrides: Settings that replace the file's, such as ``"optimizer.lr=1e-3"``.
 
     Raises:
         InputError: The file cannot be read or parsed, or some of its keys or values are wrong: one message names the
@@ -355,7 +354,7 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     sections = {name: table for name, table in document.items() if table is not None}
     run, model_table = sections.get("run"), sections.get("model")
     model_type = run.get("model_type", "dinosr") if isinstance(run, dict) else None
-    # With a wrong model_type, which is reported, SpidRConfig knows all the names there are.
+    # With a wrong model_type, which is reported, SpidRConfig knows all names.
     model_class = _MODEL_CONFIGS.get(model_type, SpidRConfig) if isinstance(model_type, str) else SpidRConfig
     problems: list[tuple[str, str]] = []
     try:
@@ -384,18 +383,18 @@ def _override(document: dict[str, Any], text: str) -> None:
             table[section] = {}
         table = table[section]
         if not isinstance(table, dict):
-            raise InputError(f"{text!r}: {section} is no section")
+            raise InputError(f"{text!r}: {section} is not a section")
     table[key] = parse_toml_value(value.strip())
 
 
 def schedule_remark(cfg: OptimizerConfig) -> str | None:
-    """What is odd about the steps of a schedule; None if nothing is."""
+    """Describe what is odd about the steps of a schedule, if anything."""
     steps, warmup, begin = cfg.max_steps, cfg.warmup_steps, cfg.warmup_steps + cfg.hold_steps
     end = begin + cfg.decay_steps
     if steps < warmup:
-        return f"optimizer.max_steps = {steps} ends during the warm-up (optimizer.warmup_steps = {warmup})"
+        return f"optimizer.max_steps = {steps} ends during warm-up (optimizer.warmup_steps = {warmup})"
     if cfg.scheduler == "tristage" and steps <= begin:
-        reason = f"optimizer.max_steps = {steps} is not beyond warmup_steps + hold_steps = {begin}"
+        reason = f"optimizer.max_steps = {steps} does not exceed warmup_steps + hold_steps = {begin}"
         return f"the learning rate never decays: {reason}"
     if cfg.scheduler == "tristage" and steps > end:
         rest = f"{cfg.final_lr_scale:g} of its peak from step {end} on, where the decay ends,"
@@ -406,7 +405,7 @@ def schedule_remark(cfg: OptimizerConfig) -> str | None:
 def to_dict(config: Settings) -> dict[str, Any]:
     """Settings as JSON values; :func:`read_config` reads them back unchanged.
 
-    Settings that the published package does not have are left out where they have their defaults.
+    Settings that the published package lacks are omitted if they have their defaults.
     """
     values = ((f, getattr(config, f.name)) for f in dataclasses.fields(config))
     return {f.name: _to_json(value) for f, value in values if not (f.metadata.get("ours") and value == f.default)}
@@ -424,7 +423,7 @@ MAY_DIFFER = (
     *("dropout", "encoder_layer_drop", "ema_", "codebook_decay", "codebook_init", "codebook_revive_after"),
     *("freeze_step", "reset"),
 )
-"""Beginnings and ends of the names of model settings that do not change the model's shape."""
+"""Prefixes and suffixes of model settings that do not change the model's shape."""
 
 
 def may_differ(name: str) -> bool:

@@ -1,4 +1,4 @@
-"""Processes and devices: which process this is, what it computes on, and how it learns that it must stop."""
+"""Processes and devices: this process's rank and device, and how it learns that it must stop."""
 
 import logging
 import os
@@ -34,7 +34,7 @@ __getattr__ = names_from(__name__, "spidr.compat.training")  # what published pa
 PREEMPTED_EXIT_CODE = 75
 
 MEETING_TIMEOUT = timedelta(minutes=10)
-"""How long processes wait for each other at the start: a cluster may start them one after the other."""
+"""How long processes wait for each other at the start: a cluster may start them one by one."""
 
 MAX_PROCESSES = 1_000_000
 
@@ -47,7 +47,7 @@ REMEDY = "start the processes with torchrun or srun, or unset these variables to
 
 
 class Preempted(SystemExit):
-    """A signal asked the run to stop; the same command resumes from what is saved. Exit status 75, 130 after Ctrl-C."""
+    """A signal asked the run to stop; the same command resumes it. Exit status 75, or 130 after Ctrl-C."""
 
     def __init__(self, signum: int, *, agreed: bool = False) -> None:
         super().__init__(130 if signum == signal.SIGINT else PREEMPTED_EXIT_CODE)
@@ -60,9 +60,9 @@ class Preempted(SystemExit):
 
 
 class StopFlag:
-    """Remembers the first stop signal, 0 if there was none, until the training loop looks, between two steps.
+    """Remembers the first stop signal (0 if none) until the training loop checks for it, between two steps.
 
-    While nobody looks, ``immediate`` is set: the first signal then ends the process at once.
+    While nothing checks, ``immediate`` is set: the first signal then ends the process at once.
     """
 
     def __init__(self) -> None:
@@ -70,7 +70,7 @@ class StopFlag:
         self.immediate = False
 
     def set(self, signum: int, frame: FrameType | None = None) -> None:  # noqa: ARG002
-        """Handle a signal: remember it, so that nothing is interrupted half-way, unless :attr:`immediate`.
+        """Handle a signal: only remember it, so that nothing is interrupted, unless :attr:`immediate` is set.
 
         Raises:
             KeyboardInterrupt: At the second Ctrl-C.
@@ -102,7 +102,7 @@ class StopFlag:
 
 @dataclass(frozen=True)
 class Environment:
-    """This process among the run's."""
+    """This process's place in the run."""
 
     rank: int
     local_rank: int
@@ -157,7 +157,7 @@ def ranks() -> tuple[int, int, int]:
     """(rank, local rank, number of processes) from torchrun's variables, else from a SLURM job step's, else alone.
 
     Raises:
-        InputError: Some of the variables are missing, no numbers, or contradict each other.
+        InputError: Some of the variables are missing, are not numbers, or contradict each other.
     """
     environ = os.environ
     if "SLURM_CPUS_PER_TASK" in environ:
@@ -182,7 +182,7 @@ def ranks() -> tuple[int, int, int]:
 
 
 def find_meeting_place() -> None:
-    """Check the variables that say where all processes meet; in a SLURM job step without torchrun, set them."""
+    """Check the variables of the address where processes meet; in a SLURM job step without torchrun, set them."""
     environ = os.environ
     if "RANK" not in environ:
         if "OMP_NUM_THREADS" not in environ:  # as torchrun does: tasks must not compete for the same cores
@@ -190,7 +190,7 @@ def find_meeting_place() -> None:
         if "MASTER_ADDR" not in environ:
             environ["MASTER_ADDR"] = _first_host(_needed("SLURM_JOB_NODELIST"))
         if "MASTER_PORT" not in environ:
-            # The same on every node, rarely the same for two jobs that share one, and below the ports (32,768 and up)
+            # The same on every node, rarely for two jobs that share a node, and below the ports (32,768 and up)
             # that Linux gives to outgoing connections.
             environ["MASTER_PORT"] = str(20_000 + _number("SLURM_JOB_ID", 0, 2**63 - 1) % 12_000)
     _needed("MASTER_ADDR")
@@ -228,14 +228,14 @@ def _first_host(nodelist: str) -> str:
     except (OSError, subprocess.SubprocessError, IndexError) as error:
         reason = (getattr(error, "stderr", None) or getattr(error, "strerror", None) or "no host").strip()
         raise InputError(
-            f"SLURM_JOB_NODELIST = {nodelist[:80]!r}: scontrol does not tell the first host ({reason}): set MASTER_ADDR"
+            f"SLURM_JOB_NODELIST = {nodelist[:80]!r}: scontrol does not name the first host ({reason}): set MASTER_ADDR"
         ) from None
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
-    """The device of a name: "auto" (CUDA, else MPS, else the CPU), "cuda", "mps" or "cpu".
+    """The device for a name: "auto" (CUDA, else MPS, else the CPU), "cuda", "mps" or "cpu".
 
-    Of several GPUs, the one of the local rank, modulo their number. Raises InputError if there is none here.
+    Of several GPUs, it is the one of the local rank, modulo their number. Raises InputError if it does not exist.
     """
     if name in ("auto", "cuda") and torch.cuda.is_available():
         return torch.device("cuda", local_rank % torch.cuda.device_count())
@@ -265,7 +265,7 @@ def _join(peers: Peers, store: Any, device: torch.device) -> None:
     """Wait for all processes, then set up the process group."""
     peers.meet(MEETING_TIMEOUT)
     backend, gpu = ("nccl", device) if device.type == "cuda" else ("gloo", None)
-    # Slow data or a slow disk is no reason to end the run, and dead processes are found in other ways.
+    # Slow data or a slow disk must not end the run, and dead processes are found by other means.
     long = timedelta(hours=1)
     dist.init_process_group(
         backend, store=store, rank=peers.rank, world_size=peers.world_size, timeout=long, device_id=gpu
@@ -286,9 +286,8 @@ def environment(device_name: str, *, use_deterministic: bool = False) -> Iterato
 
     Inside the block, torch's global settings have their defaults.
 
-    If something goes wrong, every process ends soon, and one of them says why: an error of several comes out of the
-    block on one of them only, and a process that has died is named by one of the others. The rest exit with the same
-    status and say nothing.
+    If something goes wrong, every process ends soon, and one of them says why: an error on several leaves the block on
+    one of them only, and a dead process is named by one of the others. The rest exit silently with the same status.
     """
     rank, local_rank, world_size = ranks()
     if world_size > 1:
@@ -334,7 +333,7 @@ def _leave_group() -> None:
 
 @contextmanager
 def _settings(device: torch.device, *, use_deterministic: bool) -> Iterator[None]:
-    """Set torch's global settings for a run inside the block, then restore them and the random generators."""
+    """Set torch's global settings for a run inside the block; restore them and the random generators afterwards."""
     gpus = [device] if device.type == "cuda" else []
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     with exact_products(device), torch.random.fork_rng(gpus), ExitStack() as restore:

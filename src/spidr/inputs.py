@@ -1,4 +1,4 @@
-"""Check that everything a configuration names is there, before a job waits for its turn."""
+"""Check that everything a configuration names exists, before a job waits in the queue."""
 
 import os
 from collections.abc import Callable, Iterable

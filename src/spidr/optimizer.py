@@ -37,7 +37,7 @@ def lr_factor(step: int, cfg: OptimizerConfig) -> float:
 
 
 class Schedule(LambdaLR):
-    """The learning rate as a function of the number of updates, whatever happened before."""
+    """The learning rate as a function of the number of updates only."""
 
     def go_to(self, step: int) -> None:
         """Set the rate after ``step`` updates."""
@@ -48,7 +48,7 @@ class Schedule(LambdaLR):
 
 
 def build_optimizer(model: nn.Module, cfg: OptimizerConfig) -> tuple[AdamW, torch.amp.GradScaler, Schedule]:
-    """Build what a training step needs besides the model.
+    """Build the optimizer, the gradient scaler and the schedule.
 
     Returns:
         AdamW with the parameters under ``cfg.to_freeze`` in group 1 and the rest in group 0, except those under
@@ -68,7 +68,7 @@ def build_optimizer(model: nn.Module, cfg: OptimizerConfig) -> tuple[AdamW, torc
 
 
 def drop_frozen(optimizer: Optimizer, scheduler: LambdaLR) -> None:
-    """Stop training group 1, the parameters to freeze, and forget its state: later checkpoints do not hold it."""
+    """Stop training group 1, the parameters to freeze, and drop its state, also from later checkpoints."""
     for group in optimizer.param_groups[1:]:
         for parameter in group["params"]:
             parameter.requires_grad_(False)
@@ -80,13 +80,13 @@ def drop_frozen(optimizer: Optimizer, scheduler: LambdaLR) -> None:
 
 
 def load_optimizer(optimizer: Optimizer, saved: dict[str, Any], *, keep_settings: bool) -> None:
-    """Load an optimiser's state, and its settings (rate, betas, …) unless those that it has are to be kept.
+    """Load an optimizer's state, and also its settings (rate, betas, …) unless they are to be kept.
 
-    A group that the file lacks, as it was saved with the parameters frozen, begins without a state; one that only the
-    file has is left out: ``freeze_step`` may have moved since.
+    A group that the file lacks, since its parameters were frozen, starts without a state; one that only the file has is
+    dropped: ``freeze_step`` may have changed since.
 
     Raises:
-        ValueError: The file is of other parameters. (A damaged one may raise anything.)
+        ValueError: The file's parameters differ. (A damaged file may raise anything.)
     """
     own = optimizer.state_dict()
     state = {}
@@ -94,7 +94,7 @@ def load_optimizer(optimizer: Optimizer, saved: dict[str, Any], *, keep_settings
         for index, saved_index in zip(group["params"], saved_group["params"], strict=True):
             if saved_index in saved["state"]:
                 state[index] = saved["state"][saved_index]
-    # What the optimiser takes for granted, and would only miss in its next step.
+    # The optimizer takes this for granted, and would only fail in its next step.
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for index, values in state.items():
         for key, value in values.items():

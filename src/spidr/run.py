@@ -41,13 +41,13 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 LOADING = ("num_workers", "pin_memory", "prefetch_factor", "persistent_workers", "on_error")
-"""Data settings that do not change any batch."""
+"""Data settings that do not affect batches."""
 
 
 class Run:
-    """A run: its state, its folder and everything that surrounds its training loop, as a context manager.
+    """A run, as a context manager: its state, its folder, and the side effects of training.
 
-    All processes call every method at the same steps; the main one writes. Nothing but a lock is written before
+    All processes call every method at the same steps; only rank 0 writes. Nothing but a lock is written before
     :meth:`begin` has found that the run can be resumed. ``must_stop``, the same on all processes, says whether a
     stop signal has reached any.
     """
@@ -60,7 +60,7 @@ class Run:
         self.must_stop = False
         self.jobs: ValidationJobs | None = None
         self._hooks = hooks or Hooks()
-        self._final_step: int | None = None  # what is in final.pt
+        self._final_step: int | None = None  # the contents of final.pt
         self._rows_in_flight: dict[int, Tensor] = {}
         self._clock = _Clock()
 
@@ -82,7 +82,7 @@ class Run:
 
     def __exit__(self, *error: Any) -> None:
         if error[0] is not None:
-            with suppress(Exception):  # what was measured last; the reason of the end comes first
+            with suppress(Exception):  # the last measurements; the reason for the end is more important
                 self._write_interval()
         self._stack.__exit__(*error)
 
@@ -103,7 +103,7 @@ class Run:
         remove_unfinished(self.folder)
 
     def _on_main(self, function: Callable[[], T]) -> T:
-        """Run a function on the main process and broadcast its result, or its InputError, to all of them."""
+        """Run a function on rank 0 and broadcast its result, or its InputError, to all ranks."""
         result, error = None, None
         if self.env.is_main:
             try:
@@ -115,10 +115,10 @@ class Run:
             raise InputError(error)
         return cast("T", result)
 
-    # ------------------------------------------------------------------------------------------------- beginning
+    # ------------------------------------------------------------------------------------------------- start
 
     def begin(self) -> None:
-        """Build or restore the state, open the run's files, save and validate what is due before the first step."""
+        """Build or restore the state, open the run's files, and save and validate if due before the first step."""
         env, run, on_gpu = self.env, self.cfg.run, self.env.device.type == "cuda"
         self.checkpointer = Checkpointer(
             self.folder, run.save_interval, run.keep_latest, disable=not env.is_main, background=on_gpu
@@ -140,7 +140,7 @@ class Run:
         if latest is not None:
             self._restore(latest)
         self.state.network = wrap(self.state.model, cfg, env)
-        self.stop.immediate = False  # from here on somebody looks at it
+        self.stop.immediate = False  # from here on the loop checks the flag
         if not finished:
             self._on_main(lambda: write_json(self.folder / "config.json", to_dict(cfg), indent=2))
         self._open_log(self.folder / f"log_{env.rank}.txt")
@@ -154,10 +154,10 @@ class Run:
         if latest is None:
             self.save()
         self.validate(due=self.state.step == 0)
-        self.env.gather_objects(None, self.stop)  # a step of a large model takes long, and none is lost yet
+        self.env.gather_objects(None, self.stop)  # a step of a large model takes long, and nothing can be lost yet
 
     def _compare_settings(self, latest: Path) -> bool:
-        """Compare the configuration with that of the run in the folder, and return whether that run is finished."""
+        """Compare the configuration with the run's in the folder. Returns whether that run is finished."""
         path = self.folder / "config.json"
         if not path.exists():
             return False
@@ -196,7 +196,7 @@ class Run:
             logger.warning("%s does not say which data it had seen: resuming with the next epoch", path)
             state.epoch += 1
             return
-        # In batches, so that other numbers of processes resume at the same place.
+        # Counted in batches, so that any number of processes resumes at the same place.
         state.position = extra["position"] // self._batches_per_step
         try:
             self._interval = Interval(Measured, self.layers, extra["means"])
@@ -207,7 +207,7 @@ class Run:
 
     def _open_metrics(self, latest: Path | None) -> None:
         cfg, step = self.cfg, self.state.step
-        # The line of an interval that was interrupted is written again when it is complete.
+        # The line of an interrupted interval is rewritten when the interval is complete.
         partial = step % cfg.run.log_interval > 0 and latest is not None and latest.name != "final.pt"
         self.metrics = MetricsFile(self.folder / "metrics.jsonl", step, again=(step, "train") if partial else None)
         mode = wandb_mode(cfg.run.wandb_mode)
@@ -227,7 +227,7 @@ class Run:
         cfg, state = self.cfg, self.state
         if (remark := schedule_remark(cfg.optimizer)) is not None:
             logger.warning("%s", remark)
-        if isinstance(state.loader, SpeechLoader):  # a fork's own may know nothing of the sort
+        if isinstance(state.loader, SpeechLoader):  # a custom loader may not have one
             summary = state.loader.summary()
             summary.log(logger, cfg.data)
             write_json(self.folder / "data.json", asdict(summary), indent=2)
@@ -253,7 +253,7 @@ class Run:
     # ------------------------------------------------------------------------------------------------- every step
 
     def rounds(self) -> Iterator[list[Batch]]:
-        """This process's micro-batches, one optimiser step after another, until all are done."""
+        """This process's micro-batches, one optimizer step after another, until all are done."""
         rounds = self.state.rounds()
         while self.state.step < self.cfg.optimizer.max_steps:
             start = time.perf_counter()
@@ -282,7 +282,7 @@ class Run:
             self._interval.add(values)
 
     def _stop_not_finite(self, step: int, values: dict[str, list[float]], rows: Tensor) -> None:
-        """Name the step's files, on the processes whose own loss was not finite, or else on all."""
+        """Name the step's files on the processes whose own loss was not finite, or on all."""
         files = [str(recording) for recording in self.state.loader.dataset.recordings(rows.numpy())]
         everywhere = self.env.gather_objects((bool(values["finite_here"][0]), files))
         guilty = [rank for rank, (finite, _) in enumerate(everywhere) if not finite] or range(len(everywhere))
@@ -293,7 +293,7 @@ class Run:
             guide="questions.md#my-loss-is-not-finite",
         )
 
-    # ------------------------------------------------------------------------------------------------- now and then
+    # ------------------------------------------------------------------------------------------------- at intervals
 
     def log(self) -> None:
         """Every ``log_interval`` steps, wait for the device and write the means since the last time."""
@@ -321,14 +321,14 @@ class Run:
                 self._compare_with_published(line)
 
     def _compare_with_published(self, line: dict[str, Any]) -> None:
-        """Warn if a base model, trained from nothing, validates unlike the published ones."""
+        """Warn if a base model, trained from scratch, validates unlike the published ones."""
         if line["group"] in self.cfg.validation and self.cfg.run.init_ckpt is None and is_base(self.cfg.model):
             active = [value for name, value in line.items() if name.startswith("active_codewords_")]
             if said := unlike_published(line["step"], line["loss"], active):
                 logger.warning("step %d, %s: %s", line["step"], line["group"], said)
 
     def save(self) -> None:
-        """Save a checkpoint if it is due or the run must stop, which then raises Preempted. Waits for the device."""
+        """Save a checkpoint if due, or if the run must stop, which raises Preempted. Waits for the device."""
         if not (self.must_stop or self.checkpointer.is_due(self.state.step)):
             return
         self._absorb(wait=True)
@@ -374,9 +374,9 @@ class Run:
     # ------------------------------------------------------------------------------------------------- validation
 
     def validate(self, *, due: bool = False) -> None:
-        """Validate the model, if ``due`` or if its checkpoint was due, on every set on which it has not been yet.
+        """Validate the model, if ``due`` or if its checkpoint was due, on each set not yet validated at this step.
 
-        In this process, or in jobs whose results come back later. Raises Preempted if a signal asks to stop meanwhile.
+        Runs here, or in jobs whose results come back later. Raises Preempted if a signal arrives meanwhile.
         """
         step, cfg = self.state.step, self.cfg
         due = due or self.checkpointer.is_due(step)
@@ -465,7 +465,7 @@ def _must_stay(name: str, *, finished: bool) -> bool:
 
 @dataclass
 class _Clock:
-    """Measures what an interval of training costs, starting now."""
+    """Measures the time and memory of an interval of training, starting now."""
 
     start: float = field(default_factory=time.perf_counter)
     audio_seconds: float = 0.0  # trained on, by all processes

@@ -29,7 +29,7 @@ from spidr.tools.meters import Last, Mean, PerCodebook, PerCodebookAndMean, Tran
 
 @dataclass
 class Measured:
-    """What an optimiser step measures, over all processes; tensors are still on the device.
+    """The measurements of an optimizer step, over all processes; tensors are still on the device.
 
     To add a metric, add a field, which says how it is combined over the steps of a log line, and its value in
     :func:`spidr.train.train_step`.
@@ -47,13 +47,13 @@ class Measured:
     frames: Transport  # masked
     seconds: Transport  # of audio
     tflop: Transport
-    stop: Transport  # how many processes were told to stop
+    stop: Transport  # number of processes that were told to stop
     finite_here: Transport  # whether this process's loss was finite
 
 
 @dataclass(frozen=True)
 class Hooks:
-    """What a research fork adds to training without touching the package.
+    """Additions to training from outside the package.
 
     Attributes:
         on_model: Called with the model before anything is built on it, with the weights of ``init_ckpt`` if any: add
@@ -61,8 +61,8 @@ class Hooks:
         extra_loss: Called with (model, batch) after each forward pass. Its result, 0-dim and summed over the masked
             frames of the micro-batch like the loss itself, is added to the loss. A forward hook on a layer gives its
             output.
-        after_step: Called with the state after every optimiser step.
-        loader: Builds the batches, with the arguments of :func:`spidr.data.build_dataloader`.
+        after_step: Called with the state after every optimizer step.
+        loader: Called instead of :func:`spidr.data.build_dataloader`, with the same arguments.
     """
 
     on_model: Callable[[DinoSR], None] | None = None
@@ -95,7 +95,7 @@ class State:
         self.upload = Uploader(self.env.device)
 
     def rounds(self) -> Iterator[list[Batch]]:
-        """This process's micro-batches, one optimiser step after another, without end."""
+        """This process's micro-batches, one optimizer step after another, without end."""
         while True:
             batches = self.loader.epoch(self.epoch, self.position)
             while micro_batches := list(islice(batches, self.loader.accumulation)):
@@ -113,7 +113,7 @@ class State:
 def build_state(cfg: Config, env: Environment, stop: StopFlag, hooks: Hooks, *, new: bool) -> State:
     """Build a run's state, the same on every process.
 
-    A run that is not ``new`` loads a checkpoint afterwards, so it needs no weights to begin with.
+    A run that is not ``new`` loads a checkpoint afterwards, so it needs no initial weights.
     """
     if env.device.type == "cuda":
         check_batch_length(cfg)
@@ -134,7 +134,7 @@ def build_state(cfg: Config, env: Environment, stop: StopFlag, hooks: Hooks, *, 
         reset_codebooks(model, loader, env, cfg)
     elif new and cfg.run.init_ckpt is None and model.cfg.codebook_init == "data":
         init_codebooks(model, loader, env, cfg.run.random_seed)
-    model.defer_codebook_updates = True  # once a step, over all its micro-batches
+    model.defer_codebook_updates = True  # once per step, for all micro-batches
     optimizer, scaler, scheduler = build_optimizer(model, cfg.optimizer)
     frozen = FrozenOutputs(model, cfg, loader, env)
     state = State(cfg, env, stop, model, model, optimizer, scaler, scheduler, loader, frozen, hooks)
@@ -143,14 +143,14 @@ def build_state(cfg: Config, env: Environment, stop: StopFlag, hooks: Hooks, *, 
 
 
 def model_settings(cfg: Config) -> DinoSRConfig:
-    """The model's configuration: with ``init_ckpt``, what the [model] table does not set is the checkpoint's own.
+    """The model's configuration. With ``init_ckpt``, settings missing from [model] come from the checkpoint.
 
     Raises:
         InputError: If the [model] table asks for another architecture than the checkpoint's.
     """
     if cfg.run.init_ckpt is None:
         return truncated(cfg.model)
-    # A run that has begun has it in its own folder: the other one may be gone by now.
+    # Once a run has begun, its own folder has the settings; the other one may be gone.
     begun = cfg.run.dir / "config.json"
     has_begun = begun.exists()
     recorded = recorded_config(begun if has_begun else cfg.run.init_ckpt, cfg.run.model_type)
@@ -159,9 +159,9 @@ def model_settings(cfg: Config) -> DinoSRConfig:
     names = {name for name in cfg.model_given or () if hasattr(recorded, name)}
     own = {name: getattr(cfg.model, name) for name in ("reset", "train_layers") if hasattr(recorded, name)}
     if not has_begun:
-        recorded = replace(recorded, **own)  # how the other run began is not how this one does
+        recorded = replace(recorded, **own)  # the other run's start does not concern this one
     elif own.get("train_layers") is not None:
-        names -= {"encoder_num_layers", "num_codebooks"}  # it has been cut already
+        names -= {"encoder_num_layers", "num_codebooks"}  # it has already been cut
     given = {name: getattr(cfg.model, name) for name in names}
     differing = [
         f"{name} = {value} here, {getattr(recorded, name)} there"
@@ -194,7 +194,7 @@ class Replica(nn.Module):
     def __init__(self, model: DinoSR, call: Callable[..., Any]) -> None:
         super().__init__()
         self.model = model
-        self._call = partial(call)  # bare, it would be registered as a second module
+        self._call = partial(call)  # otherwise it would be registered as a second module
 
     def forward(self, *inputs: Tensor, **options: Tensor | None) -> Any:
         """Call the model; without input, return a value that depends on every trained parameter."""
@@ -204,16 +204,16 @@ class Replica(nn.Module):
 
 
 def wrap(model: DinoSR, cfg: Config, env: Environment) -> Callable[..., Any]:
-    """The model as the loop calls it: compiled if so configured, with gradients averaged over several processes."""
+    """Wrap the model for the loop: compiled if so configured, with gradients averaged over processes."""
     call = compiled(model, env.device) if cfg.run.compile else model
     if env.world_size == 1:
         return call
-    # Buffers change in the same way everywhere: no broadcast. The option was renamed in torch 2.15.
+    # Buffers change identically on all processes, so need no broadcast. The option was renamed in torch 2.15.
     known = inspect.signature(DistributedDataParallel).parameters
     option = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     network = DistributedDataParallel(Replica(model, call), gradient_as_bucket_view=True, **{option: False})  # type: ignore[arg-type]
-    # After its first backward pass it lays out its buckets anew, and where a gradient lies in a bucket decides about
-    # the last bit of its sum over processes. So that comes here, or the first step after a restart would differ.
+    # After its first backward pass it rearranges its buckets, and a gradient's place in a bucket decides the last bit
+    # of its sum over processes. Do that here, or the first step after a restart would differ.
     network().backward()
     model.zero_grad()
     return network

@@ -7,7 +7,7 @@ import runpy
 from contextlib import nullcontext
 from typing import Any
 
-if __name__ == "__main__":  # whoever asks for help need not wait for torch
+if __name__ == "__main__":  # --help need not wait for torch
     runpy.run_module("spidr", run_name="__main__")
 
 import torch
@@ -29,7 +29,7 @@ __all__ = ["Hooks", "State", "train", "train_step"]
 
 __getattr__ = names_from(__name__, "spidr.compat.training")  # what published packages also have here
 
-MAX_SKIPPED_STEPS = 10  # the run stops after float16 has overflowed in so many steps in a row
+MAX_SKIPPED_STEPS = 10  # the run stops after float16 has overflowed in this many steps in a row
 
 
 def train(cfg: Config, hooks: Hooks | None = None) -> None:
@@ -40,7 +40,7 @@ def train(cfg: Config, hooks: Hooks | None = None) -> None:
         hooks: What to add.
 
     Raises:
-        InputError: Something the user gave is wrong, or the run cannot continue; the message says what to do. With
+        InputError: Some input is wrong, or the run cannot continue; the message says what to do. With
             several processes, on one of them; see :func:`spidr.environment.environment`.
         Preempted: A signal asked to stop; the state is saved.
     """
@@ -58,7 +58,7 @@ def train(cfg: Config, hooks: Hooks | None = None) -> None:
 
 
 def train_step(state: State, micro_batches: list[Batch]) -> Measured | None:
-    """One optimiser step.
+    """Take one optimizer step.
 
     The loss is summed over micro-batches and processes and divided by all their masked frames, so it does not matter
     how a global batch is divided. Besides the gradients' there is one reduction over processes, of the statistics.
@@ -68,14 +68,14 @@ def train_step(state: State, micro_batches: list[Batch]) -> Measured | None:
         micro_batches: Of this process.
 
     Returns:
-        What the step measured; None if float16 overflowed and the step was skipped.
+        The step's measurements; None if float16 overflowed and the step was skipped.
 
     Raises:
         InputError: float16 has overflowed too many times in a row.
     """
     model, env, optimizer, scaler = state.model, state.env, state.optimizer, state.scaler
     seed_step(state.cfg.run.random_seed, state.step, env.rank)
-    # Keeps gradients near their final size until the number of masked frames is known, as float16 needs.
+    # float16 needs gradients near their final size before the number of masked frames is known.
     scale = 1 / max(1, conv_length(state.cfg.model.extractor_conv_layer_config, state.cfg.data.max_batch_length))
     for i, micro_batch in enumerate(micro_batches):
         with _sync_gradients(state.network, when=i == len(micro_batches) - 1):
@@ -84,7 +84,7 @@ def train_step(state: State, micro_batches: list[Batch]) -> Measured | None:
     totals = _reduce_statistics(state, micro_batches)
     scaler.unscale_(optimizer)
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    # DistributedDataParallel has averaged over processes; the loss is a mean over the frames of all of them.
+    # DistributedDataParallel has averaged over processes; the loss is a mean over all their frames.
     torch._foreach_mul_([p.grad for p in parameters], env.world_size / scale / totals["frames"])
     grad_norm = nn.utils.clip_grad_norm_(parameters, state.cfg.optimizer.max_norm)
     lr, before = state.scheduler.get_last_lr()[0], scaler.get_scale()
@@ -146,7 +146,7 @@ def _reduce_statistics(state: State, micro_batches: list[Batch]) -> dict[str, Te
 
 
 def _tflop(state: State, batch: Batch) -> float:
-    """Floating-point operations of the model on a micro-batch, in 10^12."""
+    """TFLOP of the model on a micro-batch."""
     (rows, samples), model = batch.waveforms.shape, state.model
     masked = 0 if batch.mask_indices is None else batch.mask_indices.shape[1]
     kept = {"has_frames": state.frozen.has_frames, "has_labels": state.frozen.has_labels(state.step)}

@@ -1,4 +1,4 @@
-"""How good a model is on held-out recordings: loss, perplexities and, with phone alignments, the quality of its units.
+"""Validate a model on held-out recordings: loss, perplexities and, with phone alignments, unit quality.
 
 Deterministic: float32, fixed batches, crops and masks seeded by the manifest's rows, and sums that do not depend on the
 order of the batches, so the same checkpoint and data give the same numbers on any number of processes.
@@ -42,7 +42,7 @@ def validate(model: nn.Module, loader: Iterable[AnyBatch], device: torch.device 
     Args:
         model: On ``device``, as it is or wrapped for several processes; its mode is restored.
         loader: See :func:`spidr.data.build_validation_dataloader`; or any batches (waveforms, attention_mask, mask).
-        device: Where to compute.
+        device: The device to compute on.
 
     Returns:
         ``loss`` per masked frame, and ``target_ppl`` and ``pred_ppl``: the batches' perplexities, weighted by their
@@ -57,7 +57,7 @@ def validate(model: nn.Module, loader: Iterable[AnyBatch], device: torch.device 
 
 @contextmanager
 def _inference(model: DinoSR, device: torch.device | str) -> Iterator[None]:
-    """Eval mode, no gradient, no autocast, and no reduction over processes: each has batches of its own."""
+    """Eval mode, no gradient, no autocast, and no reduction over processes, as each has its own batches."""
     training, reduction = model.training, model.reduction
     model.eval()
     model.reduction = lambda _: None
@@ -83,7 +83,7 @@ def _measure(
             else:
                 waveforms, attention_mask, mask = (None if x is None else x.to(device) for x in batch)
                 loss, outputs = model(waveforms, attention_mask=attention_mask, mask=mask)
-            if not loss.numel():  # very short recordings, no frame of which is masked
+            if not loss.numel():  # very short recordings without a masked frame
                 continue
             # On the CPU, since MPS has no float64.
             values = {name: value.cpu().double().reshape(-1).tolist() for name, value in outputs.items()}
@@ -151,7 +151,7 @@ def _units_metrics(
     metrics: dict[str, float] = {}
     for layer, quality in zip(layer_names(model), codebooks_quality(model, phones, units), strict=True):
         values = quality._asdict()
-        values["unit_ppl"] = values.pop("codebook_perplexity")  # not to be confused with that of the targets
+        values["unit_ppl"] = values.pop("codebook_perplexity")  # not to be confused with the targets' perplexity
         metrics |= {f"{name}_{layer}": float(value) for name, value in values.items()}
     return metrics
 
@@ -192,7 +192,7 @@ def encode_rows(
 ) -> Iterator[tuple[int, Tensor, list[Tensor]]]:
     """Encode this process's share of some recordings, whole, in batches of similar length, the shortest first.
 
-    Rows too short for a frame are left out; a batch has up to ``max_batch_length`` samples with its padding. The
+    Rows too short for a frame are skipped; a batch has up to ``max_batch_length`` samples, padding included. The
     outputs of ``layers``, counted from 1, take a second forward pass.
 
     Yields:
@@ -220,7 +220,7 @@ def encode_rows(
 
 
 def _pack(rows: list[int], lengths: np.ndarray, limit: int) -> list[list[int]]:
-    """Consecutive rows, from short to long, as many in a batch as fit into ``limit`` with their padding."""
+    """Batches of consecutive rows, from short to long, as many as fit into ``limit`` with padding."""
     batches: list[list[int]] = []
     for row in rows:
         if batches and (len(batches[-1]) + 1) * lengths[row] <= limit:

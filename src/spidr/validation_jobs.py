@@ -1,4 +1,4 @@
-"""Validation in separate SLURM jobs: submit them, collect results that come late, and push them to wandb."""
+"""Validation in separate SLURM jobs: submit them, collect late results, and push them to wandb."""
 
 import logging
 import os
@@ -32,8 +32,8 @@ class ValidationJobs:
     """The validation jobs of a run, as files in ``RUN/validation``.
 
     ``step_N.pending`` names a job's checkpoint, id and log; ``step_N.failed`` says why it gave no results;
-    ``step_N.jsonl`` holds results to be collected. So a restarted run, or ``spidr metrics`` after its end, knows as
-    much as the process that submitted. Only one process at a time may use them. Submitting happens in threads.
+    ``step_N.jsonl`` holds results to collect. So a restarted run, or ``spidr metrics`` after its end, knows as much as
+    the process that submitted. Only one process at a time may use them. Jobs are submitted from threads.
     """
 
     def __init__(self, run_dir: Path) -> None:
@@ -43,7 +43,7 @@ class ValidationJobs:
         self._told: set[int] = set()
 
     def submit(self, cfg: Config, step: int, checkpoint: Path) -> None:
-        """Submit, in the background, the validation of a step's checkpoint, to be kept while it is :meth:`needed`."""
+        """Submit, in the background, the validation of a step's checkpoint, which must be kept while :meth:`needed`."""
         make_folder(self.folder)
         self._write(step, ".pending", checkpoint=str(checkpoint), job="")
         self._path(step, ".failed").unlink(missing_ok=True)
@@ -55,7 +55,7 @@ class ValidationJobs:
         self._threads[step].start()
 
     def submit_again(self, cfg: Config) -> None:
-        """Resubmit what failed, if its checkpoint is still there."""
+        """Resubmit failed jobs whose checkpoints still exist."""
         self.find_lost()
         for step in sorted(self.failures()):
             checkpoint = self._read(step, ".pending").get("checkpoint")
@@ -69,7 +69,7 @@ class ValidationJobs:
             calls = [(_validate, (cfg, resume, str(self._path(step, ".failed"))))]
             job_id, folder = submit(name, calls, self.folder, slurm, max_restarts=5)  # each time it starts over
             with self._collecting:
-                if self._path(step, ".pending").exists():  # unless the job is already done
+                if self._path(step, ".pending").exists():  # unless the job has already ended
                     self._write(step, ".pending", checkpoint=resume.checkpoint, job=job_id, log=_log_of(folder, job_id))
         except Exception as error:
             self._fail(resume.step, str(error) if isinstance(error, InputError) else repr(error))
@@ -81,7 +81,7 @@ class ValidationJobs:
         self.report()
 
     def pending(self) -> set[int]:
-        """Steps whose job has neither given results nor failed."""
+        """Steps whose job has neither written results nor failed."""
         return self._steps(".pending") - self._steps(".jsonl") - self._steps(".failed")
 
     def needed(self) -> set[int]:
@@ -153,7 +153,7 @@ def _log_of(folder: Path, job_id: str) -> str:
 
 
 def _validate(cfg: Config, resume: ResumeConfig, failed: str) -> None:
-    """What a validation job runs."""
+    """The function that a validation job runs."""
     from spidr.validate import validate_existing_checkpoint
 
     try:
@@ -165,7 +165,7 @@ def _validate(cfg: Config, resume: ResumeConfig, failed: str) -> None:
 
 
 class Collected(NamedTuple):
-    """How many lines ``metrics.jsonl`` got, why which steps are not validated, and which are still to come."""
+    """Number of lines added to ``metrics.jsonl``, steps that failed and why, and steps still pending."""
 
     lines: int
     failures: dict[int, str]
@@ -195,13 +195,13 @@ def collect_metrics(folder: Path) -> Collected:
 
 
 def push_metrics(folder: Path, entity: str, run_id: str | None = None) -> int:
-    """Push to wandb the lines that it does not have, whatever ``run.wandb_mode`` was, and count them.
+    """Push to wandb the lines that it lacks, whatever ``run.wandb_mode`` was. Returns their number.
 
     The run must not be training. Without ``run_id``, it is the one recorded in the folder, else the one finished run
     with the configuration's project and name. ``entity`` is a user or team.
 
     Raises:
-        InputError: There is no one such run, or wandb does not take the lines.
+        InputError: There is not exactly one such run, or wandb does not take the lines.
     """
     import_wandb()
     mode = wandb_mode("online")
@@ -234,8 +234,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line. Returns the exit status: 1 if a step is not validated because its job failed."""
     parser = Parser(
         "python -m spidr.tools.metrics_queue",
-        description="Bring a finished run up to date: collect results of validation jobs that came late into "
-        "metrics.jsonl and, with --entity, push to wandb every line that it does not have.",
+        description="Bring a finished run up to date: collect late results of validation jobs in "
+        "metrics.jsonl and, with --entity, push to wandb every line that it lacks.",
         example="python -m spidr.tools.metrics_queue runs/my-project/my-run --entity my-team",
     )
     parser.add_argument("path", type=Path, help="a run's folder, or its metrics.jsonl")
@@ -249,7 +249,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for step, reason in found.failures.items():
         sys.stderr.write(f"step {step} is not validated: {reason}\n")
     if found.failures:
-        sys.stderr.write("the run's own command, started again, validates them again\n")
+        sys.stderr.write("rerun the run's own command to repeat them\n")
     if found.pending:
         steps = ", ".join(map(str, sorted(found.pending)))
         sys.stderr.write(f"not validated yet: steps {steps}; run this again later\n")

@@ -1,10 +1,9 @@
-"""A warm start: ``python -m spidr.warm_start CONFIG OUTPUT.pt`` writes first weights for ``run.init_ckpt``.
+"""A warm start: ``python -m spidr.warm_start CONFIG OUTPUT.pt`` writes initial weights for ``run.init_ckpt``.
 
-An extra of this package, no part of SpidR or DinoSR as published. Their first targets come from random weights and say
-little about phones. Here extractor, projection and student first learn by regression: each layer that has a codebook
-learns smoothed cepstra (MFCC) and their slopes, turned by a random rotation into the model's width. The teacher becomes
-a copy of the student; heads and first codewords are as when a run of CONFIG begins. No labels are used. What is gained:
-docs/decisions.md, "It learns".
+It is not part of SpidR or DinoSR as published, whose first targets come from random weights and say little about
+phones. Here extractor, projection and student first learn by regression: each layer that has a codebook learns smoothed
+cepstra (MFCC) and their slopes, rotated at random into the model's width. The teacher becomes a copy of the student;
+heads and first codewords are those of a new run of CONFIG. No labels are used. Results: docs/decisions.md, "It learns".
 """
 
 import argparse
@@ -33,10 +32,10 @@ LR = 4e-3  # several times the rate of a training run
 def _arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(
         "python -m spidr.warm_start",
-        description="First weights for a small model and little speech: its layers learn to output cepstra. An "
-        "extra, no part of SpidR or DinoSR as published. Name OUTPUT in run.init_ckpt of CONFIG.",
+        description="Initial weights for a small model and little speech: its layers learn to predict cepstra. "
+        "Not part of SpidR or DinoSR as published. Name OUTPUT in run.init_ckpt of CONFIG.",
     )
-    parser.add_argument("config", metavar="CONFIG", help="the run's configuration: model, data, seed, precision count")
+    parser.add_argument("config", metavar="CONFIG", help="the run's configuration (uses model, data, seed, precision)")
     parser.add_argument("output", metavar="OUTPUT", type=Path, help="a .pt file; config.json is written beside it")
     parser.add_argument("--steps", type=int, default=STEPS, help="(default: %(default)s)")
     parser.add_argument("--lr", type=float, default=LR, help="highest learning rate (default: %(default)s)")
@@ -45,7 +44,7 @@ def _arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    _arguments()  # whoever asks for help need not wait for torch
+    _arguments()  # --help need not wait for torch
 
 with command_needs("train", __name__):
     import torch
@@ -63,14 +62,13 @@ CEPSTRA = 13
 MELS = 80
 SMOOTH = (1, 2, 3, 2, 1)
 SLOPE = (-1, -2, 0, 2, 1)
-"""Weights of five frames, 80 ms from the first to the last in the base models: about the length of a phone."""
+"""Weights of five frames: 80 ms in the base models, about the length of a phone."""
 
 
 def log_mel(waveforms: Tensor, shapes: Sequence[tuple[int, int, int]]) -> Tensor:
-    """Log-mel energies (B, T, 80) of what each frame of an extractor sees of waveforms (B, S) at 16 kHz.
+    """Log-mel energies (B, T, 80) of waveforms (B, S) at 16 kHz, at the extractor's frames.
 
-    Each is of a Hann window of the receptive field of the convolutions (25 ms in the base models); they are as many
-    as the extractor's frames, at the same places.
+    Windows are Hann windows as long as the receptive field of the convolutions (25 ms in the base models).
     """
     field, hop = receptive_field(shapes), math.prod(stride for _, _, stride in shapes)
     size = 1 << (field - 1).bit_length()
@@ -94,7 +92,7 @@ def cepstra(waveforms: Tensor, shapes: Sequence[tuple[int, int, int]]) -> Tensor
 def smooth_and_slope(x: Tensor, num_frames: Tensor) -> Tensor:
     """Weighted means over five frames, then slopes: (B, T, C) to (B, T, 2 C).
 
-    Before the first and after the last of a row's ``num_frames`` (B,), that frame counts again.
+    The first and the last of a row's ``num_frames`` (B,) frames are repeated at the edges.
     """
     around, frames = len(SMOOTH) // 2, torch.arange(x.shape[1], device=x.device)
     smooth, slope = torch.zeros_like(x), torch.zeros_like(x)
@@ -109,15 +107,15 @@ def smooth_and_slope(x: Tensor, num_frames: Tensor) -> Tensor:
 def weights() -> Tensor:
     """Standard deviations of smoothed cepstra and slopes in the targets, (26,).
 
-    Cepstra 0, 1, 2, ... have 1, 1, 1/sqrt(2), 1/sqrt(3) and so on, since the lower ones tell more about phones; their
-    slopes have half of that.
+    Cepstra 0, 1, 2, ... have 1, 1, 1/sqrt(2), 1/sqrt(3) and so on, since lower ones say more about phones; slopes have
+    half of that.
     """
     of_cepstra = torch.arange(CEPSTRA).clamp(min=1).rsqrt()
     return torch.cat([of_cepstra, 0.5 * of_cepstra])
 
 
 class Targets:
-    """What the layers learn to output: smoothed cepstra and slopes, as features with a mean variance of 1."""
+    """The layers' targets: smoothed cepstra and slopes, as features with a mean variance of 1."""
 
     def __init__(self, cfg: DinoSRConfig, loader: SpeechLoader, seed: int) -> None:
         self.shapes, dim = cfg.extractor_conv_layer_config, cfg.encoder_embed_dim
@@ -125,7 +123,7 @@ class Targets:
         frames = torch.cat([self._describe(batch) for batch in batches]).double()
         self.mean, std = frames.mean(0).float(), frames.std(0, correction=0).float().clamp(min=1e-5)
         scale = weights()
-        kept = scale.argsort(descending=True, stable=True)[:dim]  # the most important ones, if the model is narrow
+        kept = scale.argsort(descending=True, stable=True)[:dim]  # only the most important ones if the model is narrow
         draw = torch.randn(dim, len(kept), generator=torch.Generator().manual_seed(seed))
         rotation = torch.linalg.qr(draw).Q.T * (math.sqrt(dim) / scale[kept].norm())
         self.map = torch.zeros(len(scale), dim)
@@ -137,7 +135,7 @@ class Targets:
         return frames_of(batch, smooth_and_slope(x, num_frames))
 
     def __call__(self, batch: Batch) -> Tensor:
-        """(N, D), for the frames of a batch that exist."""
+        """The targets (N, D) of a batch's frames, without the padding."""
         found = self._describe(batch)
         return (found - self.mean.to(found)) @ self.map.to(found)
 
@@ -152,17 +150,17 @@ def warm_start(cfg: Config, output: Path, *, steps: int = STEPS, lr: float = LR,
     """Train a new model's extractor, projection and student, in one process; save model and ``config.json``.
 
     Args:
-        cfg: Of the run to start: its model, data, seed and optimiser count, not the schedule. A step is one batch.
+        cfg: The configuration of the run, whose model, data, seed and optimizer are used, but not its schedule.
         output: The checkpoint, ``.pt``. It must not exist, nor another run's ``config.json`` beside it.
-        steps: How many.
-        lr: The highest rate; it rises over the first tenth of the steps and falls to nothing by a cosine.
+        steps: Number of steps, of one batch each.
+        lr: The peak rate; it rises over the first tenth of the steps and falls to zero along a cosine.
         device: As ``run.device``.
 
     Returns:
         The mean squared error as a share of the targets' variance, over the last tenth of the steps.
 
     Raises:
-        InputError: Something the user gave is wrong, or the loss is not finite.
+        InputError: Some input is wrong, or the loss is not finite.
     """
     config = json.dumps(to_dict(cfg), indent=2).encode()
     _check_output(output, config)
@@ -181,7 +179,7 @@ def warm_start(cfg: Config, output: Path, *, steps: int = STEPS, lr: float = LR,
     draws = cfg.model.codebook_init == "data"
     with closing(loader), closing(Progress("warm start", steps, "steps")) as progress:
         if draws:
-            init_codebooks(model, loader, env, cfg.run.random_seed)  # for what it refuses
+            init_codebooks(model, loader, env, cfg.run.random_seed)  # for its checks
         targets = Targets(cfg.model, loader, cfg.run.random_seed)
         for cpu_batch in islice(chain.from_iterable(map(loader.epoch, count())), steps):
             batch = cpu_batch.to(env.device, non_blocking=True)
@@ -214,7 +212,7 @@ def warm_start(cfg: Config, output: Path, *, steps: int = STEPS, lr: float = LR,
 
 
 def _check_output(output: Path, config: bytes) -> None:
-    """Refuse what cannot be written, or what would be taken for another model, before anything is trained."""
+    """Before training, refuse an output that cannot be written or would be taken for another model."""
     if output.suffix != ".pt":
         raise InputError(f"{output}: the name must end in .pt")
     if os.path.exists(output):  # noqa: PTH110 (this knows no name that is too long)
@@ -226,7 +224,7 @@ def _check_output(output: Path, config: bytes) -> None:
     if beside.exists():
         check_file(beside)
         if beside.read_bytes() != config:
-            raise InputError(f"{beside}: is of another run, so the checkpoint needs a folder of its own")
+            raise InputError(f"{beside}: is of another run, so the checkpoint needs its own folder")
     if not os.access(output.parent, os.W_OK):
         raise InputError(f"{output.parent}: cannot be written to; choose another output")
 

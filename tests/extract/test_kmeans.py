@@ -64,7 +64,7 @@ def test_kmeans(model: DinoSR, checkpoint: Path, tmp_path: Path) -> None:
     for name, reason in (
         ("bad", ""),
         ("flat", "not a matrix of finite numbers"),
-        ("one", "there are no two centroids"),
+        ("one", "there are fewer than two centroids"),
     ):
         with pytest.raises(InputError, match=rf"{name}\.npz: no k-means model .*{reason}"):
             extract_units(files, tmp_path / "x.jsonl", model=checkpoint, kmeans=tmp_path / f"{name}.npz", options=QUIET)

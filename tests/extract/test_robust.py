@@ -133,7 +133,7 @@ def test_damaged_rows_are_recomputed(checkpoint: Path, tmp_path: Path, caplog: p
     out.write_bytes(b"".join(lines[:6] + lines[7:]))
     extract_units(tmp_path / "audio", out, model=checkpoint, **COMMON)
     assert out.read_bytes() == whole
-    assert "recordings have damaged values, which are made again" in caplog.text
+    assert "recordings have damaged values, which are recomputed" in caplog.text
 
 
 @pytest.mark.parametrize("file_format", ["npy", "pt"])

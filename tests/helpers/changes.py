@@ -197,10 +197,7 @@ def main() -> None:
     from spidr.models import DinoSR, SpidR
 
     document = {}
-    for name, model_class, config_class in (
-        ("spidr-tiny", SpidR, SpidRConfig),
-        ("dinosr-tiny", DinoSR, DinoSRConfig),
-    ):
+    for name, model_class, config_class in (("spidr-tiny", SpidR, SpidRConfig), ("dinosr-tiny", DinoSR, DinoSRConfig)):
         folder = GOLDEN / name
         cfg = config_class(**json.loads((folder / "config.json").read_text())["model"])
         model = model_class(cfg)

@@ -73,10 +73,7 @@ def test_six_training_steps_through_the_public_loop(golden: GoldenCase, attentio
     model, optimizer_cfg = golden.model().train(), golden.trajectory["optimizer"]
     parameters = [p for name, p in model.named_parameters() if not name.startswith("teacher")]
     optimizer = torch.optim.AdamW(
-        parameters,
-        betas=optimizer_cfg["betas"],
-        eps=optimizer_cfg["eps"],
-        weight_decay=optimizer_cfg["weight_decay"],
+        parameters, betas=optimizer_cfg["betas"], eps=optimizer_cfg["eps"], weight_decay=optimizer_cfg["weight_decay"]
     )
     for i, expected in enumerate(golden.trajectory["steps"]):
         optimizer.param_groups[0]["lr"] = expected["lr"]

@@ -9,14 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from spidr.models.metrics import (
-    UnitsQuality,
-    bitrate,
-    build_count_matrix,
-    perplexity,
-    proba_phone_code,
-    units_quality,
-)
+from spidr.models.metrics import UnitsQuality, bitrate, build_count_matrix, perplexity, proba_phone_code, units_quality
 from spidr.tools.errors import InputError
 
 PHONES = ["SIL", "AA", "B", "ʃ"]
@@ -66,8 +59,10 @@ def oracle(data: Data) -> UnitsQuality:
 @settings(max_examples=100, deadline=None)
 @given(datasets())
 def test_units_quality(data: Data) -> None:
-    quality = units_quality(data, num_units=NUM_UNITS, num_phones=len(PHONES))
-    assert quality == pytest.approx(oracle(data), rel=1e-9, abs=1e-9)
+    quality, expected = units_quality(data, num_units=NUM_UNITS, num_phones=len(PHONES)), oracle(data)
+    assert quality._replace(pnmi=0) == pytest.approx(expected._replace(pnmi=0), rel=1e-9, abs=1e-9)
+    single = len({phone for phone, _ in frames(data)}) == 1  # rounding errors of entropies are divided by 1e-10
+    assert quality.pnmi == pytest.approx(expected.pnmi, rel=1e-9, abs=1e-5 if single else 1e-9)
 
 
 def test_perfect_units() -> None:
@@ -162,11 +157,7 @@ def test_bad_steps() -> None:
     for frame_step, alignment_step in ((20, 15), (10, 20)):
         with pytest.raises(InputError, match="is not a multiple of alignment_step"):
             units_quality(
-                {"x": (["A"], [0])},
-                num_units=3,
-                num_phones=3,
-                frame_step=frame_step,
-                alignment_step=alignment_step,
+                {"x": (["A"], [0])}, num_units=3, num_phones=3, frame_step=frame_step, alignment_step=alignment_step
             )
 
 

@@ -1,4 +1,4 @@
-"""Names that other packages import from published versions of ``spidr``, thin over the parts of this one.
+"""Names that other packages import from published versions of ``spidr``, as thin layers over this one.
 
 Import them from where the published package has them, such as ``spidr.models.components``.
 """

@@ -68,11 +68,11 @@ class SpeechCollatorWithMasking:
 class BucketizeBatchSampler(BatchSampler):
     """Batches of rows of similar length: (seed, epoch) decide which, and in which order.
 
-    Rows shorter than ``min_len`` are left out, longer ones than ``max_len`` count as that. They are shuffled within
-    ``num_buckets`` buckets of equal range ("uniform") or equally many rows ("percentile"). A batch has ``batch_size``
-    rows, or its lengths add up to ``max_token_count`` at most. Without ``shuffle``, rows go from the shortest to the
-    longest. ``drop_last`` leaves out a last batch that has fewer than ``batch_size`` rows. ``iter_list`` are the
-    batches of this epoch.
+    Rows shorter than ``min_len`` are skipped, longer ones count as ``max_len``. They are shuffled within
+    ``num_buckets`` buckets of equal range ("uniform") or with equally many rows ("percentile"). A batch has
+    ``batch_size`` rows, or lengths that add up to at most ``max_token_count``. Without ``shuffle``, rows go from
+    shortest to longest. ``drop_last`` drops a last batch of fewer than
+    ``batch_size`` rows. ``iter_list`` are the batches of this epoch.
     """
 
     def __init__(
@@ -125,7 +125,7 @@ class BucketizeBatchSampler(BatchSampler):
 class DistributedBatchSampler(Sampler[list[int]]):
     """Deals the batches of a sampler to the processes of the default group, equally many to each.
 
-    Leftover batches are dropped with ``drop_last``; without, the first ones are given twice.
+    With ``drop_last``, leftover batches are dropped; otherwise the first ones are repeated.
     """
 
     def __init__(self, batch_sampler: BucketizeBatchSampler, *, seed: int, shuffle: bool, drop_last: bool) -> None:
@@ -135,7 +135,7 @@ class DistributedBatchSampler(Sampler[list[int]]):
         self._deal(0)
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch to iterate over, also of the sampler inside."""
+        """Choose the epoch to iterate over, also for the inner sampler."""
         self.batch_sampler.set_epoch(epoch)
         self._deal(epoch)
 

@@ -18,7 +18,7 @@ COLORS = {"DEBUG": 37, "INFO": 32, "WARNING": 33, "ERROR": 31, "CRITICAL": 35}
 
 
 class AverageMeter:
-    """Mean of the values since the last :meth:`pop`, on the device they are on, so that nothing waits for it."""
+    """Mean of the values since the last :meth:`pop`, computed on their device, so that nothing waits for it."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
         self.device, self.dtype = device, dtype
@@ -35,14 +35,14 @@ class AverageMeter:
         self.count += n
 
     def pop(self) -> float:
-        """Mean, NaN without values, which are forgotten."""
+        """Return the mean (NaN without values) and forget the values."""
         mean = (self.sum / self.count).item()
         self.reset()
         return mean
 
 
 class AverageMeters:
-    """One :class:`AverageMeter` for each name."""
+    """One :class:`AverageMeter` per name."""
 
     def __init__(self, names: Sequence[str], device: torch.device, *, dtype: torch.dtype = torch.float32) -> None:
         self.names = list(names)
@@ -62,7 +62,7 @@ class AverageMeters:
             self.meters[name].update(value)
 
     def pop(self) -> dict[str, float]:
-        """Means of all names; the values are forgotten."""
+        """Return the means of all names and forget the values."""
         return {name: meter.pop() for name, meter in self.meters.items()}
 
 

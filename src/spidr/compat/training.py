@@ -1,4 +1,4 @@
-"""What published training loops import from ``spidr.checkpoint``, ``environment``, ``optimizer`` and other modules."""
+"""Names that published training loops import from ``spidr.checkpoint``, ``environment``, ``optimizer`` and others."""
 
 import os
 import random
@@ -48,8 +48,8 @@ def setup_environment(**variables: str) -> None:
 def setup_training(seed: int, *, use_deterministic: bool = False) -> None:
     """Join the processes that torchrun or SLURM started, as the default process group, and seed this one.
 
-    Sets ``RANK``, ``LOCAL_RANK`` and ``WORLD_SIZE``. A process that is alone gets a group of its own. The seed is
-    ``seed`` plus the rank.
+    Sets ``RANK``, ``LOCAL_RANK`` and ``WORLD_SIZE``. A single process gets its own group. The seed is ``seed`` plus the
+    rank.
 
     Raises:
         InputError: The variables of torchrun or SLURM contradict each other.
@@ -73,7 +73,7 @@ def setup_training(seed: int, *, use_deterministic: bool = False) -> None:
 def remove_param_group(optim: Optimizer, *scheduler_and_index: Any) -> None:
     """Remove a parameter group and its state: ``(optim, scheduler, index)``.
 
-    ``(optim, index)`` leaves the group without parameters, as no scheduler works with fewer groups than it began with.
+    ``(optim, index)`` empties the group instead, as no scheduler works with fewer groups than it started with.
     """
     *schedulers, index = scheduler_and_index
     for parameter in optim.param_groups[index]["params"]:

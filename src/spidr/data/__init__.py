@@ -1,4 +1,4 @@
-"""Manifests, audio, batches and masks: everything between recordings on disk and the tensors a model is trained on.
+"""Manifests, audio, batches and masks: everything between recordings on disk and the tensors for training.
 
 Names are imported when they are first used.
 """

@@ -1,4 +1,4 @@
-"""Read phone alignments: JSON lines, tables and Praat's TextGrids."""
+"""Read phone alignments: JSON lines, tables and Praat TextGrids."""
 
 import codecs
 import os
@@ -16,9 +16,9 @@ from spidr.tools.lazy import needs_extra
 from spidr.tools.untrusted import check_memory, parse_json
 
 FRAME_STEP = 10  # milliseconds per frame of an alignment
-MAX_SECONDS = 86_400.0  # longest alignment, one day: otherwise a short file could ask for any amount of memory
+MAX_SECONDS = 86_400.0  # longest alignment, one day; otherwise a short file could ask for any amount of memory
 TOLERANCE = 100  # milliseconds by which an alignment may differ in length from the units
-ROUNDING = 1e-3  # seconds of rounding that are tolerated between times
+ROUNDING = 1e-3  # tolerated rounding error of times, in seconds
 
 SILENCE = "SIL"
 _NAMES = "sil sp spn pau silence <sil> <sp> <spn> <pau> <eps> <p:> h# #h"
@@ -28,9 +28,9 @@ Alignments = dict[str, list[str]]
 """Name of a recording → its phones, one per frame of 10 ms."""
 
 Skipped = dict[str, str]
-"""What was left out, and why."""
+"""What was skipped, and why."""
 
-Interval = tuple[str, float, float]  # a phone, its beginning and its end in seconds
+Interval = tuple[str, float, float]  # a phone with its start and end in seconds
 
 
 def read_alignments(
@@ -46,24 +46,23 @@ def read_alignments(
         path: JSON lines (also gzipped, ``.gz``), DiscoPhon's table (``#file onset offset #phone``, in seconds), a Praat
             ``.TextGrid``, or a folder of TextGrids, at any depth. A line of JSON has the recording's ``fileid`` (or
             ``name``) and ``phones``: either one phone per frame of 10 ms, or ``[phone, start, end]`` in seconds, in
-            order, and perhaps the ``duration``. A TextGrid has the name of its recording. Times that contradict each
+            order, and optionally the ``duration``. A TextGrid has the name of its recording. Times that contradict each
             other by less than 1 ms are rounded.
         tier: The tier of TextGrids that holds the phones. None: the one named "phones" or "phone", with or without a
-            speaker's name before it, else the only tier of intervals.
+            speaker's name before it, or the only tier of intervals.
         silence: Labels that mean silence, in any case.
-        skipped: Collects lines and TextGrids that cannot be read. None: they are an error.
+        skipped: Collects lines and TextGrids that cannot be read. None: raise an error instead.
 
     Returns:
         For each recording, the phone in the middle of each frame of 10 ms: frame i is at ``(i + 0.5) * 10`` ms, and
-        there are as many as fit into the duration. "SIL" where there is none.
+        there are as many as fit into the duration. It is "SIL" where there is none.
 
     Raises:
-        InputError: The file is missing, a line is not of this form, a TextGrid has no such tier, or a recording occurs
-            twice.
+        InputError: The file is missing, a line has another form, a TextGrid lacks the tier, or a name occurs twice.
     """
     path, silent = expand(path), {label.strip().lower() for label in silence}
 
-    @cache  # one object for all frames of a phone
+    @cache  # one string object for all frames of a phone
     def phone(label: str) -> str:
         if not isinstance(label, str):
             raise TypeError
@@ -202,13 +201,13 @@ def _frames(intervals: list[Interval], duration: float = 0.0) -> list[str]:
     duration = end if end > duration + ROUNDING else duration
     if not 0 <= duration <= MAX_SECONDS:
         raise InputError(f"a duration of {duration:g} s, not from 0 to {MAX_SECONDS:g}.")
-    # Rounded first, or 0.29 s would be 28.999… frames.
+    # Rounded first, otherwise 0.29 s would be 28.999… frames.
     frames = [SILENCE] * int(round(duration * 1000 / FRAME_STEP, 6))
     before = 0.0
     for number, (phone, start, end) in enumerate(intervals, start=1):
         where = f"interval {number}, {phone!r} from {start:g} to {end:g} s"
         if not start >= before - ROUNDING:
-            raise InputError(f"{where}: begins before {before:g} s, where the one before it ends.")
+            raise InputError(f"{where}: begins before {before:g} s, where the previous one ends.")
         if not end >= start - ROUNDING:
             raise InputError(f"{where}: ends before it begins.")
         if not end <= MAX_SECONDS:

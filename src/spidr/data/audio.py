@@ -44,7 +44,7 @@ def num_samples(source: Source, *, verify: bool = False) -> int:
 
 
 def seekable_length(source: Source) -> int | None:
-    """Count the samples of a recording; None if reading a part of it takes decoding what comes before."""
+    """Count the samples of a recording; None if reading a part requires decoding everything before it."""
     with decoder(source) as file:
         _check_format(file)
         begin, end = _span(file)
@@ -145,12 +145,12 @@ def _range(file: Decoder, start: int, stop: int | None) -> tuple[int, int | None
         return start, stop
     begin, end = _span(file)
     if stop is not None and begin + stop > end:
-        raise InputError(f"{file.name}: has {end - begin} samples; asked for were those up to {stop}.")
+        raise InputError(f"{file.name}: has {end - begin} samples, fewer than the {stop} requested.")
     return begin + start, end if stop is None else begin + stop
 
 
 def _span(file: Decoder) -> tuple[int, int]:
-    """Where a recording begins and ends in its file, in samples of the file."""
+    """Start and end of a recording in its file, in samples."""
     recording, known = file.recording, file.length()
     frames = _count(recording._replace(start=None, end=None)) if known is None else known
     if frames <= 0:
@@ -177,6 +177,6 @@ def _check_format(file: Decoder) -> None:
 
 
 def _check_finite(name: str, samples: Samples) -> None:
-    # The sum of squares is finite unless a sample is NaN, infinite, or too large to be standardised.
+    # The sum of squares is finite unless a sample is NaN, infinite, or too large to standardise.
     if not np.isfinite(np.vdot(samples, samples)):
         raise InputError(f"{name}: the recording holds samples that are not finite numbers or much too large.")

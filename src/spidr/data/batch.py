@@ -1,4 +1,4 @@
-"""Batches, and how they are made from recordings."""
+"""Batches and how they are made from recordings."""
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -25,20 +25,20 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Batch:
-    """Waveforms and what is masked in them. Unpacks as ``waveforms, attention_mask, mask``."""
+    """Waveforms and their masks. Unpacks as ``waveforms, attention_mask, mask``."""
 
     waveforms: Tensor  # float32 (B, S), zero where padded
-    rows: Tensor  # int64 (B,), of the manifest
+    rows: Tensor  # int64 (B,), rows of the manifest
     starts: Tensor  # int64 (B,), the sample of the recording at which each waveform begins
-    num_samples: int  # in the batch, padding excluded
-    num_frames: int  # that the model makes of them, padding excluded
+    num_samples: int  # total, without padding
+    num_frames: int  # total that the model makes of them, without padding
     max_frames: int  # T, the frames of the longest row
     lengths: Tensor | None = None  # int64 (B,), samples of each waveform; None when nothing is padded
     frame_lengths: Tensor | None = None  # int64 (B,), frames of each waveform; None when nothing is padded
     mask: Tensor | None = None  # bool (B, T), True for masked frames, M in each row; None without masking
     mask_indices: Tensor | None = None  # int64 (B, M), the masked frames of each row, ascending; None without masking
     channel_mask: Tensor | None = None  # bool (B, D), True for feature channels to set to zero; None without masking
-    skipped: dict[str, str] = field(default_factory=dict)  # unreadable files, for which other rows stand in, and why
+    skipped: dict[str, str] = field(default_factory=dict)  # unreadable files, replaced by other rows, and why
 
     @property
     def attention_mask(self) -> Tensor | None:
@@ -50,7 +50,7 @@ class Batch:
 
     @property
     def options(self) -> dict[str, Tensor | None]:
-        """The keyword arguments of the model's ``forward`` that belong to the waveforms."""
+        """Keyword arguments for the model's ``forward`` besides the waveforms."""
         return {
             "mask": self.mask_indices,
             "attention_mask": self.attention_mask,
@@ -62,7 +62,7 @@ class Batch:
         return iter((self.waveforms, self.attention_mask, self.mask))
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Self:
-        """The batch on another device. From pinned memory, ``non_blocking`` copies while the caller goes on."""
+        """The batch on another device. From pinned memory, ``non_blocking`` copies while the caller continues."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Self:
@@ -79,10 +79,9 @@ class Batch:
 
 
 class Uploader:
-    """Copies batches to a device; on a GPU, while it is still busy with the step before.
+    """Copies batches to a device; on a GPU, while it is still busy with the previous step.
 
-    Pinned batches are copied on a stream of their own: what is computed with them waits for the copy, which waits for
-    nothing.
+    Pinned batches are copied on a separate stream: computations with them wait for the copy, which waits for nothing.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -98,12 +97,12 @@ class Uploader:
         computing = torch.cuda.current_stream(self.device)
         computing.wait_stream(self._stream)
         for tensor in copy.tensors.values():
-            tensor.record_stream(computing)  # or its memory could be taken for the next copy too early
+            tensor.record_stream(computing)  # or its memory could be reused for the next copy too early
         return copy
 
 
 class PackedBatch:
-    """A batch that travels between processes as bytes, as tensors would need shared memory and sockets."""
+    """A batch sent between processes as bytes, since tensors would need shared memory and sockets."""
 
     def __init__(self, batch: Batch) -> None:
         self._values = vars(batch) | {name: tensor.numpy() for name, tensor in batch.tensors.items()}
@@ -119,17 +118,17 @@ class PackedBatch:
 
 
 class BatchRequest(NamedTuple):
-    """All that a worker process needs to make a batch, so that it holds no manifest."""
+    """All that a worker needs to make a batch, so that it holds no manifest."""
 
     rows: NDArray[np.integer[Any]]  # of the manifest (B,)
     lengths: NDArray[np.integer[Any]]  # according to the manifest (B,)
     recordings: list[Recording]
     seed: int
-    key: tuple[int, int] | None  # (epoch, number of the batch) for random draws of the batch, None for each row's own
-    again: tuple[int, int] | None = None  # the same for the masks of a batch that has come before
+    key: tuple[int, int] | None  # (epoch, number of the batch) to seed the batch's draws; None: seed by row
+    again: tuple[int, int] | None = None  # the same for the masks of a repeated batch
 
     def generators(self, key: tuple[int, int] | None) -> list[np.random.Generator]:
-        """One generator for the batch or one for each row."""
+        """One generator for the batch, or one per row."""
         if key is not None:
             return [generator(self.seed, Draw.BATCH, *key)]
         return [generator(self.seed, Draw.ROW, int(row)) for row in self.rows]
@@ -137,11 +136,11 @@ class BatchRequest(NamedTuple):
 
 @cache  # once
 def _warn_of_wrong_lengths(manifest: str) -> None:
-    text = "recordings are longer than it says; they are cropped, or batches would exceed data.max_batch_length"
+    text = "recordings are longer than it says; they are cropped to keep batches within data.max_batch_length"
     logger.warning("%s: %s. Write the manifest again.", manifest, text)
 
 
-# A long recording is decoded whole for its statistics only once per process, however often it is cropped.
+# A long recording is decoded whole for its statistics only once per process.
 _remembered_statistics = lru_cache(maxsize=1 << 16)(statistics)
 
 
@@ -154,7 +153,7 @@ class Loaded(NamedTuple):
     moments: tuple[float, float] | None
 
     def write(self, start: int, out: NDArray[np.float32]) -> None:
-        """Write the samples from ``start`` on to ``out``, standardised if that was asked for."""
+        """Write the samples from ``start`` on to ``out``, standardised if so configured."""
         stop = start + len(out)
         samples = read_audio(self.recording, start, stop) if self.samples is None else self.samples[start:stop]
         if self.moments is None:
@@ -164,7 +163,7 @@ class Loaded(NamedTuple):
 
 
 class UnreadableBatchError(InputError):
-    """With ``on_error = "skip"``, no recording of a batch can be read; ``skipped`` says which, and why."""
+    """With ``on_error = "skip"``, no recording of a batch can be read; ``skipped`` says why."""
 
     def __init__(self, skipped: dict[str, str]) -> None:
         super().__init__(f"No recording of a batch can be read. {next(iter(skipped.values()))}")
@@ -177,8 +176,7 @@ class UnreadableBatchError(InputError):
 class Collator:
     """Makes batches: reads, standardises, crops, pads and masks (if ``masking`` is not None).
 
-    ``cfg.min_sample_size`` gives one frame of the extractor's convolutions at least; ``channels`` is needed to mask
-    them.
+    ``cfg.min_sample_size`` must give at least one frame of the extractor; ``channels`` is needed to mask channels.
     """
 
     def __init__(
@@ -226,7 +224,7 @@ class Collator:
         if not good:
             raise UnreadableBatchError(skipped)
         if skipped:
-            # Recordings that can be read stand in, in turn, for those that cannot: the batch keeps its size.
+            # Readable recordings replace, in turn, unreadable ones, so that the batch keeps its size.
             chosen = [i if i in good else good[i % len(good)] for i in range(len(rows))]
             waveforms, rows, starts, lengths = waveforms[chosen], rows[chosen], starts[chosen], lengths[chosen]
 
@@ -250,10 +248,10 @@ class Collator:
     def _lengths(
         self, available: NDArray[np.int64], promised: NDArray[np.integer[Any]]
     ) -> tuple[NDArray[np.int64], int]:
-        """Samples to take of each recording (B,), and samples of a row; ``promised`` are those of the manifest."""
+        """Samples to take of each recording (B,), and samples per row; ``promised`` are the manifest's lengths."""
         cfg, shapes = self.cfg, self.conv_layer_config
         lengths = np.minimum(available, cfg.max_sample_size)
-        # Lengths by spidr 0.1.2 are one sample off at most.
+        # Lengths written by spidr 0.1.2 are off by at most one sample.
         if lengths.sum() > max(cfg.max_batch_length, np.minimum(promised, cfg.max_sample_size).sum()) + len(lengths):
             _warn_of_wrong_lengths(str(cfg.manifest))
             lengths = np.minimum(lengths, np.maximum(promised, cfg.min_sample_size))
@@ -271,7 +269,7 @@ class Collator:
 
     @contextmanager
     def _skipping(self, recording: Recording, skipped: dict[str, str]) -> Iterator[None]:
-        """With ``on_error = "skip"``, note an unreadable recording and go on."""
+        """With ``on_error = "skip"``, record an unreadable recording instead of raising."""
         try:
             yield
         except InputError as error:
@@ -283,18 +281,18 @@ class Collator:
         assert self.masks is not None
         channel_mask = None
         if self.masks.masks_channels and self.channels is not None:
-            # Before the frames: how much is drawn for those depends on the batch that a row was cropped in.
+            # Draw channels before frames, since the number of draws for frames depends on the batch.
             channel_mask = torch.from_numpy(self.masks.draw_channels(len(frames), self.channels, rngs))
         indices = torch.from_numpy(self.masks.frames.draw(frames, rngs))
         mask = torch.zeros(len(frames), batch.max_frames, dtype=torch.bool).scatter_(1, indices, value=True)
         return replace(batch, mask=mask, mask_indices=indices, channel_mask=channel_mask)
 
     def load(self, recording: Recording, length: int) -> Loaded:
-        """A recording, of which the manifest gives the length. Raises InputError if it is unreadable or too short."""
+        """Open a recording with the manifest's length. Raises InputError if it is unreadable or too short."""
         cfg = self.cfg
         moments = None if recording.mean is None or recording.std is None else (recording.mean, recording.std)
         if length > cfg.max_sample_size and (seekable := seekable_length(recording)) is not None:
-            samples, length = None, seekable  # Only the part that is needed will be read.
+            samples, length = None, seekable  # Only the needed part will be read.
             moments = (moments or _remembered_statistics(recording)) if cfg.normalize else None
         else:
             samples = read_audio(recording)

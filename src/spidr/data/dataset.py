@@ -25,7 +25,7 @@ __all__ = ["SpeechDataset", "conv_length", "speech_dataset"]
 
 
 class SpeechDataset(Dataset[Tensor]):
-    """Whole recordings of a manifest, or of the table that :func:`spidr.data.read_manifest` makes of one.
+    """Whole recordings of a manifest, or of the table that :func:`spidr.data.read_manifest` returns.
 
     Attributes:
         manifest: That table.
@@ -40,7 +40,7 @@ class SpeechDataset(Dataset[Tensor]):
 
     @cached_property
     def lengths(self) -> NDArray[np.int64]:
-        """Samples of each row; read from the recordings if the manifest has no ``num_samples``."""
+        """Samples of each row, read from the recordings if the manifest has no ``num_samples``."""
         return with_lengths(self.manifest, "MANIFEST")["num_samples"].to_numpy()
 
     def __len__(self) -> int:
@@ -54,7 +54,7 @@ class SpeechDataset(Dataset[Tensor]):
         """
         if not -len(self) <= row < len(self):
             raise IndexError(f"row {row} of a manifest of {len(self)} rows")
-        # One value at a time: in a forked worker, polars' threads would hang.
+        # One value at a time, since polars' threads would hang in a forked worker.
         place = {name: self.manifest[name][row % len(self)] for name in PLACE if name in self.manifest.columns}
         samples = read_audio(Recording(**place))
         if self.normalize:
@@ -62,7 +62,7 @@ class SpeechDataset(Dataset[Tensor]):
         return torch.from_numpy(samples)
 
     def recordings(self, rows: NDArray[np.integer[Any]]) -> list[Recording]:
-        """Take the recordings out of some rows."""
+        """The recordings of some rows."""
         return recordings_of(self.manifest, rows)
 
 

@@ -25,9 +25,9 @@ Samples = NDArray[np.float32]
 
 logger = logging.getLogger(__name__)
 
-PIECE = 1 << 22  # values to read at once: a header may promise more than the file, or the memory, holds
-READ_AT_ONCE = 1 << 22  # archive members up to this many bytes are read whole, even for a part of them
-UNKNOWN_LENGTH = 1 << 40  # two years of samples: libsndfile reports at least this where a header leaves the length open
+PIECE = 1 << 22  # values to read at once, since a header may promise more than the file, or the memory, holds
+READ_AT_ONCE = 1 << 22  # archive members up to this many bytes are read whole, even if only a part is needed
+UNKNOWN_LENGTH = 1 << 40  # two years of samples: libsndfile reports at least this if a header leaves the length open
 PLACEHOLDER = 0x7FF00000  # sizes of at least this mean "unknown" in headers that FFmpeg and SoX write to pipes
 
 _SIZES = re.compile(r"^ *(?:data|Data Size|SSND|riff|Riff size) *: (\d+) \(should be (\d+)\)", re.MULTILINE)
@@ -37,8 +37,8 @@ _SIZES = re.compile(r"^ *(?:data|Data Size|SSND|riff|Riff size) *: (\d+) \(shoul
 class Decoder:
     """A recording opened with libsndfile, after TorchCodec has decoded it if need be.
 
-    ``frames`` are samples per channel by the header, None if only decoding can tell. ``seekable`` says whether a part
-    can be read without decoding what comes before.
+    ``frames`` are samples per channel according to the header, None if only decoding can tell. ``seekable`` says
+    whether a part can be read without decoding everything before it.
     """
 
     def __init__(self, recording: Recording) -> None:
@@ -51,14 +51,14 @@ class Decoder:
             self._file = _open(self._opened)
         self.sample_rate, self.channels = int(self._file.samplerate), int(self._file.channels)
         self._header, self._position = int(self._file.frames), 0
-        # The header of an MP3 says nothing, or nothing reliable.
+        # The header of an MP3 says nothing reliable.
         self.frames = self._header if self._header < UNKNOWN_LENGTH and self._file.format != "MP3" else None
         # After a seek in MP3, Vorbis and Opus, libsndfile decodes wrong samples.
         is_exact = bool(soundfile.SoundFile.seekable(self._file)) and self._file.format not in ("MP3", "OGG")
         self.seekable = is_exact and self._opened is recording
         for promised, there in re.findall(_SIZES, self._file.extra_info):
             if int(there) < int(promised) < PLACEHOLDER:
-                _warn(self.name, f"truncated: its header promises {promised} bytes, there are {there}")
+                _warn(self.name, f"truncated: its header promises {promised} bytes, it has {there}")
                 break
 
     def close(self) -> None:
@@ -68,7 +68,7 @@ class Decoder:
     def length(self) -> int | None:
         """Samples per channel without decoding them; None if only decoding can tell.
 
-        libsndfile takes FLAC's header at its word, so read the last sample; for other formats it looks at the file.
+        libsndfile trusts FLAC's header, so read the last sample; for other formats it checks the file.
         """
         if self._file.format == "FLAC" and self.frames is not None and self.frames > 0:
             self._read(self.frames - 1, self.frames)
@@ -85,7 +85,7 @@ class Decoder:
         samples = self._read(start, stop)
         if stop is not None and len(samples) < stop - start:
             there = self._position if self.frames is None else self.frames
-            raise InputError(f"{self.name}: has {there} samples; asked for were those up to {stop}.")
+            raise InputError(f"{self.name}: has {there} samples, fewer than the {stop} requested.")
         return samples
 
     def blocks(self, size: int, start: int = 0, stop: int | None = None) -> Iterator[Samples]:
@@ -105,7 +105,7 @@ class Decoder:
             if start >= end:
                 return np.empty((0, self.channels), np.float32)
         begin = start if self.seekable or start == self._position else 0
-        # libsndfile decodes int16 several times as fast as float; scaled here, the bits are the same.
+        # libsndfile decodes int16 several times as fast as float; scaling here gives the same bits.
         dtype = "int16" if self._file.subtype == "PCM_16" else "float32"
         samples, broken = np.empty((0, self.channels), dtype), ""
         try:
@@ -144,7 +144,7 @@ class Decoder:
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
     def _readable(self, frames: int) -> int:
-        """Count the samples before the damage; all of them if the last one can be read, for it is then in between."""
+        """Count the samples before the damage; all of them if the last one is readable, as the damage is in between."""
 
         def is_missing(position: int) -> bool:
             with _open(self._opened) as file:
@@ -159,10 +159,10 @@ class Decoder:
 
 @contextmanager
 def decoder(source: Source) -> Iterator[Decoder]:
-    """Open a recording with whatever can read it.
+    """Open a recording with libsndfile or TorchCodec.
 
     Raises:
-        InputError: It is missing, empty or damaged, or nothing that is installed can read it.
+        InputError: It is missing, empty or damaged, or no installed library can read it.
     """
     recording = as_recording(source)
     try:
@@ -187,7 +187,7 @@ def resampled(blocks: Iterable[Samples], sample_rate: int) -> Iterator[Samples]:
 
 
 def _by_torchcodec(recording: Recording, error: soundfile.LibsndfileError) -> Recording:
-    """Decode what libsndfile cannot read, whole, into something that it can."""
+    """Decode a whole file that libsndfile cannot read into one that it can."""
     with _raw(recording) as file:
         data = file.read()
     if not data:
@@ -219,28 +219,28 @@ def _warn(name: str, problem: str) -> None:
 
 
 class _File(soundfile.SoundFile):  # type: ignore[misc]
-    """A file opened for reading, without soundfile's seek to the current position after each read: slow with FLAC."""
+    """A file opened for reading, without soundfile's seek after each read, which is slow with FLAC."""
 
     def seekable(self) -> bool:
-        """Say no, which spares the seek; :meth:`seek` works all the same."""
+        """Say no, which avoids the seek; :meth:`seek` still works."""
         return False
 
 
 def _open(recording: Recording) -> _File:
     if recording.content is None and recording.archive is None:
         check_exists(recording.path)
-        file = _File(os.fsencode(recording.path))  # soundfile takes no name that is not UTF-8
+        file = _File(os.fsencode(recording.path))  # soundfile only takes names that are UTF-8
     else:
         raw: Any = _raw(recording)
         size = raw.seek(0, os.SEEK_END)
         raw.seek(0)
-        # libsndfile asks for a few kilobytes at a time: fastest from memory.
+        # libsndfile reads a few kilobytes at a time, which is fastest from memory.
         in_memory = recording.content is not None or size <= READ_AT_ONCE
         file = _File(_Bytes(raw.read(size)) if in_memory else _Buffered(raw))
     if file.frames == 0 and file.format in ("WAV", "WAVEX"):
         with _raw(recording) as raw:
             data = raw.read()
-        # The header of a WAV written to a pipe says 0 bytes: make its data extend to the end of the file.
+        # The header of a WAV written to a pipe says 0 bytes: extend its data to the end of the file.
         at = data.find(b"data\0\0\0\0", 0, 4096) + 4
         if at >= 4 and len(data) > at + 4:
             file.close()
@@ -259,9 +259,9 @@ def _raw(recording: Recording) -> IO[bytes] | Member:
 
 
 class _Unfailing:
-    """A seek that never fails: a damaged header may point before the beginning or far past the end.
+    """A seek that never fails, as a damaged header may point before the start or far past the end.
 
-    An exception cannot leave libsndfile's callback; it would be printed. libsndfile checks the position anyway.
+    An exception in libsndfile's callback would only be printed. libsndfile checks the position anyway.
     """
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:

@@ -47,18 +47,18 @@ def build_dataloader(
     """Build the batches to train on.
 
     Batches, crops and masks are functions of (seed, epoch, number of the batch), whatever the number of workers. Their
-    order is that of :class:`spidr.data.sampler.BatchSampler`; they are dealt in turn to the processes.
+    order is that of :class:`spidr.data.sampler.BatchSampler`; processes take turns.
 
     Args:
         data_cfg: The manifests and how batches are made from them.
         mask_cfg: The masks; None: no masks.
         conv_layer_config: (out_channels, kernel, stride) of the feature extractor's convolutions; None: the default.
         channels: Number of feature channels, needed when ``mask_channel_prob`` is above 0.
-        rank: This process's number; None: that in the process group, 0 without one.
-        world_size: Number of processes; None: that of the process group.
+        rank: This process's rank; None: its rank in the process group, or 0.
+        world_size: Number of processes; None: that of the process group, or 1.
 
     Raises:
-        InputError: A manifest cannot be read or gives no batch, or ``global_batch_length`` cannot be had.
+        InputError: A manifest cannot be read or gives no batch, or ``global_batch_length`` is impossible.
     """
     rank, world_size = place(rank, world_size)
     accumulation = _accumulation(data_cfg, world_size)
@@ -77,10 +77,10 @@ def build_validation_dataloader(
     rank: int | None = None,
     world_size: int | None = None,
 ) -> "SpeechLoader":
-    """Build the batches to validate on: always the same, each recording once, from the shortest to the longest.
+    """Build the batches to validate on: always the same, each recording once, from shortest to longest.
 
     Crops and masks are seeded by the row of the manifest. Batch i goes to process ``i % world_size``, so a process may
-    get one batch less than another. For the rest, see :func:`build_dataloader`.
+    get one batch fewer than another. For the arguments, see :func:`build_dataloader`.
     """
     dataset, _, collator = _parts(data_cfg, mask_cfg, conv_layer_config, channels)
     batches = sorted_batches(dataset.lengths, collator.cfg)
@@ -93,7 +93,7 @@ def _parts(
     conv_layer_config: Sequence[tuple[int, int, int]] | None,
     channels: int | None,
 ) -> tuple[SpeechDataset, pl.Series, Collator]:
-    """The recordings, which manifest each is from, and what makes batches: of those long enough for a frame."""
+    """The recordings, the manifest each is from, and the collator, which takes those long enough for a frame."""
     conv_layer_config = conv_layer_config or DEFAULT_CONV_LAYER_CONFIG
     samples = receptive_field(conv_layer_config)
     if cfg.max_sample_size < samples:
@@ -106,7 +106,7 @@ def _parts(
 
 
 def _accumulation(cfg: DataConfig, world_size: int) -> int:
-    """Batches per process and optimiser step for ``global_batch_length``."""
+    """Batches per process and optimizer step for ``global_batch_length``."""
     if cfg.global_batch_length is None:
         return 1
     per_step = cfg.max_batch_length * world_size
@@ -121,7 +121,7 @@ def _accumulation(cfg: DataConfig, world_size: int) -> int:
 
 
 def place(rank: int | None = None, world_size: int | None = None) -> tuple[int, int]:
-    """This process's number, and how many there are; what is None is that of the process group, if there is one."""
+    """This process's rank and the number of processes; None is replaced from the process group, if any."""
     own = (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
     return own[0] if rank is None else rank, own[1] if world_size is None else world_size
 
@@ -131,10 +131,10 @@ class SpeechLoader:
 
     Attributes:
         dataset: The recordings.
-        accumulation: Batches of this process per optimiser step.
+        accumulation: This process's batches per optimizer step.
         skipped: With ``on_error = "skip"``, how often each unreadable file was replaced in this process's batches.
         generator: Its ``initial_seed()`` seeds crops and masks, so ``manual_seed`` changes or repeats them.
-        batch_sampler: The loader itself, whose :meth:`set_epoch` is looked for there.
+        batch_sampler: The loader itself, since users look for :meth:`set_epoch` there.
     """
 
     def __init__(
@@ -153,15 +153,15 @@ class SpeechLoader:
         self._rank, self._world_size, self._lengths = rank, world_size, dataset.lengths
         self.generator = torch.Generator().manual_seed(collator.cfg.random_seed)
         self._collator, self._seed_by_row = collator, seed_by_row
-        # An epoch's list is needed several times in a row, and large.
+        # An epoch's list is large, and needed several times in a row.
         self._list = lru_cache(maxsize=1)(batches)
         self._workers = _Workers(collator, world_size)
-        # At exit too, before Python would wait for processes that nobody told to end.
+        # Also at exit, before Python would wait for processes that nobody has told to end.
         weakref.finalize(self, self._workers.close)
         self._epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch that ``iter`` and ``len`` are about."""
+        """Choose the epoch of ``iter`` and ``len``."""
         self._epoch = epoch
 
     def __len__(self) -> int:
@@ -174,7 +174,7 @@ class SpeechLoader:
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """This process's batches of an epoch, ``accumulation`` for each step, from step ``start`` on.
 
-        One epoch at a time: a new one ends the one before. A recording that cannot be read is an InputError, unless
+        One epoch at a time: a new one ends the previous one. A recording that cannot be read is an InputError, unless
         ``on_error`` is "skip".
         """
         made = self._workers.make(self.requests(epoch, start))
@@ -190,7 +190,7 @@ class SpeechLoader:
             yield batch
 
     def _another(self, epoch: int, number: int, error: UnreadableBatchError) -> Batch | InputError:
-        """The next batch of the epoch, of up to 1,000, that can be read, in place of one that cannot."""
+        """A replacement for an unreadable batch: the next readable one of the epoch, of up to 1,000."""
         skipped, count = dict(error.skipped), len(self._batches(epoch))
         for other in range(number + 1, number + min(count, 1000)):
             try:
@@ -223,12 +223,12 @@ class SpeechLoader:
         return self._list(self._original(epoch))
 
     def _original(self, epoch: int) -> int:
-        """The epoch whose batches this one repeats."""
+        """The epoch whose batches this one repeats, or itself."""
         distinct = self._collator.cfg.num_distinct
         return epoch % distinct if distinct else epoch
 
     def requests(self, epoch: int, start: int) -> Iterator[BatchRequest]:
-        """What this process's batches are made from, from optimiser step ``start`` of the epoch on."""
+        """Requests for this process's batches, from optimizer step ``start`` of the epoch on."""
         return (self._request(epoch, number) for number in self._numbers(epoch, start))
 
     def _request(self, epoch: int, number: int) -> BatchRequest:
@@ -242,7 +242,7 @@ class SpeechLoader:
 
 
 def _has_shared_memory(cfg: DataConfig, processes: int) -> bool:
-    """Whether batches can travel as tensors: containers have little shared memory, and sockets names of 108 bytes."""
+    """Whether batches can travel as tensors; containers may lack shared memory, and socket names are short."""
     needed = 4 * cfg.max_batch_length * cfg.num_workers * (cfg.prefetch_factor + 1) * processes
     try:
         free = shutil.disk_usage("/dev/shm").free
@@ -252,7 +252,7 @@ def _has_shared_memory(cfg: DataConfig, processes: int) -> bool:
 
 
 class _Maker(Dataset[Batch | PackedBatch | InputError]):
-    """Runs in the workers. Errors travel as values: torch would wrap an exception and spoil its message."""
+    """Runs in the workers. Errors travel as values, since torch would wrap an exception and spoil its message."""
 
     def __init__(self, collator: Collator, *, packed: bool) -> None:
         self.collator, self.packed = collator, packed
@@ -266,7 +266,7 @@ class _Maker(Dataset[Batch | PackedBatch | InputError]):
 
 
 class _Workers:
-    """The processes that make batches, started on first use. Requests are complete: workers do not know the epoch."""
+    """The processes that make batches, started on first use. Requests are complete, so workers keep no state."""
 
     def __init__(self, collator: Collator, processes: int) -> None:
         self._collator, self._processes = collator, processes
@@ -279,7 +279,7 @@ class _Workers:
         return self._requests  # the loader's sampler
 
     def make(self, requests: Iterator[BatchRequest]) -> Iterator[Batch | InputError]:
-        """Make batches; this ends the previous call's."""
+        """Make batches. This ends the previous call."""
         if self._running is not None:
             self._running.close()
         self._running = self._make(requests)
@@ -289,12 +289,13 @@ class _Workers:
         if self._dataloader is None:
             self._dataloader = self._build()
         self._requests = requests
-        batches: Any = iter(self._dataloader)
-        self._watch(batches)
+        batches: Any = self._dataloader._iterator  # of the epoch before, whose workers may live on, or None
         try:
+            batches = iter(self._dataloader)
+            self._watch(batches)
             for batch in batches:
                 yield batch.open() if isinstance(batch, PackedBatch) else batch
-        except (RuntimeError, EOFError, OSError) as error:  # what it is depends on what the worker was just sending
+        except (RuntimeError, EOFError, OSError) as error:  # the error depends on what the worker was sending
             workers = getattr(batches, "_workers", ())
             if not multiprocessing.connection.wait([worker.sentinel for worker in workers], timeout=1):
                 raise
@@ -305,9 +306,9 @@ class _Workers:
             ) from None
 
     def _watch(self, batches: Any) -> None:
-        """End a wait for the rest of what a worker was sending when it died.
+        """Stop waiting for the rest of a batch that a worker was sending when it died.
 
-        In place of torch's signal handler, which raises in the main thread, wherever that is, and tells no other one.
+        This replaces torch's signal handler, which raises in the main thread, wherever that is, and in no other one.
         """
         if self._watched() is not batches and (workers := getattr(batches, "_workers", None)):
             self._watched = weakref.ref(batches)
@@ -328,22 +329,22 @@ class _Workers:
             num_workers=cfg.num_workers,
             prefetch_factor=cfg.prefetch_factor if cfg.num_workers else None,
             persistent_workers=cfg.persistent_workers and cfg.num_workers > 0,
-            # By itself where a model is on a GPU; asked for, wherever there is one.
+            # Automatic if the model is on a GPU; on request, if there is a GPU.
             pin_memory=torch.cuda.is_available() and (cfg.pin_memory or torch.cuda.is_initialized()),
             worker_init_fn=_begin_worker,
-            # Torch draws a seed here at each epoch: not from the generator that dropout depends on.
+            # Torch draws a seed here at each epoch, which must not come from dropout's generator.
             generator=torch.Generator(),
         )
 
     def close(self) -> None:
         if self._running is not None:
             self._running.close()
-        # Torch ends the processes when nothing refers to their loader any more.
+        # Torch ends the processes when nothing refers to their loader.
         self._running = self._dataloader = None
 
 
 def _end_with_worker(batches: Callable[[], Any], workers: list[Any], results: Any) -> None:
-    """When one worker has died, end all: whoever reads ``results``, their queue, then finds the end of what they send.
+    """When one worker has died, end all, so that readers of ``results``, their queue, reach its end.
 
     ``batches`` gives torch's iterator, or None if it is gone.
     """
@@ -355,9 +356,9 @@ def _end_with_worker(batches: Callable[[], Any], workers: list[Any], results: An
 
 
 def _begin_worker(_: int) -> None:
-    """Leave signals to the main process: clusters send them to all, and it still needs batches to stop in good order.
+    """Leave signals to the main process: clusters send them to all, and it needs batches to stop properly.
 
-    A worker ends when it is told to, when its parent is gone or, should both fail, some time after a SIGTERM.
+    A worker ends when told to, when its parent is gone or, if both fail, some time after a SIGTERM.
     """
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
@@ -367,7 +368,7 @@ def _begin_worker(_: int) -> None:
 
 
 def _end_with_parent() -> None:
-    """Torch only looks at the process that started this one, which may be a server that lives on."""
+    """Torch only watches the process that started this one, which may be a server that lives on."""
     if parent := multiprocessing.parent_process():
         parent.join()
         os._exit(1)

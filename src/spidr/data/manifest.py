@@ -1,4 +1,4 @@
-"""Read manifests and lists of recordings: where each is, what it is called and how long it is."""
+"""Read manifests and lists of recordings: their locations, names and lengths."""
 
 import codecs
 import csv
@@ -28,13 +28,13 @@ ARCHIVE = {"archive": pl.String, "byte_offset": pl.Int64, "byte_size": pl.Int64}
 SPAN = {"start": pl.Float64, "end": pl.Float64}
 STATISTICS = {"mean": pl.Float64, "std": pl.Float64}
 SCHEMA: dict[str, Any] = REQUIRED | ARCHIVE | SPAN | STATISTICS
-PLACE = tuple(name for name in Recording._fields if name in SCHEMA)  # columns that say where a recording is
+PLACE = tuple(name for name in Recording._fields if name in SCHEMA)  # columns that locate a recording
 
 GUIDE = "pretrain.md#2-list-the-recordings"
 TABLES = {".csv", ".tsv", ".jsonl", ".ndjson", ".txt", ".lst", ".list", ".scp"}
 """Suffixes of manifests and lists. Kaldi's ``segments`` has none."""
 
-HEAD = 1 << 16  # bytes from the beginning of a file that show its format
+HEAD = 1 << 16  # bytes at the start of a file that show its format
 
 
 def read_manifest(path: str | Path | Sequence[str | Path], *, needs_audio: bool = False) -> pl.DataFrame:
@@ -49,7 +49,7 @@ def read_manifest(path: str | Path | Sequence[str | Path], *, needs_audio: bool 
       ``mean`` and ``std`` of the samples are optional.
     - fairseq's ``.tsv``: the root folder on the first line, then ``relative/path<TAB>num_samples``.
     - Kaldi's ``.scp`` (``name path``) and ``segments`` (``name recording start end``, with a ``wav.scp`` beside it).
-    - a list of paths, one a line.
+    - a list of paths, one per line.
 
     Relative paths are tried in the current folder, then beside the file. ``~`` and ``$VARIABLES`` are expanded.
 
@@ -58,8 +58,8 @@ def read_manifest(path: str | Path | Sequence[str | Path], *, needs_audio: bool 
         needs_audio: Whether a table of names and lengths without ``path`` is an error.
 
     Returns:
-        One row per recording, in the file's order: those of the columns above that the file has, ``fileid`` always,
-        then the other columns of the file. ``fileid`` and ``path`` are strings. Lists have no ``num_samples``.
+        One row per recording, in the file's order: the columns above that the file has, ``fileid`` always, then the
+        file's other columns. ``fileid`` and ``path`` are strings. Lists have no ``num_samples``.
 
     Raises:
         InputError: The file is missing, has no row, lacks a column or holds a value of the wrong type.
@@ -101,7 +101,7 @@ def read_manifests(paths: Sequence[str | Path], *, needs_audio: bool = False) ->
 
 
 def recordings_of(manifest: pl.DataFrame, rows: NDArray[np.integer[Any]] | None = None) -> list[Recording]:
-    """Take the recordings out of some rows (None: all)."""
+    """The recordings of some rows (None: all)."""
     columns = manifest.select(name for name in PLACE if name in manifest.columns)
     chosen = columns if rows is None else columns[rows]
     return [Recording(**row) for row in chosen.iter_rows(named=True)]
@@ -126,7 +126,7 @@ def is_table(path: str | Path) -> bool:
 
 
 def _head(path: Path) -> str:
-    """Read the beginning of a text file. Raises UnicodeError if it is not text."""
+    """Read the start of a text file. Raises UnicodeError if it is not text."""
     with path.open("rb") as file:
         raw = file.read(HEAD)
     if b"\0" in raw:
@@ -160,7 +160,7 @@ def _read_csv(path: Path) -> pl.DataFrame:
     names = next(csv.reader([header], delimiter=separator))
     strings = {name: pl.String for name in names if name.strip() in SCHEMA}
     options: dict[str, Any] = {"separator": separator, "schema_overrides": strings}
-    for first in (1000, None):  # all rows where later values are unlike the first
+    for first in (1000, None):  # all rows, if later values are unlike the first
         with suppress(pl.exceptions.ComputeError):
             table = pl.read_csv(escape(str(path)), infer_schema_length=first, **options)
             break
@@ -172,7 +172,7 @@ def _read_csv(path: Path) -> pl.DataFrame:
 
 
 def _read_odd_csv(path: Path, separator: str) -> pl.DataFrame:
-    """Read what polars refuses: quotes within values, separators at the ends of lines."""
+    """Read tables that polars refuses: quotes within values, separators at the ends of lines."""
     with path.open(encoding="utf-8-sig", newline="") as file:
         rows = filter(None, csv.reader(file, delimiter=separator))
         columns, table = next(rows), []
@@ -188,7 +188,7 @@ def _read_jsonl(path: Path) -> pl.DataFrame:
     with suppress(pl.exceptions.PolarsError, pl.exceptions.PanicException):
         table = pl.read_ndjson(escape(str(path)), infer_schema_length=None)  # from all rows: columns may begin late
         numbers = [name for name in ("fileid", "path") if table.schema.get(name) == pl.Float64]
-        if numbers:  # 1 would be 1.0 where other names are fractions
+        if numbers:  # 1 would become 1.0 if other names are fractions
             strings = dict.fromkeys(numbers, pl.String)
             table = pl.read_ndjson(escape(str(path)), infer_schema_length=None, schema_overrides=strings)
         return table
@@ -206,7 +206,7 @@ def _read_jsonl(path: Path) -> pl.DataFrame:
 
 
 def _lines(path: Path, skip: int = 0) -> pl.Series:
-    """Read the lines that are not blank, stripped of white space at their ends."""
+    """Read the lines that are not blank, stripped of surrounding white space."""
     # Not as CSV: names may contain quotes.
     options: dict[str, Any] = {"separator": "\n", "has_header": False, "quote_char": None, "raise_if_empty": False}
     table = pl.read_csv(escape(str(path)), skip_rows=skip, schema={"line": pl.String}, **options)
@@ -327,13 +327,13 @@ def _named(manifest: pl.DataFrame) -> pl.DataFrame:
     length = (end * SAMPLE_RATE).round() - (start * SAMPLE_RATE).round()
     known = pl.when(end.is_not_null()).then(length).when(start == 0).then("num_samples").cast(pl.Int64)
     lengths = manifest.with_columns(absent).select(num_samples=known)["num_samples"]
-    # Without an end, only the recording tells how long the span is.
+    # Without an end, only the recording has the length of the span.
     manifest = manifest.drop("num_samples", strict=False)
     return manifest if lengths.null_count() else manifest.with_columns(lengths)
 
 
 def _located(manifest: pl.DataFrame, source: Path) -> pl.DataFrame:
-    """Resolve relative paths: from the current folder, else from the manifest's."""
+    """Resolve relative paths: from the current folder, otherwise from the manifest's."""
 
     @cache
     def roots(parent: str) -> list[str]:

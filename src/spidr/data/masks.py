@@ -1,4 +1,4 @@
-"""Random spans of frames, and of channels, to hide from the student, drawn for a whole batch at once."""
+"""Random spans of frames and channels to hide from the student, drawn for a whole batch at once."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from spidr.config import MaskingConfig, MaskingStrategy
 Integers = NDArray[np.integer[Any]]
 
 Generators = Sequence[np.random.Generator]
-"""One generator per batch, or one per row: then only how many of a row's frames are kept depends on the other rows."""
+"""One generator per batch, or one per row; then other rows only affect how many of a row's masked frames are kept."""
 
 
 class MaskGenerator:
@@ -92,9 +92,9 @@ class Spans:
         return cls(**same, no_overlap=getattr(cfg, f"no_{name}_overlap"), min_spans=min_spans)
 
     def draw(self, lengths: Integers, rngs: Generators) -> NDArray[np.int64]:
-        """Draw positions inside spans, as many in each row, of these lengths (B,), as in the row with the fewest.
+        """Draw positions inside spans for rows of these lengths (B,), equally many in each row.
 
-        There is one generator, or one for each row. Returns int64 (B, M), ascending.
+        There is one generator, or one per row. Returns int64 (B, M), ascending.
         """
         width = int(np.max(lengths))
         masks, keys = [], []
@@ -158,11 +158,11 @@ def _place_apart(
     """Draw starts such that spans are at least ``min_space`` apart, the longest placed first.
 
     Each span goes into a free part that can hold it, chosen with a probability proportional to the part's length. From
-    the first span that fits nowhere, the row's lengths are 0.
+    the first span that fits nowhere on, the row's lengths are 0.
     """
     spans = -np.sort(-spans, axis=1)
     shares = rng.random(spans.shape)
-    waits = rng.standard_exponential((len(spans), 2 * spans.shape[1] + 1))  # one for every possible part
+    waits = rng.standard_exponential((len(spans), 2 * spans.shape[1] + 1))  # one per possible part
     rows = zip(*(array.tolist() for array in (lengths, spans, (spans > 0).sum(1), shares, waits)), strict=True)
     found = [_place_row(length, row[:count], min_space, *draws) for length, row, count, *draws in rows]
     placed = np.arange(spans.shape[1]) < np.array([len(starts) for starts in found])[:, None]
@@ -174,16 +174,16 @@ def _place_apart(
 def _place_row(length: int, spans: list[int], min_space: int, shares: list[float], waits: list[float]) -> list[int]:
     """Place the spans of a row, the longest first, up to the first that fits nowhere, and return their starts.
 
-    ``shares`` in [0, 1), one for each span, choose its place within a free part. The parts race for the span: each
-    waits for a time that is exponentially distributed with its length as the rate (``waits`` are standard exponential
-    draws), and the first one takes it. That draws in proportion to the lengths without summing them for each span
-    (https://en.wikipedia.org/wiki/Exponential_distribution, distribution of the minimum). For so few numbers at a time,
-    Python's lists are faster than arrays.
+    ``shares`` in [0, 1), one per span, choose its place within a free part. The parts race for the span: each waits for
+    a time that is exponentially distributed with its length as the rate (``waits`` are standard exponential draws), and
+    the first one takes it. That draws in proportion to the lengths without summing them for each span
+    (https://en.wikipedia.org/wiki/Exponential_distribution, distribution of the minimum). For so few numbers, Python's
+    lists are faster than arrays.
     """
     starts: list[int] = []
     now = 0.0
     racing: list[tuple[float, int, int]] = []  # a heap of the parts that can hold the next span: (time, begin, room)
-    aside = [(-length, 0)]  # a heap of those that can only hold a shorter one: (-room, begin)
+    aside = [(-length, 0)]  # a heap of those that can only hold a shorter span: (-room, begin)
     wait = iter(waits)
     for span, share in zip(spans, shares, strict=False):
         while aside and -aside[0][0] >= span:
@@ -208,7 +208,7 @@ def _union(lengths: Integers, starts: Integers, spans: Integers, width: int) -> 
     first = np.arange(len(lengths))[:, None] * (width + 1)
     stops = np.minimum(starts + spans, lengths[:, None])
     size = len(lengths) * (width + 1)
-    # A counter goes up where a span starts and down where it stops.
+    # A counter goes up where a span starts and down where it ends.
     used = spans > 0
     changes = np.bincount((first + starts)[used], minlength=size) - np.bincount((first + stops)[used], minlength=size)
     covered: NDArray[np.bool_] = np.cumsum(changes.reshape(len(lengths), width + 1), axis=1)[:, :width] > 0

@@ -27,7 +27,7 @@ def measure(
 ) -> Iterator[T | InputError]:
     """Yield ``function(recording)`` for each recording in order, or the :class:`InputError` that it raised.
 
-    The function is called in several threads. ``recordings``, or what describes them, are taken as they are needed.
+    The function is called in several threads. ``recordings``, or their descriptions, are consumed as needed.
     """
 
     def of(recording: R) -> T | InputError:
@@ -52,7 +52,7 @@ def measure(
 
 
 def problems_of(errors: list[InputError], total: int, remedy: str) -> InputError:
-    """Make one error of the problems of many recordings, ending with the remedy."""
+    """Combine the errors of many recordings into one that ends with the remedy."""
     shown = some(errors, 20, "\n  ")
     return InputError(f"{shown}\n{len(errors):,} of {total:,} recordings cannot be read{remedy and '; '}{remedy}.")
 

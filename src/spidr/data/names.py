@@ -1,4 +1,4 @@
-"""Match the names of recordings, of alignments, units, features and items alike."""
+"""Match the names of recordings in alignments, units, features and items."""
 
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
@@ -12,7 +12,7 @@ _AUDIO = (
 AUDIO = tuple(f".{ending}" for ending in _AUDIO.split())
 """Suffixes of recordings. How a file is decoded depends on its content only."""
 ENDINGS = frozenset(f"{_AUDIO} json lab mov mp2 npy npz phn pt raw textgrid txt wv".split())
-"""Endings that are not part of a name; ``session.1`` and ``session.2`` are two names."""
+"""Suffixes that are not part of a name; ``session.1`` and ``session.2`` are two names."""
 
 
 def plain_name(name: str) -> str:
@@ -58,7 +58,7 @@ def _parts(name: str) -> tuple[str, ...]:
 
 
 def match_rows(names: Collection[str], fileids: Sequence[str], paths: Sequence[str]) -> dict[int, str]:
-    """Find the name of each row's recording among ``names``, by its fileid if fileids are unique, else by its path.
+    """Find the name of each row's recording among ``names``, by fileid if fileids are unique, otherwise by path.
 
     See :func:`match_names`.
     """

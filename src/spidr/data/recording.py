@@ -13,15 +13,15 @@ from spidr.tools.files import check_file
 class Recording(NamedTuple):
     """A file or a member of an uncompressed archive, or a span of either."""
 
-    path: str  # of the file, or the member's name in the archive
+    path: str  # path of the file, or name of the archive's member
     archive: str | None = None
-    byte_offset: int = 0  # of the member in the archive
-    byte_size: int = 0  # of the member
-    start: float | None = None  # of the span, in seconds
+    byte_offset: int = 0  # where the member starts in the archive
+    byte_size: int = 0  # size of the member
+    start: float | None = None  # span, in seconds
     end: float | None = None
     mean: float | None = None  # of the samples, if known
     std: float | None = None
-    content: bytes | None = None  # of the file, if it is in memory
+    content: bytes | None = None  # content of the file, if in memory
 
     def __str__(self) -> str:
         name = self.path if self.archive is None else f"{self.archive}:{self.path}"
@@ -42,7 +42,7 @@ def as_recording(source: Source) -> Recording:
 
 
 def check_exists(path: str) -> None:
-    """Check that a recording's file is there and a regular file: reading anything else could wait for ever."""
+    """Check that a recording's file exists and is a regular file: reading anything else could take forever."""
     if not os.path.lexists(path):
         raise InputError(f"{path}: the file does not exist. Was it moved since it was listed?")
     check_file(path)
@@ -51,7 +51,7 @@ def check_exists(path: str) -> None:
 class Member(io.RawIOBase):
     """A member of an archive, as a file.
 
-    Every archive is opened once per process. Reads are positioned, so that threads and forked processes can share it.
+    Each archive is opened once per process. Reads are positional, so threads and forked processes can share it.
 
     Raises:
         InputError: The archive does not exist or is too short.
@@ -97,5 +97,5 @@ class _Archive(io.FileIO):
 
 @lru_cache(maxsize=64)
 def _open(path: str, inode: int, modified: int) -> _Archive:  # noqa: ARG001
-    """Open an archive, unless this very file is open already."""
+    """Open an archive, unless the same file is already open."""
     return _Archive(path)

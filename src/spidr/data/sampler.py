@@ -1,4 +1,4 @@
-"""Which recordings form which batch: a pure function of the seed and the epoch, on arrays only."""
+"""Form batches of recordings: a pure function of seed and epoch, on arrays only."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -15,9 +15,9 @@ Integers = NDArray[np.integer[Any]]
 
 @dataclass(frozen=True)
 class BatchList:
-    """Batches of rows. ``batches[n]`` costs the same for every n."""
+    """Batches of rows, with constant-time ``batches[n]``."""
 
-    rows: Integers  # of the manifest, those of a batch beside each other
+    rows: Integers  # rows of the manifest, batch by batch
     bounds: Integers  # batch b is rows[bounds[b]:bounds[b + 1]]
     order: Integers  # item n of the list is batch order[n]
 
@@ -32,14 +32,14 @@ class BatchList:
 class BatchSampler:
     """The batches of every epoch, of recordings of these lengths.
 
-    Recordings shorter than ``min_sample_size`` or ``shortest`` are left out, longer ones than ``max_sample_size``
-    count as that. They are sorted by length into buckets and shuffled within; batches are filled bucket after
-    bucket, up to ``max_batch_length`` samples, and shuffled. ``sources``, the number of the manifest that each is
-    from, serve ``cfg.weights``.
+    Recordings shorter than ``min_sample_size`` or ``shortest`` are skipped; longer ones count as ``max_sample_size``.
+    They are sorted by length into buckets and shuffled within; batches are filled bucket by bucket, up to
+    ``max_batch_length`` samples, and shuffled. ``sources``, the number of each recording's manifest, are for
+    ``cfg.weights``.
 
-    An epoch consists of whole rounds of ``round_size`` batches: what one optimiser step takes over all processes, of
-    which each takes ``accumulation``. The last one is completed with the epoch's first batches or, with
-    ``drop_last``, left out. Apart from that, the list is the same for any number of processes.
+    An epoch consists of whole rounds of ``round_size`` batches, which one optimizer step takes over all processes,
+    ``accumulation`` on each. The last round is completed with the epoch's first batches or, with ``drop_last``,
+    dropped. Otherwise the list is the same for any number of processes.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class BatchSampler:
         """
         rng = generator(self.cfg.random_seed, Draw.ORDER, epoch)
         chosen = np.arange(len(self._rows), dtype=self._rows.dtype)
-        if self._times is not None:  # whole times, and once more with the probability of the rest
+        if self._times is not None:  # the integer part, plus one with the probability of the fraction
             chosen = np.repeat(chosen, (self._times + rng.random(len(chosen))).astype(np.int64))
         shuffled = rng.permutation(chosen)
         shuffled = shuffled[np.argsort(self._buckets[shuffled], kind="stable")]
@@ -77,7 +77,7 @@ class BatchSampler:
         return BatchList(self._rows[shuffled], bounds, self._whole_rounds(order))
 
     def _shares(self, sources: Integers, weights: list[float]) -> NDArray[np.float64]:
-        """How often each row occurs in an epoch, on average, for manifests to have their shares of the hours."""
+        """Mean occurrences of each row in an epoch that give the manifests their shares of the hours."""
         hours = np.bincount(sources, self._lengths, minlength=len(weights))
         if not hours.all():
             empty = self.cfg.manifests[int(np.argmin(hours))]
@@ -102,7 +102,7 @@ class BatchSampler:
 
 
 def sorted_batches(lengths: Integers, cfg: DataConfig) -> BatchList:
-    """Each recording that is long enough once, in batches of similar length, from the shortest to the longest."""
+    """Each sufficiently long recording once, in batches of similar length, from shortest to longest."""
     rows, capped = usable_rows(lengths, cfg)
     order = np.argsort(capped, kind="stable")
     bounds = pack(capped[order], cfg.max_batch_length)
@@ -132,7 +132,7 @@ def bucket_boundaries(lengths: Integers, cfg: DataConfig) -> NDArray[np.float64]
 def pack(lengths: Integers, max_batch_length: int) -> Integers:
     """Fill batches in the order of ``lengths`` (N,), up to ``max_batch_length`` each: where batches begin, and N."""
     ends = np.cumsum(lengths, dtype=np.int64)
-    # following[i]: where the next batch begins if one begins at i. Found for all i at once, then followed from 0.
+    # following[i]: start of the next batch if one starts at i. Found for all i at once, then followed from 0.
     following = np.searchsorted(ends, ends - lengths + max_batch_length, side="right")
     bounds = [0]
     while bounds[-1] < len(lengths):

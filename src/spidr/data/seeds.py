@@ -1,4 +1,4 @@
-"""Random generators that are functions of what they are for. Imports nothing else of the package."""
+"""Random generators that depend only on what they are for."""
 
 from enum import IntEnum
 
@@ -6,7 +6,7 @@ import numpy as np
 
 
 class Draw(IntEnum):
-    """What random numbers are drawn for. Each purpose has streams of its own."""
+    """The purpose of random numbers. Each has its own streams."""
 
     ORDER = 0
     BATCH = 1

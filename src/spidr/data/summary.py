@@ -1,4 +1,4 @@
-"""How much of a manifest training hears, and why not the rest."""
+"""Summarise how much of a manifest is used in training, and why the rest is not."""
 
 import logging
 from dataclasses import dataclass, replace
@@ -18,17 +18,17 @@ def duration(hours: float) -> str:
 
 @dataclass(frozen=True)
 class DataSummary:
-    """What a manifest holds and what the first epoch hears."""
+    """The contents of a manifest, and how much of it the first epoch uses."""
 
     recordings: int  # listed
     hours: float
     batches: int = 0  # of an epoch
-    hours_used: float = 0.0  # that an epoch hears
-    too_short: int = 0  # recordings shorter than min_sample_size, which are left out
+    hours_used: float = 0.0  # used in an epoch
+    too_short: int = 0  # recordings shorter than min_sample_size, which are skipped
     hours_too_short: float = 0.0
-    hours_above_maximum: float = 0.0  # beyond max_sample_size; with random crops, each epoch hears other parts
-    hours_cropped: float = 0.0  # cut off because a batch is as long as its shortest recording
-    hours_dropped: float = 0.0  # in the last batches, left out by drop_last
+    hours_above_maximum: float = 0.0  # beyond max_sample_size; with random crops, epochs use different parts
+    hours_cropped: float = 0.0  # cropped to the shortest recording of a batch
+    hours_dropped: float = 0.0  # in the last batches, dropped by drop_last
 
     def __str__(self) -> str:
         lost = {
@@ -43,7 +43,7 @@ class DataSummary:
         return f"{self.recordings:,} recordings, {duration(self.hours)}; {heard}{not_heard}"
 
     def warnings(self, cfg: DataConfig) -> list[str]:
-        """Say where more than 5 % of the recordings or hours are lost, and which setting to change."""
+        """Say why more than 5 % of the recordings or hours are lost, and which setting to change."""
         shortest, longest = (f"{n} samples ({n / SAMPLE_RATE:g} s)" for n in (cfg.min_sample_size, cfg.max_sample_size))
         short = max(self.too_short / self.recordings, self.hours_too_short / self.hours)
         above, dropped = self.hours_above_maximum / self.hours, self.hours_dropped / self.hours
@@ -69,9 +69,9 @@ class DataSummary:
 def summarise(
     lengths: NDArray[np.integer[Any]], cfg: DataConfig, shortest: int, batches: BatchList | None
 ) -> DataSummary:
-    """Summarise what an epoch hears of recordings of these ``lengths``, ``shortest`` samples at least being used.
+    """Summarise an epoch's use of recordings of these ``lengths``, of at least ``shortest`` samples.
 
-    Without ``batches``, which there may not be yet, nothing is said of them.
+    Without ``batches``, which may not exist yet, those are omitted.
     """
     hour = 3600 * SAMPLE_RATE
     short = lengths < shortest

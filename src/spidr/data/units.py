@@ -20,7 +20,7 @@ Units = dict[str, NDArray[np.int64]]
 """Name of a recording → its units, one per frame."""
 
 MAX_FRAMES = 86_400 * 100
-"""Most frames in a recording, a day at 100 a second: otherwise durations in a short line could ask for any number."""
+"""Most frames in a recording, a day at 100 per second; otherwise durations in a short line could ask for any number."""
 
 EXPECTED = "expected `fileid` and `units`, integers, and perhaps `durations`, as many, as JSON; or NAME|UNITS"
 
@@ -32,15 +32,15 @@ def read_units(path: str | Path, *, names: Sequence[str] | None = None) -> Units
         path: JSON lines (also gzipped, ``.gz``) or Parquet (``.parquet``) with the recording's ``fileid`` (or ``name``,
             ``file``, ``file_name``, ``audio``), its ``units`` (or ``hubert``), a list or text, and, if runs of the same
             unit are merged, ``durations`` (or ``duration``) in frames. Or text: lines ``NAME|71 12 …``, or units alone
-            (``.km``). Or a folder of ``.npy`` files, one for each recording, at any depth.
-        names: The recordings of lines without names, in their order. None: those of the fairseq manifest (``.tsv``)
-            beside the file.
+            (``.km``). Or a folder of ``.npy`` files, one per recording, at any depth.
+        names: The recordings of lines without names, in order. None: those of the fairseq manifest (``.tsv``) beside
+            the file.
 
     Returns:
-        For each recording its units, one per frame, with merged runs expanded.
+        Each recording's units, one per frame, with merged runs expanded.
 
     Raises:
-        InputError: The file is missing, a row is not of one of these forms, or a recording occurs twice.
+        InputError: The file is missing, a row has another form, or a recording occurs twice.
     """
     path, units, frames = expand(path), {}, 0
     for place, row in _rows(path, names):
@@ -103,7 +103,7 @@ def _lines(path: Path) -> Iterator[tuple[str, Any]]:
 def _named(path: Path, names: Sequence[str] | None) -> Iterator[tuple[str, Any]]:
     lines, manifest = list(read_lines(path)), path.with_suffix(".tsv")
     if names is None and not manifest.exists():
-        raise InputError(f"{path}: lines without names: whose they are, say --manifest or {manifest.name} beside it.")
+        raise InputError(f"{path}: lines without names; give --manifest, or put {manifest.name} beside it.")
     if names is None:  # fairseq's: the folder, then a path and a number of samples per line
         names = [plain_name(line.split("\t")[0]) for _, line in list(read_lines(manifest))[1:]]
     if len(names) != len(lines):
@@ -128,7 +128,7 @@ def _arrays(folder: Path) -> Iterator[tuple[str, Any]]:
 def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
     check_file(path)
     with needs_extra("train"):
-        import polars as pl  # slower to import than most files of units are to read
+        import polars as pl  # importing it takes longer than reading most files of units
 
     try:
         rows = pl.read_parquet(escape(str(path))).to_dicts()
@@ -144,7 +144,7 @@ def _parse(row: dict[str, Any]) -> tuple[str, NDArray[np.int64], NDArray[np.int6
     name = next((name for name in names if name is not None), None)
     units = _integers(row["units"] if "units" in row else row.get("hubert"))
     given = (row.get("durations"), row.get("duration"))
-    # A single number is the recording's length in seconds, as unit vocoders have it.
+    # A single number is the recording's length in seconds, as in unit vocoders' files.
     durations = next((value for value in given if isinstance(value, (list, str, np.ndarray))), None)
     counts = None if durations is None else _integers(durations)
     if not isinstance(name, str) or (counts is not None and (counts.shape != units.shape or (counts < 0).any())):

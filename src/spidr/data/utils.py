@@ -1,4 +1,4 @@
-"""Where published packages have these names."""
+"""Names that published packages have here."""
 
 from spidr.data.audio import num_samples
 from spidr.data.manifest import read_manifest

@@ -37,14 +37,14 @@ def _arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     text = "folders, .tar files and lists; then the manifest to write: .csv, .jsonl or, with --fairseq, .tsv"
     add("paths", nargs="*", metavar="dataset ... output", help=text)
-    text = "how the recordings' names end: .flac, _mic1.wav (default: .wav)"
+    text = "suffixes of the recordings' names: .flac, _mic1.wav (default: .wav)"
     add("--ext", nargs="+", action="extend", help=text)
     add("--fairseq", action="store_true", help="write fairseq's format: paths and numbers of samples")
     text = (
         "also write mean and standard deviation of each recording, so that training on parts of hour-long recordings "
     )
     add("--stats", action="store_true", help=f"{text}need not decode the whole (slower: decodes everything now)")
-    text = "skip: list what is bad (default: raise)"
+    text = "skip: skip and list bad recordings (default: raise)"
     add("--on-error", choices=["raise", "skip"], default="raise", help=text)
     args = parser.parse_intermixed_args(argv)
     args.ext, rest = _split_extensions(args.ext or [".wav"], missing=max(0, 2 - len(args.paths)))
@@ -81,7 +81,7 @@ with command_needs("train", __name__):
 
 
 class Written(NamedTuple):
-    """A manifest as it was written, and why recordings were left out of it."""
+    """A written manifest, and why recordings were skipped."""
 
     manifest: pl.DataFrame
     left_out: list[InputError]
@@ -98,22 +98,21 @@ def write_manifest(
 ) -> Written:
     """Write the manifest of all recordings in folders, archives and lists.
 
-    Linked folders are followed. A recording is named after its file; where several files have the same name, after
-    their paths below the dataset. Rows are sorted by path within each dataset. The manifest appears complete or not at
-    all.
+    Linked folders are followed. A recording is named after its file or, if several files have the same name, after its
+    path below the dataset. Rows are sorted by path within each dataset. The manifest appears complete or not at all.
 
     Args:
         dataset: A folder, an uncompressed tar archive, a folder of archives, or a list that
             :func:`spidr.data.read_manifest` reads; or several of them.
         output: The manifest: ``.csv`` or ``.jsonl``; ``.tsv`` for fairseq's.
-        file_extension: How the names of recordings end, one suffix or several, in upper or lower case.
+        file_extension: Suffix or suffixes of the recordings' names, in upper or lower case.
         fairseq: Write fairseq's manifest of one folder: the folder, then ``relative/path<TAB>num_samples``.
-        stats: Decode everything and add ``mean`` and ``std`` of the samples: with them, training standardises a part
-            of a recording like the whole without decoding the whole.
-        on_error: "skip" leaves out recordings that cannot be read.
+        stats: Decode everything and add ``mean`` and ``std`` of the samples, with which training standardises a part of
+            a recording like the whole without decoding the whole.
+        on_error: "skip" skips recordings that cannot be read.
 
     Raises:
-        InputError: No file matches, or recordings are empty, unreadable or not 16 kHz mono: all of them are named.
+        InputError: No file matches, or recordings are empty, unreadable or not 16 kHz mono (all are named).
     """
     output, endings = expand(output), (".tsv",) if fairseq else (".csv", ".jsonl")
     if output.suffix.lower() not in endings:
@@ -167,7 +166,7 @@ def write_manifest_fairseq(
 
 
 def _find(source: str, suffixes: tuple[str, ...], bad: list[InputError]) -> pl.DataFrame:
-    """List the recordings of a source; add those that no row can name to ``bad``."""
+    """List the recordings of a source; add those that a row cannot name to ``bad``."""
     if not os.path.exists(source):  # noqa: PTH110
         raise InputError(f"{source}: does not exist; expected a folder, a .tar or a list.")
     if os.path.isdir(source):  # noqa: PTH112
@@ -187,10 +186,10 @@ def _in_folder(root: str, suffixes: tuple[str, ...], bad: list[InputError]) -> p
     found = [path for path in audio if path.lower().endswith(suffixes)]
     endings = Counter(os.path.splitext(path)[1].lower() for path in audio).most_common()  # noqa: PTH122
     if found:
-        # Those of the same kind are left out on purpose, as _mic2.flac beside _mic1.flac.
+        # Those with the same extension are skipped on purpose, like _mic2.flac beside _mic1.flac.
         others = [f"{count:,} {end}" for end, count in endings if not any(name.endswith(end) for name in suffixes)]
         if others:
-            logger.warning("%s: also holds %s, left out; name their extension with --ext", root, ", ".join(others))
+            logger.warning("%s: skipping %s; to include them, name their extension with --ext", root, ", ".join(others))
         return _in_files(found, root, bad)
     if archives := find_files(root, lambda name: name.lower().endswith(".tar")):
         return _in_archives(archives, suffixes, bad)
@@ -242,7 +241,7 @@ def _named(found: pl.DataFrame, suffixes: tuple[str, ...]) -> pl.DataFrame:
 
 
 class _Archive(io.FileIO):
-    """A guard against tarfile, which believes every size in a header: no large reads, no going back."""
+    """A guard against tarfile's trust in the sizes in headers: no large reads, no going back."""
 
     def read(self, size: int | None = -1, /) -> bytes:
         """Read a header."""
@@ -253,7 +252,7 @@ class _Archive(io.FileIO):
     def seek(self, position: int, whence: int = os.SEEK_SET, /) -> int:
         """Go to the next header."""
         if position < self.tell():
-            raise tarfile.ReadError("a member of negative size")
+            raise tarfile.ReadError("a member with a negative size")
         return super().seek(position, whence)
 
 
@@ -277,7 +276,7 @@ def _members(archive: str, suffixes: tuple[str, ...], bad: list[InputError]) -> 
             begin = _after_zeros(archive, tar.offset)
             # tarfile stops at a damaged header without an error, but an archive ends with zeros.
             if begin == tar.offset:
-                raise InputError(f"{archive}: damaged after byte {tar.offset}; pack the archive once more.")
+                raise InputError(f"{archive}: damaged after byte {tar.offset}; pack the archive again.")
     except InputError:
         raise
     except (tarfile.TarError, OverflowError, ValueError) as error:  # the last two: absurd numbers in a PAX header
@@ -285,7 +284,7 @@ def _members(archive: str, suffixes: tuple[str, ...], bad: list[InputError]) -> 
             is_compressed = raw.read(6).startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd"))
         reason = f"not a complete tar archive ({first_line(error)})"
         if is_compressed:
-            reason = "a compressed archive; decompress it first, recordings are read from where they lie in it"
+            reason = "a compressed archive; decompress it first, as recordings are read in place"
         raise InputError(f"{archive}: {reason}.") from None
     except OSError as error:
         raise InputError(f"{archive}: the archive cannot be read ({error.strerror}).") from None
@@ -307,7 +306,7 @@ def _after_zeros(archive: str, position: int) -> int | None:
 
 
 def _describe(found: pl.DataFrame, bad: list[InputError], *, stats: bool, on_error: OnError) -> Written:
-    """Read the length of every recording; leave out those that cannot be read, or name them all in one error."""
+    """Read the length of every recording; skip those that cannot be read, or name them all in one error."""
 
     def describe(recording: Recording) -> tuple[int, float, float]:
         return num_samples(recording), *(statistics(recording) if stats else (0.0, 0.0))

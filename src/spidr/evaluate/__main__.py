@@ -33,11 +33,11 @@ COLUMNS = {
     "items": ("items", "d"),
     "too_short": ("too short", "d"),
 }
-"""What is measured, its heading, and how its numbers are written."""
+"""A measure: its name, heading and number format."""
 
 
 def format_table(rows: Sequence[Row]) -> str:
-    """A table in Markdown, of which the first column names the rows; a value that does not exist is empty."""
+    """A Markdown table whose first column names the rows; missing values are empty."""
     first, *others = rows[0]
     names = [name for name in COLUMNS if any(name in row for row in rows)]
     names += [name for name in others if name not in COLUMNS]
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     write_result("".join(json.dumps(row) + "\n" for row in rows) if as_json else format_table(rows))
 
 
-# Each subcommand's function takes the arguments by the names that they have in the parser.
+# Each subcommand's function takes arguments named as in the parser.
 
 
 def _units(
@@ -111,22 +111,22 @@ def _robustness(model: str, *, model_type: Any, **options: Any) -> list[Row]:
 
 
 def labels(text: str) -> list[str]:
-    """Such as sil,sp."""
+    """Parse a list such as sil,sp."""
     return text.split(",")
 
 
 def layers(text: str) -> list[int]:
-    """Such as 5,6,7."""
+    """Parse a list such as 5,6,7."""
     return list(map(int, labels(text)))
 
 
 def number(text: str) -> int | None:
-    """A limit; 0 is none."""
+    """Parse a limit; 0 means none."""
     return int(text) or None
 
 
 def frame_rate(text: str) -> Fraction:
-    """Such as 50, 49.5 or 100/3."""
+    """Parse a number such as 50, 49.5 or 100/3."""
     if not re.fullmatch(r"\d{1,6}(\.\d{1,6}|/[1-9]\d{0,5})?", text, re.ASCII) or not Fraction(text):
         raise ValueError
     return Fraction(text)
@@ -135,7 +135,7 @@ def frame_rate(text: str) -> Fraction:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         "python -m spidr.evaluate",
-        description="How good units, features and models are.",
+        description="Measure the quality of units, features and models.",
         example="python -m spidr.evaluate units units.jsonl alignments.jsonl",
     )
     commands = parser.add_subparsers(required=True, metavar="units|abx|model|robustness")
@@ -152,45 +152,45 @@ def _parser() -> argparse.ArgumentParser:
     units("units", nargs="+", help="JSON lines, Parquet, NAME|UNITS, .km, or folders of .npy or units-*-*.jsonl")
     units("--num-units", type=int, metavar="N", help="size of the codebook (default: as recorded, or 256)")
     units("--frame-step", type=int, metavar="MS", help="length of a unit (default: as recorded, or 20)")
-    units("--manifest", help="whose units they are where lines have no names (default: NAME.tsv)")
-    text = "by how much alignments may be too short or long: then filled with silence, or cut (default: 100)"
+    units("--manifest", help="manifest of the recordings, if lines have no names (default: NAME.tsv)")
+    text = "how much too short or long alignments may be before they are filled or cut (default: 100)"
     units("--tolerance", type=int, default=100, metavar="MS", help=text)
     text = "what to do with recordings that are not aligned or do not fit (default: raise)"
     units("--on-error", choices=("raise", "skip"), default="raise", help=text)
-    units("--discophon", action="store_true", help="DiscoPhon's phone error rates and boundaries too (default: no)")
+    units("--discophon", action="store_true", help="add DiscoPhon's phone error rates and boundaries (default: no)")
 
     text = "ABX error rates, within and across speakers, of one or several representations."
     abx = add("abx", _abx, text, "dev-features dev-units.jsonl phoneme.item")
     abx("features", nargs="+", help="folders of .npy or .pt files (T, D), or units in any form")
     abx("item", help="ABX item file")
     abx("--frame-rate", type=frame_rate, default=Fraction(50), metavar="HZ", help="frames per second (default: 50)")
-    text = "between two frames (default: angular for features, identical for units)"
+    text = "distance of two frames (default: angular for features, identical for units)"
     abx("--distance", choices=("angular", "euclidean", "kl_symmetric", "identical"), help=text)
-    text = "most A, B and X in a cell; 0: all (default: 10)"
+    text = "maximum number of A, B and X in a cell; 0: all (default: 10)"
     abx("--max-size-group", type=number, default=10, metavar="N", help=text)
-    abx("--max-x-across", type=number, default=5, metavar="N", help="most speakers of X; 0: all (default: 5)")
+    abx("--max-x-across", type=number, default=5, metavar="N", help="maximum speakers of X; 0: all (default: 5)")
 
     text = "Every layer and codebook of a model, in one pass over the audio."
     model = add("model", _model, text, "spidr_base dev.csv dev-alignments.jsonl")
-    text = "How much of the units changes when the sound does: louder, noisier, faster, …"
+    text = "How much the units change when the sound does: quieter, noisier, faster, …"
     robustness = add("robustness", _robustness, text, "spidr_base dev.csv --layers 5,6,7")
     for of_model in (model, robustness):
         of_model("model", metavar="MODEL", help="a published model, or a checkpoint")
         of_model("manifest", help="the recordings")
         of_model("--layers", type=layers, metavar="N,…", help="counted from 1, such as 5,6,7 (default: all)")
-        text = "of a checkpoint that does not tell (default: it tells)"
+        text = "for checkpoints without config.json (default: detected)"
         of_model("--model-type", choices=("spidr", "dinosr"), help=text)
         of_model("--device", **DEVICE)
-    model("--item", help="ABX item file: ABX of every layer's features and units too (default: no ABX)")
-    text = "samples of a batch with its padding, 16,000 a second (default: 3,800,000)"
+    model("--item", help="ABX item file, to add ABX of every layer's features and units (default: no ABX)")
+    text = "samples in a batch, padding included, 16,000 per second (default: 3,800,000)"
     model("--max-batch-length", type=int, default=3_800_000, metavar="SAMPLES", help=text)
-    robustness("--max-minutes", type=float, default=10.0, metavar="MIN", help="audio to take at most (default: 10)")
-    robustness("--seed", type=int, default=0, help="of noise and reverberation (default: 0)")
+    robustness("--max-minutes", type=float, default=10.0, metavar="MIN", help="maximum amount of audio (default: 10)")
+    robustness("--seed", type=int, default=0, help="seed of noise and reverberation (default: 0)")
 
     for aligned in (units, model):
         aligned("alignments", help="JSON lines, a TextGrid, or a folder of TextGrids")
         aligned("--tier", help="tier of the phones in TextGrids (default: phones)")
-        text = "labels that are silence (default: sil, sp, spn, pau, …)"
+        text = "labels of silence (default: sil, sp, spn, pau, …)"
         aligned("--silence", type=labels, default=argparse.SUPPRESS, metavar="LABEL,…", help=text)
     return parser
 

@@ -28,13 +28,13 @@ from spidr.tools.lazy import needs_extra
 from spidr.tools.tensors import check_plain, read_tensors
 
 COLUMNS = ("#file", "onset", "offset", "#phone", "prev-phone", "next-phone", "speaker")
-LARGEST = 1e15  # the squares of features above this, or all below its inverse, are outside float32's range
+LARGEST = 1e15  # features larger than this, or all smaller than its inverse, have squares outside float32's range
 
 Distance = Literal["angular", "euclidean", "kl_symmetric", "identical"]
 
 
 class ABX(NamedTuple):
-    """Error rates, and what they are measured on."""
+    """Error rates, and the number of items they are measured on."""
 
     within: float | None
     """Within speaker; None if no speaker says anything twice."""
@@ -43,7 +43,7 @@ class ABX(NamedTuple):
     items: int
     """Items that were used."""
     too_short: int
-    """Items left out because no frame lies within them."""
+    """Items skipped because they contain no frame."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def read_items(path: str | Path) -> Items:
             onset, offset = _seconds(row["onset"]), _seconds(row["offset"])
         except (KeyError, ValueError):
             raise InputError(f"{path}: line {number}: expected {' '.join(header)}; {found}.") from None
-        if onset < Fraction(-1, 10):  # aligners place some a little before the recording begins
+        if onset < Fraction(-1, 10):  # aligners place some slightly before the recording
             raise InputError(f"{path}: line {number}: the onset is before the recording; {found}.")
         if onset > offset:
             raise InputError(f"{path}: line {number}: the offset is before the onset; {found}.")
@@ -88,7 +88,7 @@ def read_items(path: str | Path) -> Items:
 
 
 def _seconds(text: str) -> Fraction:
-    """Exact value of a decimal number; Fraction alone would spend hours on 1e999999999."""
+    """Exact value of a decimal number; Fraction alone would take hours for 1e999999999."""
     if not re.fullmatch(r"[+-]?\d{1,18}(\.\d{0,30})?([eE][+-]?\d{1,2})?", text, re.ASCII):
         raise ValueError
     return Fraction(text)
@@ -97,14 +97,14 @@ def _seconds(text: str) -> Fraction:
 class Scorer:
     """Scores representations on the same items.
 
-    Frame i is at ``(i + 0.5) / frame_rate`` seconds. The frames within an item, both ends included, are compared by
+    Frame i is at ``(i + 0.5) / frame_rate`` seconds. The frames within an item, including its ends, are compared by
     dynamic time warping.
 
     Args:
         items: See :func:`read_items`.
         frame_rate: Frames per second.
-        max_size_group: Most A, B and X in a cell, drawn with a fixed seed (10 in ZeroSpeech); None: all.
-        max_x_across: Most speakers of X for given A and B (5 in ZeroSpeech); None: all.
+        max_size_group: Maximum number of A, B and X in a cell, drawn with a fixed seed (10 in ZeroSpeech); None: all.
+        max_x_across: Maximum number of speakers of X for given A and B (5 in ZeroSpeech); None: all.
 
     Raises:
         InputError: fastabx is not installed.
@@ -126,7 +126,7 @@ class Scorer:
         self._fastabx: Any = fastabx
         self.items, self.frame_rate = items, Fraction(frame_rate)
         half = Fraction(1, 2)
-        # Exact, or rounding would decide about an end in the middle of a frame.
+        # Exact, or rounding would decide about an item that ends in the middle of a frame.
         self._frames = [
             (max(0, math.ceil(onset * frame_rate - half)), max(0, math.floor(offset * frame_rate - half) + 1))
             for onset, offset in items.times
@@ -140,11 +140,11 @@ class Scorer:
         Args:
             features: Name of a recording → its frames: (T, D), or (T,) units for the distance "identical". Names are
                 compared as by :func:`spidr.data.names.match_names`.
-            distance: Between two frames: "angular" for features, "identical" (0 or 1) for units.
+            distance: Distance of two frames: "angular" for features, "identical" (0 or 1) for units.
 
         Raises:
-            InputError: A recording of the items is missing, shorter than its items, or not finite, or has no such
-                distance.
+            InputError: A recording of the items is missing, shorter than its items, or not finite, or the distance does
+                not apply.
         """
         slices, used = self._slices(features)
         shapes = {part.shape[1:] for part in slices}
@@ -167,7 +167,7 @@ class Scorer:
             of = f"{len(missing)} recordings, such as {some(missing, 3)}"
             raise InputError(f"{self.items.path}: no features of {of}.")
         slices: dict[int, NDArray[Any]] = {}
-        # One recording after the other, since each is read when it is looked up.
+        # One recording at a time, since each is read when it is looked up.
         for file, rows in groupby(sorted(range(len(self._frames)), key=files.__getitem__), key=files.__getitem__):
             frames = features[names[file]]
             for row in rows:

@@ -67,7 +67,7 @@ def evaluate_model(
             temporary folder: 154 kB per layer and second of audio with the base model.
         layers: Layers to evaluate, counted from 1; None: all.
         device: As ``run.device``.
-        max_batch_length: Samples of a batch with its padding.
+        max_batch_length: Samples in a batch, padding included.
         tier: The tier of TextGrids.
         silence: Labels that mean silence.
         progress: Show a progress bar.

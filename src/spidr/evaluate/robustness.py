@@ -1,7 +1,7 @@
-"""How much the units change when the sound changes but the words do not.
+"""Measure how much the units change when the sound changes but the words do not.
 
 The measure is the unit edit distance of Gat et al. (arXiv 2209.15483): the Levenshtein distance between the units of
-the original and those of the changed sound, repeats merged in both, divided by the number of the former.
+the original and of the changed sound, both with repeats merged, divided by the number of the former.
 """
 
 import math
@@ -25,7 +25,7 @@ from spidr.tools.waveforms import standardise
 
 
 def gain(waveform: Tensor, decibels: float) -> Tensor:
-    """A louder or softer waveform (S,)."""
+    """A louder or quieter waveform (S,)."""
     return waveform * 10 ** (decibels / 20)
 
 
@@ -71,10 +71,10 @@ def tempo(waveform: Tensor, factor: float, window: int = 480, search: int = 160)
 
 
 def pitch(waveform: Tensor, semitones: float) -> Tensor:
-    """A waveform (S,) raised by some semitones, at the same tempo: slowed down, then played faster."""
+    """A waveform (S,) raised by some semitones at the same tempo: slowed down, then played faster."""
     factor = 2 ** (semitones / 12)
     slow = tempo(waveform, 1 / factor)
-    spectrum, length = torch.fft.rfft(slow), len(waveform)  # resampled without a change of its band (Fourier's method)
+    spectrum, length = torch.fft.rfft(slow), len(waveform)  # resampled by Fourier's method
     bins = length // 2 + 1
     cut = F.pad(spectrum[:bins], (0, max(0, bins - len(spectrum))))
     return torch.fft.irfft(cut, length) * length / len(slow)
@@ -128,13 +128,13 @@ def evaluate_robustness(
         model: Any model with codebooks; it is moved to the device.
         manifest: The recordings; each is changed, standardised and encoded whole.
         layers: Those with a codebook, counted from 1; None: all.
-        max_minutes: Most audio to take; recordings are drawn at random until it is reached.
-        seed: Of that draw, noise and reverberation.
+        max_minutes: Maximum amount of audio; recordings are drawn at random until it is reached.
+        seed: Seed of that draw, of noise and of reverberation.
         device: As ``run.device``.
         progress: Show a progress bar.
 
     Returns:
-        For each layer, ``layer`` and the unit edit distance of each change: 0 if no unit changed; it may exceed 1.
+        For each layer, ``layer`` and the unit edit distance of each change: 0 if no unit changed, possibly above 1.
 
     Raises:
         InputError: A file cannot be read, or a layer has no codebook.

@@ -73,10 +73,9 @@ def pair(
         frame_step: Milliseconds per unit. None: as recorded, else 20.
         tier: The tier of TextGrids.
         silence: Labels that mean silence.
-        tolerance: Milliseconds by which an alignment may be too short, and is filled up with silence, or too long, and
-            is cut.
+        tolerance: Milliseconds by which an alignment may be too short or long before it is filled with silence or cut.
         names: The recordings of units without names.
-        skip: Leave out, with a warning, what cannot be read, is not aligned or does not fit its alignment.
+        skip: Skip, with a warning, what cannot be read, is not aligned or does not fit its alignment.
 
     Raises:
         InputError: A file cannot be read, a recording is not aligned, or does not fit its alignment.

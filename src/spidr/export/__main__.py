@@ -28,8 +28,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         example = f"python -m spidr.export {name} spidr_base {output}"
         add = formats.add_parser(name, help=text, description=f"Write {text}.", example=example).add_argument
         add("model", metavar="MODEL", help="spidr_base or another published model, or a checkpoint")
-        add("output", metavar="OUTPUT", type=Path, help="what to write; it must not exist")
-        add("--model-type", choices=("spidr", "dinosr"), help="of a checkpoint that does not tell (default: it tells)")
+        add("output", metavar="OUTPUT", type=Path, help="output; must not exist")
+        add("--model-type", choices=("spidr", "dinosr"), help="for checkpoints without config.json (default: detected)")
         if name == "onnx":
             add("--layers", type=int, nargs="+", metavar="N", help="counted from 1 (default: the best for units)")
     args = parser.parse_args(argv)

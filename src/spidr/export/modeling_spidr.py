@@ -33,7 +33,7 @@ class SpidREncoder(PreTrainedModel):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Initialise what only training needs; all weights are in the file."""
+        """Initialise only what training needs, since the file has all weights."""
         if isinstance(module, StepStatistics):
             module.flat.zero_()
 

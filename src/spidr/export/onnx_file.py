@@ -67,7 +67,7 @@ def export_onnx(model: DinoSR, output: str | Path, *, layers: Sequence[int] | No
 
 def _graph(encoder: "_Encoder", metadata: dict[str, str]) -> bytes:
     batch, samples = torch.export.Dim("batch"), torch.export.Dim("samples", min=encoder.min_samples)
-    # Unlike any dimension of the model, or the exporter could take one for a constant.
+    # Unlike any dimension of the model, or the exporter could take these for constants.
     example = torch.randn(3, 4 * encoder.min_samples + 17)
     lengths = torch.tensor([example.shape[1], example.shape[1] - 5, 2 * encoder.min_samples])
     with torch.no_grad(), _quiet():
@@ -91,7 +91,7 @@ def _graph(encoder: "_Encoder", metadata: dict[str, str]) -> bytes:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence the exporter, also about shapes that it cannot prove but that the graph accepts."""
+    """Silence the exporter, including its warnings about shapes that the graph accepts."""
     with contextlib.ExitStack() as restore, warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         for logger in map(logging.getLogger, ("torch.onnx", "torch.fx.experimental.symbolic_shapes")):
@@ -101,7 +101,7 @@ def _quiet() -> Iterator[None]:
 
 
 class _Encoder(nn.Module):
-    """``encode`` and ``units`` of several layers in one forward pass without checks of values."""
+    """``encode`` and ``units`` of several layers in one forward pass, without checks of values."""
 
     def __init__(self, model: DinoSR, layers: Sequence[int]) -> None:
         super().__init__()
@@ -116,7 +116,7 @@ class _Encoder(nn.Module):
         """Compute the outputs that :func:`export_onnx` describes from (B, S) and (B,)."""
         model = self.model
         frames = conv_length(model.feature_extractor.shapes, lengths)
-        # A length beyond the samples would count missing ones: make the row NaN.
+        # A length beyond the samples would count missing ones, so make the row NaN.
         enough = torch.where(lengths > waveforms.shape[1], torch.nan, 1.0).unsqueeze(1)
         extracted = model.feature_extractor(standardise(waveforms * enough, lengths), lengths)
         exists = torch.arange(extracted.shape[1]) < frames.unsqueeze(1)
@@ -131,7 +131,7 @@ class _Encoder(nn.Module):
             log_probs = model._log_probs(
                 outputs[first:top] if per_layer else [model.student.finish(final)], top - first
             )
-            # Probabilities that are NaN, from samples that are not finite, give no unit.
+            # NaN probabilities, from samples that are not finite, give no unit.
             of_layers = [log_probs[n - 1 - first] for n in self.with_units]
             units = [torch.where(exists & (p.sum(-1) <= 0), p.argmax(-1), -1) for p in of_layers]
         return (frames, *(outputs[layer - 1] for layer in self.layers), *units)

@@ -40,17 +40,17 @@ def _build_parser() -> argparse.ArgumentParser:
     option = common.add_argument
     option("sources", nargs="+", help="manifests, lists, folders, audio files")
     option("--model", default="spidr_base", help="a published model or a checkpoint (default: %(default)s)")
-    option("--model-type", choices=["spidr", "dinosr"], help="of a checkpoint without config.json (default: told)")
+    option("--model-type", choices=["spidr", "dinosr"], help="for checkpoints without config.json (default: detected)")
     option("--layer", type=int, metavar="N", help="counted from 1 (default: the model's best)")
     option("--device", **DEVICE)
-    text = "of the computation (default: %(default)s; auto: bfloat16 where it is fast, 99 %% of units equal)"
+    text = "of the computation (default: %(default)s; auto: bfloat16 where it is fast; 99 %% of units are equal)"
     option("--dtype", choices=["float32", "bfloat16", "auto"], default="float32", help=text)
     option("--batch-seconds", type=float, metavar="S", help="audio in a batch (default: 0 on a CPU, else 240)")
     option("--threads", type=int, metavar="N", help="recordings at once on a CPU (default: its cores)")
     option("--window", type=float, metavar="S", help="encode long recordings in pieces of S seconds (default: whole)")
-    option("--context", type=float, metavar="S", help="seen on each side of a window (default: a quarter of it)")
-    option("--resample", action="store_true", help="convert what is not 16 kHz mono")
-    option("--on-error", choices=["raise", "skip"], default="raise", help="bad recordings (default: %(default)s)")
+    option("--context", type=float, metavar="S", help="context on each side of a window (default: a quarter of it)")
+    option("--resample", action="store_true", help="convert recordings to 16 kHz mono")
+    option("--on-error", choices=["raise", "skip"], default="raise", help="for bad recordings (default: %(default)s)")
     option("--quiet", action="store_true", help="no progress bar")
 
     def add(name: str, text: str, output: str, example: str) -> Any:
@@ -67,13 +67,13 @@ def _build_parser() -> argparse.ArgumentParser:
 
     example = "recordings units.jsonl --model spidr_base --dedup"
     option = add("units", "one row of units per recording", "a .jsonl or .parquet file", example)
-    text, formats = "what reads the units (default: %(default)s)", get_args(UnitFormat)
+    text, formats = "program that reads the units (default: %(default)s)", get_args(UnitFormat)
     option("--format", choices=formats, default="spidr", dest="file_format", help=text)
     option("--language", metavar="CODE", help="for DiscoPhon's file names, with --split (default: none)")
     option("--split", metavar="NAME", help="dev, test, train-10min, train-1h or train-10h (default: none)")
     option("--dedup", action="store_true", help="merge repeats, with their durations in frames")
-    option("--kmeans", metavar="FILE", help="the nearest of these centroids (default: the codebook)")
-    text = "of each change of unit: fewer, longer units (default: 0)"
+    option("--kmeans", metavar="FILE", help="use these centroids (default: the codebook)")
+    text = "cost of each change of unit, for fewer, longer units (default: 0)"
     option("--smooth", type=float, default=0.0, metavar="COST", help=text)
 
     example = "train.csv kmeans.npz --model spidr_base --layer 6"
@@ -81,7 +81,7 @@ def _build_parser() -> argparse.ArgumentParser:
     option("--units", type=int, default=256, metavar="N", help="clusters (default: %(default)s)")
     text = "frames to learn from (default: %(default)s)"
     option("--max-frames", type=int, default=1_000_000, metavar="N", help=text)
-    option("--seed", type=int, default=0, metavar="N", help="of the draw and of k-means (default: %(default)s)")
+    option("--seed", type=int, default=0, metavar="N", help="seed of the draw and of k-means (default: %(default)s)")
     return parser
 
 

@@ -36,18 +36,18 @@ def extract_features(
 ) -> Skipped:
     """Write the features of recordings, one file with an array (T, D) each.
 
-    Frame ``t`` is about the 25 ms from ``t * 20`` ms on. Started again, it resumes where it stopped; processes started
+    Frame ``t`` covers about 25 ms from ``t * 20`` ms on. Called again, it resumes where it stopped; processes started
     by torchrun or SLURM share the work, and several jobs may add to one output at the same time.
 
     Args:
         sources: Manifests, lists, folders of recordings, audio files.
-        output: A folder. Files lie in it as recordings do in theirs; ``extract.json`` says how they were made,
-            ``recordings.json`` of which recordings.
+        output: A folder, with the same subfolders as the recordings'; ``extract.json`` says how the files were made,
+            ``recordings.json`` from which recordings.
         model: A published model's name, a checkpoint, or a model.
         layer: Counted from 1; None: the model's best.
         file_format: "npy", or "pt" for a tensor by ``torch.save``.
-        output_dtype: What is stored.
-        flat: All files lie in the output itself, by the names of their recordings, as far as those are unique.
+        output_dtype: The stored type.
+        flat: Put all files directly into the output, named after their recordings if that is unique.
         options: How recordings are encoded.
 
     Returns:
@@ -89,7 +89,7 @@ class _FeatureFolder(Output):
         there = [item for item in items if os.path.exists(self.path_of(item.name))]  # noqa: PTH110 (False if too long)
         for item in there:
             frames, dim = self._shape(self.path_of(item.name))
-            # The manifest may be one sample off; what is resampled or of unknown length, more.
+            # The manifest may be one sample off; resampled recordings or unknown lengths, more.
             exact = item.num_samples > 0 and not session.options.resample
             right = abs(frames - session.num_frames(item.num_samples)) <= 1 or not exact
             if right and dim == session.model.cfg.encoder_embed_dim:
@@ -121,7 +121,7 @@ class _FeatureFolder(Output):
 
 
 def _save_npy(file: IO[bytes], pieces: Iterable[NDArray[Any]]) -> None:
-    """Write an array piece by piece, its number of rows last."""
+    """Write an array piece by piece, and its number of rows at the end."""
     header: dict[str, Any] = {"fortran_order": False}
     count = size = 0
     for piece in pieces:

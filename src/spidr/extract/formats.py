@@ -1,4 +1,4 @@
-"""How other programs write units: one line for each recording."""
+"""The formats in which other programs write units, one line per recording."""
 
 import json
 from collections.abc import Callable
@@ -17,7 +17,7 @@ SPLITS = ("dev", "test", "train-10min", "train-1h", "train-10h")
 
 @dataclass(frozen=True)
 class Row:
-    """A recording's units, one for each frame, and what some formats write beside them."""
+    """A recording's units, one per frame, and further values that some formats write."""
 
     name: str
     units: list[int]
@@ -31,12 +31,12 @@ class Row:
 
 
 class Format(NamedTuple):
-    """One way to write units."""
+    """A format for units."""
 
     line: Callable[[Row, bool], str]  # a row as text, with repeats merged or not
-    parse: Callable[[str], tuple[str | None, list[int], list[int] | None]]  # back to name, units and durations
-    suffix: str = ".jsonl"  # of its files' names
-    has_names: bool = True  # whether lines say which recording they are of
+    parse: Callable[[str], tuple[str | None, list[int], list[int] | None]]  # a row's name, units and durations
+    suffix: str = ".jsonl"  # suffixes of its files' names
+    has_names: bool = True  # whether lines name their recording
 
 
 def _json_format(name_key: str, units_key: str, durations_key: str, *, always_merged: bool = False) -> Format:
@@ -84,7 +84,7 @@ FORMATS: dict[str, Format] = {
 
 
 def output_file(output: Path, file_format: UnitFormat, language: str | None, split: str | None) -> Path:
-    """The file to write: the output itself, or DiscoPhon's file of a language and split in that folder.
+    """The file to write: the output itself, or DiscoPhon's file for a language and split in that folder.
 
     Raises:
         InputError: The name of the file, the language or the split does not fit.

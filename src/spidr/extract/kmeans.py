@@ -1,4 +1,4 @@
-"""k-means on a layer's features, for units other than the codebook's."""
+"""k-means on a layer's features, as an alternative to the codebook's units."""
 
 import hashlib
 import json
@@ -32,7 +32,7 @@ MAX_UNITS = 2**20
 
 @dataclass(frozen=True)
 class KMeans:
-    """Centroids of features, float32 (K, D), and the model, layer and settings that they were made with."""
+    """Centroids of features, float32 (K, D), with the model, layer and settings they were made with."""
 
     centroids: NDArray[np.float32]
     made: dict[str, Any]
@@ -44,19 +44,19 @@ class KMeans:
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Read what :func:`fit_kmeans` has written. No code from the file is run."""
+        """Read a file of :func:`fit_kmeans`. No code from the file is run."""
         if not os.path.exists(path):  # noqa: PTH110 (False for all that cannot be a file)
             raise InputError(f"{path}: does not exist; write it with `python -m spidr.extract kmeans`.")
         try:
-            open_archive(path).close()  # checks that it is not larger than it seems
+            open_archive(path).close()  # checks that it is not a zip bomb
             with np.load(path, allow_pickle=False) as file:
                 centroids, made = file["centroids"], parse_json(str(file["made"]))
             if centroids.dtype != np.float32 or centroids.ndim != 2 or not np.isfinite(centroids).all():
                 raise ValueError("the centroids are not a matrix of finite numbers in float32")
             if len(centroids) < 2:
-                raise ValueError("there are no two centroids")
+                raise ValueError("there are fewer than two centroids")
             if not isinstance(made["layer"], int) or made["layer"] < 1 or not {"model", "weights"} <= made.keys():
-                raise ValueError("it does not say what it was made of")
+                raise ValueError("it does not say how it was made")
         except Exception as error:  # a damaged file can fail in any way
             reason = first_line(error)
             raise InputError(f"{path}: no k-means model of `python -m spidr.extract kmeans` ({reason}).") from None
@@ -74,10 +74,10 @@ class KMeans:
 
 
 class _Draw:
-    """A random sample of the frames of recordings that come one by one: the frames with the lowest random numbers.
+    """A random sample of frames from a stream of recordings: those with the lowest random numbers.
 
-    Those are seeded by the recording's name, so neither order nor batches matter. ``share`` is about what part of all
-    frames the ``limit`` is.
+    Each recording's numbers are seeded by its name, so neither order nor batches matter. ``share`` is roughly the share
+    of all frames that ``limit`` is.
     """
 
     def __init__(self, limit: int, share: float, seed: int) -> None:
@@ -96,11 +96,11 @@ class _Draw:
         lots, frames = (np.concatenate(parts) for parts in zip(*drawn, strict=True))
         self.drawn[name] = lots, frames
         self.count += len(lots)
-        if self.count > 1.25 * self.limit:  # the share knows nothing of recordings of unknown length
+        if self.count > 1.25 * self.limit:  # the share does not count recordings of unknown length
             self.reduce()
 
     def reduce(self) -> None:
-        """Keep no more than the limit."""
+        """Drop the frames beyond the limit."""
         if self.count > self.limit:
             all_lots = np.concatenate([lots for lots, _ in self.drawn.values()])
             self.share = float(np.partition(all_lots, self.limit)[self.limit])
@@ -128,10 +128,9 @@ def fit_kmeans(
         output: The file to write.
         model: A published model's name, a checkpoint, or a model.
         layer: Counted from 1; None: the model's best.
-        units: Number of clusters K, 2 at least.
-        max_frames: Frames to learn from at most, drawn at random from all there are; a million of the base model's are
-            3 GB.
-        seed: Of the draw and of k-means. The same seed, recordings and machine give the same centroids.
+        units: Number of clusters K, at least 2.
+        max_frames: Maximum number of frames to learn from, drawn at random; a million of the base model's take 3 GB.
+        seed: Seed of the draw and of k-means. The same seed, recordings and machine give the same centroids.
         options: How recordings are encoded.
 
     Returns:

@@ -27,17 +27,17 @@ class Options:
 
     Attributes:
         device: "auto" (CUDA, else MPS, else the CPU), "cuda", "mps" or "cpu".
-        dtype: "float32"; "bfloat16" (autocast), of which the units of batches are only as stable as the batches; or
-            "auto": bfloat16 where the hardware computes in it, else float32. About 99 of 100 units are equal.
+        dtype: "float32"; "bfloat16" (autocast), whose units depend on the batches; or "auto", bfloat16 where the
+            hardware computes in it, otherwise float32. About 99 of 100 units are equal.
         batch_seconds: Seconds of audio in a batch, padding included; 0: one recording at a time. None: 0 on the CPU,
             else 240.
         threads: Recordings encoded at once on the CPU; None: as many as PyTorch has threads. At most 1,000.
-        window: Encode long recordings in pieces of that many seconds, which are read one at a time (see
+        window: Encode long recordings in pieces of this many seconds, which are read one at a time (see
             :meth:`spidr.models.DinoSR.encode`). None: exact, in time that grows with the square of the length.
-        context: Seconds seen on each side of a window; None: a quarter of it.
+        context: Seconds of context on each side of a window; None: a quarter of it.
         resample: Convert recordings that are not 16 kHz mono.
         on_error: "raise", or "skip" recordings that cannot be encoded.
-        model_type: "spidr" or "dinosr", for a checkpoint that does not tell.
+        model_type: "spidr" or "dinosr", for a checkpoint that does not say.
         progress: Show progress on standard error.
     """
 
@@ -61,6 +61,6 @@ class Options:
                 accepted = "more than 0" if name == "window" else "0 or more"
                 raise InputError(f"{name}: found {value}, expected seconds, {accepted}, at most {MAX_SECONDS:,}")
         if self.context is not None and self.window is None:
-            raise InputError(f"context: found {self.context}, but there is no window that it could be the context of")
+            raise InputError(f"context: found {self.context}, but there is no window")
         if self.threads is not None and not 1 <= self.threads <= MAX_THREADS:
             raise InputError(f"threads: found {self.threads}, expected 1 to {MAX_THREADS:,}")

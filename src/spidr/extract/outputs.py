@@ -1,8 +1,8 @@
-"""What features and units share: records of how and from which recordings they were made, and claims of running jobs.
+"""Shared by features and units: records of how and from which recordings they were made, and claims of running jobs.
 
 Several jobs may add to one output at once, such as those of a SLURM array. Each works in its own folder in
 ``OUTPUT.unfinished``, locked while it runs, and removes nothing else. A recording belongs to one job: another job that
-asks for it is refused, or takes over what the first one left if that is gone.
+wants it is refused or, if the first job is gone, takes over its work.
 """
 
 import json
@@ -29,9 +29,9 @@ from spidr.tools.untrusted import parse_json
 logger = logging.getLogger(__name__)
 
 INFORMATIVE = ("model", "spidr", "num_units", "skipped", "recordings", "crc32")
-"""Keys of a record that may change: the weights decide, not their name or the version that encoded with them."""
+"""Keys of a record that may change, since the weights decide, not their name or the version that used them."""
 
-NAMES = "recordings.json"  # in a job's folder: the recordings that it encodes
+NAMES = "recordings.json"  # file in a job's folder with the recordings that it encodes
 
 
 class Output(ABC):
@@ -42,7 +42,7 @@ class Output(ABC):
     began.
     """
 
-    tree: ClassVar[bool] = False  # whether to name recordings by their path below the source
+    tree: ClassVar[bool] = False  # whether to name recordings by their paths below the source
     writers: ClassVar[int] = 1  # threads that write
 
     def __init__(self, path: Path, beside: Sequence[Path], settings: dict[str, Any]) -> None:
@@ -59,11 +59,11 @@ class Output(ABC):
         """Write the values of a recording, while :meth:`writing`."""
 
     def writing(self, folder: Path, rank: int) -> AbstractContextManager[object]:  # noqa: ARG002
-        """Open what is written to in a job's folder, and close it."""
+        """Open the files to write in a job's folder, and close them."""
         return nullcontext()
 
     def begin(self, items: Sequence[Item], session: Session, folders: Sequence[Path]) -> None:
-        """Check that what is there was made in the same way from the same recordings."""
+        """Check that existing values were made in the same way from the same recordings."""
         self.settings = {"spidr": spidr.__version__, **session.settings(), **self.settings}
         has_record = os.path.exists(self.record)  # noqa: PTH110
         if not has_record:
@@ -72,14 +72,14 @@ class Output(ABC):
         other_jobs = len(self._jobs()) > len(folders)
         if has_record and (self.done or damaged or other_jobs or self.has_values()):
             self._check_record()
-        else:  # also when a job with other settings has made nothing
+        else:  # even if a job with other settings has made nothing
             write_json(self.record, self.settings, indent=2)
         if damaged:
-            logger.warning("%s: %d recordings have damaged values, which are made again", self.path, damaged)
+            logger.warning("%s: %d recordings have damaged values, which are recomputed", self.path, damaged)
         self._note(items)
 
     def finish(self, items: Sequence[Item], skipped: dict[str, str], folders: Sequence[Path]) -> None:  # noqa: ARG002
-        """Put everything in its place."""
+        """Move everything to its place."""
         write_json(self.record, self.settings | ({"skipped": skipped} if skipped else {}), indent=2)
 
     @contextmanager
@@ -97,7 +97,7 @@ class Output(ABC):
         return _read_object(self.recordings, "says of which recordings the outputs are", remedy)
 
     def _check_record(self) -> None:
-        """Check that what is there was made in the same way."""
+        """Check that existing values were made in the same way."""
         found = _read_object(self.record, "says how the outputs were made", "Choose another output.", strings=False)
         expected = json.loads(json.dumps(self.settings))
         for key in [*expected, *(key for key in found if key not in expected)]:
@@ -109,7 +109,7 @@ class Output(ABC):
 
     @abstractmethod
     def has_values(self) -> bool:
-        """Whether there are values, of whatever recordings."""
+        """Whether the output has values of any recordings."""
 
     @abstractmethod
     def check_new(self) -> None:
@@ -130,11 +130,11 @@ class Output(ABC):
 
     @contextmanager
     def claimed(self, names: Collection[str]) -> Iterator[list[Path]]:
-        """Claim recordings for this job. Raises InputError if a living job has claimed some of them.
+        """Claim recordings for this job. Raises InputError if a running job has claimed some of them.
 
         Yields:
-            Its own new folder, then those of jobs that are gone and had claimed some of the same recordings: all are
-            this job's now, and it removes them when they are merged.
+            Its own new folder, then those of dead jobs that had claimed some of the same recordings: all belong to this
+            job now, which removes them when they are merged.
         """
 
         def shared() -> list[Path]:
@@ -149,7 +149,7 @@ class Output(ABC):
                         folders.append(folder)
                     except InputError:
                         if folder.is_dir():
-                            raise  # else it has been merged meanwhile
+                            raise  # otherwise it has been merged meanwhile
                 with self.alone():
                     if set(shared()) - set(folders):
                         continue  # another job was faster
@@ -165,10 +165,10 @@ class Output(ABC):
                 return
 
     def _jobs(self) -> list[Path]:
-        return sorted(self.unfinished.glob("[0-9]*-[0-9]*/"))  # whatever else lies beside them is not ours
+        return sorted(self.unfinished.glob("[0-9]*-[0-9]*/"))  # whatever else is there is not ours
 
     def release(self, folders: Sequence[Path]) -> None:
-        """Remove folders whose content is merged."""
+        """Remove folders whose contents have been merged."""
         for folder in folders:
             shutil.rmtree(folder, ignore_errors=True)
         if os.path.isdir(self.unfinished) and not any(self.unfinished.iterdir()):  # noqa: PTH112
@@ -176,7 +176,7 @@ class Output(ABC):
 
 
 def _claims(folder: Path, names: Collection[str]) -> bool:
-    """Whether a job's folder has some of these recordings, or was left by a job that was killed before it said so."""
+    """Whether a job's folder claims some of these recordings, or its job was killed before claiming any."""
     try:
         return not _read_object(folder / NAMES, "", "").keys().isdisjoint(names)
     except InputError:
@@ -187,7 +187,7 @@ def _read_object(path: Path, what: str, remedy: str, *, strings: bool = True) ->
     try:
         found = parse_json(path.read_text(encoding="utf-8"))
         if not isinstance(found, dict) or (strings and not all(isinstance(value, str) for value in found.values())):
-            raise ValueError(f"it is no JSON object{' of strings' if strings else ''}")
+            raise ValueError(f"it is not a JSON object{' of strings' if strings else ''}")
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: {what}, but cannot be read ({error}). {remedy}") from None
     return found

@@ -47,7 +47,7 @@ logger = logging.getLogger(__name__)
 A = TypeVar("A")
 B = TypeVar("B")
 
-LONG = 120 * SAMPLE_RATE  # longer recordings (in samples) are encoded one after the other, each on all threads of a CPU
+LONG = 120 * SAMPLE_RATE  # longer recordings (in samples) are encoded one by one, each on all threads of a CPU
 
 
 class Skipped(dict[str, str]):
@@ -64,7 +64,7 @@ Encoded = tuple[Item, Iterable[NDArray[Any]] | str]
 
 @dataclass
 class Summary:
-    """What became of this process's recordings: why some were skipped, and how many samples of how many were encoded.
+    """The outcome of this process's recordings: why some were skipped, and how many samples of how many were encoded.
 
     ``quiet`` are those below -45 dBFS, ``units`` different units, no more of which are added once there are two.
     """
@@ -93,7 +93,7 @@ class Summary:
         return total
 
     def report(self, output: Path, left: int) -> None:
-        """Log what was done of ``left`` recordings."""
+        """Log the outcome of ``left`` recordings."""
         if not left:
             logger.info("nothing left to do: %s has all of these recordings", output)
             return
@@ -105,7 +105,7 @@ class Summary:
         if self.quiet:
             logger.warning(
                 "%d recordings are quieter than -45 dBFS, such as %s: standardising adds 1e-5 to the variance, so the "
-                "model hears them quieter than others; raise their volume first if that is speech",
+                "model hears them as quieter than others; if they are speech, raise their volume first",
                 len(self.quiet),
                 ", ".join(sorted(self.quiet)[:3]),
             )
@@ -319,7 +319,7 @@ class Session:
     def _plan(self, items: Sequence[Item]) -> list[list[Item]]:
         """Make batches, long recordings first: the same list for any number of processes.
 
-        A recording of unknown length goes alone: it may be longer than a batch, or than a window.
+        A recording of unknown length is a batch of its own, as it may be longer than a batch or a window.
         """
         seconds = self.options.batch_seconds
         if seconds is None:
@@ -345,7 +345,7 @@ class Session:
         threads, on_cpu = torch.get_num_threads(), self.env.device.type == "cpu"
         at_once = (self.options.threads or threads) if on_cpu else 1
         long = [batch for batch in batches if at_once > 1 and batch[0].num_samples > LONG]
-        # Rank 0 shows its own share: that of the others takes about as long.
+        # Rank 0 shows its own share; the others' shares take about as long.
         shown = self.options.progress and self.env.rank == 0
         total = sum(item.num_samples for batch in batches for item in batch)
         unit, seconds = ("h of audio", 3600) if total >= 3600 * SAMPLE_RATE else ("min of audio", 60)
@@ -370,7 +370,7 @@ class Session:
         def load(batch: list[Item]) -> list[tuple[Item, Tensor | LongRecording | str]]:
             return [(item, self._load(item)) for item in batch]
 
-        # Without closing, their threads would live as long as an error is held.
+        # Otherwise their threads would live as long as an error is held.
         with (
             closing(ahead(load, batches, workers=min(4, workers + 1), depth=workers + 1)) as loaded,
             closing(ahead(self._encode, loaded, workers=workers, depth=2 * workers, initializer=begin)) as encoded,
@@ -386,7 +386,7 @@ class Session:
             else:
                 source = torch.from_numpy((audio.read_resampled if resample else audio.read_audio)(where))
             size, promised = len(source), item.promised
-            # libsndfile says nothing of a truncated WAV. Lengths by spidr 0.1.2 are rounded durations: one off at most.
+            # libsndfile does not report a truncated WAV. Lengths of spidr 0.1.2 are rounded: off by at most one.
             if promised and not resample and abs(promised - size) > 1:
                 told = f"{size} samples, the manifest says {promised}: truncated or changed since"
                 raise InputError(f"{where}: {told}; write the manifest again.")
@@ -433,7 +433,7 @@ def _arrays(pieces: Iterable[Tensor], item: Item) -> Iterator[NDArray[np.float32
 def _check_finite(values: Tensor, item: Item) -> None:
     if not math.isfinite(float(values.sum(dtype=torch.float64 if values.device.type == "cpu" else None))):
         raise InputError(
-            f"{item.recording}: the model's features of it are not finite numbers. Are the model's weights damaged?"
+            f"{item.recording}: the model's features of it are not finite. Are the model's weights damaged?"
         )
 
 
@@ -444,7 +444,7 @@ def _has_bfloat16(device: torch.device) -> bool:
 
 
 def _fingerprint(model: DinoSR) -> str:
-    """Start of the SHA-256 of all that features and units depend on: weights and settings."""
+    """Start of the SHA-256 of all weights and settings that features and units depend on."""
     names = [f.name for f in fields(model.cfg) if not may_differ(f.name) and f.name != "train_layers"]
     digest = hashlib.sha256(json.dumps([getattr(model.cfg, name) for name in names]).encode())
     for name, value in model.state_dict().items():

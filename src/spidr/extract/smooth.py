@@ -1,4 +1,4 @@
-"""The best sequence of units when every change of unit costs something.
+"""The best sequence of units with a cost for every change of unit.
 
 Source: Kamper and van Niekerk. Towards unsupervised phone and word segmentation using self-supervised
 vector-quantized neural networks. Interspeech 2021 (duration-penalised dynamic programming).
@@ -8,18 +8,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 NEAR = 3e-5
-"""Two scores are near each other if they differ by less than this share of (1 + the range of the frame's scores). More
-than ten times the largest change of a score by batching that was seen in float32."""
+"""Two scores are nearly tied if they differ by less than this share of (1 + the range of the frame's scores). That is
+more than ten times the largest change of a score by batching seen in float32."""
 
 
 class Decoder:
-    """Turn scores of frames, given piece by piece, into the units with the highest total, less the cost of changes.
+    """Turn scores of frames, given piece by piece, into the units with the highest total after the cost of changes.
 
     Args:
-        penalty: What each change of unit costs, λ; at 0 every frame gets the unit of its highest score.
+        penalty: Cost of each change of unit, λ; at 0, every frame gets the unit with its highest score.
 
     Attributes:
-        nearly_tied: Whether other rounding of the scores could have led to other units; known after :meth:`units`.
+        nearly_tied: Whether different rounding of the scores could have given other units; known after :meth:`units`.
     """
 
     def __init__(self, penalty: float = 0.0) -> None:
@@ -31,7 +31,7 @@ class Decoder:
         self._pieces: list[tuple[NDArray[np.int32], NDArray[np.bool], NDArray[np.uint8], NDArray[np.uint8]]] = []
 
     def add(self, scores: NDArray[np.float32]) -> None:
-        """Take the scores of the next frames, (T, V): log-probabilities, or the like up to a constant of each frame."""
+        """Take the scores of the next frames, (T, V): log-probabilities or similar, up to a constant per frame."""
         if len(scores) == 0:
             return
         tolerance = NEAR * (1 + scores.max(axis=1) - scores.min(axis=1))

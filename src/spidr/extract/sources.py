@@ -28,34 +28,34 @@ class Item:
     """A recording to encode."""
 
     recording: Recording
-    fileid: str  # its name in the manifest, else its file's name without the ending
-    relative: str  # its path below its source; in manifests, below the folder that all paths have in common
-    promised: int = 0  # number of samples by the manifest; 0: unknown
-    speaker: str = ""  # by the manifest's column `speaker`, else the name of its folder
-    name: str = ""  # unique in the output; may have folders in it
+    fileid: str  # its name in the manifest, or its file's name without the suffix
+    relative: str  # its path below its source; in manifests, below the folder that all paths share
+    promised: int = 0  # number of samples in the manifest; 0: unknown
+    speaker: str = ""  # the manifest's column `speaker`, or the name of its folder
+    name: str = ""  # unique in the output; may contain folders
     num_samples: int = 0  # for batches and progress; 0: unknown
 
     @property
     def place(self) -> str:
-        """Where the recording is, wherever the command is run."""
+        """The recording's location, independent of the current folder."""
         where = self.recording
         place = os.path.abspath(where.archive or where.path)  # noqa: PTH100
         if where.archive is not None:
             place += f":{where.path}"
-            if where.byte_offset:  # an archive may have several members of one name
+            if where.byte_offset:  # an archive may have several members with the same name
                 place += f"@{where.byte_offset}"
         if where.start is not None or where.end is not None:
             place += f"[{where.start or 0:g}-{'' if where.end is None else f'{where.end:g}'}]"
         return place
 
     def names(self) -> list[str]:
-        """Names it may get, from short to long."""
+        """Candidate names, from short to long."""
         fileid, relative, place = _inside(self.fileid), _inside(self.relative), _inside(self.place)
         return [fileid, os.path.splitext(relative)[0], relative, place, f"{place}:{fileid}"]  # noqa: PTH122
 
 
 def _inside(name: str) -> str:
-    """Keep a path from a manifest or an archive, such as ``/etc/x`` or ``../x``, inside the folder it is put in."""
+    """Keep a path from a manifest or an archive, such as ``/etc/x`` or ``../x``, inside its target folder."""
     return os.path.normpath("/" + name).lstrip("/")
 
 
@@ -66,7 +66,7 @@ def find_items(sources: str | Path | Sequence[str | Path]) -> list[Item]:
         sources: Manifests and lists (see :func:`spidr.data.read_manifest`), folders and audio files.
 
     Raises:
-        InputError: A source does not exist, or has no recording.
+        InputError: A source does not exist or has no recordings.
     """
     given = [sources] if isinstance(sources, (str, Path)) else list(sources)
     if not given:
@@ -117,8 +117,8 @@ def _in_manifest(path: Path) -> list[Item]:
 def name_items(items: Sequence[Item], known: Mapping[str, str], *, tree: bool) -> list[Item]:
     """Give each recording a unique name: the shortest that no other has.
 
-    Names are the fileid (left out with ``tree``), the path below the source without and with the ending, the path from
-    the root. A recording that has a name in ``known``, which maps names to places, keeps it, whatever is added.
+    Candidates are the fileid (not with ``tree``), the path below the source without and with the suffix, and the path
+    from the root. A recording with a name in ``known``, which maps names to places, keeps it.
     """
     choices = [item.names()[1 if tree else 0 :] for item in items]
     before = defaultdict(set)
@@ -143,13 +143,13 @@ def name_items(items: Sequence[Item], known: Mapping[str, str], *, tree: bool) -
 
 
 def find_lengths(items: Sequence[Item], options: Options, *, shortest: int) -> tuple[list[Item], dict[str, str]]:
-    """Find the length of each recording, by its manifest, if that has it and the file exists, or its header.
+    """Find the length of each recording, from its manifest (if the file exists) or its header.
 
     Returns:
         The recordings with their lengths, and why others cannot be encoded, by name.
 
     Raises:
-        InputError: Some cannot be encoded, and are not to be skipped.
+        InputError: Some cannot be encoded and are not to be skipped.
     """
 
     def look(item: Item) -> Item:
@@ -159,7 +159,7 @@ def find_lengths(items: Sequence[Item], options: Options, *, shortest: int) -> t
             count = item.promised
         else:
             count = (audio.resampled_length if options.resample else audio.num_samples)(where)
-        # A manifest of spidr 0.1.2 may say one sample too few.
+        # A manifest of spidr 0.1.2 may be one sample short.
         if 0 < count < shortest - bool(item.promised):
             raise InputError(f"{where}: {count} samples are {TOO_SHORT}")
         return replace(item, num_samples=count)
@@ -200,5 +200,5 @@ class LongRecording:
 
 
 def explained(error: InputError) -> InputError:
-    """Add the option that helps to an error about a recording's format."""
+    """Add a hint about --resample to an error about a recording's format."""
     return InputError(f"{error} --resample does it on the way.") if isinstance(error, audio.FormatError) else error

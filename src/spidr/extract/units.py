@@ -1,7 +1,7 @@
-"""Units of recordings in one table: JSON lines, Parquet, or what other programs read.
+"""Units of recordings in one table: JSON lines, Parquet, or another program's format.
 
-Meanwhile every process adds lines to a file in its job's folder. At the end they become the table: first the rows it
-had of other recordings, then those of the sources in their order.
+Every process adds lines to a file in its job's folder. At the end they become the table: first its existing rows of
+other recordings, then those of the sources in order.
 """
 
 import json
@@ -33,7 +33,7 @@ from spidr.tools.files import atomic_write, expand, writing
 
 SCHEMA: dict[str, Any] = {"fileid": pl.String, "units": pl.List(pl.Int32), "durations": pl.List(pl.Int32)}
 ORDER, CHECKSUM = "recordings", "crc32"
-"""Keys of the record of a table whose rows have no names: their names, and the CRC-32 of that table."""
+"""Keys in the record of a table whose rows have no names: their names, and the CRC-32 of the table."""
 
 
 def extract_units(
@@ -50,23 +50,22 @@ def extract_units(
     split: str | None = None,
     options: Options | None = None,
 ) -> Skipped:
-    """Write the units of recordings, one row ``{"fileid": …, "units": […]}`` for each, 50 units a second.
+    """Write the units of recordings, one row ``{"fileid": …, "units": […]}`` each, 50 units per second.
 
-    Started again, it resumes where it stopped; processes started by torchrun or SLURM share the work, and several jobs
+    Called again, it resumes where it stopped; processes started by torchrun or SLURM share the work, and several jobs
     may add different recordings to one table at the same time.
 
     Args:
         sources: Manifests, lists, folders of recordings, audio files.
-        output: A ``.jsonl`` or ``.parquet`` file; rows of other recordings in it are kept. How it was made is in
-            ``OUTPUT.json``, and under "spidr" in the metadata of a Parquet file; of which recordings, in
-            ``OUTPUT.recordings.json``.
+        output: A ``.jsonl`` or ``.parquet`` file; its rows of other recordings are kept. ``OUTPUT.json`` (in a Parquet
+            file, also the metadata "spidr") says how it was made, ``OUTPUT.recordings.json`` from which recordings.
         model: A published model's name, a checkpoint, or a model.
         layer: One that has a codebook, counted from 1; None: the model's best, or that of ``kmeans``.
         dedup: Merge repeated units and add ``durations``, the number of frames of each.
         kmeans: Take the nearest centroid of this file (see :func:`spidr.extract.fit_kmeans`) instead of the codebook.
-        smooth: What each change of unit costs, in log-probability (with ``kmeans``, in squared distance): the best
-            sequence of units instead of the best unit of each frame, so fewer and longer runs. 0: no cost.
-        file_format: "spidr", or what another program reads: "discophon", "slamkit", "unit-hifigan", "fairseq" (GSLM) or
+        smooth: Cost of each change of unit, in log-probability (with ``kmeans``, in squared distance), which gives the
+            best sequence of units, with fewer and longer runs, instead of each frame's best unit. 0: no cost.
+        file_format: "spidr", or another program's format: "discophon", "slamkit", "unit-hifigan", "fairseq" (GSLM) or
             "km".
         language: With the format "discophon", ``output`` may be a folder for ``units-LANGUAGE-SPLIT.jsonl``.
         split: The other part of that name.
@@ -103,7 +102,7 @@ def extract_units(
 
 
 class _Place(NamedTuple):
-    """Where a row is: file, whether that is the table, first byte, number of bytes."""
+    """Location of a row: file, whether that is the table, first byte, number of bytes."""
 
     path: Path
     is_final: bool
@@ -114,8 +113,8 @@ class _Place(NamedTuple):
 class _Table(Output):
     """A table of units.
 
-    Jobs' files hold the unit of every frame, as JSON; only the table is in the format that was asked for. If its rows
-    have no names, the record has them.
+    Jobs' files hold the unit of every frame, as JSON; only the table has the requested format. If its rows have no
+    names, the record has them.
     """
 
     def __init__(self, path: Path, file_format: UnitFormat, settings: dict[str, Any]) -> None:
@@ -156,7 +155,7 @@ class _Table(Output):
             yield
         finally:
             with writing(path):
-                self._file.close()  # tries again to write what could not be written
+                self._file.close()  # retries what could not be written
 
     def write(self, item: Item, pieces: Iterable[NDArray[Any]]) -> None:
         row = Row(item.name, np.concatenate(list(pieces)).tolist(), str(item.recording), item.speaker)
@@ -165,7 +164,7 @@ class _Table(Output):
             self._file.flush()
 
     def finish(self, items: Sequence[Item], skipped: dict[str, str], folders: Sequence[Path]) -> None:
-        """Write the table: its rows of other recordings, then those of ``items`` in their order."""
+        """Write the table: its rows of other recordings, then those of ``items`` in order."""
         rows, _ = self._rows(folders, {})
         ours = dict.fromkeys(item.name for item in items if not (self.format.has_names and item.name in skipped))
         names = [*(name for name in rows if name not in ours and self.format.has_names), *ours]
@@ -229,7 +228,7 @@ class _Table(Output):
             raise ValueError
 
     def _order(self) -> list[str]:
-        """Names of the rows, if the record is of this table."""
+        """Names of the rows, if the record belongs to this table."""
         if not os.path.exists(self.record):  # noqa: PTH110
             return []
         record = json.loads(self.record.read_text(encoding="utf-8"))
@@ -255,7 +254,7 @@ class _Table(Output):
 
 
 def _check_utf8(items: Sequence[Item]) -> None:
-    """Check that all names are UTF-8: Parquet holds nothing else."""
+    """Check that all names are UTF-8, as Parquet requires."""
     for item in items:
         try:
             item.name.encode()

@@ -1,4 +1,4 @@
-"""``python -m spidr.report RUN``: what a run has done, on one page."""
+"""``python -m spidr.report RUN``: a run on one page."""
 
 from typing import TYPE_CHECKING
 

@@ -19,9 +19,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     add = parser.add_argument
     add("run", type=Path, help="run folder")
     add("--output", type=Path, help="folder for index.html and the PNGs (default: RUN/report)")
-    add("--set", dest="group", help="validation set of which units are shown (default: the first aligned)")
-    add("--layer", type=int, metavar="N", help="of the heat map, counted from 1 (default: the one of the best PNMI)")
-    add("--max-minutes", type=float, default=30.0, metavar="MINUTES", help="audio to encode at most (default: 30)")
+    add("--set", dest="group", help="validation set whose units are shown (default: the first aligned)")
+    add("--layer", type=int, metavar="N", help="layer of the heat map, counted from 1 (default: best PNMI)")
+    add("--max-minutes", type=float, default=30.0, metavar="MINUTES", help="most audio to encode (default: 30)")
     add("--device", **DEVICE)
     args = vars(parser.parse_args(argv))
     with needs_extra("train,plot"):

@@ -1,4 +1,4 @@
-"""What is on the page: gathered from a run folder, and written as ``index.html`` and its figures as PNG."""
+"""The contents of the page, gathered from a run folder, written as ``index.html`` and PNG figures."""
 
 import json
 import os
@@ -27,7 +27,7 @@ from spidr.tools.files import atomic_write, make_folder
 from spidr.tools.metrics import Line, read_metrics
 from spidr.validate import encode_rows, frame_step, load_trained, phones_of_rows
 
-LARGEST = 1e100  # no axis can be drawn for a step or value beyond it
+LARGEST = 1e100  # steps and values beyond this cannot be drawn
 
 PER_STEP = {
     "Gradient norm": "grad_norm",
@@ -53,7 +53,7 @@ QUALITY = {
 
 
 def drawable(lines: Sequence[Line]) -> tuple[list[Line], list[str]]:
-    """The lines without values that cannot be drawn, and what those are."""
+    """The lines without values that cannot be drawn, and the names of those values."""
     left_out: list[str] = []
     kept = []
     for line in lines:
@@ -65,13 +65,13 @@ def drawable(lines: Sequence[Line]) -> tuple[list[Line], list[str]]:
 
 
 def curve(lines: Sequence[Line], key: str) -> tuple[list[float], list[float]]:
-    """Steps and values of a metric, where there is one."""
+    """Steps and values of a metric, where it exists."""
     known = [line for line in lines if line.get(key) is not None]
     return [line["step"] for line in known], [line[key] for line in known]
 
 
 def by_layer(lines: Sequence[Line], name: str) -> figures.Curves:
-    """The curves of a metric that each codebook has."""
+    """The curves of a metric, one per codebook."""
     found = (re.fullmatch(rf"{name}_l(\d{{1,4}})", key, re.ASCII) for line in lines for key in line)
     layers = sorted({int(match[1]) for match in found if match})
     return {f"layer {layer}": curve(lines, f"{name}_l{layer}") for layer in layers}
@@ -89,7 +89,7 @@ class Report:
         self.drawn: list[figures.Drawn] = []
 
     def add(self, drawn: figures.Drawn, description: str) -> None:
-        """Put a figure on the page and keep it for its PNG."""
+        """Add a figure to the page and keep it for its PNG."""
         self.drawn.append(drawn)
         self.page.figure(drawn, description)
 
@@ -221,7 +221,7 @@ class Report:
             title = f"{len(order)} of {size} units active in {minutes:.1f} minutes"
             drawn = figures.heat_map("phones", matrix.numpy(), names, title)
             self.add(drawn, "Probability of each phone given each unit")
-        # One of middling length shows speech rather than a single word.
+        # One of medium length shows speech rather than a single word.
         row = sorted(units, key=dataset.lengths.__getitem__)[len(units) // 2]
         waveform = dataset[row][: 3 * SAMPLE_RATE]
         shown = len(waveform) / SAMPLE_RATE
@@ -255,7 +255,7 @@ class Report:
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """Find what the run would resume from, else a ``final.pt`` of weights only; None if there is no checkpoint.
+    """Find the checkpoint to resume from, or a ``final.pt`` of weights only; None if there is none.
 
     Raises:
         InputError: There are checkpoints, but none can be used.
@@ -296,18 +296,18 @@ def make_report(
     max_minutes: float = 30.0,
     device: str = "auto",
 ) -> Path:
-    """Write the report of a run, also of one that is still training.
+    """Write the report of a run, even while it trains.
 
     Args:
         run: The run folder.
-        output: Where to; None: ``report`` in the run folder.
+        output: Folder for the report; None: ``report`` in the run folder.
         group: The validation set whose units are shown; None: the first that has alignments, else the first.
-        layer: Whose units the heat map shows; None: the best.
-        max_minutes: How much of that set to encode at most.
+        layer: The layer whose units the heat map shows; None: the best.
+        max_minutes: Maximum amount of audio of that set to encode.
         device: As ``run.device``.
 
     Returns:
-        The page.
+        Path of the page.
 
     Raises:
         InputError: No run folder, or no such set.

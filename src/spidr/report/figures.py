@@ -1,7 +1,7 @@
-"""The figures of a report, as SVG that takes its colours from the page, and as PNG.
+"""The figures of a report, as SVG with the page's colours and as PNG.
 
-Matplotlib writes colours into its SVG. Those used here stand for the page's variables (``INK``, ``GRID``, the series)
-and are replaced by them, so that one figure is readable on a light and on a dark page; PNGs have the light page's.
+Matplotlib writes colours into its SVG. The ones used here (``INK``, ``GRID``, the series) are replaced by the page's
+variables, so that figures are readable on light and dark pages; PNGs have the light page's colours.
 """
 
 import io
@@ -19,11 +19,11 @@ from numpy.typing import NDArray
 
 INK, MUTED, GRID = "#1a1c1f", "#5b6068", "#d5d8dd"
 SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8a6d00", "#5f4bb6", "#2a9fc9", "#a3442a")
-"""Colours that the colour-blind can tell apart on white, mostly Okabe and Ito's; the page has lighter ones for dark."""
+"""Colours that the colour-blind can tell apart on white, mostly Okabe and Ito's; dark pages have lighter ones."""
 
 PAGE_COLOURS = {INK: "--ink", MUTED: "--muted", GRID: "--grid"} | {c: f"--s{i}" for i, c in enumerate(SERIES)}
 BLUES = LinearSegmentedColormap.from_list("blues", [(0.13, 0.55, 0.9, 0.0), (0.13, 0.55, 0.9, 1.0)])
-"""From nothing to blue, so that the page shows through where there is nothing."""
+"""From transparent to blue, so that the page shows through at zero."""
 
 Curves = Mapping[str, tuple[Sequence[float], Sequence[float]]]  # name → steps and values
 
@@ -46,15 +46,15 @@ STYLE: dict[Any, Any] = {
     "legend.fontsize": 8,
     "lines.linewidth": 1.4,
     "svg.fonttype": "none",
-    "text.parse_math": False,  # names from files may hold dollars
+    "text.parse_math": False,  # names from files may contain dollar signs
 }
 
 
 class Drawn:
-    """A figure, drawn: ``svg`` for the page, ``png`` for elsewhere."""
+    """A drawn figure: ``svg`` for the page, ``png`` for elsewhere."""
 
     def __init__(self, name: str, draw: Callable[[Figure], None], size: tuple[float, float]) -> None:
-        # Ids inside the SVG differ from figure to figure: all of them are on one page.
+        # Ids must differ between SVGs, since all of them are on one page.
         with mpl.rc_context(STYLE | {"svg.hashsalt": name}):
             figure = Figure(figsize=size, layout="constrained")
             draw(figure)
@@ -76,11 +76,11 @@ def _for_page(svg: str, name: str) -> str:
     return svg
 
 
-Band = tuple[Sequence[float], Sequence[float], Sequence[float]]  # steps, and between what values all is well there
+Band = tuple[Sequence[float], Sequence[float], Sequence[float]]  # steps, and the lowest and highest normal values there
 
 
 def curves(name: str, panels: Mapping[str, Curves], bands: Mapping[str, Band] | None = None) -> Drawn:
-    """Draw lines over steps, one panel beside the other.
+    """Draw lines over steps, in panels side by side.
 
     A panel of one curve has no legend, and panels of the same curves share one. ``bands`` lie behind a panel's
     curves.
@@ -109,7 +109,7 @@ def curves(name: str, panels: Mapping[str, Curves], bands: Mapping[str, Band] | 
             ax.ticklabel_format(axis="y", useOffset=False)
             bottom, top = ax.get_ylim()
             middle = (bottom + top) / 2
-            if top - bottom < abs(middle) / 2000:  # a level line rather than its last digits
+            if top - bottom < abs(middle) / 2000:  # a flat line rather than its last digits
                 ax.set_ylim(middle - abs(middle) / 2000, middle + abs(middle) / 2000)
         if in_common:
             figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=8)
@@ -125,7 +125,7 @@ def heat_map(name: str, probabilities: NDArray[Any], phones: Sequence[str], titl
         ax.grid(visible=False)
         image = ax.imshow(probabilities, cmap=BLUES, vmin=0, vmax=1, aspect="auto", interpolation="nearest")
         ax.set_yticks(range(len(phones)), phones, fontsize=7)
-        ax.set_xticks([])  # columns are not in the order of the units' numbers
+        ax.set_xticks([])  # columns are not ordered by unit number
         ax.set_xlabel("unit, grouped by most likely phone")
         ax.set_title(title)
         bar = figure.colorbar(image, ax=ax, pad=0.01, aspect=40)
@@ -173,8 +173,8 @@ def _intervals(ax: Axes, intervals: Sequence[tuple[Any, float, float]], duration
     ax.spines["left"].set_visible(False)
     for i, (label, start, end) in enumerate(intervals):
         ax.axvspan(start, end, facecolor=colour, alpha=0.10 if i % 2 else 0.25, linewidth=0)
-        room = (end - start) / duration * 165  # letters of the smallest size across the figure
-        if room >= 1:  # short ones from bottom to top
+        room = (end - start) / duration * 165  # number of smallest letters that fit across the figure
+        if room >= 1:  # write short ones vertically
             fits = room >= len(str(label))
             place: dict[str, Any] = {"ha": "center", "va": "center", "clip_on": True, "rotation": 0 if fits else 90}
             ax.text((start + end) / 2, 0.5, str(label), fontsize=6 if fits else 5, **place)

@@ -1,4 +1,4 @@
-"""The page of a report: one HTML file that needs no other and no network."""
+"""The page of a report: one self-contained HTML file."""
 
 import base64
 import io
@@ -42,7 +42,7 @@ class Page:
         self.title, self._parts = title, [f"<h1>{escape(title)}</h1>"]
 
     def heading(self, text: str, look_for: str = "") -> None:
-        """Begin a section, perhaps with a line on what to look for."""
+        """Begin a section, optionally with a line on what to look for."""
         self._parts.append(f"<h2>{escape(text)}</h2>")
         if look_for:
             self.text(look_for, note=True)
@@ -52,11 +52,11 @@ class Page:
         self._parts.append(f"<p{' class=note' if note else ''}>{escape(text)}</p>")
 
     def figure(self, drawn: Drawn, description: str) -> None:
-        """Add a figure; the description is for those who cannot see it."""
+        """Add a figure; the description is for screen readers."""
         self._parts.append(f'<figure role="img" aria-label="{escape(description)}">{drawn.svg}</figure>')
 
     def sound(self, waveform: NDArray[Any], sample_rate: int) -> None:
-        """Add a player of a waveform, as loud as 16 bits hold."""
+        """Add a player of a waveform, scaled to the full range."""
         samples = (waveform / max(float(np.abs(waveform).max()), 1e-9) * 32_000).astype("<i2")
         file = io.BytesIO()
         with wave.open(file, "wb") as wav:
@@ -68,14 +68,14 @@ class Page:
         self._parts.append(f'<p><audio controls src="data:audio/wav;base64,{content}"></audio></p>')
 
     def table(self, header: Sequence[str], rows: Sequence[Sequence[str]], *, folded: str = "") -> None:
-        """Add a table; one that is ``folded`` under a title opens when clicked on."""
+        """Add a table; if ``folded`` under a title, it opens on a click."""
         head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
         body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
         table = f'<div class="wide"><table>{head and f"<tr>{head}</tr>"}{body}</table></div>'
         self._parts.append(f"<details><summary>{escape(folded)}</summary>{table}</details>" if folded else table)
 
     def html(self) -> str:
-        """The whole file."""
+        """The complete HTML."""
         return (
             '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
             '<meta name="viewport" content="width=device-width, initial-scale=1">'

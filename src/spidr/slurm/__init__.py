@@ -1,8 +1,8 @@
 """SLURM jobs: submitting them, and what runs in them.
 
-sbatch gets every setting as its own argument, and a script in which everything is quoted, so no shell ever interprets
-what a user writes. In each task, :mod:`spidr.slurm.job` runs one pickled call; when it is told to stop, the script
-requeues the job. Job folders are laid out as submitit's: ``submitit.SlurmJob(FOLDER / "%j", JOB_ID).result()`` works.
+sbatch gets every setting as a separate argument, and a script in which everything is quoted, so no shell ever
+interprets a user's text. In each task, :mod:`spidr.slurm.job` runs one pickled call; if it is told to stop, the script
+requeues the job. Job folders follow submitit's layout: ``submitit.SlurmJob(FOLDER / "%j", JOB_ID).result()`` works.
 """
 
 from spidr.slurm.launch import launch_with_submitit, slurm_config_parse_args

@@ -1,4 +1,4 @@
-"""The code that a job runs: a copy of the package, and where it comes from."""
+"""The code that a job runs: a copy of the package, and its origin."""
 
 import os
 import shutil
@@ -16,7 +16,7 @@ def is_installed() -> bool:
 
 
 def copy_package(destination: Path) -> None:
-    """Copy the package into a folder: its modules and the other files that git tracks, without links."""
+    """Copy the package into a folder: its modules and other files tracked by git, without links."""
     try:
         tracked = {os.fsdecode(name) for name in _git("ls-files", "-z").split(b"\0")}
     except (OSError, subprocess.SubprocessError):
@@ -35,7 +35,7 @@ def copy_package(destination: Path) -> None:
 def describe_checkout() -> dict[str, bytes]:
     """Make ``git-info.txt`` (branch and commit) and ``git-diff.patch`` (the package's changes) for the job folder.
 
-    Nothing if git does not track the package, even if it is installed somewhere inside a checkout.
+    Empty if git does not track the package, even if it is installed somewhere inside a checkout.
     """
     try:
         _git("ls-files", "--error-unmatch", "__init__.py")

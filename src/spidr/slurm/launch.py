@@ -95,6 +95,6 @@ def submit(
 
 
 def slurm_config_parse_args(args: argparse.Namespace) -> SlurmConfig:
-    """Take the SLURM settings out of a parsed command line; what is missing or None keeps its default."""
+    """Take the SLURM settings from a parsed command line; missing or None values keep their defaults."""
     names = [field.name for field in dataclasses.fields(SlurmConfig)]
     return SlurmConfig(**{name: value for name in names if (value := getattr(args, name, None)) is not None})

@@ -1,4 +1,4 @@
-"""Default SLURM settings, of known clusters and of validation jobs."""
+"""Default SLURM settings for known clusters and validation jobs."""
 
 import os
 from pathlib import Path
@@ -42,6 +42,6 @@ def default_train_job_config(cluster_name: str | None) -> dict[str, Any]:
 def validation_job_config() -> SlurmConfig:
     """An hour of one GPU, with the account and the CPUs of this process's job. Raises InputError outside a job."""
     if "SLURM_JOB_ID" not in os.environ:
-        raise InputError("not in a SLURM job: run.slurm_validation says what validation jobs ask for")
+        raise InputError("not in a SLURM job: set run.slurm_validation to the resources of validation jobs")
     account, cpus = os.environ.get("SLURM_JOB_ACCOUNT"), os.environ.get("SLURM_CPUS_PER_TASK")
     return SlurmConfig(account, nodes=1, gpus_per_node=1, time=60, cpus_per_task=int(cpus) if cpus else None)

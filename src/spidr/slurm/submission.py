@@ -22,13 +22,15 @@ LIMIT = 60.0  # seconds to wait for a busy controller
 
 SCRIPT = """\
 #!/bin/bash
-# On SLURM's signals, the tasks save and end with status 75; then the job is requeued.
+# On SLURM's signals, the tasks save and end; then the job is requeued.
 trap : TERM USR1 USR2
 mkdir -p {folder}/"{job}"
 {srun}
 status=$?
-if [[ $status =~ ^1(38|40|43)$ && ! -e {folder}/"{job}"/.failed_${{SLURM_RESTART_COUNT:-0}} ]]; then
-  status=75  # a signal came while Python started
+ends={folder}/"{job}"/.${{SLURM_RESTART_COUNT:-0}}
+# The signals stopped the tasks in good order, or came while Python started.
+if [[ $status = 0 && -e ${{ends}}_stopped || $status =~ ^1(38|40|43)$ && ! -e ${{ends}}_failed ]]; then
+  status=75
 fi
 for pause in 0 5 5 5 5 5 5 5 5 5; do
   [ "$status" = 75 ]{limit} || break
@@ -54,14 +56,14 @@ class Submission:
 
     name: str
     folder: Path
-    command: list[str]  # sbatch, which reads the script from its standard input
-    script: str  # what runs on the first node of each job
+    command: list[str]  # the sbatch command, which reads the script from standard input
+    script: str  # the script, which runs on the first node of each job
 
 
 def prepare(
     name: str, count: int, folder: Path, slurm: SlurmConfig, *, copy_code: bool = False, max_restarts: int | None = None
 ) -> Submission:
-    """Put together a submission of ``count`` jobs, without running or writing anything."""
+    """Assemble a submission of ``count`` jobs, without running or writing anything."""
     job, variable = ("%j", "$SLURM_JOB_ID") if count == 1 else ("%A_%a", "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID")
     name = re.sub(r"[^\w.,:=+@-]+", "_", name)[:128]
     options = {
@@ -81,15 +83,15 @@ def prepare(
         "signal": f"USR2@{min(120, 15 * slurm.time) if slurm.time else 120}",
     }
     pattern = str(folder).replace("%", "%%")
-    # SLURM's own messages. A job whose log lies in a folder that does not exist yet would fail.
+    # SLURM's own messages. A job whose log is in a missing folder would fail.
     command = ["sbatch", "--parsable", "--requeue", "--open-mode=append", f"--output={pattern}/{job}_slurm.log"]
     command += [f"--{name}={value}" for name, value in options.items() if value is not None]
     log = f"{pattern}/{job}/{job}_%t_log"
     srun = ["srun", "--unbuffered", "--kill-on-bad-exit=1", "--open-mode=append"]
     srun += [f"--output={log}.out", f"--error={log}.err"]
-    if slurm.cpus_per_task:  # since SLURM 22.05, srun does not take it from sbatch
+    if slurm.cpus_per_task:  # since SLURM 22.05, srun does not inherit it from sbatch
         srun.append(f"--cpus-per-task={slurm.cpus_per_task}")
-    # Run this very package, whatever lies in the current folder (-P) or is installed.
+    # Run this very package, whatever is in the current folder (-P) or installed.
     package = folder / "code" / PACKAGE.name if copy_code else PACKAGE
     python = [sys.executable, "-P", "-u", str(package / "slurm" / "job.py"), str(folder)]
     limit = "" if max_restarts is None else f' && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {max_restarts} ]'
@@ -104,11 +106,11 @@ def sbatch(submission: Submission) -> str:
         done = run_program(submission.command, environment=clean_environment(), text=submission.script, limit=LIMIT)
     except OSError as error:
         raise InputError(
-            f"sbatch cannot be run: {error.strerror}. Is this a machine of a SLURM cluster?", guide="slurm.md"
+            f"sbatch cannot be run: {error.strerror}. Is this machine part of a SLURM cluster?", guide="slurm.md"
         ) from None
     except subprocess.TimeoutExpired:
         raise NoAnswerError(
-            f"sbatch has not answered for {LIMIT:.0f} s and was ended. The job may have been submitted all the same: "
+            f"sbatch has not answered for {LIMIT:.0f} s and was killed. The job may have been submitted anyway: "
             f"look with `squeue --me --name={submission.name}` before you submit it again. Its folder is "
             f"{submission.folder}"
         ) from None
@@ -127,7 +129,7 @@ def clean_environment() -> dict[str, str]:
 
 
 def job_state(job_id: str) -> str | None:
-    """State of a job that waits or runs; "" once it has ended, None if SLURM does not answer."""
+    """State of a pending or running job; "" once it has ended, None if SLURM does not answer."""
     try:
         asked = run_program(["squeue", "--noheader", f"--jobs={job_id}", "--format=%T"])
     except (OSError, subprocess.TimeoutExpired):
@@ -138,7 +140,7 @@ def job_state(job_id: str) -> str | None:
 
 
 def job_folders(dump: str | Path, job_name: str) -> Iterator[Path]:
-    """Yield names for the job folder without end, the best first. Raises InputError if SLURM cannot log there."""
+    """Yield names for the job folder, endlessly, the best first. Raises InputError if SLURM cannot log there."""
     dump = Path(dump).expanduser().absolute()
     if found := re.search(r"%[jtAa]|\\", str(dump)):
         raise InputError(f"{dump}: {found[0]} has a meaning of its own in SLURM's paths; choose another folder")
@@ -150,7 +152,7 @@ def job_folders(dump: str | Path, job_name: str) -> Iterator[Path]:
 
 
 def make_job_folder(dump: str | Path, job_name: str) -> Path:
-    """Make a new job folder. Raises InputError if it cannot be made."""
+    """Create a new job folder. Raises InputError if that fails."""
     folders = job_folders(dump, job_name)
     while True:
         folder = next(folders)

@@ -1,4 +1,4 @@
-"""The ground floor: what the rest of the package stands on. Knows no setting."""
+"""Utilities for the rest of the package, which know no settings."""
 
 from spidr.tools.lazy import names_from
 

@@ -1,4 +1,4 @@
-"""What all commands share: parsing, writing results, and ending."""
+"""Shared by all commands: parsing arguments, writing results, and ending."""
 
 import argparse
 import errno
@@ -31,13 +31,13 @@ USER_ERRORS = (
     *("EACCES", "EDQUOT", "EFBIG", "EIO", "EISDIR", "ELOOP", "EMFILE", "ENAMETOOLONG", "ENOENT", "ENOSPC", "ENOTDIR"),
     *("EPERM", "EROFS", "ESTALE", "ETXTBSY"),
 )
-"""Errors of the file system that the user can fix."""
+"""File system errors that the user can fix."""
 
 _results: list[TextIO | None] = []  # None: standard output was closed
 
 
 def write_result(text: str) -> None:
-    """Write to standard output, which holds results only; all other printing goes to standard error."""
+    """Write to standard output, which gets results only; everything else goes to standard error."""
     stream = _results[-1] if _results else sys.stdout
     if stream is not None:
         stream.write(text)
@@ -45,14 +45,14 @@ def write_result(text: str) -> None:
 
 
 def command(main: Callable[P, int | None]) -> Callable[P, int]:
-    """Decorate the main function of a command, which then ends with a status and at most one line.
+    """Decorate the main function of a command, so that it ends with a status and at most one line.
 
     Args:
         main: Returns the exit status; None is 0. It writes results with :func:`write_result`.
 
     Returns:
-        The function with status 2 after an :class:`InputError` or an error of the file system that the user can fix,
-        130 after Ctrl-C, and 141 when the reader of the results is gone. A closed standard error ends nothing.
+        The function, with status 2 after an :class:`InputError` or a file system error that the user can fix, 130 after
+        Ctrl-C, and 141 when the reader of the results is gone. It ignores a closed standard error.
     """
 
     @functools.wraps(main)
@@ -70,7 +70,7 @@ def command(main: Callable[P, int | None]) -> Callable[P, int]:
             except KeyboardInterrupt:
                 return _say("interrupted; run the same command again", 130)
             except BrokenPipeError:
-                with suppress(OSError, ValueError):  # or Python complains when it flushes at exit
+                with suppress(OSError, ValueError):  # otherwise Python complains when it flushes at exit
                     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno())  # type: ignore[union-attr]
                 return 141
             except OSError as error:
@@ -82,13 +82,13 @@ def command(main: Callable[P, int | None]) -> Callable[P, int]:
 
 
 def _say(text: str, status: int) -> int:
-    line_break = "\n" if "RANK" in os.environ else ""  # there may be another process's progress bar on this line
+    line_break = "\n" if "RANK" in os.environ else ""  # this line may hold another process's progress bar
     sys.stderr.write(f"{line_break}{text}\n")
     return status
 
 
 class _Lasting:
-    """A stream that drops what cannot be written, since its reader is gone or the disk is full."""
+    """A stream that drops what cannot be written because its reader is gone or the disk is full."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -108,7 +108,7 @@ class _Lasting:
 
 @contextmanager
 def _results_only() -> Iterator[None]:
-    """Redirect ``sys.stdout`` to standard error for all but :func:`write_result`."""
+    """Redirect ``sys.stdout`` to standard error, except for :func:`write_result`."""
     _results.append(_results[-1] if _results else sys.stdout)
     try:
         with redirect_stdout(cast("TextIO", _Lasting(sys.stderr))):
@@ -132,7 +132,7 @@ class _Formatter(argparse.HelpFormatter):
         super().__init__(prog, max_help_position=32, **options)
 
     def add_usage(self, usage: str | None, actions: Any, groups: Any, prefix: str | None = None) -> None:  # noqa: ARG002
-        """Name the arguments only: the options are listed below."""
+        """Show the arguments only, since the options are listed below."""
         arguments = [action for action in actions if not action.option_strings]
         options = [argparse.Action(["options"], "options", nargs=0)] if len(arguments) < len(actions) else []
         super().add_usage(usage, [*options, *arguments], [], prefix)

@@ -33,16 +33,16 @@ def is_remote(address: str) -> bool:
 class Remote:
     """A file on a web server or on the Hugging Face hub: ``https://…`` or ``hf:OWNER/NAME/FILE``.
 
-    The latter go to ``huggingface_hub``'s cache if that is installed, all others to torch.hub's folder, under the
-    name ``saved_as``. Without one, the file gets a subfolder, since many have the same name, together with the
-    ``config.json`` beside it, if there is one.
+    The latter go to ``huggingface_hub``'s cache if that is installed, all others to torch.hub's folder under the name
+    ``saved_as``. Without it, the file gets its own subfolder, since many have the same name, together with the
+    ``config.json`` beside it, if any.
     """
 
     address: str
     saved_as: str = ""
 
     def _repository(self) -> tuple[str, str] | None:
-        """Repository and file on the Hugging Face hub, if it is there."""
+        """Repository and file on the Hugging Face hub, if it is an ``hf:`` address."""
         if not self.address.startswith("hf:"):
             return None
         match = re.fullmatch(r"hf:([\w.-]+/[\w.-]+)/([\w./-]+)", self.address)
@@ -52,7 +52,7 @@ class Remote:
 
     @property
     def url(self) -> str:
-        """Where to download it."""
+        """The URL to download from."""
         if (repository := self._repository()) is None:
             return self.address
         host = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
@@ -60,7 +60,7 @@ class Remote:
 
     @property
     def path(self) -> Path:
-        """Its place in torch.hub's folder."""
+        """Its path in torch.hub's folder."""
         name = self.saved_as or Path(unquote(urlparse(self.url).path)).name
         if name in ("", ".."):
             raise InputError(f"{self.address}: names no file")
@@ -77,7 +77,7 @@ class Remote:
         return None
 
     def fetch(self, read: Callable[[Path], T], *, check_hash: bool = False, progress: bool = True) -> T:
-        """Read the file, after downloading it unless it is cached and readable; keep only what ``read`` can read.
+        """Read the file, downloading it unless it is cached and readable. Only keep what ``read`` can read.
 
         ``check_hash`` compares a download with the hash in its name, if any, as torch.hub does.
 
@@ -160,7 +160,7 @@ def _partial(path: Path) -> Path:
 
 
 def _version(partial: Path) -> Path:
-    """Where the server's version tag of a partial file is kept."""
+    """The file that keeps the server's version tag of a partial file."""
     return partial.with_name(f"{partial.name}.version")
 
 
@@ -174,7 +174,7 @@ def _written(path: Path) -> int | None:
 
 
 def _append(url: str, partial: Path, progress: bool) -> None:
-    """Download the rest of a file, or all of it if it has changed or the server sends no parts."""
+    """Download the rest of a file, or all of it if it has changed or the server sends no ranges."""
     offset, version = partial.stat().st_size if partial.exists() else 0, _version(partial)
     headers = {"User-Agent": "spidr"}
     if offset:
@@ -186,7 +186,7 @@ def _append(url: str, partial: Path, progress: bool) -> None:
     except HTTPError as error:
         if not offset or error.code != http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
             raise
-        _drop(partial)  # it is not shorter than the server's
+        _drop(partial)  # it is at least as long as the server's
         _append(url, partial, progress)
         return
     if response.status != http.HTTPStatus.PARTIAL_CONTENT:

@@ -1,4 +1,4 @@
-"""Errors that a user can fix, and texts for messages."""
+"""Errors that a user can fix, and helpers for messages."""
 
 from collections.abc import Iterable, Sequence
 
@@ -18,7 +18,7 @@ class InputError(ValueError):
             self.add_note(f"see docs/{guide}")  # below a traceback, as in notebooks
 
     def with_guide(self) -> str:
-        """The message and where to read more, in one line if the message is one."""
+        """The message and where to read more, on one line if the message has one line."""
         text = str(self)
         gap = "\n" if "\n" in text else " "
         return f"{text}{gap}(see docs/{self.guide})" if self.guide else text

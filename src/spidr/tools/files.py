@@ -27,7 +27,7 @@ _REMEDIES = {
     ),
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "choose a folder that you may write to"),
     errno.ENOENT: "the folder is missing: make it or choose another one",
-    errno.ENOTDIR: "a part of the path is a file: choose another folder",
+    errno.ENOTDIR: "part of the path is a file: choose another folder",
     errno.ENAMETOOLONG: "choose a shorter name",
     errno.EISDIR: "there is a folder of that name: choose another one",
     errno.EIO: "look at the disk, then run the same command again",
@@ -36,14 +36,14 @@ _REMEDIES = {
 
 
 def _why_not_written(path: str | Path, error: OSError) -> InputError:
-    """Say why a file cannot be written, and what helps."""
+    """Say why a file cannot be written, and suggest a remedy."""
     remedy = _REMEDIES.get(error.errno or 0, "choose another place")
     return InputError(f"{path}: cannot be written ({error.strerror or error}): {remedy}. What was saved is intact.")
 
 
 @contextmanager
 def writing(path: str | Path) -> Iterator[None]:
-    """Turn an error of the file system into one that says why ``path`` cannot be written."""
+    """Turn a file system error into an InputError that says why ``path`` cannot be written."""
     try:
         yield
     except OSError as error:
@@ -53,8 +53,7 @@ def writing(path: str | Path) -> Iterator[None]:
 def find_files(folder: str | os.PathLike[str], wanted: Callable[[str], bool]) -> list[str]:
     """List the files below a folder whose names are wanted, sorted. Links are followed.
 
-    A linked folder that leads back to one it is in is left out with a warning; hidden files (``._a.wav`` from macOS)
-    are left out without one.
+    A linked folder that leads back to a parent is skipped with a warning; hidden files (macOS: ``._a.wav``) silently.
 
     Raises:
         InputError: A folder cannot be read.
@@ -64,7 +63,7 @@ def find_files(folder: str | os.PathLike[str], wanted: Callable[[str], bool]) ->
         raise InputError(f"{error.filename}: the folder cannot be read ({error.strerror}).")
 
     found: list[str] = []
-    # Each folder: itself and those it is in, links resolved.
+    # Each folder with its parents, links resolved.
     above: dict[str, tuple[str, ...]] = {os.fspath(folder): (os.path.realpath(folder),)}
     for here, folders, names in os.walk(folder, onerror=fail, followlinks=True):
         ancestors = above.pop(here)
@@ -72,7 +71,7 @@ def find_files(folder: str | os.PathLike[str], wanted: Callable[[str], bool]) ->
             path = os.path.join(here, name)  # noqa: PTH118
             real = os.path.realpath(path) if os.path.islink(path) else os.path.join(ancestors[0], name)  # noqa: PTH114, PTH118
             if real in ancestors:
-                logger.warning("%s: leads back to %s, which it is in; not followed.", path, real)
+                logger.warning("%s: leads back to its parent %s; not followed.", path, real)
                 folders.remove(name)
             else:
                 above[path] = (real, *ancestors)
@@ -85,7 +84,7 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
     """A file that appears under ``path`` complete and on disk, or not at all.
 
     Raises:
-        InputError: If it cannot be written; whatever was at ``path`` is as it was.
+        InputError: If it cannot be written; an existing file at ``path`` is unchanged.
     """
     process = Process.current()
     aside = path.with_name(f".spidr-{process.machine}-{process.pid}-{process.started}-{next(_count)}.tmp")
@@ -111,7 +110,7 @@ def write_json(path: Path, document: Any, *, indent: int | None = None) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder and its parents. Raises InputError if it cannot be made."""
+    """Create a folder and its parents. Raises InputError if that fails."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -119,7 +118,7 @@ def make_folder(path: Path) -> None:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove what :func:`atomic_write` has left in a folder because its process was killed."""
+    """Remove what :func:`atomic_write` left in a folder when its process was killed."""
     for path in folder.glob(".spidr-*.tmp"):
         if (found := _TEMPORARY.fullmatch(path.name)) is None:
             continue
@@ -131,13 +130,13 @@ def remove_unfinished(folder: Path) -> None:
 
 
 def expand(path: str | Path) -> Path:
-    """A path as the user wrote it, with ``~`` and ``$VARIABLES`` replaced.
+    """Expand ``~`` and ``$VARIABLES`` in a user's path.
 
     Raises:
-        InputError: It is empty, or names a variable that is not set or a user that does not exist.
+        InputError: It is empty, or names an unset variable or an unknown user.
     """
     if not str(path):
-        raise InputError("a path is empty: was a variable of the shell not set?")
+        raise InputError("a path is empty: is a shell variable not set?")
     expanded = os.path.expanduser(os.path.expandvars(path))  # noqa: PTH111 (pathlib knows no variables)
     if expanded != str(path) or not os.path.lexists(expanded):
         if missing := re.search(r"\$(\w+|\{\w+\})", expanded):
@@ -148,7 +147,7 @@ def expand(path: str | Path) -> Path:
 
 
 def check_file(path: str | Path) -> None:
-    """Check that a path is a regular file: opening a pipe or device may take for ever. Raises InputError if not."""
+    """Check that a path is a regular file: opening a pipe or device may take forever. Raises InputError if not."""
     try:
         mode = Path(path).stat().st_mode
     except (OSError, ValueError) as error:  # ValueError: a NUL character
@@ -165,14 +164,14 @@ def _rename(aside: Path, path: Path) -> None:
         return
     folder = os.open(path.parent, os.O_RDONLY)
     try:
-        os.fsync(folder)  # or the rename may be lost when the machine stops
+        os.fsync(folder)  # otherwise a crash of the machine may lose the rename
     finally:
         os.close(folder)
 
 
 def _disk_error(error: BaseException | None) -> OSError | None:
-    """The error of the file system behind an error: torch.save raises one about its archive, polars one of its own."""
-    while isinstance(error, Exception) and not isinstance(error, InputError):  # which says already what is wrong
+    """The file system error behind an error of torch.save or polars."""
+    while isinstance(error, Exception) and not isinstance(error, InputError):  # which already says what is wrong
         if number := re.search(r"\(os error (\d+)\)", str(error)):
             return OSError(int(number[1]), os.strerror(int(number[1])))
         if isinstance(error, OSError):

@@ -7,14 +7,14 @@ Length = TypeVar("Length")
 
 
 def conv_length(shapes: Iterable[tuple[int, int, int]], lengths: Length) -> Length:
-    """Number of frames that convolutions make of a number of samples.
+    """Number of frames that convolutions make from a number of samples.
 
     Args:
         shapes: (out_channels, kernel, stride) of each convolution, without padding.
         lengths: Number of samples: an int, or an integer array or tensor.
 
     Returns:
-        Number of frames, of the same type; 0 where the samples do not fill one kernel.
+        Number of frames, of the same type; 0 if the samples do not fill the kernels.
     """
     for _, kernel, stride in shapes:
         frames: Any = (lengths - kernel) // stride + 1  # type: ignore[operator]
@@ -23,7 +23,7 @@ def conv_length(shapes: Iterable[tuple[int, int, int]], lengths: Length) -> Leng
 
 
 def samples_of(shapes: Iterable[tuple[int, int, int]], frames: int) -> int:
-    """Fewest samples of which the convolutions make a number of frames, at least one."""
+    """Smallest number of samples that gives a number of frames, at least one."""
     for _, kernel, stride in reversed(list(shapes)):
         frames = (frames - 1) * stride + kernel
     return frames

@@ -1,4 +1,4 @@
-"""How a pretraining of the base model goes if all is well: the published runs, as numbers (arXiv 2512.20308)."""
+"""A healthy pretraining of the base model, from the published runs (arXiv 2512.20308)."""
 
 from collections.abc import Sequence
 
@@ -15,17 +15,17 @@ LOSS: dict[int, tuple[float, float]] = {
 """Step → the lowest and highest validation loss, on dev-clean and dev-other, mean over the codebooks."""
 
 ACTIVE_CODEWORDS = (191, 223)
-"""Of 256, lowest and highest of the codebooks: decided by step 2,500. The others are dead for the whole training."""
+"""Of 256, lowest and highest of the codebooks; settled by step 2,500. The others stay dead."""
 
 BASE = {"encoder_num_layers": 12, "encoder_embed_dim": 768, "num_codebooks": 8, "codebook_size": 256}
-"""What the published runs' models have in common."""
+"""Settings that the published runs' models share."""
 
-DECIDED = 2_500  # the step by which the codebooks are decided
-MARGIN = 0.15  # how far outside the published range still counts as like it, as a share
+DECIDED = 2_500  # the step by which the active codewords are settled
+MARGIN = 0.15  # tolerated deviation from the published range, as a share
 
 
 def is_base(model: object) -> bool:
-    """Whether a model's settings are those of SpidR's base model, as far as they matter here."""
+    """Whether a model has the relevant settings of SpidR's base model."""
     return hasattr(model, "ema_timescale") and all(getattr(model, name) == value for name, value in BASE.items())
 
 
@@ -36,7 +36,7 @@ def expected_loss(step: float) -> tuple[float, float]:
 
 
 def unlike_published(step: int, loss: float | None, active: Sequence[float] = ()) -> str:
-    """Say how a run of the base model differs from the published ones at a step; empty if it does not.
+    """Say how a run of the base model differs from the published ones at a step, if at all.
 
     ``loss`` is on a validation set; ``active`` are the active codewords of each codebook there, if counted.
     """

@@ -1,6 +1,6 @@
 """Import names on first use, and say which extra a missing package belongs to.
 
-Importing torch takes seconds, so nothing should wait for it that does not need it.
+Importing torch takes seconds, so nothing that does not need it should wait for it.
 """
 
 import os
@@ -31,7 +31,7 @@ def lazy_names(package: str, here: str = "", **modules: str) -> tuple[Callable[[
                 raise
             raise AttributeError(f"module {package!r} has no attribute {name!r}") from None
         value = getattr(found, name) if name in module_of else found
-        setattr(sys.modules[package], name, value)  # so that this function is called once for each name
+        setattr(sys.modules[package], name, value)  # so that this function is called only once per name
         return value
 
     names = sorted([*here.split(), *module_of])
@@ -40,7 +40,7 @@ def lazy_names(package: str, here: str = "", **modules: str) -> tuple[Callable[[
 
 
 def names_from(package: str, module: str) -> Callable[[str], Any]:
-    """Make the ``__getattr__`` of a package that offers the ``__all__`` of another module, imported on first use."""
+    """Make the ``__getattr__`` of a package that offers another module's ``__all__``, imported on first use."""
 
     def get(name: str) -> Any:
         found = None if name.startswith("__") else _import(module)
@@ -61,7 +61,7 @@ def _import(module: str) -> ModuleType:
 
 @contextmanager
 def needs_extra(extra: str, note: str = "") -> Iterator[None]:
-    """Turn a failed import of another package into an InputError that says which extra of ours to install."""
+    """Turn a failed import of another package into an InputError that names the extra to install."""
     try:
         yield
     except ModuleNotFoundError as error:

@@ -1,4 +1,4 @@
-"""One process at a time works in a folder or on a file. A lock whose owner is gone is taken over."""
+"""Locks on folders and files, for one process at a time. A lock whose owner is gone is taken over."""
 
 import hashlib
 import json
@@ -19,14 +19,14 @@ from spidr.tools.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-BEAT = 5.0  # seconds between two signs of life of an owner
-SILENCE = 60.0  # seconds without one after which an owner on another machine counts as dead
+BEAT = 5.0  # seconds between two heartbeats of an owner
+SILENCE = 60.0  # seconds without a heartbeat after which an owner on another machine counts as dead
 PATIENCE = 120.0  # seconds to wait for a predecessor of the same SLURM job or torchrun that is still ending
 
 
 @dataclass(frozen=True)
 class Process:
-    """A process, told apart from all others of any machine, also from later ones with the same id."""
+    """A process, distinct from those of other machines and from later ones with the same id."""
 
     machine: str
     pid: int
@@ -38,7 +38,7 @@ class Process:
         return cls(_machine(), os.getpid(), _start_time(os.getpid()) or "")
 
     def is_alive(self) -> bool | None:
-        """Whether it still runs; None if that cannot be seen from here."""
+        """Whether it still runs; None if this machine cannot tell."""
         if not self.machine or self.machine != _machine():
             return None
         return _start_time(self.pid) == self.started
@@ -46,7 +46,7 @@ class Process:
 
 @cache
 def _machine() -> str:
-    """What the ids of processes belong to: a boot of a machine and a container on it; empty where there is no /proc."""
+    """The scope of process ids: a boot of a machine and a container on it; empty without /proc."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text("utf-8")
         names = f"{boot.strip()} {os.readlink('/proc/self/ns/pid')}"  # noqa: PTH115
@@ -67,7 +67,7 @@ def _start_time(pid: int) -> str | None:
 
 @dataclass(frozen=True)
 class Owner:
-    """Who holds a lock, and since when."""
+    """The holder of a lock."""
 
     host: str
     process: Process
@@ -133,7 +133,7 @@ class Lock:
         """Check that the lock is still held; nothing may be written otherwise.
 
         Raises:
-            InputError: This process seemed dead, because its machine or file system stood still, and another took over.
+            InputError: This process seemed dead, since its machine or file system had stalled, and another took over.
         """
         if self._successor is not None:
             raise InputError(
@@ -143,7 +143,7 @@ class Lock:
     def _acquire(self) -> None:
         """Create the lock file, or take over that of an owner that is gone."""
         seen, beat, moves, waits = None, 0, False, False
-        first = since = 0.0  # when this owner, and its last sign of life, were seen first
+        first = since = 0.0  # when this owner and its last heartbeat were first seen
         while not self._create():
             try:
                 owner, new_beat = self._read()
@@ -175,7 +175,7 @@ class Lock:
             time.sleep(0.5)
 
     def _create(self) -> bool:
-        """Make the lock file, unless there is one. Exclusive on network file systems, too."""
+        """Create the lock file, unless it exists. Exclusive on network file systems, too."""
         try:
             file = self.path.open("x", encoding="utf-8")
         except FileExistsError:
@@ -189,7 +189,7 @@ class Lock:
         return True
 
     def _take_over(self, gone: Owner, *, stuck: bool) -> bool:
-        """Overwrite the lock file of an owner that is gone, unless another process has been faster."""
+        """Overwrite the lock file of an owner that is gone, unless another process was faster."""
         guard = self.path.with_name(f"{self.path.name}.taking")
         try:
             guard.mkdir()
@@ -208,8 +208,8 @@ class Lock:
             guard.rmdir()
 
     def _read(self) -> tuple[Owner, int]:
-        """The owner, and a number that changes with each sign of life."""
-        with self.path.open("rb") as file:  # opening asks the file server, where stat may not
+        """The owner, and a number that changes with each heartbeat."""
+        with self.path.open("rb") as file:  # opening asks the file server, while stat may be cached
             text = file.read(10_000)
             try:
                 fields = json.loads(text)
@@ -220,8 +220,8 @@ class Lock:
 
     def _beat(self) -> None:
         while not self._ended.wait(BEAT):
-            with suppress(OSError):  # of a file server that does not answer: later
-                if self._create():  # somebody took it for an old one
+            with suppress(OSError):  # the file server does not answer: try later
+                if self._create():  # another process took it for a stale lock
                     continue
                 owner, _ = self._read()
                 if owner.token != self._owner.token:

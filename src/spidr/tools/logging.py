@@ -1,4 +1,4 @@
-"""Log lines of a run: on standard error and in a file of the run folder, through the package's own logger."""
+"""Logging of a run, to standard error and a file in the run folder, through the package's own logger."""
 
 import logging
 import sys
@@ -15,7 +15,7 @@ FORMAT = "%(asctime)s %(levelname)s {who}%(message)s"
 
 
 class _AboveProgressBar(logging.Handler):
-    """Writes to standard error without breaking a progress bar, all but what is for the file only."""
+    """Writes to standard error without breaking a progress bar, except lines for the file only."""
 
     def emit(self, record: logging.LogRecord) -> None:
         if not hasattr(record, "file_only"):
@@ -34,10 +34,10 @@ class _LogFile(logging.FileHandler):
 
 @contextmanager
 def run_log(rank: int, processes: int = 1) -> Iterator[Callable[[Path], None]]:
-    """Log the package's messages on standard error inside the block: all on rank 0, only warnings elsewhere.
+    """Log the package's messages to standard error inside the block: all on rank 0, only warnings elsewhere.
 
-    Of several processes, each names itself in its lines. The root logger is not touched, and the package's logger is as
-    before at the end. Returns a function that opens a log file, which gets everything, including what came before.
+    With several processes, lines name their rank. The root logger is not touched, and the package's logger is restored
+    at the end. Returns a function that opens a log file, which gets everything, including earlier lines.
     """
     package = logging.getLogger("spidr")
     who = f"[rank {rank}] " if processes > 1 else ""

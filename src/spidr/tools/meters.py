@@ -1,7 +1,7 @@
-"""From what a step measures to a line of metrics: a dataclass says how each of its fields is combined.
+"""From measurements of steps to lines of metrics: a dataclass says how each of its fields is combined.
 
-``loss: Mean`` is all it takes: the value of each step is brought to the host without waiting for the device, and the
-line of an interval shows the mean over its steps.
+``loss: Mean`` is all it takes: each step's value is copied to the host without waiting for the device, and an
+interval's line shows the mean over its steps.
 """
 
 from collections import deque
@@ -18,17 +18,17 @@ Mean = Annotated[Value, "mean"]
 Last = Annotated[Value, "last"]
 """A number; the last step's."""
 PerCodebook = Annotated[Value, "per codebook"]
-"""A number for each codebook, (K,); ``NAME_l7`` is the mean over the steps for the codebook of layer 7."""
+"""A number per codebook, (K,); ``NAME_l7`` is the mean over the steps for layer 7's codebook."""
 PerCodebookAndMean = Annotated[Value, "per codebook and mean"]
-"""As :data:`PerCodebook`, and ``NAME`` is the mean over the codebooks too."""
+"""As :data:`PerCodebook`; also, ``NAME`` is the mean over the codebooks."""
 Transport = Annotated[Value, "transport"]
-"""A number that is for the loop itself."""
+"""A number for the loop itself."""
 
 Values = dict[str, list[float]]
 
 
 class Interval:
-    """The steps since the last line of metrics, as sums that a checkpoint can hold: name → (sum, number of steps).
+    """The steps since the last line of metrics, as sums for the checkpoint: name → (sum, number of steps).
 
     The dataclass ``cls`` says how fields are combined; ``layers`` are those of the codebooks.
     """
@@ -61,7 +61,7 @@ class Interval:
         entry[1] += 1
 
     def pop(self) -> dict[str, float]:
-        """What a line shows, and start again."""
+        """The values of a line; starts again."""
         means = {name: total / count for name, (total, count) in self.sums.items()}
         last, self.sums, self._last = self._last, {}, {}
         return means | last
@@ -71,7 +71,7 @@ class Readback:
     """Copies a step's measurements to the host while the device works on the next step.
 
     On a GPU a step's values are taken one step later, so the host never waits for the step it has just issued, and is
-    never more than one step ahead. Elsewhere they are there at once.
+    never more than one step ahead. Elsewhere they are available at once.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -79,7 +79,7 @@ class Readback:
         self._pending: deque[tuple[int, Values, dict[str, int], Tensor, torch.cuda.Event | None]] = deque()
 
     def put(self, step: int, measured: Any) -> None:
-        """Start copying the fields of a dataclass: scalars and vectors on the device, or numbers that are here."""
+        """Start copying the fields of a dataclass: scalars and vectors on the device, or numbers on the host."""
         values = {field.name: getattr(measured, field.name) for field in fields(measured)}
         known = {name: [value] for name, value in values.items() if not isinstance(value, Tensor)}
         tensors = {name: value.detach() for name, value in values.items() if isinstance(value, Tensor)}
@@ -93,13 +93,13 @@ class Readback:
         self._pending.append((step, known, sizes, flat, event))
 
     def take(self, *, wait: bool = False) -> list[tuple[int, Values]]:
-        """Values that have not been taken, by step; on a GPU all but the last step's unless ``wait``."""
+        """Values not yet taken, by step; on a GPU without the last step's, unless ``wait``."""
         keep = 1 if self.asynchronous and not wait else 0
         taken = []
         while len(self._pending) > keep:
             step, known, sizes, flat, event = self._pending.popleft()
             if event is not None:
-                event.synchronize()  # of an earlier step, or asked for
+                event.synchronize()  # of an earlier step, or requested
             parts = flat.cpu().split(list(sizes.values()))
             taken.append((step, known | {name: part.tolist() for name, part in zip(sizes, parts, strict=True)}))
         return taken

@@ -21,7 +21,7 @@ Line = dict[str, Any]
 
 
 def read_metrics(path: Path) -> list[Line]:
-    """Read the complete lines of a metrics file; anything else, such as half a line, is left out.
+    """Read the complete lines of a metrics file; anything else, such as half a line, is skipped.
 
     Raises:
         InputError: The file exists but cannot be read.
@@ -49,8 +49,8 @@ def _is_line(line: Any) -> bool:
 class MetricsFile:
     """Appends lines to ``metrics.jsonl``, each once.
 
-    Lines after ``step``, from which the run resumes, and that of the step and group ``again`` are removed: they will
-    be written again.
+    Lines after ``step``, from which the run resumes, and the line of step and group ``again`` are removed: they will be
+    rewritten.
     """
 
     def __init__(self, path: Path, step: int, again: tuple[int, str] | None = None) -> None:
@@ -66,7 +66,7 @@ class MetricsFile:
         return key in self._written
 
     def write(self, line: Line) -> bool:
-        """Append a line; return False if its step and group are there. Raises InputError if the disk is full."""
+        """Append a line. Returns False if its step and group exist. Raises InputError if the disk is full."""
         key = (line["step"], line["group"])
         if key in self._written:
             return False
@@ -79,6 +79,6 @@ class MetricsFile:
 
 
 def _to_text(line: Line) -> str:
-    # NaN is no JSON; a value that does not exist (perplexity of nothing, say) is null.
+    # NaN is not JSON; a missing value (such as the perplexity of nothing) is null.
     finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
     return json.dumps(finite) + "\n"

@@ -1,4 +1,4 @@
-"""Processes of a run that look after each other: none waits for one that is gone, and one of them says why.
+"""The processes of a run watch each other: none waits for one that is gone, and one of them says why.
 
 torchrun and ``srun --kill-on-bad-exit`` end a run when one of its processes exits. Neither notices one that hangs or
 whose machine has vanished, and a collective operation waits an hour for it.
@@ -22,17 +22,17 @@ from spidr.tools.logging import FILE_ONLY
 
 logger = logging.getLogger(__name__)
 
-BEAT = 1.0  # seconds between two signs of life
+BEAT = 1.0  # seconds between two heartbeats
 
 SILENCE = 30.0
-"""Seconds without a sign of life after which a process counts as dead; ``5 * BEAT`` once something has gone wrong."""
+"""Seconds without a heartbeat after which a process counts as dead; ``5 * BEAT`` once something has gone wrong."""
 
-GRACE = 10.0  # seconds that a process has to end by itself once it is known that the run cannot continue
+GRACE = 10.0  # seconds that a process has to end by itself once the run cannot continue
 
 
 @dataclass(frozen=True)
 class Cause:
-    """Why the run ends: the rank that found out first and says so, the rank it is about, exit status and message."""
+    """Why the run ends: the rank that found out first and reports it, the rank at fault, exit status and message."""
 
     told_by: int
     about: int
@@ -41,11 +41,11 @@ class Cause:
 
 
 class Peers:
-    """Exchanges signs of life, and the cause if the run cannot continue, through the store where the processes meet.
+    """Exchanges heartbeats, and the cause if the run cannot continue, through the store where the processes meet.
 
-    Rank 0 watches all others and they watch rank 0, so the store answers a few questions a second from each. One thread
-    asks; another, which never does, notices when the answers stay out, and ends the process if it is stuck. Time is
-    counted in beats: a process that was suspended itself does not take the others for dead.
+    Rank 0 watches all others and they watch rank 0, so the store answers a few requests a second from each. One thread
+    sends them; another notices when answers fail to come, and ends the process if it is stuck. Time is counted in
+    heartbeats, so that a process that was itself suspended does not take the others for dead.
     """
 
     def __init__(self, store: Any, rank: int, world_size: int) -> None:
@@ -57,19 +57,19 @@ class Peers:
         self._beats = 0
         self._beat()
         self._store.append("come", f"{rank} ")  # type: ignore[attr-defined]
-        self._seen: dict[int, tuple[bytes, int]] = {}  # last sign of life, and for how many beats it has been the last
+        self._seen: dict[int, tuple[bytes, int]] = {}  # last heartbeat, and the number of own beats since
         self._cause: Cause | None = None
         self._closed = threading.Event()
-        self._news = threading.Event()  # set when all have come, or when there is a cause
+        self._news = threading.Event()  # set when all have joined, or when there is a cause
         self._threads = [threading.Thread(target=f, name="peers", daemon=True) for f in (self._talk, self._guard)]
         for thread in self._threads:
             thread.start()
 
     def meet(self, timeout: timedelta) -> None:
-        """Wait until all processes have come: a cluster may start them one after the other.
+        """Wait until all processes have joined: a cluster may start them one by one.
 
-        One that has come and gives no more sign of life is noticed much sooner. Raises RuntimeError if a process is
-        missing; :meth:`explain` tells which.
+        One that has joined and stops sending heartbeats is noticed much sooner. Raises RuntimeError if a process is
+        missing; :meth:`explain` says which.
         """
         if not self._news.wait(timeout.total_seconds()):
             come = self._store.get("come").decode().split()
@@ -83,7 +83,7 @@ class Peers:
     def explain(self, error: BaseException, status: int) -> Cause:
         """Find the cause of the run's end, given an error of this process and the exit status if that is the cause.
 
-        Another process may be behind a RuntimeError, as of a failed collective operation.
+        Another process may be behind a RuntimeError, such as that of a failed collective operation.
         """
         if isinstance(error, RuntimeError):
             with suppress(RuntimeError):
@@ -93,17 +93,17 @@ class Peers:
                 time.sleep(BEAT / 10)
         cause = self._cause or self._tell(self.rank, status, str(error))
         if cause.told_by != self.rank:
-            time.sleep(5 * BEAT)  # a launcher ends all as soon as one has ended: first the one who says why
+            time.sleep(5 * BEAT)  # a launcher ends all as soon as one has ended: the one that says why goes first
         elif self.rank == 0:
             time.sleep(2 * BEAT)  # the store may end with this process: the others must have read why
         return cause
 
     def leave(self) -> None:
-        """Say goodbye once all are about to: from now on, silence means nothing."""
+        """Say goodbye once all are about to end: from now on, silence is normal."""
         self._status = "left"
         with suppress(RuntimeError):
             dist.barrier()
-            self._beat()  # unless the store has ended first
+            self._beat()  # unless the store ended first
 
     def close(self) -> None:
         """Stop watching."""
@@ -118,17 +118,17 @@ class Peers:
         self._store.set(f"rank {self.rank}", f"{self._beats} {self._status}")
 
     def _tell(self, about: int, status: int, text: str) -> Cause:
-        """Say why the run ends, unless another process has been faster. Returns what has been said."""
+        """Publish why the run ends, unless another process was faster. Returns the published cause."""
         mine = json.dumps(astuple(Cause(self.rank, about, status, text)))
         try:
             said = self._store.compare_set("cause", "", mine).decode()
-        except RuntimeError:  # nobody is there to be told
+        except RuntimeError:  # nobody is left to be told
             said = mine
         self._cause = Cause(*json.loads(said))
         return self._cause
 
     def _talk(self) -> None:
-        pause = BEAT / 16  # processes that come at the same time should not wait for each other
+        pause = BEAT / 16  # processes that join at the same time should not wait for each other
         while self._cause is None and not self._closed.wait(pause):
             pause = min(BEAT, 2 * pause)
             try:
@@ -142,7 +142,7 @@ class Peers:
                 self._cause = Cause(self.rank, 0, 1, text)
 
     def _look(self) -> None:
-        """See whether all have come and none is silent for too long."""
+        """Check whether all have joined and none has been silent for too long."""
         if not self._news.is_set():
             if self.rank == 0:
                 self._seen = dict.fromkeys(map(int, self._store.get("come").split()), (b"", 0)) | self._seen
@@ -159,7 +159,7 @@ class Peers:
             self._seen[rank] = (value, beats + 1 if value == last else 0)
             host = value.decode().partition(" ")[2]
             if beats > patience and host != "left":
-                text = f"rank {rank} on {host} gives no sign of life any more: it was killed, hangs or lost its machine"
+                text = f"rank {rank} on {host} shows no sign of life: it was killed, hangs or lost its machine"
                 self._tell(rank, 1, f"{text}. The same command resumes from the last checkpoint.")
                 return
 
@@ -172,7 +172,7 @@ class Peers:
             beats, waited = self._beats, (waited + 1 if beats == self._beats else 0)
             if waited * BEAT > SILENCE:
                 place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-                text = f"rank 0 or the launcher, at {place}, does not answer any more: it hangs or lost its machine"
+                text = f"rank 0 or the launcher, at {place}, no longer responds: it hangs or lost its machine"
                 self._cause = Cause(self.rank, 0, 1, f"{text}. The same command resumes from the last checkpoint.")
         self._news.set()
         if self._closed.wait(GRACE):

@@ -21,7 +21,7 @@ class StepProfiler:
     def __init__(self, path: Path | None, *, first: int | None = None, count: int = 2) -> None:
         self.path, self.first, self.count = path, FIRST_STEP if first is None else first, count
         self._tracer: Any = None
-        if path is not None:  # now: what is missing should not stop the run in the middle
+        if path is not None:  # import now: a missing package should not stop the run midway
             with needs_extra("train"):
                 from viztracer import VizTracer
 

@@ -15,7 +15,7 @@ def run_program(
 
     Its streams are files, since a worker forked meanwhile would inherit pipes and hold them open. It runs in its own
     session and blocks the signals that ask a run to stop, which SLURM sends to all processes of a job. If it takes
-    longer than ``limit`` seconds, or this process is interrupted, it is killed with all that it has started.
+    longer than ``limit`` seconds, or this process is interrupted, it is killed with its children.
 
     Raises:
         OSError: It cannot be started.

@@ -41,7 +41,7 @@ class Progress:
             )
 
     def __call__(self, done: float, note: str = "") -> None:
-        """Add what has been done, and show the latest ``note`` beside it."""
+        """Add work done, and show the latest ``note`` beside it."""
         self._done += done * self._scale
         self._note = note or self._note
         if self._bar is not None:
@@ -56,6 +56,6 @@ class Progress:
             logger.info("%s: %.0f%% of %s, %s", self._description, share, total, what)
 
     def close(self) -> None:
-        """Leave the bar as it is."""
+        """Close the bar and leave it visible."""
         if self._bar is not None:
             self._bar.close()

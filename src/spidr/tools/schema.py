@@ -47,7 +47,7 @@ T = TypeVar("T")
 
 
 def ours(default: T) -> T:
-    """Default of a setting that the published package does not have; our files name it only where it differs."""
+    """Default of a setting that the published package lacks; files that we write omit it at its default."""
     return dataclasses.field(default=default, metadata={"ours": True})
 
 
@@ -57,7 +57,7 @@ class Settings:
 
     RULES: ClassVar[tuple[Rule, ...]] = ()
     ELSEWHERE: ClassVar[Mapping[str, str]] = {}
-    """Keys that belong to another class, and what to say about them."""
+    """Keys that belong to another class, and the message for each."""
 
     def __post_init__(self) -> None:
         problems: list[tuple[str, str]] = []
@@ -209,7 +209,7 @@ def describe(hint: Any) -> str:
 
 class _Short(reprlib.Repr):
     def repr_int(self, x: int, level: int) -> str:
-        # Python refuses to write more than 4,300 decimal digits; a file may hold them in hexadecimal.
+        # Python refuses to print more than 4,300 decimal digits; a file may have them in hexadecimal.
         return super().repr_int(x, level) if x.bit_length() < 10_000 else f"{hex(x)[:40]}..."
 
 
@@ -218,7 +218,7 @@ _short.maxstring = _short.maxother = _short.maxlong = 80
 
 
 def show(value: Any) -> str:
-    """Show a value about as the user wrote it, cut to a readable length."""
+    """Show a value roughly as the user wrote it, cut to a readable length."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, dict):

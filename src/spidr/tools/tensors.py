@@ -1,4 +1,4 @@
-"""Read files of ``torch.save`` from anybody: run no code, trust no size."""
+"""Read untrusted ``torch.save`` files: run no code, trust no size."""
 
 import io
 import logging
@@ -22,9 +22,8 @@ logger = logging.getLogger(__name__)
 def read_tensors(path: str | Path, *, strict: bool = False) -> Any:
     """Read a ``torch.save`` file: containers, numbers and tensors; all other objects become :class:`Inert`.
 
-    Verifies the checksums that torch writes; files from before torch 1.6 have none, which is logged. torch.load
-    refuses other classes or imports them, verifies nothing, and takes any amount of memory for 200 bytes that ask
-    for it.
+    This verifies the checksums that torch writes; files from before torch 1.6 have none, which is logged. torch.load
+    refuses other classes or imports them, verifies nothing, and allocates any amount of memory that 200 bytes ask for.
 
     A damaged file raises any exception, and so does one with other objects if ``strict``.
     """
@@ -90,7 +89,7 @@ def check_plain(value: Any, place: str) -> Tensor:
 
 
 def open_archive(path: str | Path) -> zipfile.ZipFile:
-    """Open a zip file of torch or numpy, in which nothing is compressed, so that it cannot be larger unpacked.
+    """Open a zip file of torch or numpy, in which nothing is compressed, so that it cannot be a bomb.
 
     If the file is another one, this raises an exception of any type.
     """
@@ -149,7 +148,7 @@ _KNOWN: dict[tuple[str, str], Any] = {
 class _Unpickler(pickle._Unpickler):
     """Imports nothing and runs only what is in ``_KNOWN``.
 
-    In Python, since the one in C takes gigabytes for a pickle of ten bytes that numbers an object with 2^32.
+    It is pure Python, since the C unpickler takes gigabytes for a ten-byte pickle with a memo index of 2^32.
     """
 
     def __init__(self, file: IO[bytes], storage: Callable[[torch.dtype, str, int], Tensor], strict: bool) -> None:

@@ -1,4 +1,4 @@
-"""What commands set: a thread for each processor there is, none that spins, small caches, and memory that is kept."""
+"""Settings of commands: as many threads as processors, no spinning, small caches, and freed memory is kept."""
 
 import ctypes
 import os
@@ -8,19 +8,19 @@ from pathlib import Path
 PATIENCE = {"GOMP_SPINCOUNT": "1000", "KMP_BLOCKTIME": "1"}
 """How long a thread spins before it sleeps, for GNU's OpenMP (in rounds) and for LLVM's and Intel's (in ms).
 
-By default, it spins for up to 200 ms. On a machine with other work to do, a step then takes many times as long.
+By default it spins for up to 200 ms, and on a busy machine a step takes several times as long.
 """
 
-CHOICES = ("OMP_WAIT_POLICY", "KMP_LIBRARY", *PATIENCE)  # variables by which users decide themselves
+CHOICES = ("OMP_WAIT_POLICY", "KMP_LIBRARY", *PATIENCE)  # variables that, if set by the user, take precedence
 
 CAPACITIES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128", "LRU_CACHE_CAPACITY": "128"}
-"""How many compiled operations oneDNN, and PyTorch's layer above it, keep at most, instead of 1,024 each.
+"""Compiled operations that oneDNN and PyTorch's layer above it each cache, instead of 1,024.
 
-Every length of a batch needs its own. A step needs about a hundred; the others cost memory and are not used again.
+Every batch length needs its own. A step needs about a hundred; older ones cost memory and are not used again.
 """
 
 MALLOC_CHOICES = ("MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES")
-"""Variables by which users decide how glibc allocates memory."""
+"""Variables that, if set by the user, control glibc's allocator."""
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 
@@ -28,8 +28,8 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 def set_up_threads() -> None:
     """Set what OpenMP and oneDNN read when torch is loaded, unless the environment has it already.
 
-    Called at the start of a command, never when the package is only imported. A container that may use fewer
-    processors than it sees gets that many threads.
+    Called at the start of a command, never by an import alone. A container with a CPU quota gets as many threads as its
+    quota allows.
     """
     if not any(name in os.environ for name in CHOICES):
         os.environ.update(PATIENCE)
@@ -41,14 +41,14 @@ def set_up_threads() -> None:
 
 
 def runs_a_command() -> bool:
-    """Whether this process is ``python -m spidr…``, whose modules are just being imported."""
+    """Whether this process is ``python -m spidr…`` and is still importing its modules."""
     given = sys.orig_argv
     module = given[given.index("-m") + 1 :][:1] if "-m" in given else []
     return sys.argv[:1] == ["-m"] and bool(module) and module[0].split(".")[0] == "spidr"
 
 
 def quota(cgroup: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """Processors that the control group (version 2) grants, rounded up; None: no limit."""
+    """The CPU quota of the control group (version 2), rounded up; None: no limit."""
     try:
         quota, period = cgroup.joinpath("cpu.max").read_text("utf-8").split()
         return max(1, -(-int(quota) // int(period)))
@@ -57,9 +57,9 @@ def quota(cgroup: Path = Path("/sys/fs/cgroup")) -> int | None:
 
 
 def keep_memory() -> None:
-    """Have glibc keep the memory that is freed, unless the environment decides.
+    """Make glibc keep freed memory, unless the environment says otherwise.
 
-    Each training step allocates what the one before has freed. By default, large blocks go back to the kernel, which
+    Each training step allocates what the previous one freed. By default, large blocks go back to the kernel, which then
     clears every page again: up to a tenth of a step on a CPU.
     """
     if sys.platform != "linux" or any(name in os.environ for name in MALLOC_CHOICES):

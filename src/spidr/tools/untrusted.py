@@ -1,4 +1,4 @@
-"""Read input from anybody: tables of settings, JSON, and the sizes they ask for."""
+"""Read untrusted input: tables of settings, JSON, and the sizes they ask for."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from spidr.tools.schema import show, show_key
 
 
 def check_memory(size: int, place: str) -> None:
-    """Refuse a request for more than half of this process's memory: a few bytes of a file may ask for any amount.
+    """Refuse a request for more than half of the memory, as a few bytes of a file may ask for any amount.
 
     Raises InputError, which names ``place``, if ``size`` bytes are too many.
     """
@@ -88,9 +88,9 @@ def parse_json(text: str) -> Any:
 
 
 def _parse_toml(text: str) -> dict[str, Any]:
-    """Parse TOML as :func:`parse_json` does JSON."""
+    """Parse TOML, with the errors of :func:`parse_json`."""
     for number, line in enumerate(text.split("\n"), start=1):
-        # tomllib takes time quadratic in the parts of a key.
+        # tomllib takes quadratic time in the number of a key's parts.
         if line.partition("=")[0].count(".") > 100 and not line.lstrip().startswith("#"):
             raise ValueError(f"nested too deeply (at line {number})")
     try:

@@ -22,7 +22,7 @@ WandbMode = Literal["online", "offline", "disabled"]
 
 
 def wandb_mode(configured: WandbMode) -> WandbMode:
-    """Choose the mode: from wandb's environment variables, else from the configuration.
+    """Choose the mode: from wandb's environment variables, otherwise from the configuration.
 
     Raises:
         InputError: ``$WANDB_MODE`` is not a mode of wandb.
@@ -39,9 +39,9 @@ def wandb_mode(configured: WandbMode) -> WandbMode:
 class WandbSink:
     """The run's page on wandb, with one id over all restarts, which gets each line once.
 
-    ``wandb.json`` in the run folder holds the id and what was pushed, online and offline apart. wandb never stops
-    training: failures are logged, and :func:`spidr.validation_jobs.push_metrics` can push missing lines later. Without
-    a ``run_id``, it is that of ``wandb.json`` or a new one.
+    ``wandb.json`` in the run folder holds the id and what was pushed, separately for online and offline. wandb never
+    stops training: failures are logged, and :func:`spidr.validation_jobs.push_metrics` can push missing lines later.
+    Without ``run_id``, the id is that of ``wandb.json`` or a new one.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class WandbSink:
     ) -> None:
         self.state_path = folder / "wandb.json"
         self.run: Any = None
-        self._pushed: dict[str, list[int]] = {}  # group → the step up to which all were pushed, and later ones
+        self._pushed: dict[str, list[int]] = {}  # group → the step up to which all were pushed, and later pushed steps
         if mode == "disabled":
             return
         try:
@@ -64,7 +64,7 @@ class WandbSink:
                 project=project, name=name, id=self._state["id"], resume="allow", mode=mode, dir=folder, config=config,
                 settings=wandb.Settings(console="off", silent=True, init_timeout=TIMEOUT),
             )  # fmt: skip
-            if mode == "online" and not self._pushed:  # the page may have lines that this folder does not know of
+            if mode == "online" and not self._pushed:  # the page may have lines that this folder does not know about
                 for key, step in dict(getattr(self.run, "summary", None) or {}).items():
                     group, _, metric = key.rpartition("/")
                     if metric == "step" and isinstance(step, int):
@@ -78,7 +78,7 @@ class WandbSink:
             self.run = None
 
     def missing(self, lines: Iterable[Line]) -> list[Line]:
-        """Lines that were not pushed, in the order of steps."""
+        """Lines not yet pushed, in the order of steps."""
         return sorted((line for line in lines if not self._has(line)), key=lambda line: line["step"])
 
     def _has(self, line: Line) -> bool:
@@ -86,7 +86,7 @@ class WandbSink:
         return line["step"] <= pushed[0] or line["step"] in pushed
 
     def push(self, line: Line) -> None:
-        """Log a line as ``GROUP/NAME`` against ``GROUP/step``, unless it was before."""
+        """Log a line as ``GROUP/NAME`` against ``GROUP/step``, unless it has been logged."""
         if self.run is None or self._has(line):
             return
         group, step = line["group"], line["step"]
@@ -95,11 +95,11 @@ class WandbSink:
             self.run.log({f"{group}/{key}": value for key, value in line.items() if key != "group"})
             if group == "train":
                 self._pushed[group] = [step]
-            else:  # results of validation may come late
+            else:  # validation results may come late
                 self._pushed.setdefault(group, [-1]).append(step)
             write_json(self.state_path, self._state)
         except Exception:
-            logger.warning("wandb refused the metrics of step %d (%s); it gets no more", step, group, exc_info=True)
+            logger.warning("wandb refused the metrics of step %d (%s); no more are sent", step, group, exc_info=True)
             self.close()
             self.run = None  # later lines would hide that this one is missing
 

@@ -15,7 +15,7 @@ Read = Callable[[int, int], Tensor]  # samples (B, stop - start) of waveforms, f
 
 
 def moments(waveforms: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Compute mean and population variance, (B, 1) each, of utterances in float64 (on MPS, which has none, in float32).
+    """Compute mean and population variance, (B, 1) each, of utterances in float64 (in float32 on MPS).
 
     Of waveforms (B, S), the first ``lengths`` (B,) samples count; None: all.
     """
@@ -35,7 +35,7 @@ def _moments(parts: Callable[[], Iterator[Tensor]], samples: int, lengths: Tenso
                 values = values.masked_fill(_padding(part, lengths - start), 0)
             exact = torch.float32 if part.device.type == "mps" else torch.float64
             found = values.sum(1, keepdim=True, dtype=exact)
-            # Not a list of sums: small tensors kept between large ones leave the heap full of holes.
+            # A running sum, since small tensors kept between large ones fragment the heap.
             total = found if total is None else total + found
             start += part.shape[1]
         assert total is not None
@@ -65,7 +65,7 @@ def standardise(
 
 
 class Standardised:
-    """A standardised recording that is never in memory as a whole; it is read twice for its moments.
+    """A standardised recording that is never in memory as a whole; its moments take two extra passes.
 
     ``read`` gives its samples (1, stop - start); ``std`` is its standard deviation.
     """
@@ -92,7 +92,7 @@ def warn_if_quiet(variance: float) -> None:
 def _warn_of_quiet_recordings() -> None:
     warnings.warn(
         "a recording is quieter than -45 dBFS (root mean square, full scale 1): standardising adds 1e-5 to its "
-        "variance, as in training, so it comes out quieter than others and its units may be worse; raise its "
+        "variance, as in training, so it stays quieter than others and its units may be worse; raise its "
         "volume first if it is speech",
         stacklevel=3,
     )
