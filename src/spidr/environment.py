@@ -231,7 +231,7 @@ def _first_host(nodelist: str) -> str:
     except (OSError, subprocess.SubprocessError, IndexError) as error:
         reason = (getattr(error, "stderr", None) or getattr(error, "strerror", None) or "no host").strip()
         raise InputError(
-            f"SLURM_JOB_NODELIST = {nodelist[:80]!r}: scontrol does not name the first host ({reason}): set MASTER_ADDR"
+            f"SLURM_JOB_NODELIST = {nodelist[:80]!r}: scontrol does not tell the first host ({reason}): set MASTER_ADDR"
         ) from None
 
 
