@@ -223,10 +223,12 @@ def test_stop_flag_may_end_the_process_at_once() -> None:
         os.kill(os.getpid(), signal.SIGTERM)  # once: ending is not to be interrupted
 
 
-def test_second_ctrl_c_ends_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("before", [[], [signal.SIGTERM]])
+def test_second_ctrl_c_ends_at_once(before: list[signal.Signals], capsys: pytest.CaptureFixture[str]) -> None:
     with StopFlag().listening() as stop:
-        os.kill(os.getpid(), signal.SIGINT)
-        assert stop.signum == signal.SIGINT
+        for number in (*before, signal.SIGINT):
+            os.kill(os.getpid(), number)
+        assert stop.signum == (*before, signal.SIGINT)[0]
         assert "press Ctrl-C again to stop at once" in capsys.readouterr().err
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)

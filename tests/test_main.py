@@ -346,6 +346,15 @@ def end():
     assert process.returncode == 75, errors
 
 
+def test_processes_have_time_to_save_when_the_command_is_told_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    name, seen = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", []
+    monkeypatch.setenv(name, "")  # so that it is restored
+    monkeypatch.delenv(name)
+    monkeypatch.setattr("torch.distributed.run.main", lambda _: seen.append(os.environ[name]))
+    assert command_line._train_on_gpus([], 2) == 0
+    assert seen == ["600"]
+
+
 @pytest.mark.slow
 def test_all_processes_save_when_the_command_is_told_to_stop(config: Path, tmp_path: Path) -> None:
     long = write_config(tmp_path, tmp_path / "data/manifest.csv", "long", optimizer={"max_steps": 100_000})

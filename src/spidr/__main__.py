@@ -179,6 +179,8 @@ def _train_on_gpus(arguments: list[str], count: int) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
+    # It kills processes so many seconds after a signal, by default 30, though a checkpoint may take longer.
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
     try:
         torchrun(["--standalone", f"--nproc-per-node={count}", "-m", "spidr.train", *arguments])
     except ChildFailedError as error:

@@ -68,6 +68,7 @@ class StopFlag:
     def __init__(self) -> None:
         self.signum = 0
         self.immediate = False
+        self._interrupted = False
 
     def set(self, signum: int, frame: FrameType | None = None) -> None:  # noqa: ARG002
         """Handle a signal: only remember it, so that nothing is interrupted, unless :attr:`immediate` is set.
@@ -76,8 +77,10 @@ class StopFlag:
             KeyboardInterrupt: At the second Ctrl-C.
             Preempted: If :attr:`immediate` is set.
         """
-        if self.signum == signum == signal.SIGINT:
-            raise KeyboardInterrupt
+        if signum == signal.SIGINT:
+            if self._interrupted:
+                raise KeyboardInterrupt
+            self._interrupted = True
         self.signum = self.signum or signum
         if self.immediate:
             self.immediate = False  # SLURM sends several: ending is not to be interrupted

@@ -460,6 +460,15 @@ def test_batches_travel_without_shared_memory(
     assert identical([pickle.loads(data).open()], alone[:1])
 
 
+def test_a_worker_killed_between_two_epochs_is_noticed(cfg: DataConfig) -> None:
+    loader = build_dataloader(replace(cfg, num_workers=2), None)
+    for _ in loader.epoch(0):
+        pass
+    os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+    with pytest.raises(InputError, match="A data worker died"):
+        next(iter(loader.epoch(1)))
+
+
 def test_a_killed_worker_ends_the_epoch(cfg: DataConfig) -> None:
     loader = build_dataloader(replace(cfg, num_workers=2, prefetch_factor=1), None)
 

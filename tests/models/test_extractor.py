@@ -1,11 +1,14 @@
 """The extractor's matrix products against PyTorch's convolutions."""
 
+from unittest import mock
+
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from torch import Tensor
 
+from spidr.models import kernels
 from spidr.models.extractor import FeatureExtractor
 from spidr.tools.errors import InputError
 from spidr.tools.frames import conv_length
@@ -49,11 +52,41 @@ def assert_same(extractor: FeatureExtractor, waveforms: Tensor) -> None:
         torch.testing.assert_close(grad, expected_grad)
 
 
+@pytest.mark.parametrize("fast", [False, True], ids=["products", "convolutions"])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("mode", ["layer_norm", "group_norm"])
-def test_equals_convolutions_forward_and_backward(mode: str, bias: bool) -> None:
+def test_equals_convolutions_forward_and_backward(
+    mode: str, bias: bool, fast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "multiplies_fast", lambda _: fast)
     torch.manual_seed(1)
     assert_same(build(mode, SHAPES, bias=bias), torch.randn(3, 1234, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("grad", [False, True])
+def test_group_norm_of_outputs_far_smaller_than_the_samples(dtype: torch.dtype, grad: bool) -> None:
+    """Second differences of a slow wave: the statistics come from sums of products that cancel almost wholly."""
+    extractor = build("group_norm", SHAPES, bias=False)
+    first = extractor.conv_layers[0].conv
+    with torch.no_grad():
+        first.weight.zero_()
+        first.weight[:, 0, 3:6] = torch.tensor([1.0, -2.0, 1.0])
+    noise = torch.randn(2, 4000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    waveforms = torch.sin(torch.arange(4000, dtype=torch.float64) / 50) + 1e-3 * noise
+    expected = oracle(extractor, waveforms)
+    with torch.set_grad_enabled(grad), torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        found = extractor.float()(waveforms.float())
+    error = (found - expected).abs().max() / expected.abs().max()
+    assert error < (1e-3 if dtype == torch.float32 else 0.05)
+
+
+def test_sums_leave_out_the_padding() -> None:
+    waveforms, lengths = torch.randn(2, 200), torch.tensor([200, 87])
+    sums = kernels.gram(waveforms, SHAPES[0], lengths)
+    for row, length, found in zip(waveforms, lengths, sums, strict=True):
+        torch.testing.assert_close(found[None], kernels.gram(row[None, :length], SHAPES[0]))
+    assert sums[:, -1, -1].tolist() == [39, 16]
 
 
 @settings(deadline=None)
@@ -63,9 +96,10 @@ def test_equals_convolutions_forward_and_backward(mode: str, bias: bool) -> None
     batch=st.integers(1, 3),
     mode=st.sampled_from(["layer_norm", "group_norm"]),
     bias=st.booleans(),
+    fast=st.booleans(),
 )
 def test_any_kernels_and_strides(
-    shapes: list[tuple[int, int, int]], extra: int, batch: int, mode: str, bias: bool
+    shapes: list[tuple[int, int, int]], extra: int, batch: int, mode: str, bias: bool, fast: bool
 ) -> None:
     """Kernels smaller than, equal to and larger than the stride, down to the shortest waveform."""
     shortest = 1
@@ -73,9 +107,10 @@ def test_any_kernels_and_strides(
         shortest = (shortest - 1) * stride + kernel
     waveforms = torch.randn(batch, shortest + extra, dtype=torch.float64)
     extractor = build(mode, shapes, bias=bias)
-    out = extractor(waveforms)
-    assert out.shape == (batch, conv_length(shapes, shortest + extra), shapes[-1][0])
-    assert_same(extractor, waveforms)
+    with mock.patch.object(kernels, "multiplies_fast", return_value=fast):
+        out = extractor(waveforms)
+        assert out.shape == (batch, conv_length(shapes, shortest + extra), shapes[-1][0])
+        assert_same(extractor, waveforms)
 
 
 def test_too_short() -> None:

@@ -177,3 +177,41 @@ def test_a_wrong_setting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(kernels.ONEDNN_SETTING, "yes")
     with pytest.raises(InputError, match="SPIDR_ONEDNN: found 'yes', expected 0 or 1"):
         kernels.prefers_onednn.__wrapped__()
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.mkldnn, "matmul"), reason="no such switch before torch 2.9")
+def test_products_stay_exact_and_the_switch_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    switch, onednn, x, weight = torch.backends.mkldnn.matmul, kernels._OneDNN(), random(3, 64, 48), random(3, 48, 32)
+    before, inside = switch.fp32_precision, "bf16" if onednn.is_exact else "ieee"
+    switch.fp32_precision = "ieee"  # of the user
+    try:
+        with onednn.products(x), onednn.products(x):
+            assert switch.fp32_precision == inside
+            found = x @ weight
+        assert switch.fp32_precision == "ieee"
+        with onednn.products(x.double()), onednn.products(x.to("meta")):
+            assert switch.fp32_precision == "ieee"
+    finally:
+        switch.fp32_precision = before
+    torch.testing.assert_close(found, (x.double() @ weight.double()).float(), rtol=0, atol=1e-5)
+
+
+def test_processors_that_would_round_to_bfloat16_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    assert not kernels._OneDNN().is_exact
+
+
+def test_several_threads_share_the_switch() -> None:
+    x, onednn = random(3, 64, 48), kernels._OneDNN()
+    before = onednn.switch and onednn.switch.fp32_precision
+
+    def multiply(_: int) -> Tensor:
+        with onednn.products(x):
+            return x @ x.mT
+
+    with ThreadPoolExecutor(4) as pool:
+        products = list(pool.map(multiply, range(200)))
+    assert all(torch.equal(product, products[0]) for product in products) or not onednn.is_exact
+    assert onednn.users == 0
+    assert (onednn.switch and onednn.switch.fp32_precision) == before

@@ -276,6 +276,36 @@ def test_signal_before_the_job_has_begun(cluster: Cluster, tmp_path: Path) -> No
     assert ran.read_text() == "x"
 
 
+def test_signal_while_one_task_runs_and_another_still_starts(cluster: Cluster, tmp_path: Path) -> None:
+    """Longer than SLURM leaves tasks that are told to end (KillWait)."""
+    starting, running, ran = tmp_path / "starting", tmp_path / "running", tmp_path / "ran"
+
+    def load() -> str:
+        import os
+
+        if os.environ["SLURM_PROCID"] == "1" and not starting.exists():
+            starting.touch()
+            time.sleep(15)
+        return "x"
+
+    class LoadedSlowly:
+        def __reduce__(self) -> Any:
+            return load, ()
+
+    def run(text: str) -> None:
+        if not running.exists():
+            running.touch()
+            time.sleep(100)
+        ran.write_text(text, encoding="utf-8")
+
+    job_id, folder = submit("skewed", [(run, (LoadedSlowly(),))], tmp_path, TWO_TASKS, max_restarts=1)
+    assert wait_for(lambda: starting.exists() and running.exists(), 60)
+    cluster.run("scancel", "--signal=USR2", job_id)
+    job = cluster.wait(job_id)
+    assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), logs(folder)
+    assert ran.read_text() == "x"
+
+
 @pytest.mark.parametrize("signal", ["USR2", "TERM"])
 def test_signal_before_python_can_handle_it(
     cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signal: str

@@ -95,6 +95,7 @@ def test_signal_comes_before_the_time_limit(minutes: int | None, seconds: int) -
         (75, "COMPLETING", 0, 0),  # cancelled, or out of time
         (75, "- RUNNING", 0, 1),  # the controller does not answer at first
         (75, "RUNNING", 2, 0),
+        (0, "RUNNING", 1, 1),  # stopped in good order
         (140, "RUNNING", 0, 1),  # by SIGUSR2, as a task that had only just started
         (143, "RUNNING", 1, 0),  # by SIGTERM, which srun has sent, since another task had failed
         (137, "RUNNING", 0, 0),
@@ -110,7 +111,8 @@ scontrol() {{ echo "$*" >> asked; }}
 """
     (tmp_path / "states").write_text(states.replace(" ", "\n") + "\n")
     (tmp_path / "job/7").mkdir(parents=True)
-    (tmp_path / "job/7/.failed_1").touch()
+    (tmp_path / "job/7/.1_stopped").touch()
+    (tmp_path / "job/7/.1_failed").touch()
     script = prepare("x", 1, tmp_path / "job", ONE_TASK, max_restarts=2).script
     environment = {"SLURM_JOB_ID": "7", "PATH": os.environ["PATH"], "SLURM_RESTART_COUNT": str(restarts)}
     done = subprocess.run(["bash"], input=stubs + script, text=True, env=environment, cwd=tmp_path, check=False)

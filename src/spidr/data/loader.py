@@ -289,9 +289,10 @@ class _Workers:
         if self._dataloader is None:
             self._dataloader = self._build()
         self._requests = requests
-        batches: Any = iter(self._dataloader)
-        self._watch(batches)
+        batches: Any = self._dataloader._iterator  # of the epoch before, whose workers may live on, or None
         try:
+            batches = iter(self._dataloader)
+            self._watch(batches)
             for batch in batches:
                 yield batch.open() if isinstance(batch, PackedBatch) else batch
         except (RuntimeError, EOFError, OSError) as error:  # the error depends on what the worker was sending

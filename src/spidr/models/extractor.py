@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spidr.models.kernels import Moments, can_extract, conv_shapes, known, through, valid_rows
+from spidr.models.kernels import can_extract, conv_shapes, known, through, valid_rows
 from spidr.models.long import extract_in_parts
 from spidr.tools.errors import InputError
 from spidr.tools.frames import conv_length
@@ -32,8 +32,12 @@ class GroupNorm(nn.GroupNorm):
         """(B, C, T) to the same; ``exists`` (B, T) is False where a frame does not count in the statistics."""
         if exists is None:
             exists = x.new_ones(x.shape[0], x.shape[2], dtype=torch.bool)
-        frames = x.transpose(1, 2)
-        return Moments.of(frames, exists).normalise(frames, self).transpose(1, 2)
+        wide, counts = x.to(torch.promote_types(x.dtype, torch.float32)), exists.unsqueeze(1).to(self.weight.dtype)
+        count = counts.sum(2, keepdim=True).clamp(min=1)
+        centred = wide - (wide * counts).sum(2, keepdim=True) / count
+        var = (centred.square() * counts).sum(2, keepdim=True) / count
+        scale = torch.rsqrt(var + self.eps) * self.weight.unsqueeze(1)
+        return torch.addcmul(self.bias.unsqueeze(1), centred, scale).to(x.dtype)
 
 
 @known

@@ -10,10 +10,9 @@ import platform
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
-from typing import Any, Self, TypeGuard, TypeVar, cast
+from typing import Any, TypeGuard, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -30,21 +29,18 @@ ONEDNN_SETTING = "SPIDR_ONEDNN"
 SMALLEST = 1 << 22
 """Multiplications below which a product is PyTorch's: calling oneDNN takes 13 µs more than calling MKL."""
 
-SMALLEST_BATCHED = 1 << 19
-"""The same for the products of attention in bfloat16, of several heads at once."""
-
 PADDED = 32
 """Keys are padded to a multiple of this in bfloat16: softmax is slow on the rest of a row that fills no vector."""
+
+NARROW = 16
+"""Channels of a group below which a convolution leaves vectors of the processor partly empty."""
 
 SAMPLES = 320_000
 """Samples that are convolved at a time without gradients: the first layer's output of an hour would fill 24 GB."""
 
-CPU_SAMPLES = 64_000
-"""The same on CPUs, with gradients too; twice as many in 16 bits. That output then has 26 MB, which malloc keeps: glibc
-gives blocks of more than 32 MB back at once, and the kernel takes long to clear as many pages again."""
-
-ROWS_AT_A_TIME = 4096
-"""Frames whose squares are summed together: they fit in a core's cache."""
+CPU_BYTES = 26_000_000
+"""Size of the first layer's output that is computed at a time on CPUs, with gradients too: malloc keeps such a block,
+while glibc gives one of more than 32 MB back at once, and the kernel takes long to clear as many pages again."""
 
 WEIGHTS_AT_A_TIME = 1 << 20
 """Attention weights that are computed together: so many stay in a core's cache."""
@@ -164,6 +160,43 @@ def prefers_onednn() -> bool:
     )
 
 
+class _OneDNN:
+    """PyTorch's switch that hands products to oneDNN, as long as anybody computes inside :meth:`products`."""
+
+    def __init__(self) -> None:
+        self.lock, self.users = threading.Lock(), 0
+        self.switch: Any = getattr(torch.backends.mkldnn, "matmul", None)  # from torch 2.9 on
+        self.before = "none"
+
+    @cached_property
+    def is_exact(self) -> bool:
+        """Whether float32 products stay exact: the switch allows bfloat16 in them, which processors with AMX do."""
+        if self.switch is None or not prefers_onednn() or torch.cpu._is_amx_tile_supported():
+            return False
+        a = (torch.arange(64 * 16, device="cpu") * 37 % 2047 - 1023).view(64, 16)  # 11 bits; bfloat16 has 8
+        with self:
+            return torch.equal(a.float() @ a.float().T, (a @ a.T).float())
+
+    def products(self, x: Tensor) -> AbstractContextManager[object]:
+        """Inside, ``@`` of float32 matrices like ``x`` on a CPU is oneDNN's where that is the faster library."""
+        return self if x.dtype == torch.float32 and is_plain(x) and self.is_exact else nullcontext()
+
+    def __enter__(self) -> None:
+        with self.lock:
+            self.users += 1
+            if self.users == 1:
+                self.before, self.switch.fp32_precision = self.switch.fp32_precision, "bf16"
+
+    def __exit__(self, *_: object) -> None:
+        with self.lock:
+            self.users -= 1
+            if self.users == 0:
+                self.switch.fp32_precision = self.before
+
+
+onednn = _OneDNN()
+
+
 def processor() -> str:
     """Description of the processor, its vendor included."""
     try:
@@ -198,13 +231,6 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return _Linear.apply(x, weight, bias)
     return _onednn_linear(x, weight, bias)
-
-
-def add_linear(out: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    """``out + x @ weight.T`` of matrices, maybe in place of ``out``; without gradients."""
-    if suits_onednn(x, weight):
-        return torch.ops.mkldnn._linear_pointwise.binary(x, out, weight, None, "add")
-    return out.addmm_(x, weight.T)
 
 
 def suits_onednn(x: Tensor, weight: Tensor) -> bool:
@@ -251,7 +277,8 @@ class _Linear(torch.autograd.Function):
 
 def _weight_grad(grad: Tensor, x: Tensor) -> Tensor:
     """Gradient of a linear layer's weight."""
-    return linear(grad.reshape(-1, grad.shape[-1]).T, x.reshape(-1, x.shape[-1]).T)
+    with onednn.products(grad):
+        return grad.reshape(-1, grad.shape[-1]).T @ x.reshape(-1, x.shape[-1])
 
 
 def through(module: nn.Module, x: Tensor) -> Tensor:
@@ -269,35 +296,13 @@ def through_gelu(module: nn.Module, x: Tensor) -> Tensor:
     if torch.is_grad_enabled() or type(module) is not nn.Linear:
         return F.gelu(through(module, x))
     if suits_onednn(x, module.weight) and untouched(module):
-        return _onednn_linear(x, module.weight, module.bias, "gelu")
+        return gelu_linear(x, module.weight, module.bias)
     return F.gelu(module(x))
 
 
-def convolve_by_products(x: Tensor, conv: nn.Conv1d, chunk: int = 16) -> Tensor:
-    """A grouped convolution over time that keeps the number of frames, as one batched product over the groups.
-
-    Each chunk of frames, with what the kernel sees around it, is multiplied by the kernel expanded to a Toeplitz
-    matrix: more operations, by ``(chunk + kernel - 1) / kernel``, in a form in which a GPU is fast.
-
-    Args:
-        x: (B, C, T).
-        conv: One that keeps the frames.
-        chunk: Frames that are computed together.
-
-    Returns:
-        (B, C', T), without the additional frame of an even kernel.
-    """
-    weight = conv.weight
-    batch, channels, frames = x.shape
-    groups, kernel, outputs = conv.groups, weight.shape[2], weight.shape[0]
-    chunks, size = -(-frames // chunk), chunk + kernel - 1
-    x = F.pad(x, (kernel // 2, chunks * chunk - frames + kernel - 1 - kernel // 2)).unfold(2, size, chunk)
-    seen = x.unflatten(1, (groups, -1)).permute(1, 0, 3, 4, 2).reshape(groups, batch * chunks, -1)
-    taps = weight.unflatten(0, (groups, -1)).permute(0, 3, 2, 1)  # (G, kernel, C / G, C' / G)
-    expanded = torch.stack([F.pad(taps, (0, 0, 0, 0, i, chunk - 1 - i)) for i in range(chunk)], dim=3)
-    out = torch.bmm(seen, expanded.reshape(groups, size * channels // groups, -1))
-    out = out.view(groups, batch, chunks, chunk, -1).permute(1, 0, 4, 2, 3).reshape(batch, outputs, -1)[..., :frames]
-    return out if conv.bias is None else out + conv.bias.unsqueeze(1)
+def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """GELU of :func:`linear`, without gradients."""
+    return _onednn_linear(x, weight, bias, "gelu") if suits_onednn(x, weight) else F.gelu(F.linear(x, weight, bias))
 
 
 # ------------------------------------------------------------------------------------------- for training on a CPU
@@ -314,13 +319,56 @@ def keeps_frames(conv: nn.Module) -> TypeGuard[nn.Conv1d]:
 
 
 def convolve(x: Tensor, conv: nn.Module) -> Tensor:
-    """Call a grouped convolution. In bfloat16, one that keeps frames gets a backward pass that takes half the time."""
-    if not (is_lean(x) and keeps_frames(conv)):
+    """Call a grouped convolution, (B, C, T) to (B, C', T'). One that keeps frames is faster with channels last."""
+    if not (is_plain(x) and keeps_frames(conv)):
         return conv(x)
-    x, bias = _autocast(x), None if conv.bias is None else _autocast(conv.bias)
-    if x.dtype != torch.bfloat16 or not multiplies_fast(x.dtype):
+    x, weight, bias = _autocast(x), _autocast(conv.weight), None if conv.bias is None else _autocast(conv.bias)
+    if not multiplies_fast(x.dtype):
         return conv(x)
-    return _GroupedConv.apply(x, _autocast(conv.weight), bias, conv.padding[0], conv.groups)
+    if is_lean(x):
+        return _GroupedConv.apply(x, weight, bias, conv.padding[0], conv.groups)
+    return _convolve_last(x, weight, bias, int(conv.padding[0]), conv.groups)
+
+
+def _convolve_last(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int, groups: int) -> Tensor:
+    if weight.shape[1] < NARROW and x.numel() >= 1 << 14:
+        return convolve_by_products(x, weight, bias, padding, groups, chunk=4)
+    image, kernels = (i.transpose(1, 2).contiguous().transpose(1, 2).unsqueeze(2) for i in (x, weight))
+    return F.conv2d(image, kernels, bias, 1, (0, padding), 1, groups).squeeze(2)
+
+
+def convolve_by_products(
+    x: Tensor, weight: Tensor, bias: Tensor | None, padding: int, groups: int, *, chunk: int
+) -> Tensor:
+    """A grouped convolution over time as one batched product over the groups, with its output's channels last.
+
+    Each chunk of frames, with what the kernel sees around it, is multiplied by the kernel expanded to a Toeplitz
+    matrix: more operations, by ``(chunk + kernel - 1) / kernel``, in a form in which processors are faster.
+
+    Args:
+        x: (B, C, T).
+        weight: (C', C / groups, kernel).
+        bias: (C',).
+        padding: Frames of zeros at each end.
+        groups: Groups of channels.
+        chunk: Frames that are computed together.
+
+    Returns:
+        (B, C', T + 2 * padding - kernel + 1).
+    """
+    batch, channels, frames = x.shape
+    kernel = weight.shape[2]
+    count = frames + 2 * padding - kernel + 1
+    chunks, size = -(-count // chunk), chunk + kernel - 1
+    rows = x.unflatten(1, (groups, -1)).permute(1, 0, 3, 2)  # (G, B, T, C / G)
+    rows = F.pad(rows, (0, 0, padding, chunks * chunk + kernel - 1 - frames - padding))
+    seen = rows.unfold(2, size, chunk).mT.reshape(groups, batch * chunks, -1)
+    taps = weight.unflatten(0, (groups, -1)).permute(0, 3, 2, 1)  # (G, kernel, C / G, C' / G)
+    expanded = torch.stack([F.pad(taps, (0, 0, 0, 0, i, chunk - 1 - i)) for i in range(chunk)], dim=3)
+    with onednn.products(x):
+        out = seen @ expanded.reshape(groups, size * channels // groups, -1)
+    out = out.view(groups, batch, chunks * chunk, -1)[:, :, :count].permute(1, 2, 0, 3).flatten(2)
+    return (out if bias is None else out + bias).transpose(1, 2)
 
 
 class _GroupedConv(torch.autograd.Function):
@@ -330,7 +378,7 @@ class _GroupedConv(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, padding: int, groups: int) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.padding, ctx.groups = padding, groups
-        return F.conv1d(x, weight, bias, padding=padding, groups=groups)
+        return _convolve_last(x, weight, bias, padding, groups)
 
     @staticmethod
     @once_differentiable
@@ -338,13 +386,14 @@ class _GroupedConv(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         groups, kernel = ctx.groups, weight.shape[2]
         flipped = weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1).flip(2)
-        grad_x = F.conv1d(grad, flipped, padding=kernel - 1 - ctx.padding, groups=groups)
-        rows = F.pad(x.transpose(1, 2), (0, 0, ctx.padding, ctx.padding)).unflatten(2, (groups, -1)).permute(2, 0, 1, 3)
-        windows = rows.contiguous().unfold(2, kernel, 1).mT  # (G, B, T, K, C)
-        outputs = grad.unflatten(1, (groups, -1)).permute(1, 2, 0, 3).flatten(2)  # (G, O, B * T)
-        # Group by group, as the windows of one fit in a cache.
-        grads = [out @ seen.flatten(0, 1).flatten(1) for out, seen in zip(outputs, windows, strict=True)]
-        grad_weight = torch.cat(grads).unflatten(1, (kernel, -1)).transpose(1, 2)
+        grad_x = _convolve_last(grad, flipped, None, kernel - 1 - ctx.padding, groups)
+        # With time before the utterances, what a tap sees is one row; group by group, as that of one fits in a cache.
+        frames = F.pad(x, (ctx.padding, ctx.padding)).unflatten(1, (groups, -1)).permute(1, 2, 3, 0).contiguous()
+        seen = frames.unfold(2, grad.shape[2], 1).permute(0, 2, 1, 4, 3).flatten(3)  # (G, K, C, T * B)
+        outputs = grad.unflatten(1, (groups, -1)).permute(1, 3, 0, 2).flatten(1, 2)  # (G, T * B, O)
+        with onednn.products(x):
+            grads = [rows.flatten(0, 1) @ out for rows, out in zip(seen, outputs, strict=True)]
+        grad_weight = torch.stack(grads).unflatten(1, (kernel, -1)).permute(0, 3, 2, 1).flatten(0, 1)
         return grad_x, grad_weight, grad.sum((0, 2)) if ctx.needs_input_grad[2] else None, None, None
 
 
@@ -451,8 +500,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float)
     """``scaled_dot_product_attention``.
 
     PyTorch's materialises the weights of all heads several times if there is dropout, and keeps them for the backward
-    pass. This one computes the weights of a few heads at a time, and again in the backward pass. Large products go to
-    oneDNN: in float32 head by head, in bfloat16 as a batch of several heads.
+    pass. This one computes the weights of a few heads at a time, and again in the backward pass.
 
     Args:
         q: (B, H, T, D), like ``k`` and ``v``.
@@ -465,12 +513,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float)
         (B, H, T, D).
     """
     drops, (batch, heads, frames, dim) = 0 < dropout < 1, q.shape
-    smallest = SMALLEST if q.dtype == torch.float32 else SMALLEST_BATCHED
-    faster = frames * frames * dim >= smallest and multiplies_fast(q.dtype) and is_plain(q, k, v)
+    faster = is_plain(q, k, v) and multiplies_fast(q.dtype)
     if not (faster or (drops and is_lean(q))) or (dropout > 0 and not drops):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
-    by_head = faster and q.dtype == torch.float32  # batched products are MKL's; those of bfloat16 are oneDNN's
-    together = 0 if by_head else max(1, WEIGHTS_AT_A_TIME // frames**2)
     added = -frames % PADDED if q.dtype == torch.bfloat16 else 0
     kept, scale = draw_kept((batch * heads, frames, frames + added), dropout) if drops else (None, 1.0)
     bias = alive = None
@@ -481,7 +526,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float)
     q, k, v = (x.flatten(0, 1).contiguous() for x in (q, k, v))
     if added:
         k, v = F.pad(k, (0, 0, 0, added)), F.pad(v, (0, 0, 0, added))
-    out = _Attention.apply(q * dim**-0.5, k, v * scale if drops else v, kept, bias, alive, together)
+    out = _Attention.apply(q * dim**-0.5, k, v * scale if drops else v, kept, bias, alive)
     return out.unflatten(0, (batch, heads))
 
 
@@ -490,59 +535,54 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        kept: Tensor | None,
-        bias: Tensor | None,
-        alive: Tensor | None,
-        together: int,
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, kept: Tensor | None, bias: Tensor | None, alive: Tensor | None
     ) -> Tensor:
         ctx.save_for_backward(q, k, v, kept, bias, alive)
-        ctx.together = together
-        out = torch.empty_like(q)
-        step = q.shape[1] if together else max(1, WEIGHTS_AT_A_TIME // 4 // q.shape[1])
-        for i in _parts(len(q), together):
-            for start in range(0, q.shape[1], step):
-                part = (i, slice(start, start + step))
-                factors = [x if x is None else x[i if x.shape[1] == 1 else part] for x in (bias, alive, kept)]
-                _, weights = _weights(q[part], k[i], q.shape[1], *factors)
-                out[part] = _times(weights, v[i])
+        out, rows = torch.empty_like(q), max(1, WEIGHTS_AT_A_TIME // q.shape[1])
+        with onednn.products(q):
+            for i in _parts(q):
+                for start in range(0, q.shape[1], rows):
+                    part = (i, slice(start, start + rows))
+                    factors = [x if x is None else x[i if x.shape[1] == 1 else part] for x in (bias, alive, kept)]
+                    _, weights = _weights(q[part], k[i], q.shape[1], *factors)
+                    torch.bmm(weights, v[i], out=out[part])
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, *others = ctx.saved_tensors
-        grads = [torch.empty_like(x) for x in (q, k, v)]
+        grad_q, grad_k, grad_v = (torch.empty_like(x) for x in (q, k, v))
         grad = grad.contiguous()
-        for i in _parts(len(q), ctx.together):
-            bias, alive, kept = (None if x is None else x[i] for x in (others[1], others[2], others[0]))
-            softmax, weights = _weights(q[i], k[i], q.shape[1], bias, alive, kept)
-            grads[2][i] = _times(weights.mT, grad[i])
-            grad_weights = _times(grad[i], v[i].mT)
-            for factor in (alive, kept):
-                if factor is not None:
-                    grad_weights.mul_(factor)
-            scores = torch._softmax_backward_data(grad_weights, softmax, -1, softmax.dtype)
-            grads[0][i], grads[1][i] = _times(scores, k[i]), _times(scores.mT, q[i])
-        return *grads, None, None, None, None
+        with onednn.products(q):
+            for i in _parts(q):
+                kept, bias, alive = (x if x is None else x[i] for x in others)
+                softmax, weights = _weights(q[i], k[i], q.shape[1], bias, alive, kept)
+                torch.bmm(weights.mT, grad[i], out=grad_v[i])
+                grad_weights = grad[i] @ v[i].mT
+                for factor in (alive, kept):
+                    if factor is not None:
+                        grad_weights.mul_(factor)
+                scores = torch._softmax_backward_data(grad_weights, softmax, -1, softmax.dtype)
+                torch.bmm(scores, k[i], out=grad_q[i])
+                torch.bmm(scores.mT, q[i], out=grad_k[i])
+        return grad_q, grad_k, grad_v, None, None, None
 
 
-def _parts(count: int, together: int) -> Sequence[Any]:
-    """Indices of single heads, or slices of several."""
-    return [slice(i, i + together) for i in range(0, count, together)] if together else range(count)
+def _parts(q: Tensor) -> Iterator[slice]:
+    """Heads whose weights are computed together."""
+    step = max(1, WEIGHTS_AT_A_TIME // q.shape[1] ** 2)
+    return (slice(i, i + step) for i in range(0, len(q), step))
 
 
 def _weights(
     q: Tensor, k: Tensor, num_keys: int, bias: Tensor | None, alive: Tensor | None, kept: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Attention weights before and after masking and dropout."""
-    scores = _times(q, k.mT)
+    scores = q @ k.mT
     if bias is not None:
-        scores[..., : bias.shape[-1]] += bias
-    if scores.shape[-1] > num_keys:
+        scores[..., :num_keys] += bias
+    if k.shape[1] > num_keys:
         scores[..., num_keys:] = -torch.inf
     softmax = scores.softmax(-1)
     weights = softmax
@@ -552,68 +592,72 @@ def _weights(
     return softmax, weights
 
 
-def _times(a: Tensor, b: Tensor) -> Tensor:
-    """Products of several matrices by PyTorch, of two by oneDNN."""
-    return a @ b if a.ndim > 2 else _onednn_linear(a, b.mT, None)
-
-
 # ----------------------------------------------------------------------------------------- the feature extractor
 #
-# Channels-last: a convolution of kernel k and stride s is ⌈k/s⌉ matrix products on strided views of its input. Nothing
-# is unfolded or transposed, and each norm reads contiguous rows. The utterances of a batch lie one after the other in
-# one (rows, channels) matrix, each padded to a number of rows that all strides divide. Outputs whose kernel would reach
-# into the next utterance are computed with the rest and left out at the end.
+# Channels-last: each norm reads contiguous rows, and nothing is transposed. The utterances of a batch lie one after the
+# other in one (rows, channels) matrix, each padded to a number of rows that all strides divide. Outputs whose kernel
+# would reach into the next utterance are computed with the rest and left out at the end. Where oneDNN is the faster
+# library, it convolves such rows as they are; elsewhere, a convolution of kernel k and stride s is ⌈k/s⌉ products of
+# strided views of its input.
 
 ConvShapes = Sequence[tuple[int, int, int]]
 
 
-def _strided_conv(frames: Tensor, taps: Tensor, stride: int) -> Tensor:
-    """Convolve (rows * stride, C) frames with taps (kernel * C, O) to (rows, O).
+def _strided_conv(frames: Tensor, kernel: Tensor, stride: int) -> Tensor:
+    """Convolve (rows * stride, C) frames with a kernel (O, taps * C) to (rows, O).
 
     The last outputs, whose kernel passes the last frame, lack the taps that find nothing.
     """
+    overlap = _overlap(frames, kernel, stride)
+    if overlap and is_plain(frames) and multiplies_fast(frames.dtype):
+        padding = (0, overlap * stride)  # on both sides; the first outputs are left out again
+        image = F.conv2d(_image(frames), _image(kernel, frames.shape[1]), None, (1, stride), padding)
+        return image[0, :, 0].T[overlap:]
     groups = frames.view(-1, stride * frames.shape[1])
-    first, *rest = taps.split(groups.shape[1])
-    out = linear(groups[:, : first.shape[0]], first.T)
+    first, *rest = kernel.split(groups.shape[1], dim=1)
+    out = linear(groups[:, : first.shape[1]], first)
     for shift, part in enumerate(rest, start=1):
-        out = add_linear(out, _shifted(groups, shift, part.shape[0]), part.T)
+        seen = groups.new_zeros(len(groups), part.shape[1])
+        seen[:-shift] = groups[shift:, : part.shape[1]]
+        out = out.addmm_(seen, part.T)
     return out
 
 
-def _shifted(groups: Tensor, shift: int, width: int) -> Tensor:
-    """The first columns of the rows that come ``shift`` later; zeros where there are none."""
-    shifted = groups.new_empty(len(groups), width)
-    shifted[:-shift] = groups[shift:, :width]
-    shifted[-shift:] = 0
-    return shifted
+def _overlap(frames: Tensor, kernel: Tensor, stride: int) -> int:
+    """How many outputs at the end see more frames than there are."""
+    return (kernel.shape[1] // frames.shape[1] - 1) // stride
+
+
+def _image(rows: Tensor, channels: int | None = None) -> Tensor:
+    """Frames as one image of height 1, or a kernel as several, channels-last: (N, C, 1, frames)."""
+    images = rows.unsqueeze(0) if channels is None else rows.unflatten(1, (-1, channels))
+    return images.mT.unsqueeze(2)
 
 
 def _strided_conv_backward(
-    grad: Tensor, frames: Tensor, taps: Tensor, stride: int, *, needs_frames: bool
+    grad: Tensor, frames: Tensor, kernel: Tensor, stride: int, *, needs_frames: bool
 ) -> tuple[Tensor | None, Tensor]:
-    """Gradients for frames, if needed, and taps."""
+    """Gradients for frames, if needed, and kernel."""
     groups = frames.view(-1, stride * frames.shape[1])
-    first, *rest = taps.split(groups.shape[1])
-    seen = [groups[:, : len(first)], *(_shifted(groups, i, len(part)) for i, part in enumerate(rest, start=1))]
-    if len(taps) < grad.shape[1]:  # oneDNN copies a transposed left factor: better the narrower one
-        grad_taps = torch.cat([linear(x.T, grad.T) for x in seen])
-    else:
-        transposed = grad.T.contiguous()
-        grad_taps = torch.cat([linear(transposed, x.T) for x in seen], dim=1).T
-    if not needs_frames:
-        return None, grad_taps
-    grad_groups = linear(grad, first)
-    if first.shape[0] < groups.shape[1]:  # the kernel is smaller than the stride: frames in between have no gradient
-        grad_groups = F.pad(grad_groups, (0, groups.shape[1] - first.shape[0]))
-    for shift, part in enumerate(rest, start=1):
-        grad_groups[shift:, : part.shape[0]] += linear(grad[:-shift], part)
-    return grad_groups.view_as(frames), grad_taps
+    parts = kernel.split(groups.shape[1], dim=1)
+    with onednn.products(grad):
+        grad_kernel = torch.cat(
+            [grad[: len(grad) - i].T @ groups[i:, : part.shape[1]] for i, part in enumerate(parts)], dim=1
+        )
+        if not needs_frames:
+            return None, grad_kernel
+        grad_groups = grad @ parts[0]
+        if grad_groups.shape[1] < groups.shape[1]:  # frames between two kernels have no gradient
+            grad_groups = F.pad(grad_groups, (0, groups.shape[1] - grad_groups.shape[1]))
+        for i, part in enumerate(parts[1:], start=1):
+            grad_groups[i:, : part.shape[1]].addmm_(grad[:-i], part)
+    return grad_groups.view_as(frames), grad_kernel
 
 
 class _Conv(torch.autograd.Function):
     """:func:`_strided_conv` of frames, or of ``gelu(layer_norm(frames))``: that keeps one tensor instead of three.
 
-    ``first``: the frames are themselves products, ``source @ first``, cheap to compute and the largest tensor of the
+    ``first``: the frames are themselves products, ``source @ first.T``, cheap to compute and the largest tensor of the
     model (6.5 MB for each second of speech), so they are not kept either.
     """
 
@@ -625,99 +669,94 @@ class _Conv(torch.autograd.Function):
         weight: Tensor | None,
         bias: Tensor | None,
         eps: float,
-        taps: Tensor,
+        kernel: Tensor,
         stride: int,
     ) -> Tensor:
-        ctx.save_for_backward(source, first, weight, bias, taps)
+        ctx.save_for_backward(source, first, weight, bias, kernel)
         ctx.eps, ctx.stride = eps, stride
-        frames = source if first is None else linear(source, first.T)
+        frames = source if first is None else linear(source, first)
         if weight is not None:
             frames = F.gelu(F.layer_norm(frames, weight.shape, weight, bias, eps))
-        return _strided_conv(frames, taps, stride)
+        return _strided_conv(frames, kernel, stride)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        source, first, weight, bias, taps = ctx.saved_tensors
-        frames = source if first is None else linear(source, first.T)
+        source, first, weight, bias, kernel = ctx.saved_tensors
+        frames = source if first is None else linear(source, first)
         grad: Any
         grad_weight = grad_bias = grad_first = None
         if weight is None:
             needs = ctx.needs_input_grad[0]
-            grad, grad_taps = _strided_conv_backward(grads[0], frames, taps, ctx.stride, needs_frames=needs)
+            grad, grad_kernel = _strided_conv_backward(grads[0], frames, kernel, ctx.stride, needs_frames=needs)
         else:
             normed, mean, rstd = torch.native_layer_norm(frames, weight.shape, weight, bias, ctx.eps)
-            grad, grad_taps = _strided_conv_backward(grads[0], F.gelu(normed), taps, ctx.stride, needs_frames=True)
+            grad, grad_kernel = _strided_conv_backward(grads[0], F.gelu(normed), kernel, ctx.stride, needs_frames=True)
             torch.ops.aten.gelu_backward.grad_input(grad, normed, grad_input=grad)
             del normed  # it is large
             grad, grad_weight, grad_bias = torch.ops.aten.native_layer_norm_backward(
                 grad, frames, weight.shape, mean, rstd, weight, bias, [True, True, True]
             )
         if first is not None:
-            grad_first = linear(source.T, grad.T)
-            grad = linear(grad, first) if ctx.needs_input_grad[0] else None
-        return grad, grad_first, grad_weight, grad_bias, None, grad_taps, None
+            grad_first = _weight_grad(grad, source)
+            grad = linear(grad, first.T) if ctx.needs_input_grad[0] else None
+        return grad, grad_first, grad_weight, grad_bias, None, grad_kernel, None
 
 
-@dataclass(frozen=True)
-class Moments:
-    """Number (B, 1, 1), mean and variance (B, 1, C) of each channel's values in each utterance, float32 at least."""
+class _FirstConvs(torch.autograd.Function):
+    """The first two convolutions of a model with a group norm, ``_strided_conv(gelu(source @ first.mT))``.
 
-    count: Tensor
-    mean: Tensor
-    var: Tensor
-
-    @classmethod
-    def of(cls, frames: Tensor, valid: Tensor) -> Self:
-        """Over the ``valid`` (B, R) of the frames (B, R, C)."""
-        frames = frames.to(torch.promote_types(frames.dtype, torch.float32))
-        weight = valid.unsqueeze(-1).to(frames.dtype)
-        count = weight.sum(1, keepdim=True)
-        divisor = count.clamp(min=1)
-        mean = (frames * weight).sum(1, keepdim=True) / divisor
-        return cls(count, mean, ((frames - mean).square() * weight).sum(1, keepdim=True) / divisor)
-
-    def joined(self, other: Self) -> Self:
-        """Over the values of both (Chan, Golub, LeVeque 1979)."""
-        count = (self.count + other.count).clamp(min=1)
-        share, delta = other.count / count, other.mean - self.mean
-        var = (1 - share) * self.var + share * other.var + (1 - share) * share * delta.square()
-        return type(self)(self.count + other.count, self.mean + share * delta, var)
-
-    def normalise(self, frames: Tensor, norm: nn.GroupNorm) -> Tensor:
-        """Give each channel of (B, R, C) mean 0 and variance 1, then scale and shift it."""
-        scale = torch.rsqrt(self.var + norm.eps) * norm.weight
-        return torch.addcmul(norm.bias, frames.to(self.mean.dtype) - self.mean, scale).to(frames.dtype)
-
-
-class _GroupNorm(torch.autograd.Function):
-    """``Moments.of(rows[:, :count]).normalise(rows)``, keeping one tensor instead of seven."""
+    What is in between is not kept, and is computed for one utterance at a time, as that fits in a cache.
+    """
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor, eps: float, count: int) -> Tensor:
-        wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
-        mean = wide[:, :count].mean(1, keepdim=True)
-        centred = wide - mean if wide is rows else wide.sub_(mean)
-        # In place and in parts: malloc gives blocks of this size back, and clearing their pages takes longest.
-        squares = [part.square().sum(1, keepdim=True) for part in centred[:, :count].split(ROWS_AT_A_TIME, 1)]
-        rstd = torch.rsqrt(torch.stack(squares).sum(0) / count + eps)
-        ctx.save_for_backward(rows, mean, rstd, weight)
-        ctx.count = count
-        return torch.addcmul(bias, centred, rstd * weight, out=centred).to(rows.dtype)
+    def forward(ctx: Any, source: Tensor, first: Tensor, kernel: Tensor, stride: int) -> Tensor:
+        """``source``: (B, R, K), ``first``: (B, O, K)."""
+        ctx.save_for_backward(source, first, kernel)
+        ctx.stride = stride
+        active = (gelu_linear(*pair).to(kernel.dtype) for pair in zip(source, first, strict=True))
+        return torch.cat([_strided_conv(frames, kernel, stride) for frames in active])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        rows, mean, rstd, weight = ctx.saved_tensors
-        parts = list(zip(rows.split(ROWS_AT_A_TIME, 1), grad.split(ROWS_AT_A_TIME, 1), strict=True))
-        total = torch.stack([part.sum(1, keepdim=True, dtype=mean.dtype) for _, part in parts]).sum(0)
-        along = rstd * torch.stack([((x - mean) * part).sum(1, keepdim=True) for x, part in parts]).sum(0)
-        scale = rstd * weight
-        shift, slope = scale * total / -ctx.count, scale * rstd * along / -ctx.count
-        grad_rows = torch.empty_like(rows)
-        for into, (x, part) in zip(grad_rows.split(ROWS_AT_A_TIME, 1), parts, strict=True):
-            into.copy_(torch.addcmul(shift, x - mean, slope).addcmul_(part, scale))
-        grad_rows[:, ctx.count :] = grad[:, ctx.count :] * scale  # these rows are not in the statistics
-        return grad_rows, along.sum((0, 1)), total.sum((0, 1)), None, None
+        source, first, kernel = ctx.saved_tensors
+        grads_source, grads_first, grad_kernel = [], [], torch.zeros_like(kernel)
+        for rows, weight, part in zip(source, first, grad.unflatten(0, (len(first), -1)), strict=True):
+            frames = linear(rows, weight)
+            active = F.gelu(frames).to(kernel.dtype)
+            grad_active, grad_here = _strided_conv_backward(part, active, kernel, ctx.stride, needs_frames=True)
+            grad_kernel += grad_here
+            grad_frames = cast("Tensor", grad_active).to(frames.dtype)
+            torch.ops.aten.gelu_backward.grad_input(grad_frames, frames, grad_input=grad_frames)
+            grads_first.append(_weight_grad(grad_frames, rows))
+            if ctx.needs_input_grad[0]:
+                grads_source.append(linear(grad_frames, weight.T))
+        return torch.stack(grads_source) if grads_source else None, torch.stack(grads_first), grad_kernel, None
+
+
+def gram(waveforms: Tensor, shape: tuple[int, int, int], lengths: Tensor | None = None) -> Tensor:
+    """Sums over time from which the mean and the variance of each output of a first convolution follow.
+
+    Args:
+        waveforms: (B, S).
+        shape: Of the convolution: (out_channels, kernel, stride).
+        lengths: Samples that count, (B,).
+
+    Returns:
+        ``sum(x x^T)`` over the ``kernel`` samples x under each output, with a 1 appended, (B, kernel + 1, kernel + 1),
+        in float64, since the outputs may be a thousand times smaller than the samples. On the CPU for an Apple GPU,
+        which has no float64.
+    """
+    _, kernel, stride = shape
+    wide = (waveforms.cpu() if waveforms.device.type == "mps" else waveforms).double()
+    seen = wide.unfold(1, kernel, stride)
+    exists = seen.new_ones(*seen.shape[:2], 1)
+    if lengths is not None:
+        exists *= valid_rows(wide, lengths.to(wide.device), shape, seen.shape[1]).unsqueeze(2)
+        seen = seen * exists
+    sums = exists.mT @ seen
+    count = exists.sum(1, keepdim=True)
+    return torch.cat([torch.cat([seen.mT @ seen, sums], dim=1), torch.cat([sums.mT, count], dim=1)], dim=2)
 
 
 def conv_shapes(convs: Iterable[nn.Conv1d]) -> list[tuple[int, int, int]]:
@@ -729,15 +768,15 @@ class _Block:
     """Weights of a convolution block, and its products on rows."""
 
     def __init__(self, layer: nn.Module) -> None:
-        conv = cast("nn.Conv1d", layer.conv)
-        self.bias, self.norm = conv.bias, cast("nn.Module | None", layer.layer_norm)
-        (self.shape,) = conv_shapes([conv])
+        self.conv = cast("nn.Conv1d", layer.conv)
+        self.bias, self.norm = self.conv.bias, cast("nn.Module | None", layer.layer_norm)
+        (self.shape,) = conv_shapes([self.conv])
         self.stride = self.shape[2]
-        self.taps = _autocast(conv.weight.permute(2, 1, 0).flatten(0, 1))
-        """The kernel as the right factor of products, (kernel * C, O)."""
+        self.kernel = _autocast(self.conv.weight.transpose(1, 2).flatten(1))
+        """(O, kernel * C)."""
 
     def convolve(
-        self, frames: Tensor, stride: int, norm: nn.LayerNorm | None = None, before: Self | None = None
+        self, frames: Tensor, stride: int, norm: nn.Module | None = None, first: Tensor | None = None
     ) -> Tensor:
         """Convolve the rows of all utterances, (B * R * stride, C) to (B * R, O).
 
@@ -745,12 +784,29 @@ class _Block:
             frames: The rows.
             stride: Of the convolution.
             norm: A LayerNorm whose output goes through GELU and is convolved.
-            before: A block without bias whose convolution of ``frames`` is what is normalised.
+            first: See :class:`_Conv`.
         """
-        taps = None if before is None else before.taps
-        weight, bias, eps = (None, None, 0.0) if norm is None else (norm.weight, norm.bias, norm.eps)
-        out: Tensor = _Conv.apply(_autocast(frames), taps, weight, bias, eps, self.taps, stride)
+        affine = (norm.weight, norm.bias, norm.eps) if isinstance(norm, nn.LayerNorm) else (None, None, 0.0)
+        out: Tensor = _Conv.apply(_autocast(frames), first, *affine, self.kernel, stride)
+        return self.biased(out)
+
+    def biased(self, out: Tensor) -> Tensor:
+        """With the convolution's bias."""
         return out if self.bias is None else out + self.bias.to(out.dtype)
+
+    def normalised(self, sums: Tensor) -> Tensor:
+        """Kernel and bias that give what the group norm makes of the convolution's output, (B, O, kernel + 1).
+
+        Args:
+            sums: See :func:`gram`.
+        """
+        norm, weight = cast("nn.GroupNorm", self.norm), self.conv.weight[:, 0]
+        bias = torch.zeros_like(norm.bias) if self.bias is None else self.bias
+        taps, scale, shift = (x.to(sums) for x in (torch.cat([weight, bias[:, None]], 1), norm.weight, norm.bias))
+        means = taps @ sums / sums[:, -1:, -1:].clamp(min=1)  # of each output's products with the samples, and of it
+        mean = means[:, :, -1:]
+        scale = scale[:, None] * torch.rsqrt((means * taps).sum(2, keepdim=True) - mean.square() + norm.eps)
+        return (taps * scale + F.pad(shift[:, None] - mean * scale, (weight.shape[1], 0))).to(weight)
 
 
 def can_extract(layers: Sequence[nn.Module]) -> bool:
@@ -777,7 +833,7 @@ def can_extract(layers: Sequence[nn.Module]) -> bool:
 
 
 def extract(
-    layers: Sequence[nn.Module], waveforms: Tensor, lengths: Tensor | None = None, moments: Moments | None = None
+    layers: Sequence[nn.Module], waveforms: Tensor, lengths: Tensor | None = None, sums: Tensor | None = None
 ) -> Tensor:
     """Run the convolution blocks on waveforms.
 
@@ -785,72 +841,81 @@ def extract(
         layers: Blocks that :func:`can_extract` accepts.
         waveforms: (B, S).
         lengths: Samples that count in the statistics of a group norm, (B,).
-        moments: The group norm's statistics, if they are known already.
+        sums: What these statistics follow from, if known already: see :func:`gram`.
 
     Returns:
         (B, T, C).
     """
-    blocks = [_Block(layer) for layer in layers]
-    if any(isinstance(block.norm, nn.GroupNorm) for block in blocks):
-        return _extract(blocks, waveforms, lengths, moments)
-    parts = [_extract(blocks, piece) for piece in _pieces(waveforms, blocks)]
+    blocks, first = [_Block(layer) for layer in layers], None
+    if isinstance(blocks[0].norm, nn.GroupNorm):
+        first = blocks[0].normalised(gram(waveforms, blocks[0].shape, lengths) if sums is None else sums)
+    parts = [
+        _extract(blocks, piece, first if first is None else first[rows]) for rows, piece in _pieces(waveforms, blocks)
+    ]
     if len(parts) == 1:
         return parts[0]
     return torch.cat([part.flatten(0, 1) for part in parts]).unflatten(0, (len(waveforms), -1))
 
 
-def _pieces(waveforms: Tensor, blocks: Sequence[_Block]) -> Iterator[Tensor]:
+def _pieces(waveforms: Tensor, blocks: Sequence[_Block]) -> Iterator[tuple[slice, Tensor]]:
     """Parts of a batch, one utterance after the other, whose frames together are the frames of the batch."""
-    samples, on_cpu = waveforms.shape[1], waveforms.device.type == "cpu"
-    limit = CPU_SAMPLES * 4 // blocks[0].taps.itemsize if on_cpu else SAMPLES
+    (batch, samples), on_cpu = waveforms.shape, waveforms.device.type == "cpu"
+    channels, _, stride = blocks[0].shape
+    limit = CPU_BYTES * stride // (channels * blocks[0].kernel.itemsize) if on_cpu else SAMPLES
     if torch.compiler.is_compiling() or (torch.is_grad_enabled() and not on_cpu):
-        yield waveforms
+        yield slice(batch), waveforms
         return
     if samples <= limit:
-        yield from waveforms.split(limit // samples)
+        step = limit // samples
+        for start in range(0, batch, step):
+            yield slice(start, start + step), waveforms[start : start + step]
         return
     shapes = [block.shape for block in blocks]
     hop, field = math.prod(stride for _, _, stride in shapes), receptive_field(shapes)
     frames = conv_length(shapes, samples)
     count = -(-frames // max(1, limit // hop))
-    for row in waveforms.split(1):
+    for row in range(batch):
         for i in range(count):
             start, stop = frames * i // count, frames * (i + 1) // count
-            yield row[:, start * hop : (stop - 1) * hop + field]
+            yield slice(row, row + 1), waveforms[row : row + 1, start * hop : (stop - 1) * hop + field]
 
 
-def _extract(
-    blocks: Sequence[_Block], waveforms: Tensor, lengths: Tensor | None = None, moments: Moments | None = None
-) -> Tensor:
-    """:func:`extract` at once."""
-    batch, samples = waveforms.shape
-    shapes = [block.shape for block in blocks]
+def _extract(blocks: Sequence[_Block], waveforms: Tensor, first: Tensor | None) -> Tensor:
+    """:func:`extract` at once; ``first``: see :meth:`_Block.normalised`."""
+    (batch, samples), shapes = waveforms.shape, [block.shape for block in blocks]
     frames = _first_rows(waveforms, shapes)
-    if is_lean(frames) and all(isinstance(block.norm, nn.LayerNorm) for block in blocks):
-        frames = _extract_lean(blocks, frames)
+    lean, (block, *others) = is_lean(frames), blocks
+    norm: nn.Module | None = block.norm
+    if first is not None:
+        source = F.pad(frames, (0, 1), value=1.0).view(batch, -1, first.shape[2])
+        with without_autocast(source):
+            if lean and others:
+                block, *others = others
+                frames = _FirstConvs.apply(source, first, block.kernel, block.stride)
+                frames, norm = block.biased(frames), block.norm
+            else:
+                frames = (source @ first.mT).flatten(0, 1)
+    elif lean and others and block.bias is None and isinstance(norm, nn.LayerNorm):
+        products = block.kernel
+        block, *others = others
+        frames, norm = block.convolve(frames, block.stride, norm, products), block.norm
     else:
-        for index, block in enumerate(blocks):
-            frames = block.convolve(frames, block.stride if index else 1)
-            if isinstance(block.norm, nn.GroupNorm):
-                rows, norm = frames.unflatten(0, (batch, -1)), block.norm
-                if moments is None and lengths is None and waveforms.device.type == "cpu" and not _is_transformed():
-                    count = conv_length(shapes[:1], samples)
-                    rows = _GroupNorm.apply(rows, norm.weight, norm.bias, norm.eps, count)
-                else:
-                    if moments is None:
-                        moments = Moments.of(rows, valid_rows(waveforms, lengths, shapes[0], rows.shape[1]))
-                    rows = moments.normalise(rows, norm)
-                frames = rows.flatten(0, 1)
-            elif block.norm is not None:
-                frames = _layer_norm(frames, cast("nn.LayerNorm", block.norm))
-            frames = F.gelu(frames)
+        frames = block.convolve(frames, 1)
+    for block in others:
+        if lean and isinstance(norm, nn.LayerNorm):  # it and GELU belong to the convolution that follows
+            frames = block.convolve(frames, block.stride, norm)
+        else:
+            frames = block.convolve(_activate(frames, norm), block.stride)
+        norm = block.norm
+    frames = _activate(frames, norm)
     return frames.view(batch, -1, frames.shape[1])[:, : conv_length(shapes, samples)]
 
 
-def first_conv(layer: nn.Module, waveforms: Tensor) -> Tensor:
-    """Output of the first convolution, before its norm, (B, R, C)."""
-    block = _Block(layer)
-    return block.convolve(_first_rows(waveforms, [block.shape]), 1).unflatten(0, (len(waveforms), -1))
+def _activate(frames: Tensor, norm: nn.Module | None) -> Tensor:
+    """GELU of a block's output, after its LayerNorm if it has one."""
+    if isinstance(norm, nn.LayerNorm):
+        frames = F.layer_norm(frames, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+    return F.gelu(frames)
 
 
 def valid_rows(waveforms: Tensor, lengths: Tensor | None, shape: tuple[int, int, int], num_rows: int) -> Tensor:
@@ -869,24 +934,6 @@ def _first_rows(waveforms: Tensor, shapes: ConvShapes) -> Tensor:
     # One channel: a matrix product over a whole kernel beats one over `stride` samples, and the copy is small.
     kernels = F.pad(waveforms, (0, max(0, (rows - 1) * stride + kernel - samples))).unfold(1, kernel, stride)
     return kernels[:, :rows].reshape(batch * rows, kernel)
-
-
-def _extract_lean(blocks: Sequence[_Block], kernels: Tensor) -> Tensor:
-    """All blocks. Each LayerNorm and GELU but the last belongs to the convolution that follows."""
-    first, *others = blocks
-    if others and first.bias is None:
-        second, *others = others
-        frames = second.convolve(kernels, second.stride, cast("nn.LayerNorm", first.norm), first)
-        norm = second.norm
-    else:
-        frames, norm = first.convolve(kernels, 1), first.norm
-    for block in others:
-        frames, norm = block.convolve(frames, block.stride, cast("nn.LayerNorm", norm)), block.norm
-    return F.gelu(_layer_norm(frames, cast("nn.LayerNorm", norm)))
-
-
-def _layer_norm(rows: Tensor, norm: nn.LayerNorm) -> Tensor:
-    return F.layer_norm(rows, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
 
 
 def _autocast(x: Tensor) -> Tensor:

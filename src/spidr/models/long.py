@@ -10,15 +10,13 @@ from torch import Tensor, nn
 
 from spidr.models.kernels import (
     SAMPLES,
-    Moments,
     can_extract,
     conv_shapes,
     extract,
-    first_conv,
+    gram,
     linear,
     through,
     untouched,
-    valid_rows,
 )
 from spidr.tools.frames import conv_length, receptive_field
 from spidr.tools.waveforms import Read
@@ -84,7 +82,7 @@ class Pieces:
         self.layers, self.read = layers, read
         self.shapes = conv_shapes(cast("nn.Conv1d", layer.conv) for layer in layers)
         self.hop, self.field = math.prod(stride for _, _, stride in self.shapes), receptive_field(self.shapes)
-        self.moments = self._moments(samples, lengths) if _has_group_norm(layers) else None
+        self.sums = self._sums(samples, lengths) if _has_group_norm(layers) else None
 
     def __call__(self, start: int, stop: int) -> Tensor:
         """Frames from ``start`` to ``stop``, (B, stop - start, C)."""
@@ -93,24 +91,21 @@ class Pieces:
         for first in range(start, stop, step):
             last = min(first + step, stop)
             piece = self.read(first * self.hop, (last - 1) * self.hop + self.field)
-            found = extract(self.layers, piece, moments=self.moments)
+            found = extract(self.layers, piece, sums=self.sums)
             out = found.new_empty(len(found), stop - start, found.shape[2]) if out is None else out
             out[:, first - start : last - start] = found
         return cast("Tensor", out)
 
-    def _moments(self, samples: int, lengths: Tensor | None) -> Moments:
-        """The group norm's statistics over the whole of each utterance."""
+    def _sums(self, samples: int, lengths: Tensor | None) -> Tensor:
+        """What the group norm's statistics over the whole of each utterance follow from."""
         _, kernel, stride = self.shapes[0]
         num_rows, step = conv_length(self.shapes[:1], samples), max(1, SAMPLES // stride)
-        moments: Moments | None = None
+        sums: Any = 0
         for start in range(0, num_rows, step):
-            stop = min(start + step, num_rows)
-            piece = self.read(start * stride, (stop - 1) * stride + kernel)
-            rows = first_conv(self.layers[0], piece)
-            left = None if lengths is None else (lengths - start * stride).clamp(max=piece.shape[1])
-            found = Moments.of(rows, valid_rows(piece, left, self.shapes[0], rows.shape[1]))
-            moments = found if moments is None else moments.joined(found)
-        return cast("Moments", moments)
+            piece = self.read(start * stride, (min(start + step, num_rows) - 1) * stride + kernel)
+            left = None if lengths is None else (lengths - start * stride).clamp(0, piece.shape[1])
+            sums = sums + gram(piece, self.shapes[0], left)
+        return cast("Tensor", sums)
 
 
 # ----------------------------------------------------------------------------------------------- the transformer

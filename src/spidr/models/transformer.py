@@ -69,10 +69,10 @@ class ConvPositionalEmbedding(nn.Module):
                 x = x * exists
             x = x.transpose(1, 2)
             if self.by_products and keeps_frames(conv):
-                x = convolve_by_products(x, conv)
+                x = convolve_by_products(x, conv.weight, conv.bias, int(conv.padding[0]), conv.groups, chunk=16)
             else:
                 x = convolve(x, conv)
-                x = x[..., : -self.num_remove] if self.num_remove else x
+            x = x[..., : -self.num_remove] if self.num_remove else x
             x = F.gelu(self.layer_norm(x).transpose(1, 2))
         return x if exists is None else x * exists
 

@@ -15,16 +15,14 @@ from typing import NoReturn
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 PREEMPTED = 75
-"""Exit status that requeues the job; see :class:`spidr.environment.Preempted`."""
+"""Exit status of a call that a signal has stopped; see :class:`spidr.environment.Preempted`."""
 
 
 def run_task(folder: Path) -> int:
     """Run this task's call, and return its exit status: 0, or 2 after wrong input.
 
-    Raises:
-        SystemExit: With status 75 to requeue the job. Only the first task ends with it, since srun stops the others
-            after the first status other than 0; and not if it was stopped because another one has failed.
-        Exception: What the call raises.
+    It is 0, too, when a signal has stopped the call: after any other, srun would stop the tasks that are still busy. A
+    file of the first task then tells the script to requeue the job. Errors of the call are raised.
     """
     import cloudpickle
     from submitit.helpers import DelayedSubmission
@@ -45,7 +43,8 @@ def run_task(folder: Path) -> int:
         aside.write_bytes(cloudpickle.dumps((status, result)))
         aside.replace(folder / job / f"{job}_{rank}_result.pkl")
 
-    failed = folder / job / f".failed_{environ.get('SLURM_RESTART_COUNT', 0)}"
+    restart = environ.get("SLURM_RESTART_COUNT", 0)
+    stopped, failed = (folder / job / f".{restart}_{end}" for end in ("stopped", "failed"))  # the script looks for them
     with lasting_stderr():
         try:
             try:
@@ -59,16 +58,13 @@ def run_task(folder: Path) -> int:
                     signal.signal(number, signal.SIG_IGN)
             write_down("success", result)
         except SystemExit as end:
-            if end.code == PREEMPTED:
-                if rank != "0":
-                    return 0
-                if failed.exists():
-                    sys.stderr.write("stopped, since another task has failed\n")
-                    return 1
+            if end.code != PREEMPTED:
+                if end.code:
+                    failed.touch()
+                raise
+            if rank == "0":
                 sys.stderr.write(f"{end}\n")
-            elif end.code:
-                failed.touch()
-            raise
+                stopped.touch()
         except Exception as error:
             failed.touch()
             write_down("error", traceback.format_exc())

@@ -22,13 +22,15 @@ LIMIT = 60.0  # seconds to wait for a busy controller
 
 SCRIPT = """\
 #!/bin/bash
-# On SLURM's signals, the tasks save and end with status 75; then the job is requeued.
+# On SLURM's signals, the tasks save and end; then the job is requeued.
 trap : TERM USR1 USR2
 mkdir -p {folder}/"{job}"
 {srun}
 status=$?
-if [[ $status =~ ^1(38|40|43)$ && ! -e {folder}/"{job}"/.failed_${{SLURM_RESTART_COUNT:-0}} ]]; then
-  status=75  # a signal came while Python started
+ends={folder}/"{job}"/.${{SLURM_RESTART_COUNT:-0}}
+# The signals stopped the tasks in good order, or came while Python started.
+if [[ $status = 0 && -e ${{ends}}_stopped || $status =~ ^1(38|40|43)$ && ! -e ${{ends}}_failed ]]; then
+  status=75
 fi
 for pause in 0 5 5 5 5 5 5 5 5 5; do
   [ "$status" = 75 ]{limit} || break
