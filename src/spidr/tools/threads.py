@@ -13,10 +13,10 @@ By default it spins for up to 200 ms, and on a busy machine a step takes several
 
 CHOICES = ("OMP_WAIT_POLICY", "KMP_LIBRARY", *PATIENCE)  # variables that, if set by the user, take precedence
 
-CAPACITIES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128", "LRU_CACHE_CAPACITY": "128"}
+CAPACITIES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256", "LRU_CACHE_CAPACITY": "256"}
 """Compiled operations that oneDNN and PyTorch's layer above it each cache, instead of 1,024.
 
-Every batch length needs its own. A step needs about a hundred; older ones cost memory and are not used again.
+Every batch length needs its own. A step needs up to two hundred; older ones cost memory and are not used again.
 """
 
 MALLOC_CHOICES = ("MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES")
