@@ -27,22 +27,22 @@ def seen(command: list[str], folder: Path, **environ: str) -> str:
 
 @pytest.mark.parametrize("module", ["spidr", "spidr.train", "spidr.extract", "spidr.evaluate", "spidr.warm_start"])
 def test_commands_set_it_before_torch_is_loaded(module: str, tmp_path: Path) -> None:
-    assert seen(["-m", module, "--help"], tmp_path) == "['1000', '1', None, '128', '128']"
+    assert seen(["-m", module, "--help"], tmp_path) == "['1000', '1', None, '256', '256']"
 
 
 def test_console_script(tmp_path: Path) -> None:
     script = "import sys; sys.argv = ['spidr', 'extract', '-h']; from spidr.__main__ import spidr; spidr()"
-    assert seen(["-c", script], tmp_path) == "['1000', '1', None, '128', '128']"
+    assert seen(["-c", script], tmp_path) == "['1000', '1', None, '256', '256']"
 
 
 def test_quick_start(tmp_path: Path) -> None:
     script = Path(__file__).parents[2] / "examples" / "quickstart" / "run.py"
-    assert seen([str(script), "--help"], tmp_path) == "['1000', '1', None, '128', '128']"
+    assert seen([str(script), "--help"], tmp_path) == "['1000', '1', None, '256', '256']"
 
 
 def test_the_users_settings_are_kept(tmp_path: Path) -> None:
     found = seen(["-m", "spidr.train", "--help"], tmp_path, OMP_WAIT_POLICY="active", LRU_CACHE_CAPACITY="1024")
-    assert found == "[None, None, 'active', '128', '1024']"
+    assert found == "[None, None, 'active', '256', '1024']"
 
 
 def test_an_import_changes_nothing(tmp_path: Path) -> None:
