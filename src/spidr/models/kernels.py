@@ -364,9 +364,11 @@ def convolve_by_products(
     rows = F.pad(rows, (0, 0, padding, chunks * chunk + kernel - 1 - frames - padding))
     seen = rows.unfold(2, size, chunk).mT.reshape(groups, batch * chunks, -1)
     taps = weight.unflatten(0, (groups, -1)).permute(0, 3, 2, 1)  # (G, kernel, C / G, C' / G)
-    expanded = torch.stack([F.pad(taps, (0, 0, 0, 0, i, chunk - 1 - i)) for i in range(chunk)], dim=3)
+    expanded = taps.new_zeros(groups, size, taps.shape[2], chunk, taps.shape[3])
+    for i in range(chunk):
+        expanded[:, i : i + kernel, :, i] = taps
     with onednn.products(x):
-        out = seen @ expanded.reshape(groups, size * channels // groups, -1)
+        out = seen @ expanded.view(groups, size * channels // groups, -1)
     out = out.view(groups, batch, chunks * chunk, -1)[:, :, :count].permute(1, 2, 0, 3).flatten(2)
     return (out if bias is None else out + bias).transpose(1, 2)
 
@@ -513,7 +515,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float)
         (B, H, T, D).
     """
     drops, (batch, heads, frames, dim) = 0 < dropout < 1, q.shape
-    faster = is_plain(q, k, v) and multiplies_fast(q.dtype)
+    faster = (
+        is_plain(q, k, v)
+        and multiplies_fast(q.dtype)
+        and (torch.is_grad_enabled() or batch * heads * frames * frames * dim >= SMALLEST)
+    )
     if not (faster or (drops and is_lean(q))) or (dropout > 0 and not drops):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
     added = -frames % PADDED if q.dtype == torch.bfloat16 else 0
@@ -915,7 +921,7 @@ def _activate(frames: Tensor, norm: nn.Module | None) -> Tensor:
     """GELU of a block's output, after its LayerNorm if it has one."""
     if isinstance(norm, nn.LayerNorm):
         frames = F.layer_norm(frames, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
-    return F.gelu(frames)
+    return F.gelu(frames) if torch.is_grad_enabled() else torch.ops.aten.gelu_(frames)
 
 
 def valid_rows(waveforms: Tensor, lengths: Tensor | None, shape: tuple[int, int, int], num_rows: int) -> Tensor:
