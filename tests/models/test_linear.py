@@ -1,5 +1,6 @@
 """oneDNN's products against PyTorch's own."""
 
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from helpers.operators import Operators
 from spidr.models import kernels
-from spidr.models.kernels import linear, through, through_gelu
+from spidr.models.kernels import exact_products, fast_products, linear, through, through_gelu
 from spidr.tools.errors import InputError
 
 pytestmark = pytest.mark.skipif(
@@ -179,39 +180,53 @@ def test_a_wrong_setting(monkeypatch: pytest.MonkeyPatch) -> None:
         kernels.prefers_onednn.__wrapped__()
 
 
-@pytest.mark.skipif(not hasattr(torch.backends.mkldnn, "matmul"), reason="no such switch before torch 2.9")
-def test_products_stay_exact_and_the_switch_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    switch, onednn, x, weight = torch.backends.mkldnn.matmul, kernels._OneDNN(), random(3, 64, 48), random(3, 48, 32)
-    before, inside = switch.fp32_precision, "bf16" if onednn.is_exact else "ieee"
-    switch.fp32_precision = "ieee"  # of the user
-    try:
-        with onednn.products(x), onednn.products(x):
-            assert switch.fp32_precision == inside
-            found = x @ weight
+@pytest.fixture
+def switch(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """PyTorch's switch as a user left it, on a processor where it may be used."""
+    if not hasattr(torch.backends.mkldnn, "matmul"):
+        pytest.skip("no such switch before torch 2.9")
+    monkeypatch.setattr(kernels, "prefers_onednn_for_all", lambda: True)
+    switch: Any = torch.backends.mkldnn.matmul
+    before, switch.fp32_precision = switch.fp32_precision, "ieee"
+    yield switch
+    switch.fp32_precision = before
+
+
+def test_the_switch_is_put_back(switch: Any) -> None:
+    x = random(3, 64, 48)
+    with fast_products(x):
+        with exact_products(x.device):
+            assert switch.fp32_precision == "bf16"
+        assert switch.fp32_precision == "bf16"
+    assert switch.fp32_precision == "ieee"
+    with fast_products(x.to("meta")), exact_products(torch.device("meta")):
         assert switch.fp32_precision == "ieee"
-        with onednn.products(x.double()), onednn.products(x.to("meta")):
-            assert switch.fp32_precision == "ieee"
-    finally:
-        switch.fp32_precision = before
+    with pytest.raises(KeyboardInterrupt), fast_products(x):
+        raise KeyboardInterrupt
+    assert switch.fp32_precision == "ieee"
+
+
+@pytest.mark.parametrize("has_amx", [False, True])
+def test_products_are_exact(has_amx: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A processor that would round to bfloat16 keeps PyTorch's own."""
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_amx)
+    chosen = kernels.prefers_onednn_for_all.__wrapped__()
+    assert not (chosen and has_amx)
+    monkeypatch.setattr(kernels, "prefers_onednn_for_all", lambda: chosen)
+    x, weight = random(3, 64, 48), random(3, 48, 32)
+    with fast_products(x):
+        found = x @ weight
     torch.testing.assert_close(found, (x.double() @ weight.double()).float(), rtol=0, atol=1e-5)
 
 
-def test_processors_that_would_round_to_bfloat16_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
-    assert not kernels._OneDNN().is_exact
-
-
-def test_several_threads_share_the_switch() -> None:
-    x, onednn = random(3, 64, 48), kernels._OneDNN()
-    before = onednn.switch and onednn.switch.fp32_precision
+def test_several_threads_share_the_switch(switch: Any) -> None:
+    x = random(3, 64, 48)
 
     def multiply(_: int) -> Tensor:
-        with onednn.products(x):
+        with fast_products(x):
             return x @ x.mT
 
     with ThreadPoolExecutor(4) as pool:
         products = list(pool.map(multiply, range(200)))
-    assert all(torch.equal(product, products[0]) for product in products) or not onednn.is_exact
-    assert onednn.users == 0
-    assert (onednn.switch and onednn.switch.fp32_precision) == before
+    assert all(torch.equal(product, products[0]) for product in products)
+    assert switch.fp32_precision == "ieee"

@@ -40,7 +40,7 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 (Fault("step", 6, signal.SIGTERM), PREEMPTED),  # saved just after the extractor was frozen
                 (Fault("checkpoint", 1), -9),
                 (Fault("validation", 1, signal.SIGUSR2), PREEMPTED),
-                (Fault("step", 2, worker=True), 1),
+                (Fault("step", 2, worker=True), 2),  # told in one line
             ],
         ),
         (

@@ -10,7 +10,7 @@ import platform
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cache, cached_property
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeGuard, TypeVar, cast
 
@@ -93,51 +93,53 @@ def untouched(*modules: nn.Module | None) -> bool:
     return True
 
 
-# -------------------------------------------------------------------------------------------------------- on a GPU
+# ------------------------------------------------------------------------------------------- the process's switches
 
-_tf32_lock = threading.Lock()
-_tf32_users = 0
-_tf32_before: list[tuple[Any, str, Any]] = []
+_lock = threading.Lock()
+_users = {"cuda": 0, "cpu": 0}
+_before: dict[str, list[tuple[Any, str, Any]]] = {}
 
 
 @contextmanager
 def exact_products(device: torch.device) -> Iterator[None]:
     """Compute float32 products and convolutions in float32, not in TF32, so that a GPU gives what a CPU gives.
 
-    The switches are the process's: the first of several threads sets them, the last one restores them.
+    On a CPU, the library that computes them is the faster one. The switches are the process's: the first of several
+    threads sets them, the last one restores them.
     """
-    global _tf32_users
-    if device.type != "cuda" or torch.compiler.is_compiling():
+    kind = device.type
+    if kind not in _users or _is_transformed() or (kind == "cpu" and not prefers_onednn_for_all()):
         yield
         return
-    with _tf32_lock:
-        _tf32_users += 1
-        if _tf32_users == 1:
-            _tf32_before[:] = _switch_tf32_off()
+    with _lock:
+        _users[kind] += 1
+        if _users[kind] == 1:
+            _before[kind] = _switch(_switches(kind))
     try:
         yield
     finally:
-        with _tf32_lock:
-            _tf32_users -= 1
-            if _tf32_users == 0:
-                for where, name, value in _tf32_before:
-                    setattr(where, name, value)
+        with _lock:
+            _users[kind] -= 1
+            if _users[kind] == 0:
+                _switch(_before.pop(kind))
 
 
-def _switch_tf32_off() -> list[tuple[Any, str, Any]]:
-    """Change the settings; returns the values they had."""
-    matmul, cudnn = torch.backends.cuda.matmul, cast("Any", torch.backends.cudnn)
-    if hasattr(matmul, "fp32_precision"):  # from torch 2.9 on, where the older switches warn
-        switches: list[tuple[Any, str, Any]] = [
-            (matmul, "fp32_precision", "ieee"),
-            (cudnn.conv, "fp32_precision", "ieee"),
-        ]
-    else:
-        switches = [(matmul, "allow_tf32", False), (cudnn, "allow_tf32", False)]
+def _switch(switches: list[tuple[Any, str, Any]]) -> list[tuple[Any, str, Any]]:
+    """Change settings (where, name, value); returns them with the values they had."""
     before = [(where, name, getattr(where, name)) for where, name, _ in switches]
     for where, name, value in switches:
         setattr(where, name, value)
     return before
+
+
+def _switches(kind: str) -> list[tuple[Any, str, Any]]:
+    """What changes on a kind of device."""
+    if kind == "cpu":
+        return [(cast("Any", torch.backends.mkldnn).matmul, "fp32_precision", "bf16")]
+    matmul, cudnn = torch.backends.cuda.matmul, cast("Any", torch.backends.cudnn)
+    if hasattr(matmul, "fp32_precision"):  # from torch 2.9 on, where the older switches warn
+        return [(matmul, "fp32_precision", "ieee"), (cudnn.conv, "fp32_precision", "ieee")]
+    return [(matmul, "allow_tf32", False), (cudnn, "allow_tf32", False)]
 
 
 # ---------------------------------------------------------------------------------- products by the faster library
@@ -160,41 +162,20 @@ def prefers_onednn() -> bool:
     )
 
 
-class _OneDNN:
-    """PyTorch's switch that hands products to oneDNN, as long as anybody computes inside :meth:`products`."""
+@cache
+def prefers_onednn_for_all() -> bool:
+    """Whether PyTorch's switch may hand all float32 products to oneDNN, batches and transposed factors included.
 
-    def __init__(self) -> None:
-        self.lock, self.users = threading.Lock(), 0
-        self.switch: Any = getattr(torch.backends.mkldnn, "matmul", None)  # from torch 2.9 on
-        self.before = "none"
-
-    @cached_property
-    def is_exact(self) -> bool:
-        """Whether float32 products stay exact: the switch allows bfloat16 in them, which processors with AMX do."""
-        if self.switch is None or not prefers_onednn() or torch.cpu._is_amx_tile_supported():
-            return False
-        a = (torch.arange(64 * 16, device="cpu") * 37 % 2047 - 1023).view(64, 16)  # 11 bits; bfloat16 has 8
-        with self:
-            return torch.equal(a.float() @ a.float().T, (a @ a.T).float())
-
-    def products(self, x: Tensor) -> AbstractContextManager[object]:
-        """Inside, ``@`` of float32 matrices like ``x`` on a CPU is oneDNN's where that is the faster library."""
-        return self if x.dtype == torch.float32 and is_plain(x) and self.is_exact else nullcontext()
-
-    def __enter__(self) -> None:
-        with self.lock:
-            self.users += 1
-            if self.users == 1:
-                self.before, self.switch.fp32_precision = self.switch.fp32_precision, "bf16"
-
-    def __exit__(self, *_: object) -> None:
-        with self.lock:
-            self.users -= 1
-            if self.users == 0:
-                self.switch.fp32_precision = self.before
-
-
-onednn = _OneDNN()
+    The switch (of torch 2.9 and newer) allows bfloat16 in them, which oneDNN makes use of on processors with AMX.
+    """
+    if not hasattr(torch.backends.mkldnn, "matmul") or not prefers_onednn() or torch.cpu._is_amx_tile_supported():
+        return False
+    a = (torch.arange(64 * 16, device="cpu") * 37 % 2047 - 1023).view(64, 16)  # 11 bits; bfloat16 has 8
+    before = _switch(_switches("cpu"))
+    try:
+        return torch.equal(a.float() @ a.float().T, (a @ a.T).float())
+    finally:
+        _switch(before)
 
 
 def processor() -> str:
@@ -221,6 +202,11 @@ def is_plain(*tensors: Tensor) -> bool:
 
 def _is_transformed() -> bool:
     return torch.compiler.is_compiling() or torch._C._is_tracing() or torch._C._are_functorch_transforms_active()
+
+
+def fast_products(x: Tensor) -> AbstractContextManager[None]:
+    """:func:`exact_products` on a CPU, for what is called from anywhere, such as a backward pass."""
+    return exact_products(x.device) if is_plain(x) else nullcontext()
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -277,7 +263,7 @@ class _Linear(torch.autograd.Function):
 
 def _weight_grad(grad: Tensor, x: Tensor) -> Tensor:
     """Gradient of a linear layer's weight."""
-    with onednn.products(grad):
+    with fast_products(grad):
         return grad.reshape(-1, grad.shape[-1]).T @ x.reshape(-1, x.shape[-1])
 
 
@@ -367,7 +353,7 @@ def convolve_by_products(
     expanded = taps.new_zeros(groups, size, taps.shape[2], chunk, taps.shape[3])
     for i in range(chunk):
         expanded[:, i : i + kernel, :, i] = taps
-    with onednn.products(x):
+    with fast_products(x):
         out = seen @ expanded.view(groups, size * channels // groups, -1)
     out = out.view(groups, batch, chunks * chunk, -1)[:, :, :count].permute(1, 2, 0, 3).flatten(2)
     return (out if bias is None else out + bias).transpose(1, 2)
@@ -393,7 +379,7 @@ class _GroupedConv(torch.autograd.Function):
         frames = F.pad(x, (ctx.padding, ctx.padding)).unflatten(1, (groups, -1)).permute(1, 2, 3, 0).contiguous()
         seen = frames.unfold(2, grad.shape[2], 1).permute(0, 2, 1, 4, 3).flatten(3)  # (G, K, C, T * B)
         outputs = grad.unflatten(1, (groups, -1)).permute(1, 3, 0, 2).flatten(1, 2)  # (G, T * B, O)
-        with onednn.products(x):
+        with fast_products(x):
             grads = [rows.flatten(0, 1) @ out for rows, out in zip(seen, outputs, strict=True)]
         grad_weight = torch.stack(grads).unflatten(1, (kernel, -1)).permute(0, 3, 2, 1).flatten(0, 1)
         return grad_x, grad_weight, grad.sum((0, 2)) if ctx.needs_input_grad[2] else None, None, None
@@ -545,7 +531,7 @@ class _Attention(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(q, k, v, kept, bias, alive)
         out, rows = torch.empty_like(q), max(1, WEIGHTS_AT_A_TIME // q.shape[1])
-        with onednn.products(q):
+        with fast_products(q):
             for i in _parts(q):
                 for start in range(0, q.shape[1], rows):
                     part = (i, slice(start, start + rows))
@@ -560,7 +546,7 @@ class _Attention(torch.autograd.Function):
         q, k, v, *others = ctx.saved_tensors
         grad_q, grad_k, grad_v = (torch.empty_like(x) for x in (q, k, v))
         grad = grad.contiguous()
-        with onednn.products(q):
+        with fast_products(q):
             for i in _parts(q):
                 kept, bias, alive = (x if x is None else x[i] for x in others)
                 softmax, weights = _weights(q[i], k[i], q.shape[1], bias, alive, kept)
@@ -646,7 +632,7 @@ def _strided_conv_backward(
     """Gradients for frames, if needed, and kernel."""
     groups = frames.view(-1, stride * frames.shape[1])
     parts = kernel.split(groups.shape[1], dim=1)
-    with onednn.products(grad):
+    with fast_products(grad):
         grad_kernel = torch.cat(
             [grad[: len(grad) - i].T @ groups[i:, : part.shape[1]] for i, part in enumerate(parts)], dim=1
         )
