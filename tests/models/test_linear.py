@@ -195,11 +195,13 @@ def switch(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 def test_the_switch_is_put_back(switch: Any) -> None:
     x = random(3, 64, 48)
     with fast_products(x):
-        with exact_products(x.device):
+        with exact_products(x.device, 768):
             assert switch.fp32_precision == "bf16"
         assert switch.fp32_precision == "bf16"
     assert switch.fp32_precision == "ieee"
-    with fast_products(x.to("meta")), exact_products(torch.device("meta")):
+    with fast_products(x.to("meta")), exact_products(torch.device("meta"), 768), exact_products(x.device):
+        assert switch.fp32_precision == "ieee"
+    with exact_products(x.device, 48), fast_products(x):  # a narrow model does without, at any size of product
         assert switch.fp32_precision == "ieee"
     with pytest.raises(KeyboardInterrupt), fast_products(x):
         raise KeyboardInterrupt

@@ -171,7 +171,7 @@ class Encoder(nn.Module):
         Returns:
             One (B, T, D) tensor a layer.
         """
-        with exact_products(waveforms.device):
+        with exact_products(waveforms.device, self.cfg.encoder_embed_dim):
             x, attention_mask = self.project(waveforms, attention_mask, lengths)
             return self.student.get_intermediate_outputs(x, attention_mask, num_layers, before_residual=before_residual)
 
@@ -203,7 +203,7 @@ class Encoder(nn.Module):
         num_heads = num_layers - (total - self.num_codebooks)
         if num_heads < 1:
             return [None] * num_layers
-        with exact_products(waveform.device):
+        with exact_products(waveform.device, self.cfg.encoder_embed_dim):
             x, attention_mask = self.project(waveform, attention_mask, lengths)
             log_probs = self._log_probs(self._hidden(x, attention_mask, num_heads), num_heads)
         per_head = [F.one_hot(p.argmax(-1), p.shape[-1]) if onehot else p.exp() for p in log_probs]
@@ -348,7 +348,7 @@ class Encoder(nn.Module):
         for module in training:
             module.training = False
         try:
-            with torch.no_grad(), exact_products(self.mask_embedding.device):
+            with torch.no_grad(), exact_products(self.mask_embedding.device, self.cfg.encoder_embed_dim):
                 yield
         finally:
             for module in training:

@@ -32,6 +32,9 @@ SMALLEST = 1 << 22
 PADDED = 32
 """Keys are padded to a multiple of this in bfloat16: softmax is slow on the rest of a row that fills no vector."""
 
+WIDE = 128
+"""Width of a model from which oneDNN is the faster library for all its products."""
+
 NARROW = 16
 """Channels of a group below which a convolution leaves vectors of the processor partly empty."""
 
@@ -98,19 +101,30 @@ def untouched(*modules: nn.Module | None) -> bool:
 _lock = threading.Lock()
 _users = {"cuda": 0, "cpu": 0}
 _before: dict[str, list[tuple[Any, str, Any]]] = {}
+_thread = threading.local()
+
+
+def exact_products(device: torch.device, width: int | None = None) -> AbstractContextManager[None]:
+    """Compute float32 products and convolutions in float32, not in TF32, so that a GPU gives what a CPU gives.
+
+    On a CPU, all products of a model of this ``width`` go to one library, the faster one, whatever other threads do.
+    The switches are the process's: the first of several threads sets them, the last one restores them.
+    """
+    if device.type == "cuda" and not torch.compiler.is_compiling():
+        return _switched("cuda")
+    if device.type == "cpu" and width is not None and not _is_transformed() and prefers_onednn_for_all():
+        return _switched("cpu") if width >= WIDE else _unswitched()
+    return nullcontext()
+
+
+def fast_products(x: Tensor) -> AbstractContextManager[None]:
+    """Compute large products of ``x``, within an operation of ours on a CPU, by the faster library."""
+    narrow = getattr(_thread, "narrow", False)
+    return _switched("cpu") if is_plain(x) and prefers_onednn_for_all() and not narrow else nullcontext()
 
 
 @contextmanager
-def exact_products(device: torch.device) -> Iterator[None]:
-    """Compute float32 products and convolutions in float32, not in TF32, so that a GPU gives what a CPU gives.
-
-    On a CPU, the library that computes them is the faster one. The switches are the process's: the first of several
-    threads sets them, the last one restores them.
-    """
-    kind = device.type
-    if kind not in _users or _is_transformed() or (kind == "cpu" and not prefers_onednn_for_all()):
-        yield
-        return
+def _switched(kind: str) -> Iterator[None]:
     with _lock:
         _users[kind] += 1
         if _users[kind] == 1:
@@ -122,6 +136,16 @@ def exact_products(device: torch.device) -> Iterator[None]:
             _users[kind] -= 1
             if _users[kind] == 0:
                 _switch(_before.pop(kind))
+
+
+@contextmanager
+def _unswitched() -> Iterator[None]:
+    """Let no operation of ours in this thread use the switch: calling oneDNN would take longest."""
+    before, _thread.narrow = getattr(_thread, "narrow", False), True
+    try:
+        yield
+    finally:
+        _thread.narrow = before
 
 
 def _switch(switches: list[tuple[Any, str, Any]]) -> list[tuple[Any, str, Any]]:
@@ -202,11 +226,6 @@ def is_plain(*tensors: Tensor) -> bool:
 
 def _is_transformed() -> bool:
     return torch.compiler.is_compiling() or torch._C._is_tracing() or torch._C._are_functorch_transforms_active()
-
-
-def fast_products(x: Tensor) -> AbstractContextManager[None]:
-    """:func:`exact_products` on a CPU, for what is called from anywhere, such as a backward pass."""
-    return exact_products(x.device) if is_plain(x) else nullcontext()
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
