@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from torch import Tensor
 
-from spidr.models import kernels
+from spidr.models import convolutions
 from spidr.models.extractor import FeatureExtractor
 from spidr.tools.errors import InputError
 from spidr.tools.frames import conv_length
@@ -58,7 +58,7 @@ def assert_same(extractor: FeatureExtractor, waveforms: Tensor) -> None:
 def test_equals_convolutions_forward_and_backward(
     mode: str, bias: bool, fast: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kernels, "multiplies_fast", lambda _: fast)
+    monkeypatch.setattr(convolutions, "multiplies_fast", lambda _: fast)
     torch.manual_seed(1)
     assert_same(build(mode, SHAPES, bias=bias), torch.randn(3, 1234, dtype=torch.float64))
 
@@ -83,9 +83,9 @@ def test_group_norm_of_outputs_far_smaller_than_the_samples(dtype: torch.dtype, 
 
 def test_sums_leave_out_the_padding() -> None:
     waveforms, lengths = torch.randn(2, 200), torch.tensor([200, 87])
-    sums = kernels.gram(waveforms, SHAPES[0], lengths)
+    sums = convolutions.gram(waveforms, SHAPES[0], lengths)
     for row, length, found in zip(waveforms, lengths, sums, strict=True):
-        torch.testing.assert_close(found[None], kernels.gram(row[None, :length], SHAPES[0]))
+        torch.testing.assert_close(found[None], convolutions.gram(row[None, :length], SHAPES[0]))
     assert sums[:, -1, -1].tolist() == [39, 16]
 
 
@@ -107,7 +107,7 @@ def test_any_kernels_and_strides(
         shortest = (shortest - 1) * stride + kernel
     waveforms = torch.randn(batch, shortest + extra, dtype=torch.float64)
     extractor = build(mode, shapes, bias=bias)
-    with mock.patch.object(kernels, "multiplies_fast", return_value=fast):
+    with mock.patch.object(convolutions, "multiplies_fast", return_value=fast):
         out = extractor(waveforms)
         assert out.shape == (batch, conv_length(shapes, shortest + extra), shapes[-1][0])
         assert_same(extractor, waveforms)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from helpers.small_models import tiny_model
-from spidr.models import DinoSR, kernels, long
+from spidr.models import DinoSR, convolutions, long
 from spidr.tools import waveforms
 from spidr.tools.errors import InputError
 
@@ -31,14 +31,14 @@ def test_the_extractor_in_pieces(mode: str, piece: int, grad: bool, monkeypatch:
     parameters, waveforms, counted = [*model.feature_extractor.parameters()], batch().double(), torch.tensor(LENGTHS)
     channels, _, stride = model.feature_extractor.shapes[0]
     calls: list[int] = []
-    at_once = kernels._extract
-    monkeypatch.setattr(kernels, "_extract", lambda *given: calls.append(1) or at_once(*given))
+    at_once = convolutions._extract
+    monkeypatch.setattr(convolutions, "_extract", lambda *given: calls.append(1) or at_once(*given))
     for given in (None, counted):
         outcomes = []
         for size in (10**9, piece):
             with monkeypatch.context() as patch, torch.set_grad_enabled(grad):
                 patch.setattr(long, "SAMPLES", size)
-                patch.setattr(kernels, "CPU_BYTES", size * channels * 8 // stride)
+                patch.setattr(convolutions, "CPU_BYTES", size * channels * 8 // stride)
                 out = model.feature_extractor(waveforms, given)
             outcomes.append([out, *(torch.autograd.grad(out.square().mean(), parameters) if grad else ())])
         for one, other in zip(*outcomes, strict=True):

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spidr.models.kernels import can_extract, conv_shapes, known, through, valid_rows
+from spidr.models.convolutions import can_extract, conv_shapes, valid_rows
+from spidr.models.kernels import known, through
 from spidr.models.long import extract_in_parts
 from spidr.tools.errors import InputError
 from spidr.tools.frames import conv_length
@@ -77,7 +78,7 @@ class FeatureExtractor(nn.Module):
     """A stack of convolution blocks.
 
     Args:
-        conv_layers: The blocks. Those of ours that nobody touched are computed by ``kernels.extract``.
+        conv_layers: The blocks. Those of ours that nobody touched are computed by ``convolutions.extract``.
     """
 
     def __init__(self, conv_layers: nn.ModuleList) -> None:

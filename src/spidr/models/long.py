@@ -8,16 +8,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from spidr.models.kernels import (
-    SAMPLES,
-    can_extract,
-    conv_shapes,
-    extract,
-    gram,
-    linear,
-    through,
-    untouched,
-)
+from spidr.models.convolutions import SAMPLES, can_extract, conv_shapes, extract, gram
+from spidr.models.kernels import linear, through, untouched
 from spidr.tools.frames import conv_length, receptive_field
 from spidr.tools.waveforms import Read
 
