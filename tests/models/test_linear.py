@@ -214,6 +214,8 @@ def test_products_are_exact(has_amx: bool, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_amx)
     chosen = kernels.prefers_onednn_for_all.__wrapped__()
     assert not (chosen and has_amx)
+    with torch.autocast("cpu", torch.bfloat16):  # as when a bfloat16 model comes first
+        assert kernels.prefers_onednn_for_all.__wrapped__() == chosen
     monkeypatch.setattr(kernels, "prefers_onednn_for_all", lambda: chosen)
     x, weight = random(3, 64, 48), random(3, 48, 32)
     with fast_products(x):
