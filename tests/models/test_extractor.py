@@ -9,7 +9,7 @@ from hypothesis import given, settings, strategies as st
 from torch import Tensor
 
 from spidr.models import convolutions
-from spidr.models.extractor import FeatureExtractor
+from spidr.models.extractor import FeatureExtractor, GroupNorm
 from spidr.tools.errors import InputError
 from spidr.tools.frames import conv_length
 
@@ -154,3 +154,9 @@ def test_training_keeps_one_tensor_for_each_convolution_but_the_first() -> None:
     kernels = batch * lengths[0] * SHAPES[0][1]
     # The last output twice, before its norm and before GELU; otherwise only weights and padding rows.
     assert sum(kept.values()) < 1.1 * (kernels + sum(outputs[1:]) + outputs[-1]) + 1000
+
+
+def test_group_norm_in_16_bits_counts_every_frame() -> None:
+    """16,447 is 16,384 in bfloat16."""
+    x = (10 + torch.randn(1, 4, 16_447, generator=torch.Generator().manual_seed(0))).bfloat16()
+    assert GroupNorm(4).bfloat16()(x).float().mean(2).abs().max() < 0.01

@@ -189,7 +189,7 @@ def gram(waveforms: Tensor, shape: tuple[int, int, int], lengths: Tensor | None 
     seen = wide.unfold(1, kernel, stride)
     exists = seen.new_ones(*seen.shape[:2], 1)
     if lengths is not None:
-        exists *= valid_rows(wide, lengths.to(wide.device), shape, seen.shape[1]).unsqueeze(2)
+        exists *= valid_rows(lengths.to(wide.device), shape, seen.shape[1]).unsqueeze(2)
         seen = seen * exists
     sums = exists.mT @ seen
     count = exists.sum(1, keepdim=True)
@@ -355,11 +355,9 @@ def _activate(frames: Tensor, norm: nn.Module | None) -> Tensor:
     return F.gelu(frames) if torch.is_grad_enabled() else torch.ops.aten.gelu_(frames)
 
 
-def valid_rows(waveforms: Tensor, lengths: Tensor | None, shape: tuple[int, int, int], num_rows: int) -> Tensor:
-    """Which outputs of the first convolution belong to each utterance, (B, R)."""
-    batch, samples = waveforms.shape
-    counted = torch.full((batch,), samples, device=waveforms.device) if lengths is None else lengths
-    return torch.arange(num_rows, device=waveforms.device) < conv_length([shape], counted).unsqueeze(1)
+def valid_rows(lengths: Tensor, shape: tuple[int, int, int], num_rows: int) -> Tensor:
+    """Which outputs of the first convolution belong to utterances of so many samples, (B, R)."""
+    return torch.arange(num_rows, device=lengths.device) < conv_length([shape], lengths).unsqueeze(1)
 
 
 def _first_rows(waveforms: Tensor, shapes: ConvShapes) -> Tensor:

@@ -33,7 +33,8 @@ class GroupNorm(nn.GroupNorm):
         """(B, C, T) to the same; ``exists`` (B, T) is False where a frame does not count in the statistics."""
         if exists is None:
             exists = x.new_ones(x.shape[0], x.shape[2], dtype=torch.bool)
-        wide, counts = x.to(torch.promote_types(x.dtype, torch.float32)), exists.unsqueeze(1).to(self.weight.dtype)
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        counts = exists.unsqueeze(1).to(wide.dtype)
         count = counts.sum(2, keepdim=True).clamp(min=1)
         centred = wide - (wide * counts).sum(2, keepdim=True) / count
         var = (centred.square() * counts).sum(2, keepdim=True) / count
@@ -151,7 +152,7 @@ class FeatureExtractor(nn.Module):
             if type(layers[0]) is not ConvLayerBlock or type(layers[0].layer_norm) is not GroupNorm:
                 return self._one_by_one(waveforms, lengths)
             shape = self.shapes[0]
-            exists = valid_rows(waveforms, lengths, shape, conv_length([shape], samples))
+            exists = valid_rows(lengths, shape, conv_length([shape], samples))
         x = layers[0](x) if exists is None else layers[0](x, exists)
         for layer in layers[1:]:
             x = layer(x)
