@@ -73,9 +73,8 @@ class Run:
             self.stop = stack.enter_context(StopFlag().listening())
             self.stop.immediate = True
             self.env = stack.enter_context(environment(run.device, use_deterministic=run.use_deterministic))
-            stack.callback(
-                setattr, self.stop, "immediate", False
-            )  # processes that end tell each other why, undisturbed
+            # Processes that end tell each other why, undisturbed.
+            stack.callback(setattr, self.stop, "immediate", False)
             self._on_main(lambda: self._take_folder(stack))
             self._stack = stack.pop_all()
         return self

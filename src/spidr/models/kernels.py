@@ -37,6 +37,9 @@ WIDE = 128
 NARROW = 16
 """Channels of a group below which a convolution leaves vectors of the processor partly empty."""
 
+FEW = 1 << 14
+"""Input elements below which expanding a kernel of such groups takes longer than convolving with it."""
+
 WEIGHTS_AT_A_TIME = 1 << 20
 """Attention weights that are computed together: so many stay in a core's cache."""
 
@@ -132,7 +135,7 @@ def _switched(kind: str) -> Iterator[None]:
 
 @contextmanager
 def _unswitched() -> Iterator[None]:
-    """Let no operation of ours in this thread use the switch: calling oneDNN would take longest."""
+    """Let no operation of ours in this thread use the switch, as small products cost more to start than to compute."""
     before, _thread.narrow = getattr(_thread, "narrow", False), True
     try:
         yield
@@ -323,13 +326,12 @@ def convolve(x: Tensor, conv: nn.Module) -> Tensor:
     x, weight, bias = autocast(x), autocast(conv.weight), None if conv.bias is None else autocast(conv.bias)
     if not multiplies_fast(x.dtype):
         return conv(x)
-    if is_lean(x):
-        return _GroupedConv.apply(x, weight, bias, conv.padding[0], conv.groups)
-    return _convolve_last(x, weight, bias, int(conv.padding[0]), conv.groups)
+    convolution = _GroupedConv.apply if is_lean(x) else _convolve_last
+    return convolution(x, weight, bias, int(conv.padding[0]), conv.groups)
 
 
 def _convolve_last(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int, groups: int) -> Tensor:
-    if weight.shape[1] < NARROW and x.numel() >= 1 << 14:
+    if weight.shape[1] < NARROW and x.numel() >= FEW:
         return convolve_by_products(x, weight, bias, padding, groups, chunk=4)
     image, kernels = (i.transpose(1, 2).contiguous().transpose(1, 2).unsqueeze(2) for i in (x, weight))
     return F.conv2d(image, kernels, bias, 1, (0, padding), 1, groups).squeeze(2)
