@@ -285,7 +285,7 @@ def test_signal_while_one_task_runs_and_another_still_starts(cluster: Cluster, t
 
         if os.environ["SLURM_PROCID"] == "1" and not starting.exists():
             starting.touch()
-            time.sleep(15)
+            time.sleep(9)
         return "x"
 
     class LoadedSlowly:
@@ -306,26 +306,27 @@ def test_signal_while_one_task_runs_and_another_still_starts(cluster: Cluster, t
     assert ran.read_text() == "x"
 
 
-@pytest.mark.parametrize("signal", ["USR2", "TERM"])
-def test_signal_before_python_can_handle_it(
-    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signal: str
-) -> None:
+def test_signal_before_python_can_handle_it(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """While the interpreter starts, which takes long where its files are far away."""
-    starting, ran = tmp_path / "starting", tmp_path / "ran"
+    signals = ("USR2", "TERM")
     code = f"""
 import os, pathlib, time
-if "SLURM_PROCID" in os.environ and not pathlib.Path({str(starting)!r}).exists():
-    pathlib.Path({str(starting)!r}).touch()
-    time.sleep(60)
+if "SLURM_PROCID" in os.environ:
+    starting = pathlib.Path({str(tmp_path)!r}, os.environ["SLURM_JOB_NAME"] + ".starting")
+    if not starting.exists():
+        starting.touch()
+        time.sleep(60)
 """
     (tmp_path / "sitecustomize.py").write_text(code, encoding="utf-8")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    job_id, folder = submit("starts", [(ran.touch, ())], tmp_path, ONE_TASK)
-    assert wait_for(starting.exists, 60)
-    cluster.run("scancel", f"--signal={signal}", job_id)
-    job = cluster.wait(job_id)
-    assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), logs(folder)
-    assert ran.exists()
+    jobs = {name: submit(name, [((tmp_path / f"{name}.ran").touch, ())], tmp_path, ONE_TASK) for name in signals}
+    for name, (job_id, _) in jobs.items():
+        assert wait_for((tmp_path / f"{name}.starting").exists, 60)
+        cluster.run("scancel", f"--signal={name}", job_id)
+    for name, (job_id, folder) in jobs.items():
+        job = cluster.wait(job_id)
+        assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), logs(folder)
+        assert (tmp_path / f"{name}.ran").exists()
 
 
 def test_task_that_fails_ends_the_job(cluster: Cluster, tmp_path: Path) -> None:
@@ -353,8 +354,6 @@ def test_task_that_ends_slowly_does_not_change_the_status(cluster: Cluster, tmp_
         import builtins
         import os
 
-        from spidr.environment import Preempted
-
         class EndsSlowly:
             def __del__(self, sleep: Any = time.sleep) -> None:
                 sleep(3)
@@ -362,6 +361,8 @@ def test_task_that_ends_slowly_does_not_change_the_status(cluster: Cluster, tmp_
         rank = int(os.environ["SLURM_PROCID"])
         if begun[rank].exists():
             return
+        from spidr.environment import Preempted
+
         begun[rank].touch()
         while not all(file.exists() for file in begun):
             time.sleep(0.1)
