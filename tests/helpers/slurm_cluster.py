@@ -236,7 +236,7 @@ def wait_for(condition: Callable[[], bool], seconds: float) -> bool:
 def is_running(pid: int | str) -> bool:
     """Whether a process exists and is not a zombie, which not every container's first process collects."""
     try:
-        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text("utf-8")
     except OSError:
         return False
 
