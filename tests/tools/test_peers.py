@@ -29,7 +29,7 @@ def test_a_frozen_process_is_not_waited_for(tmp_path: Path, frozen: int) -> None
     try:
         for rank, process in enumerate(ranks.processes):
             if rank != frozen:
-                process.join(90)
+                process.join(250)
                 assert process.exitcode == 1
     finally:
         ranks.processes[frozen].kill()
@@ -47,7 +47,7 @@ def _leave_one_after_the_other(folder: Path) -> Hooks:
     close, leave = Progress.close, Peers.leave
 
     def close_late(self: Progress) -> None:
-        assert os.environ["RANK"] == "1" or wait_for((folder / "go on").exists, 60)
+        assert os.environ["RANK"] == "1" or wait_for((folder / "go on").exists, 200)
         close(self)
 
     def leave_and_tell(self: Peers) -> None:
@@ -63,7 +63,7 @@ def test_another_signal_while_one_waits_for_the_other_to_end(tmp_path: Path) -> 
     ranks = Ranks(config, 2, Fault("step", 3, signal.SIGTERM), hooks=partial(_leave_one_after_the_other, tmp_path))
     pid = ranks.processes[1].pid
     assert pid is not None
-    assert wait_for((tmp_path / "1 leaves").exists, 60)
+    assert wait_for((tmp_path / "1 leaves").exists, 200)
     os.kill(pid, signal.SIGTERM)
     (tmp_path / "go on").touch()
     assert ranks.wait() == [75, 75], ranks.log.read_text()
@@ -80,7 +80,7 @@ def _fail_on_one_then_stop_the_other(folder: Path) -> Hooks:
     def on_model(model: DinoSR) -> None:
         if os.environ["RANK"] == "1":
             raise InputError("rank 1 finds a mistake")
-        assert wait_for((folder / "told").exists, 60)
+        assert wait_for((folder / "told").exists, 200)
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(60)
 
