@@ -14,6 +14,7 @@ from helpers.processes import Fault, Ranks
 from helpers.slurm_cluster import wait_for
 from helpers.tiny_run import write_config, write_recordings
 from spidr.models import DinoSR
+from spidr.tools import peers
 from spidr.tools.errors import InputError
 from spidr.tools.peers import Cause, Peers
 from spidr.tools.progress import Progress
@@ -41,6 +42,27 @@ def test_a_frozen_process_is_not_waited_for(tmp_path: Path, frozen: int) -> None
         assert len(told) == 1
         assert "rank 1 on " in told[0]
         assert "rank 1 on " in (tmp_path / "p/run/log_0.txt").read_text().splitlines()[-1]
+
+
+def _slow_store() -> Hooks:
+    look = Peers._look
+
+    def look_slowly(self: Peers) -> None:
+        time.sleep(peers.BEAT)
+        look(self)
+
+    Peers._look = look_slowly  # type: ignore[method-assign]
+    return Hooks()
+
+
+def test_a_dead_process_is_named_where_the_store_answers_slowly(tmp_path: Path) -> None:
+    """As on a busy machine, or with many processes: those that fail with it wait until its silence is noticed."""
+    config = write_config(tmp_path, write_recordings(tmp_path / "data", count=8), optimizer={"max_steps": 100})
+    ranks = Ranks(config, 3, Fault("step", 3, rank=1), hooks=_slow_store)
+    assert ranks.wait() == [1, -signal.SIGKILL, 1]
+    told = [line for line in ranks.log.read_text().splitlines() if line.startswith("error:")]
+    assert len(told) == 1
+    assert "rank 1 on " in told[0]
 
 
 def _leave_one_after_the_other(folder: Path) -> Hooks:
