@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch._inductor import config as inductor
 
-from helpers.processes import CONTEXT, free_port
+from helpers.ports import free_port
+from helpers.processes import CONTEXT
 from helpers.small_models import tiny_model
 from helpers.tiny_run import write_config
 from spidr import compiled, state

@@ -285,7 +285,7 @@ def test_signal_while_one_task_runs_and_another_still_starts(cluster: Cluster, t
 
         if os.environ["SLURM_PROCID"] == "1" and not starting.exists():
             starting.touch()
-            time.sleep(9)
+            time.sleep(15)
         return "x"
 
     class LoadedSlowly:

@@ -18,7 +18,7 @@ from spidr.config import DataConfig, read_config
 from spidr.data import build_dataloader
 from spidr.train import Hooks, State
 
-EPOCHS, WARM, EVERY = 300, 100, 10
+EPOCHS, WARM, EVERY = 500, 150, 10
 
 
 def _resident() -> int:
@@ -52,8 +52,9 @@ def test_many_epochs_take_no_more_memory_than_few(tmp_path: Path) -> None:
     seen = [json.loads(line) for line in (tmp_path / "seen").read_text("utf-8").splitlines()]
     epochs, memory, *counts = map(np.array, zip(*seen, strict=True))
     assert np.array_equal(np.diff(epochs), np.full(len(seen) - 1, EVERY))  # an epoch is one step
-    assert all(np.all(count == count[0]) for count in counts)  # threads and file descriptors
-    # The median slope over all pairs of points ignores a single jump of the allocator, but no leak of 10 kB an epoch.
+    # Threads and file descriptors. A heartbeat may have its file open just then; a leak never goes away again.
+    assert all(count[-10:].min() == count[:10].min() for count in counts)
+    # The median slope over all pairs of points ignores single jumps of the allocator, but no leak of 10 kB an epoch.
     first, second = np.triu_indices(len(seen), 1)
     slope = np.median((memory[second] - memory[first]) / (epochs[second] - epochs[first]))
     assert slope < 10_000
