@@ -1,7 +1,6 @@
 """The compiled forward that a GPU would run: one graph, few recompilations, same numbers, several processes."""
 
 import multiprocessing
-import socket
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch._inductor import config as inductor
 
+from helpers.ports import free_port
 from helpers.small_models import tiny_model
 from helpers.tiny_run import write_config
 from spidr import compiled, state
@@ -155,10 +155,7 @@ def _compiled(model: DinoSR, _: torch.device, *, compiles: bool) -> Any:
 
 def test_two_processes(tmp_path: Path) -> None:
     """DistributedDataParallel around a compiled model: one graph, and the same gradients."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
+    port, context = free_port(), multiprocessing.get_context("spawn")
     ranks = [context.Process(target=_rank, args=(rank, port, tmp_path)) for rank in range(2)]
     for process in ranks:
         tmp_path.joinpath(str(ranks.index(process))).mkdir()

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from helpers.processes import free_port
+from helpers.ports import free_port
 from helpers.tiny_run import write_config, write_recordings
 from spidr.environment import Preempted, StopFlag, choose_device, environment, find_meeting_place, ranks, seed_step
 from spidr.tools.errors import InputError
@@ -166,7 +166,7 @@ def test_command_lines_with_wrong_variables(tmp_path: Path, module: str, given: 
     done = subprocess.run(
         [sys.executable, "-m", module, *arguments],
         env=others | given | {"PYTHONPATH": path}, cwd=tmp_path,
-        capture_output=True, text=True, timeout=120, check=False,
+        capture_output=True, text=True, timeout=250, check=False,
     )  # fmt: skip
     assert done.returncode == 2
     assert next(line for line in done.stderr.splitlines() if line).startswith(message)

@@ -64,7 +64,7 @@ def test_console_script(tmp_path: Path, arguments: list[str], begin: str) -> Non
     script = tmp_path / "spidr"
     script.write_text(f"#!{sys.executable}\nfrom spidr.__main__ import spidr\nspidr()\n")
     done = subprocess.run(
-        [sys.executable, script, *arguments], capture_output=True, text=True, timeout=200, check=False
+        [sys.executable, script, *arguments], capture_output=True, text=True, timeout=250, check=False
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith(begin)
@@ -73,7 +73,7 @@ def test_console_script(tmp_path: Path, arguments: list[str], begin: str) -> Non
 def test_console_script_has_the_command_s_status(config: Path, tmp_path: Path) -> None:
     code = "import sys; sys.argv[0] = 'spidr'; from spidr.__main__ import spidr; spidr()"
     command = [sys.executable, "-c", code, "metrics", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=250, check=False)
     assert done.returncode == 2
     assert "not a run folder" in done.stderr
 
@@ -316,7 +316,7 @@ def test_the_command_ends_with_the_status_of_its_processes(config: Path) -> None
     document["data"]["manifest"] = "gone.csv"
     config.write_text(json.dumps(document), encoding="utf-8")
     code = f"import sys; from spidr.__main__ import _train_on_gpus; sys.exit(_train_on_gpus([{str(config)!r}], 2))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=250, check=False)
     assert done.returncode == 2
     assert "error: gone.csv: the manifest does not exist" in done.stderr
 
@@ -337,12 +337,12 @@ def end():
     environ = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *map(os.path.abspath, sys.path)])}
     command = [sys.executable, "-m", "spidr.train", str(long)]
     with subprocess.Popen(command, env=environ, stderr=subprocess.PIPE) as process:
-        assert wait_for(lambda: len(read_metrics(tmp_path / "p/long/metrics.jsonl")) > 3, 120)
+        assert wait_for(lambda: len(read_metrics(tmp_path / "p/long/metrics.jsonl")) > 3, 200)
         process.terminate()
-        assert wait_for(ending.exists, 120)
+        assert wait_for(ending.exists, 200)
         process.terminate()
         told.touch()
-        _, errors = process.communicate(timeout=120)
+        _, errors = process.communicate(timeout=250)
     assert process.returncode == 75, errors
 
 
@@ -361,9 +361,9 @@ def test_all_processes_save_when_the_command_is_told_to_stop(config: Path, tmp_p
     code = f"from spidr.__main__ import _train_on_gpus; _train_on_gpus([{str(long)!r}], 2)"
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
         run_dir = tmp_path / "p/long"
-        assert wait_for(lambda: len(read_metrics(run_dir / "metrics.jsonl")) > 3, 120)
+        assert wait_for(lambda: len(read_metrics(run_dir / "metrics.jsonl")) > 3, 200)
         process.terminate()
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=250)
     assert process.returncode == 128 + signal.SIGTERM, errors
     last = read_metrics(run_dir / "metrics.jsonl")[-1]["step"]
     assert (run_dir / f"step_{last}.pt").exists()

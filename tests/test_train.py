@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -323,7 +324,7 @@ def test_error_is_a_line_of_its_own(
     assert capsys.readouterr().err.startswith(f"{line_break}error: gone.toml: cannot be read")
 
 
-def slow_data_on_rank_1() -> Hooks:
+def slow_data_on_rank_1(slept: Path) -> Hooks:
     def build(*args: Any, **options: Any) -> SpeechLoader:
         loader = build_dataloader(*args, **options)
         epoch = loader.epoch
@@ -332,6 +333,7 @@ def slow_data_on_rank_1() -> Hooks:
             for number, batch in enumerate(epoch(*where)):
                 if where == (0, 0) and number == 1:
                     time.sleep(peers.SILENCE + 2)  # longer than others wait for a dead process
+                    slept.touch()
                 yield batch
 
         if options["rank"] == 1:
@@ -343,9 +345,8 @@ def slow_data_on_rank_1() -> Hooks:
 
 def test_processes_wait_for_one_with_slow_data(tmp_path: Path, manifest: Path) -> None:
     config = write_config(tmp_path, manifest, optimizer={"max_steps": 3})
-    start = time.monotonic()
-    lines = read_metrics(complete(config, 2, slow_data_on_rank_1) / "metrics.jsonl")
-    assert time.monotonic() - start > 6
+    lines = read_metrics(complete(config, 2, partial(slow_data_on_rank_1, tmp_path / "slept")) / "metrics.jsonl")
+    assert (tmp_path / "slept").exists()
     assert [line["step"] for line in lines if line["group"] == "train"] == [1, 2, 3]
 
 

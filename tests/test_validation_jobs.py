@@ -179,7 +179,7 @@ def test_validation_jobs(cluster: Cluster, tmp_path: Path, cfg: Config, capsys: 
     """A failed job is named with its log, and repeated; then old checkpoints are removed."""
     (cfg.run.dir / "step_20.pt").rename(tmp_path / "moved.pt")
     jobs = submit_all(cfg, 0, 20, 40)
-    assert wait_for(lambda: not jobs.pending(), 120), logs(jobs.folder)
+    assert wait_for(lambda: not jobs.pending(), 200), logs(jobs.folder)
     assert main([str(cfg.run.dir)]) == 1
     said = capsys.readouterr()
     assert said.out == "2 lines collected\n"
@@ -198,7 +198,7 @@ def test_validation_jobs(cluster: Cluster, tmp_path: Path, cfg: Config, capsys: 
     (tmp_path / "moved.pt").rename(cfg.run.dir / "step_20.pt")
     jobs.submit_again(cfg)
     jobs.close()
-    assert wait_for(lambda: not jobs.pending(), 120), logs(jobs.folder)
+    assert wait_for(lambda: not jobs.pending(), 200), logs(jobs.folder)
     assert main([str(cfg.run.dir)]) == 0
     assert capsys.readouterr().out == "1 lines collected\n"
     assert not (cfg.run.dir / "step_20.pt").exists()

@@ -129,7 +129,7 @@ def test_a_full_disk(checkpoint: Path, tmp_path: Path) -> None:
     )
     options = ["--model", checkpoint, "--layer", LAYER, "--threads", 1]
     arguments = command("units", tmp_path / "audio", tmp_path / "u.jsonl", *options)[3:]
-    result = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, timeout=120)
+    result = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, timeout=250)
     assert result.returncode == 2, result.stderr
     assert re.fullmatch(
         r"error: .*u\.jsonl\.unfinished/.*/0\.jsonl: cannot be written \(File too large\): .*\n", result.stderr
@@ -142,8 +142,25 @@ def command(*arguments: object) -> list[str]:
     return [sys.executable, "-m", "spidr.extract", *map(str, arguments), "--quiet"]
 
 
+STOPS_HALFWAY = """
+import itertools, sys, threading
+from spidr.data import audio
+from spidr.extract.__main__ import main
+
+read, reads = audio.read_audio, itertools.count()
+
+def read_half(where):
+    if next(reads) >= 36:
+        threading.Event().wait()
+    return read(where)
+
+audio.read_audio = read_half
+sys.exit(main())
+"""
+
+
 def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 200
     while not condition():
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
@@ -186,7 +203,8 @@ def test_killed_and_started_again(
         }
 
     options = ["--model", checkpoint, "--layer", LAYER, "--threads", 1]
-    with subprocess.Popen(command(kind, prompts, out, *options), stderr=subprocess.PIPE, text=True) as process:
+    halfway = [sys.executable, "-c", STOPS_HALFWAY, *command(kind, prompts, out, *options)[3:]]
+    with subprocess.Popen(halfway, stderr=subprocess.PIPE, text=True) as process:
         wait_until(lambda: len(done()) >= 5, process)
         process.send_signal(signal.SIGKILL)
     before = done()
@@ -228,5 +246,5 @@ def test_processes_share_the_work(checkpoint: Path, prompts: Path, undisturbed: 
     ]
     options = ["--model", checkpoint, "--layer", LAYER, "--batch-seconds", 20]
     arguments = command("units", prompts, tmp_path / "u.jsonl", *options)[3:]
-    subprocess.run([*launch, *arguments], check=True, timeout=200, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    subprocess.run([*launch, *arguments], check=True, timeout=250, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert (tmp_path / "u.jsonl").read_bytes() == (undisturbed / "u.jsonl").read_bytes()

@@ -187,7 +187,7 @@ def test_benchmark() -> None:
     """It runs without the published package."""
     benchmark = Path(__file__).parents[2] / "benchmarks" / "extract.py"
     result = subprocess.run(
-        [sys.executable, benchmark, PROMPTS, "--quick"], capture_output=True, text=True, timeout=200, check=True
+        [sys.executable, benchmark, PROMPTS, "--quick"], capture_output=True, text=True, timeout=250, check=True
     )
     table = [line.split("|") for line in result.stdout.splitlines() if line.startswith("|")]
     assert [cells[1].strip() for cells in table[2:]] == ["units of layer 6"] * 2 + ["features of layer 6"] * 2

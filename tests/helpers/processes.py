@@ -7,7 +7,6 @@ import itertools
 import multiprocessing
 import os
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from typing import Any
 
 import torch
 
+from helpers.ports import free_port
 from helpers.tiny_run import MEASURED
 from spidr.config import read_config
 from spidr.tools.command import command
@@ -83,12 +83,6 @@ def _rank(config: Path, rank: int, world_size: int, port: int, log: Path, fault:
     sys.exit(command(train)(read_config(config), hooks() if hooks is not None else None))
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
 class Ranks:
     """The processes of a run."""
 
@@ -111,7 +105,7 @@ class Ranks:
         for process in self.processes:
             process.start()
 
-    def wait(self, timeout: float = 120) -> list[int | None]:
+    def wait(self, timeout: float = 250) -> list[int | None]:
         """Exit status of each rank; raises if one does not end in time."""
         deadline = time.monotonic() + timeout
         for process in self.processes:
@@ -123,7 +117,7 @@ class Ranks:
         return [process.exitcode for process in self.processes]
 
 
-def complete(config: Path, world_size: int = 1, hooks: Callable[[], Any] | None = None, timeout: float = 120) -> Path:
+def complete(config: Path, world_size: int = 1, hooks: Callable[[], Any] | None = None, timeout: float = 250) -> Path:
     """Run to the end. Returns the run's folder."""
     ranks = Ranks(config, world_size, hooks=hooks)
     assert ranks.wait(timeout) == [0] * world_size, ranks.log.read_text()

@@ -20,6 +20,8 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
+from helpers.ports import free_port
+
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "sinfo", "scancel")
 SEARCH_PATH = os.environ["PATH"] + os.pathsep + "/usr/sbin"
 GPU_FILES = ("/dev/null", "/dev/zero")
@@ -231,6 +233,14 @@ def wait_for(condition: Callable[[], bool], seconds: float) -> bool:
     return True
 
 
+def is_running(pid: int | str) -> bool:
+    """Whether a process exists and is not a zombie, which not every container's first process collects."""
+    try:
+        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text("utf-8")
+    except OSError:
+        return False
+
+
 def logs(folder: Path) -> str:
     """All output of a job's tasks and of SLURM."""
     return "\n".join(path.read_text() for path in sorted(folder.rglob("*.err")) + sorted(folder.glob("*.log")))
@@ -254,8 +264,7 @@ def _resolves_to_loopback(host: str) -> bool:
 
 
 def _free_ports(count: int) -> list[int]:
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
+    found: set[int] = set()
+    while len(found) < count:
+        found.add(free_port())
+    return list(found)

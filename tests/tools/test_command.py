@@ -24,7 +24,7 @@ def run(body: str, redirection: str = "") -> subprocess.CompletedProcess[str]:
     """Run a command in its own process, as a shell does."""
     code = HEAD.format(body=body.replace("\n", "\n    "))
     shell = ["bash", "-o", "pipefail", "-c", f'"$0" -c "$1" {redirection}', sys.executable, code]
-    return subprocess.run(shell, capture_output=True, text=True, timeout=200, check=False)
+    return subprocess.run(shell, capture_output=True, text=True, timeout=250, check=False)
 
 
 @pytest.mark.parametrize(

@@ -92,7 +92,7 @@ def test_only_leftovers_of_our_killed_processes_are_removed(tmp_path: Path) -> N
         begun = context.Event()
         process = context.Process(target=_write_for_ever, args=(tmp_path, begun))
         process.start()
-        assert begun.wait(30)
+        assert begun.wait(200)
         others = {".notes.tmp", ".step_3.pt.77.tmp", "step_2.pt", ".spidr-.tmp"}
         for name in others:
             (tmp_path / name).touch()

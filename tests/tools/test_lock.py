@@ -32,7 +32,7 @@ def holder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[multipro
     held = CONTEXT.Event()
     process = CONTEXT.Process(target=_hold, args=(tmp_path, held))
     process.start()
-    assert held.wait(30)
+    assert held.wait(200)
     yield process
     process.kill()
     process.join()
@@ -42,7 +42,9 @@ def rewrite(path: Path, **changes: str) -> None:
     """Change a lock's file to what another machine would have written."""
     fields = json.loads(path.read_text("utf-8"))
     fields["process"] |= {k: v for k, v in changes.items() if k in fields["process"]}
-    path.write_text(json.dumps(fields | {k: v for k, v in changes.items() if k in fields}), encoding="utf-8")
+    aside = path.with_name("aside")
+    aside.write_text(json.dumps(fields | {k: v for k, v in changes.items() if k in fields}), encoding="utf-8")
+    aside.replace(path)  # at once: the owner reads it, too
 
 
 @pytest.mark.parametrize("name", ["", "table.jsonl", "ä" * 120])
@@ -73,21 +75,22 @@ def test_the_lock_of_a_killed_process_is_taken_over_even_before_it_is_reaped(
 def test_the_lock_of_another_machine_is_judged_by_its_heartbeats(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, holder: multiprocessing.context.ForkProcess
 ) -> None:
-    monkeypatch.setattr(lock, "SILENCE", 3.0)
     rewrite(tmp_path / ".spidr.lock", machine="elsewhere", host="node7")
     with pytest.raises(InputError, match="on node7"), Lock(tmp_path, "is writing here"):
         pass
     os.kill(holder.pid, signal.SIGKILL)
+    monkeypatch.setattr(lock, "SILENCE", 3.0)
     with Lock(tmp_path, "is writing here"):
         pass
 
 
 def test_a_lock_without_a_name_is_taken_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without waiting for the silence of an owner that has one."""
     monkeypatch.setattr(lock, "BEAT", 0.2)
+    monkeypatch.setattr(lock, "SILENCE", 10_000.0)
     (tmp_path / ".spidr.lock").touch()
-    start = time.monotonic()
     with Lock(tmp_path, "is writing here"):
-        assert time.monotonic() - start < lock.SILENCE / 4
+        pass
     assert list(tmp_path.iterdir()) == []
 
 
@@ -99,7 +102,7 @@ def test_a_lock_of_the_same_job_is_waited_for(
     lingering = CONTEXT.Process(target=_kill_later, args=(holder.pid,))
     lingering.start()
     with Lock(tmp_path, "is writing here"):
-        holder.join(10)
+        holder.join(100)
         assert not holder.is_alive()
     lingering.join()
 
@@ -113,7 +116,7 @@ def test_a_process_that_was_taken_for_dead_notices(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(lock, "BEAT", 0.05)
     with Lock(tmp_path, "is writing here") as held:
         rewrite(tmp_path / ".spidr.lock", token="another", host="node7")
-        held._thread.join(30)
+        held._thread.join(200)
         with pytest.raises(InputError, match=r"on node7.* has taken over"):
             held.check()
     assert (tmp_path / ".spidr.lock").exists()  # it belongs to the other process
@@ -139,16 +142,16 @@ def test_many_processes_get_the_lock_one_after_another(tmp_path: Path) -> None:
     for process in processes:
         process.start()
     # A stale lock, which all processes find at once.
-    (tmp_path / ".spidr.lock").write_text(json.dumps(_dead()))
+    (tmp_path / ".spidr.lock").write_text(json.dumps(_dead(tmp_path)))
     start.set()
     for process in processes:
-        process.join(60)
+        process.join(200)
     assert (tmp_path / "total").read_text() == "80"
     assert [path.name for path in tmp_path.iterdir()] == ["total"]
 
 
-def _dead() -> dict[str, object]:
-    with Lock(Path("/tmp"), "is tried") as held:
+def _dead(folder: Path) -> dict[str, object]:
+    with Lock(folder / "other", "is tried") as held:
         fields: dict[str, object] = json.loads(held.path.read_text())
     fields["process"] = {**fields["process"], "started": "1"}  # type: ignore[dict-item]
     return fields

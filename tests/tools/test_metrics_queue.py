@@ -71,7 +71,7 @@ def logged(run_dir: Path) -> list[dict[str, Any]]:
 
 def assert_logged(run_dir: Path, rows: list[dict[str, Any]]) -> None:
     """Check what wandb has; its service may write shortly after a run has finished."""
-    assert wait_for(lambda: logged(run_dir) == rows, 120), logged(run_dir)
+    assert wait_for(lambda: logged(run_dir) == rows, 200), logged(run_dir)
 
 
 def row(group: str, step: int) -> dict[str, float]:

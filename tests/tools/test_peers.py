@@ -14,6 +14,7 @@ from helpers.processes import Fault, Ranks
 from helpers.slurm_cluster import wait_for
 from helpers.tiny_run import write_config, write_recordings
 from spidr.models import DinoSR
+from spidr.tools import peers
 from spidr.tools.errors import InputError
 from spidr.tools.peers import Cause, Peers
 from spidr.tools.progress import Progress
@@ -29,7 +30,7 @@ def test_a_frozen_process_is_not_waited_for(tmp_path: Path, frozen: int) -> None
     try:
         for rank, process in enumerate(ranks.processes):
             if rank != frozen:
-                process.join(90)
+                process.join(250)
                 assert process.exitcode == 1
     finally:
         ranks.processes[frozen].kill()
@@ -43,11 +44,32 @@ def test_a_frozen_process_is_not_waited_for(tmp_path: Path, frozen: int) -> None
         assert "rank 1 on " in (tmp_path / "p/run/log_0.txt").read_text().splitlines()[-1]
 
 
+def _slow_store() -> Hooks:
+    look = Peers._look
+
+    def look_slowly(self: Peers) -> None:
+        time.sleep(peers.BEAT)
+        look(self)
+
+    Peers._look = look_slowly  # type: ignore[method-assign]
+    return Hooks()
+
+
+def test_a_dead_process_is_named_where_the_store_answers_slowly(tmp_path: Path) -> None:
+    """As on a busy machine, or with many processes: those that fail with it wait until its silence is noticed."""
+    config = write_config(tmp_path, write_recordings(tmp_path / "data", count=8), optimizer={"max_steps": 100})
+    ranks = Ranks(config, 3, Fault("step", 3, rank=1), hooks=_slow_store)
+    assert ranks.wait() == [1, -signal.SIGKILL, 1]
+    told = [line for line in ranks.log.read_text().splitlines() if line.startswith("error:")]
+    assert len(told) == 1
+    assert "rank 1 on " in told[0]
+
+
 def _leave_one_after_the_other(folder: Path) -> Hooks:
     close, leave = Progress.close, Peers.leave
 
     def close_late(self: Progress) -> None:
-        assert os.environ["RANK"] == "1" or wait_for((folder / "go on").exists, 60)
+        assert os.environ["RANK"] == "1" or wait_for((folder / "go on").exists, 200)
         close(self)
 
     def leave_and_tell(self: Peers) -> None:
@@ -63,7 +85,7 @@ def test_another_signal_while_one_waits_for_the_other_to_end(tmp_path: Path) -> 
     ranks = Ranks(config, 2, Fault("step", 3, signal.SIGTERM), hooks=partial(_leave_one_after_the_other, tmp_path))
     pid = ranks.processes[1].pid
     assert pid is not None
-    assert wait_for((tmp_path / "1 leaves").exists, 60)
+    assert wait_for((tmp_path / "1 leaves").exists, 200)
     os.kill(pid, signal.SIGTERM)
     (tmp_path / "go on").touch()
     assert ranks.wait() == [75, 75], ranks.log.read_text()
@@ -80,7 +102,7 @@ def _fail_on_one_then_stop_the_other(folder: Path) -> Hooks:
     def on_model(model: DinoSR) -> None:
         if os.environ["RANK"] == "1":
             raise InputError("rank 1 finds a mistake")
-        assert wait_for((folder / "told").exists, 60)
+        assert wait_for((folder / "told").exists, 200)
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(60)
 

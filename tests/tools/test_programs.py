@@ -10,7 +10,7 @@ from signal import Signals
 
 import pytest
 
-from helpers.slurm_cluster import wait_for
+from helpers.slurm_cluster import is_running, wait_for
 from spidr.tools.programs import run_program
 
 
@@ -30,7 +30,7 @@ def test_all_its_children_end_at_the_limit(tmp_path: Path) -> None:
         run_program(["bash", "-c", f"echo $$ > {pids}; sleep 100 & echo $! >> {pids}; wait"], limit=5)
     started = pids.read_text().split()
     assert len(started) == 2
-    assert wait_for(lambda: not any(Path(f"/proc/{pid}/cmdline").exists() for pid in started), 60)
+    assert wait_for(lambda: not any(map(is_running, started)), 200)
 
 
 RUN_AND_FORK = """
@@ -82,7 +82,7 @@ def test_signals_to_a_job_do_not_end_it(tmp_path: Path) -> None:
     script = f"echo $$ > {started}; until [ -e {gate} ]; do sleep 0.05; done; echo 34"
     command = [sys.executable, "-c", RUN_ONCE, script]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
-        assert wait_for(lambda: started.exists() and started.read_text().endswith("\n"), 60)
+        assert wait_for(lambda: started.exists() and started.read_text().endswith("\n"), 200)
         for number in (Signals.SIGTERM, Signals.SIGUSR1, Signals.SIGUSR2, Signals.SIGINT):
             os.killpg(process.pid, number)
             os.kill(int(started.read_text()), number)

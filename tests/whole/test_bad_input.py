@@ -19,7 +19,8 @@ import pytest
 import soundfile
 import torch
 
-from helpers.processes import CONTEXT, free_port
+from helpers.ports import free_port
+from helpers.processes import CONTEXT
 from helpers.tiny_run import write_config, write_recordings
 from spidr.data import read_manifest
 from spidr.data.write_manifest import write_manifest_tar
@@ -284,7 +285,7 @@ def test_one_message_for_all_processes(tmp_path: Path) -> None:
         "-m", "spidr.train", str(config),
     ]  # fmt: skip
     done = subprocess.run(
-        torchrun, capture_output=True, text=True, timeout=200, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        torchrun, capture_output=True, text=True, timeout=250, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"}
     )
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode != 0

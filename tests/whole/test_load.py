@@ -50,7 +50,8 @@ def test_a_thousand_epochs_take_no_more_than_two_hundred(tmp_path: Path) -> None
     seen = [json.loads(line) for line in (tmp_path / "seen").read_text("utf-8").splitlines()]
     epochs, memory, *counts = map(np.array, zip(*seen, strict=True))
     assert np.array_equal(np.diff(epochs), np.full(len(seen) - 1, EVERY))  # an epoch is one step
-    assert all(np.all(count == count[0]) for count in counts)  # threads and file descriptors
+    # Threads and file descriptors. A heartbeat may have its file open just then; a leak never goes away again.
+    assert all(count[-10:].min() == count[:10].min() for count in counts)
     # The median slope over all pairs of points ignores a single jump of the allocator, but not a leak.
     first, second = np.triu_indices(len(seen), 1)
     slope = np.median((memory[second] - memory[first]) / (epochs[second] - epochs[first]))
