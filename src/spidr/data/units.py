@@ -31,9 +31,10 @@ def read_units(path: str | Path, *, names: Sequence[str] | None = None) -> Units
 
     Args:
         path: Lines of JSON or of Python's dictionaries (also gzipped, ``.gz``) or Parquet (``.parquet``) with the
-            recording's ``fileid`` (or ``name``, ``file``, ``file_name``, ``audio``), its ``units`` (or ``hubert``), a list or text, and, if runs of the same
-            unit are merged, ``durations`` (or ``duration``) in frames. Or text: lines ``NAME|71 12 …``, or units alone
-            (``.km``). Or a folder of ``.npy`` files, one per recording, at any depth.
+            recording's ``fileid`` (or ``name``, ``file``, ``file_name``, ``audio``), its ``units`` (or ``hubert``), a
+            list or text, and, if runs of the same unit are merged, ``durations`` (or ``duration``) in frames. Or text:
+            lines ``NAME|71 12 …``, or units alone (``.km``). Or a folder of ``.npy`` files, one per recording, at any
+            depth.
         names: The recordings of lines without names, in order. None: those of the fairseq manifest (``.tsv``) beside
             the file.
 
