@@ -23,6 +23,7 @@ EXPECTED = {"x/a": [4, 4, 4, 2], "b": [7]}
         [{"file_name": "x/a", "units": [4, 2], "duration": [3, 1]}, {"file_name": "b", "units": [7], "duration": [1]}],
         [{"audio": "x/a", "units": "4 4 4 2", "speaker": "s"}, {"audio": "b", "units": "7", "speaker": "s"}],
         [{"audio": "x/a", "hubert": "4 4 4 2", "duration": 0.08}, {"audio": "b", "hubert": [7], "duration": 0.02}],
+        ["{'audio': 'x/a', 'hubert': '4 4 4 2', 'duration': 0.08}", "{'audio': 'b', 'hubert': '7', 'duration': 0.02}"],
         [{"fileid": "x/a", "units": [4.0, 2.0], "durations": [3.0, 1]}, {"fileid": "b", "units": [7.0]}],
         ["x/a|4 4 4 2", "b | 7"],
         ["\ufeffx/a|4 4 4 2", "", "b|7", ""],
@@ -43,7 +44,7 @@ def test_parquet_and_folders(tmp_path: Path) -> None:
     for name, units in EXPECTED.items():
         file = tmp_path / "folder" / f"{name}.npy"
         file.parent.mkdir(parents=True, exist_ok=True)
-        np.save(file, np.array(units, np.int16))
+        np.save(file, np.array(units, np.float32 if name == "b" else np.int16))
     (tmp_path / "folder" / "._a.npy").write_bytes(b"macOS")
     for path in (tmp_path / "u.parquet", tmp_path / "folder"):
         assert {name: units.tolist() for name, units in read_units(path).items()} == EXPECTED
@@ -69,6 +70,9 @@ def test_lines_without_names(tmp_path: Path) -> None:
     [
         ("", "no units in the file"),
         ("{", "row 1: not JSON"),
+        ("{'audio': 'a', 'hubert'", "row 1: not JSON"),
+        ("{'audio': 'a', 'hubert': print(1)}", "row 1: not JSON"),
+        ("{'audio': " + "[" * 10_000, "row 1: not JSON"),
         ('["a"]', "row 1: expected `fileid` and `units`"),
         ('{"fileid": "a"}', "row 1: expected"),
         ('{"fileid": 3, "units": [1]}', "row 1: expected"),

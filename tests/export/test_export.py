@@ -127,7 +127,9 @@ FEW = {"encoder_num_layers": 3, "num_codebooks": 2, "encoder_pos_conv_depth": 1}
 def test_onnx(tmp_path: Path, capfd: pytest.CaptureFixture[str], model_type: str, changes: dict[str, Any]) -> None:
     model = trained(model_type, {**FEW, **changes})
     before = {name: value.clone() for name, value in model.state_dict().items()}
+    random = torch.get_rng_state()
     export_onnx(model, tmp_path / "encoder.onnx", layers=[2, 1])
+    assert torch.equal(torch.get_rng_state(), random)
     assert capfd.readouterr() == ("", "")
     assert [path.name for path in tmp_path.iterdir()] == ["encoder.onnx"]
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

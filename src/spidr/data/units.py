@@ -1,5 +1,6 @@
 """Read discrete units, one sequence per recording, in the formats of several programs."""
 
+import ast
 import os
 from collections.abc import Iterator, Sequence
 from glob import escape
@@ -29,10 +30,11 @@ def read_units(path: str | Path, *, names: Sequence[str] | None = None) -> Units
     """Read the units of recordings.
 
     Args:
-        path: JSON lines (also gzipped, ``.gz``) or Parquet (``.parquet``) with the recording's ``fileid`` (or ``name``,
-            ``file``, ``file_name``, ``audio``), its ``units`` (or ``hubert``), a list or text, and, if runs of the same
-            unit are merged, ``durations`` (or ``duration``) in frames. Or text: lines ``NAME|71 12 …``, or units alone
-            (``.km``). Or a folder of ``.npy`` files, one per recording, at any depth.
+        path: Lines of JSON or of Python's dictionaries (also gzipped, ``.gz``) or Parquet (``.parquet``) with the
+            recording's ``fileid`` (or ``name``, ``file``, ``file_name``, ``audio``), its ``units`` (or ``hubert``), a
+            list or text, and, if runs of the same unit are merged, ``durations`` (or ``duration``) in frames. Or text:
+            lines ``NAME|71 12 …``, or units alone (``.km``). Or a folder of ``.npy`` files, one per recording, at any
+            depth.
         names: The recordings of lines without names, in order. None: those of the fairseq manifest (``.tsv``) beside
             the file.
 
@@ -94,10 +96,19 @@ def _lines(path: Path) -> Iterator[tuple[str, Any]]:
         row: Any = {"name": name.strip(), "units": sequence} if bar else {"units": line}
         if line[0] in "{[":
             try:
-                row = parse_json(line)
+                # Unit vocoders' tools print Python's dictionaries.
+                row = _parse_python(line) if line.startswith("{'") else parse_json(line)
             except ValueError as error:
                 raise InputError(f"{path}: row {number}: not JSON ({error}).") from None
         yield f"row {number}", row
+
+
+def _parse_python(text: str) -> Any:
+    """Parse a Python literal. Raises ValueError if it is none, or is nested too deeply."""
+    try:
+        return ast.literal_eval(text)
+    except (SyntaxError, TypeError, RecursionError, MemoryError) as error:
+        raise ValueError(f"nor a Python literal: {first_line(error)}") from None
 
 
 def _named(path: Path, names: Sequence[str] | None) -> Iterator[tuple[str, Any]]:
@@ -118,7 +129,7 @@ def _arrays(folder: Path) -> Iterator[tuple[str, Any]]:
         check_file(file)
         try:
             array = np.load(file, mmap_mode="r")
-            if array.ndim != 1 or array.dtype.kind not in "iu":
+            if array.ndim != 1 or not (array.dtype.kind in "iu" or _whole(array)):
                 raise ValueError(f"{array.dtype} of shape {array.shape}, expected a vector of integers")
         except Exception as error:  # a damaged file can fail in any way
             raise InputError(f"{file}: no units of a recording ({first_line(error)})") from None
@@ -160,7 +171,11 @@ def _integers(values: Any) -> NDArray[np.int64]:
     if not isinstance(values, list) or not set(map(type, values)) <= {int, float}:
         raise TypeError
     array = np.array(values or [0])[: len(values)]
-    # Other programs write 27.0.
-    if array.dtype != np.int64 and not ((array == np.floor(array)) & (abs(array) < 2**53)).all():
+    if array.dtype != np.int64 and not _whole(array):
         raise ValueError
     return array.astype(np.int64)
+
+
+def _whole(array: NDArray[Any]) -> bool:
+    """Whether floats are integers, as other programs write 27.0."""
+    return array.dtype.kind == "f" and bool(((array == np.floor(array)) & (abs(array) < 2**53)).all())

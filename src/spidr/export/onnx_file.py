@@ -68,7 +68,7 @@ def export_onnx(model: DinoSR, output: str | Path, *, layers: Sequence[int] | No
 def _graph(encoder: "_Encoder", metadata: dict[str, str]) -> bytes:
     batch, samples = torch.export.Dim("batch"), torch.export.Dim("samples", min=encoder.min_samples)
     # Unlike any dimension of the model, or the exporter could take these for constants.
-    example = torch.randn(3, 4 * encoder.min_samples + 17)
+    example = torch.randn(3, 4 * encoder.min_samples + 17, generator=torch.Generator())
     lengths = torch.tensor([example.shape[1], example.shape[1] - 5, 2 * encoder.min_samples])
     with torch.no_grad(), _quiet():
         program: Any = torch.onnx.export(
