@@ -95,7 +95,7 @@ def test_names_that_are_numbers_stay_as_they_are(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["m.tsv", "list.txt"])
 def test_fairseq(tmp_path: Path, name: str) -> None:
     file = tmp_path / name
-    file.write_text('/a\nsub/0017.wav\t16000\nb".c.wav\t3\n/elsewhere/noext\t4\n\n')
+    file.write_text('/a\nsub/0017.wav\t16000.0\nb".c.wav\t3\n/elsewhere/noext\t4\n\n')
     assert read_manifest(file).to_dict(as_series=False) == {
         "fileid": ["sub/0017.wav", 'b".c.wav', "/elsewhere/noext"],
         "path": ["/a/sub/0017.wav", '/a/b".c.wav', "/elsewhere/noext"],

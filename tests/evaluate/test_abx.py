@@ -124,6 +124,8 @@ def test_bad_features(tmp_path: Path) -> None:
         scorer.score(frames(s1=[[1, 0]] * 3))
     with pytest.raises(InputError, match="not finite"):
         scorer.score(frames(s1=[[1, 0]] * 3, s2=[[np.nan, 0]]))
+    with pytest.raises(InputError, match="distance: found 'cos', expected one of angular, euclidean"):
+        scorer.score(frames(s1=[[1, 0]] * 3, s2=[[1, 0]]), "cos")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

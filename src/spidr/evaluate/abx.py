@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from itertools import groupby, pairwise
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -212,6 +212,8 @@ class Scorer:
 
 def _comparable(data: torch.Tensor, distance: Distance) -> torch.Tensor:
     """Check that a distance between frames (T, D) exists, and scale them to make it exact enough in float32."""
+    if distance not in get_args(Distance):
+        raise InputError(f"distance: found {distance!r}, expected one of {', '.join(get_args(Distance))}")
     if distance == "identical":
         if data.shape[1] != 1:
             raise InputError(f"the distance 'identical' is for units; the features have {data.shape[1]} dimensions")
