@@ -13,6 +13,7 @@ import soundfile
 import torch
 
 from helpers.extraction import LAYER, QUIET, noise, read, rows, small, units
+from helpers.memory import PEAK
 from spidr.extract import Options, extract_features, extract_units
 from spidr.models import DinoSR
 from spidr.tools.errors import InputError
@@ -279,17 +280,18 @@ def test_features_of_a_long_recording_are_an_ordinary_array(checkpoint: Path, tm
     assert torch.equal(torch.load(tmp_path / "pt" / "a.pt"), torch.from_numpy(found))
 
 
-MEASURE = """
+MEASURE = (
+    PEAK
+    + """
 import sys
-from pathlib import Path
 from spidr.extract import Options, extract_features, extract_units
 options = Options(window=30, progress=False, threads=1)
 for source in sys.argv[3:]:
     extract_units(source, source + ".jsonl", model=sys.argv[1], layer=3, options=options)
     extract_features(source, sys.argv[2], model=sys.argv[1], layer=3, options=options)
-    # ru_maxrss begins at the peak of the process that started this one.
-    print(int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) // 1024)
+    print(peak() // 1024)
 """
+)
 
 
 def test_memory_does_not_grow_with_a_recording_in_windows(checkpoint: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from helpers.memory import PEAK
 from helpers.small_models import tiny_model
 from spidr.models import DinoSR, convolutions, long
 from spidr.tools import waveforms
@@ -119,14 +120,13 @@ def test_wrong_windows(options: dict[str, float], message: str) -> None:
             getattr(tiny_model(), method)(batch(), layer=4, **options)
 
 
-MEASURE = """
+MEASURE = (
+    PEAK
+    + """
 import sys, torch
-from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from helpers.small_models import tiny_model
 from spidr.config import DEFAULT_CONV_LAYER_CONFIG
-def peak():  # ru_maxrss begins at the peak of the process that started this one
-    return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
 shapes = [(64, kernel, stride) for _, kernel, stride in DEFAULT_CONV_LAYER_CONFIG]
 model = tiny_model(extractor_conv_layer_config=shapes, encoder_num_heads=1, encoder_num_layers=1, num_codebooks=1)
 model.eval().encode(torch.randn(1, 16_000), layer=1)
@@ -134,6 +134,7 @@ before = peak()
 features, _ = model.encode(torch.randn(1, 600 * 16_000), layer=1)
 print(features.shape[1], peak() - before)
 """
+)
 
 
 def test_memory_for_ten_minutes() -> None:

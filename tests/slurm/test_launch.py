@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from helpers.slurm_cluster import Cluster, logs, wait_for
+from helpers.slurm_cluster import Cluster, is_running, logs, wait_for
 from helpers.tiny_run import write_config, write_recordings
 from spidr.__main__ import main
 from spidr.config import SlurmConfig
@@ -92,7 +92,7 @@ def test_sbatch_that_hangs(tmp_path: Path, sbatch: Path, monkeypatch: pytest.Mon
         submit("the name", [(print, ())], tmp_path / "dump", ONE_TASK)
     pids = (tmp_path / "pids").read_text().split()
     assert len(pids) == 2
-    assert wait_for(lambda: not any(Path(f"/proc/{pid}/cmdline").exists() for pid in pids), 60)
+    assert wait_for(lambda: not any(map(is_running, pids)), 60)
     assert (tmp_path / "dump/the name/call_0.pkl").exists()
 
 

@@ -23,6 +23,7 @@ import pytest
 import soundfile
 import torch
 
+from helpers.memory import PEAK
 from helpers.small_models import tiny_model
 from helpers.tiny_run import write_config, write_recordings
 from spidr.config import read_config
@@ -93,9 +94,10 @@ def test_text_nested_ten_thousand_deep(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------------------------------------------------
 # Memory
 
-LIMITED = """\
+LIMITED = (
+    PEAK
+    + """
 import sys
-from pathlib import Path
 import numpy, polars, torch
 from spidr.tools.errors import InputError
 from spidr.data.alignments import read_alignments
@@ -104,8 +106,6 @@ from spidr.data.units import read_units
 from spidr.extract.kmeans import KMeans
 from spidr.models.fairseq import load_fairseq_weights
 from spidr.models.hub import load_weights
-def peak():  # ru_maxrss begins at the peak of the process that started this one
-    return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
 for name in sys.argv[1:]:
     function, _, path = name.partition("=")
     used = peak()
@@ -118,6 +118,7 @@ for name in sys.argv[1:]:
     grown = (peak() - used) / 1024
     print(function, Path(path).name, outcome, round(grown), flush=True)
 """
+)
 
 
 def outcomes(*reads: tuple[str, Path]) -> list[tuple[str, int]]:

@@ -35,6 +35,7 @@ TABLES = {".csv", ".tsv", ".jsonl", ".ndjson", ".txt", ".lst", ".list", ".scp"}
 """Suffixes of manifests and lists. Kaldi's ``segments`` has none."""
 
 HEAD = 1 << 16  # bytes at the start of a file that show its format
+_COUNT = r"\d+(?:\.0+)?"  # some programs write 16000.0
 
 
 def read_manifest(path: str | Path | Sequence[str | Path], *, needs_audio: bool = False) -> pl.DataFrame:
@@ -145,7 +146,7 @@ def _reader(path: Path) -> Callable[[Path], pl.DataFrame]:
     cells = {cell.strip(' "') for cell in re.split("[,;\t]", lines[0])}
     if cells & REQUIRED.keys() or suffix == ".csv":
         return _read_csv
-    if suffix == ".tsv" or re.fullmatch(r".+\t\d+(\.0+)?\s*", "".join(lines[1:2])):
+    if suffix == ".tsv" or re.fullmatch(rf".+\t{_COUNT}\s*", "".join(lines[1:2])):
         return _read_fairseq
     return lambda path: _lines(path).to_frame("path")
 
@@ -240,9 +241,7 @@ def _read_fairseq(path: Path) -> pl.DataFrame:
         root = file.readline(HEAD).strip("\r\n")
     if not root or "\t" in root:
         raise InputError(f"{path}: row 1 must be the root folder of the recordings; found {_cut(root)}.")
-    table = _split(
-        path, r"^(?P<fileid>[^\t]+)\t(?P<num_samples>\d+(?:\.0+)?)$", "`relative/path<TAB>num_samples`", skip=1
-    )
+    table = _split(path, rf"^(?P<fileid>[^\t]+)\t(?P<num_samples>{_COUNT})$", "`relative/path<TAB>num_samples`", skip=1)
     relative = pl.col("fileid")
     whole = pl.when(relative.str.starts_with("/")).then(relative).otherwise(pl.lit(root.rstrip("/") + "/") + relative)
     return table.with_columns(path=whole)
